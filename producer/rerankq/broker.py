@@ -1,0 +1,162 @@
+"""Celery, as a messenger: doorbells that name jobs. A message may be lost or doubled; the ledger is the truth."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from celery import Celery
+from kombu import Connection, Exchange, Queue
+
+from .ledger.calls import Bell
+from .settings import Settings
+
+logger = logging.getLogger("rerankq")
+
+TASK = "rerankq.rerank"
+INTERACTIVE = "rerankq.interactive"
+BULK = "rerankq.bulk"
+
+
+def queue(name: str) -> Queue:
+    """A queue of ours, routed by its name."""
+    return Queue(name, exchange=Exchange("rerankq", type="direct"), routing_key=name)
+
+
+def make_app(settings: Settings) -> Celery:
+    """Build the Celery app as producers and Flower need it: no torch, no result backend."""
+    app = Celery("rerankq", broker=settings.broker, set_as_current=False)
+    app.conf.update(
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_channel_error_retry=True,
+        broker_transport_options=_transport_options(settings.broker),
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        task_default_queue=INTERACTIVE,
+        task_default_exchange="rerankq",
+        task_default_routing_key=INTERACTIVE,
+        # kombu's fair default would let a bulk backlog delay interactive bells.
+        task_queues=[queue(INTERACTIVE), queue(BULK)],
+        worker_send_task_events=True,
+        event_queue_prefix="rerankq.events",
+        control_exchange="rerankq.control",
+        event_exchange="rerankq.events",
+    )
+    return app
+
+
+def _transport_options(url: str) -> dict[str, Any]:
+    if url.startswith("amqp"):
+        return {}
+    return {
+        "global_keyprefix": "rerankq:",
+        "queue_order_strategy": "priority",
+        "priority_steps": [0],
+        "socket_timeout": 10,
+        "socket_connect_timeout": 3,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+        "client_name": "rerankq",
+    }
+
+
+def __getattr__(name: str) -> Any:
+    # For `celery -A rerankq.broker flower`: built when asked for, so that importing this module needs no settings.
+    if name == "app":
+        return make_app(Settings())
+    raise AttributeError(name)
+
+
+class Bells:
+    """Ring doorbells from a thread of its own: no caller waits for the broker, and bells travel in batches.
+
+    A bell that cannot be rung is only late: the job is in the ledger, and a worker's sweeper rings for it.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._bells: deque[Bell] = deque()
+        self._wanted = threading.Condition()
+        self._ringing = 0
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        # A script that submits and ends must still ring.
+        atexit.register(self.close)
+
+    def ring(self, bells: Iterable[Bell]) -> None:
+        """Ring soon."""
+        with self._wanted:
+            self._bells.extend(bells)
+            if self._bells and self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="rerankq-bells", daemon=True)
+                self._thread.start()
+            self._wanted.notify_all()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all bells are out; answers whether they are."""
+        with self._wanted:
+            return self._wanted.wait_for(lambda: not self._bells and not self._ringing, timeout_s)
+
+    def close(self, timeout_s: float = 5) -> None:
+        """Ring what is left, for at most *timeout_s*, and stop."""
+        atexit.unregister(self.close)
+        if self._thread is not None:
+            self.flush(timeout_s)
+        with self._wanted:
+            self._closed = True
+            self._wanted.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            self._thread = None
+        self._app.close()
+
+    def _run(self) -> None:
+        connection = self._app.connection_for_write()
+        while batch := self._next():
+            for pause_s in (0.2, 1, 3, 10, None):
+                try:
+                    self._publish(batch, connection)
+                    break
+                except Exception as error:  # noqa: BLE001  # whatever the broker's library raises, the job is safe
+                    connection.release()
+                    connection = self._app.connection_for_write()
+                    if pause_s is None or self._closing(pause_s):
+                        logger.warning("%d bells not rung, the sweeper will: %s", len(batch), error)
+                        break
+            with self._wanted:
+                self._ringing = 0
+                self._wanted.notify_all()
+        connection.release()
+
+    def _closing(self, pause_s: float) -> bool:
+        with self._wanted:
+            return self._wanted.wait_for(lambda: self._closed, pause_s)
+
+    def _next(self) -> list[Bell]:
+        with self._wanted:
+            self._wanted.wait_for(lambda: self._bells or self._closed)
+            batch = [self._bells.popleft() for _ in range(min(len(self._bells), 200))]
+            self._ringing = len(batch)
+            return batch
+
+    def _publish(self, batch: list[Bell], connection: Connection) -> None:
+        # A doubled bell does no harm, so a batch that failed midway is simply rung again.
+        with connection.Producer(auto_declare=False) as producer, producer.batch():
+            for bell in batch:
+                self._app.send_task(
+                    TASK,
+                    args=(bell.id,),
+                    task_id=bell.id,
+                    queue=queue(bell.queue),
+                    producer=producer,
+                    ignore_result=True,
+                    argsrepr=bell.label or bell.id,
+                    kwargsrepr="{}",
+                    retry=False,
+                )

@@ -1,0 +1,97 @@
+"""The catalogues that ``conf/`` holds: models and fusion profiles."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .contract import Fusion
+from .errors import JobRejected
+
+
+class ModelCard(BaseModel):
+    """What the catalogue says of a model."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    max_length: int
+    languages: list[str]
+    size_mb: float
+    licence: str
+    choose_when: str
+    aliases: list[str] = []
+
+
+def find(name: str, conf_dir: Path | None = None) -> Path:
+    """Find a catalogue file: in *conf_dir*, else in the package, else (a checkout) in the repository's ``conf/``."""
+    here = Path(__file__).parent
+    places = [here / "conf", here.parents[1] / "conf"]
+    # A folder of one's own may replace one catalogue and leave the other.
+    for folder in [conf_dir, *places] if conf_dir else places:
+        if folder and (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{name}: not found in {', '.join(str(place) for place in places)}")
+
+
+@lru_cache(maxsize=8)
+def profiles(conf_dir: Path | None = None) -> dict[str, Fusion]:
+    """Read the fusion profiles, by name.
+
+    Raises:
+        ValueError: naming the file and the profile that is not well formed.
+    """
+    path = find("fusion.toml", conf_dir)
+    found = {}
+    for name, table in _tables(path, "profile").items():
+        try:
+            found[name] = Fusion.model_validate({key: value for key, value in table.items() if key != "description"})
+        except ValidationError as error:
+            raise ValueError(f"{path}: profile {name}: {error}") from None
+    return found
+
+
+@lru_cache(maxsize=8)
+def models(conf_dir: Path | None = None) -> dict[str, ModelCard]:
+    """Read the model catalogue, by name.
+
+    Raises:
+        ValueError: naming the file and the model that is not well formed.
+    """
+    path = find("models.toml", conf_dir)
+    try:
+        return {name: ModelCard.model_validate(table) for name, table in _tables(path, "models").items()}
+    except ValidationError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def canonical(name: str, conf_dir: Path | None = None) -> str:
+    """The catalogue's full name for a model or one of its aliases; any other name unchanged."""
+    for full, card in models(conf_dir).items():
+        if name in card.aliases:
+            return full
+    return name
+
+
+def resolve(fusion: Fusion | str, conf_dir: Path | None = None) -> Fusion:
+    """The numbers behind a profile's name.
+
+    Raises:
+        JobRejected: if there is no such profile.
+    """
+    if isinstance(fusion, Fusion):
+        return fusion
+    known = profiles(conf_dir)
+    if fusion not in known:
+        raise JobRejected(f"no profile {fusion!r}; there are {', '.join(sorted(known))}", field="fusion")
+    return known[fusion]
+
+
+def _tables(path: Path, section: str) -> dict[str, dict[str, object]]:
+    try:
+        with path.open("rb") as file:
+            return dict(tomllib.load(file)[section])
+    except (tomllib.TOMLDecodeError, KeyError) as error:
+        raise ValueError(f"{path}: expected TOML with a table [{section}]: {error}") from None

@@ -1,0 +1,460 @@
+"""The client: submit jobs, wait for rankings. One implementation, for asyncio; ``Client`` runs it in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from . import catalogue, errors
+from .broker import Bells, make_app
+from .contract import Chunk, JobStatus, Ranking, RerankJob, State, digest, job_id, label_of, parse_job, payload_of
+from .errors import JobFailed, JobRejected, JobTimedOut, JobTooLarge, JobUnknown, ModelUnknown, QueueFull, RerankqError
+from .ledger import AsyncLedger, Bell, Entry, Look, Terms, WorkerInfo, calls, connect_async
+from .placing import Place, find_place, queue_name
+from .settings import Settings
+from .waiting import Ears
+
+T = TypeVar("T")
+Job = RerankJob | Mapping[str, Any] | str | bytes
+
+# Jobs and bytes of one round trip of submit_many.
+SUBMIT_AT_ONCE = 300
+SUBMIT_BYTES = 4_000_000
+# Seconds for which what the registry and the server's memory said is believed.
+BELIEVE_S = 1.0
+# A full ledger refuses even what would free it, so submissions stop before that.
+MEMORY_LIMIT = 0.9
+
+
+def terms_of(settings: Settings) -> Terms:
+    """What the ledger's scripts need of the settings."""
+    return Terms(
+        channel=settings.channel,
+        result_ttl_s=settings.result_ttl_s,
+        ring_window=settings.ring_window,
+        max_queued_pairs=settings.max_queued_pairs,
+        max_attempts=settings.max_attempts,
+        lease_s=settings.lease_s,
+    )
+
+
+def live_for(lease_s: float) -> float:
+    """Seconds without a sign of life for which a worker still counts as alive."""
+    return max(10.0, 3 * lease_s)
+
+
+def enter(job: RerankJob, place: Place, settings: Settings) -> Entry:
+    """Check a job against the deployment's limits and write it as the ledger takes it.
+
+    Raises:
+        JobTooLarge: over ``MAX_CHUNKS`` or ``MAX_JOB_BYTES``.
+        JobRejected: if it names an unknown fusion profile, or asks for what no worker can do yet.
+    """
+    if len(job.chunks) > settings.max_chunks:
+        raise JobTooLarge(f"{len(job.chunks)} chunks; at most {settings.max_chunks} are allowed", field="chunks")
+    if job.long_chunks == "window":
+        raise JobRejected("'window' is not available yet; use 'truncate'", field="long_chunks")
+    # The numbers travel, not a profile's name: a profile edited later must not change an accepted job.
+    resolved = job.model_copy(update={"fusion": catalogue.resolve(job.fusion, settings.conf_dir)})
+    payload = payload_of(resolved)
+    if len(payload) > settings.max_job_bytes:
+        raise JobTooLarge(f"{len(payload)} bytes as JSON; at most {settings.max_job_bytes} are allowed", field="job")
+    content = digest(payload)
+    return Entry(
+        id=job_id(job, content, model=place.model, weights=place.weights),
+        content=content,
+        queue=queue_name(job.priority, place.suffix),
+        tenant=job.tenant,
+        priority=job.priority,
+        pairs=len(job.chunks),
+        deadline_s=job.deadline_s,
+        label=label_of(job, model=place.model),
+        model=place.model,
+        payload=payload,
+    )
+
+
+def outcome(look: Look) -> Ranking | RerankqError:
+    """What an ended job has to say: its ranking, or the error that tells why there is none."""
+    status = look.status
+    if look.ranking is not None:
+        return look.ranking
+    if status.state in {"unknown", "done"}:
+        return JobUnknown(f"job {status.job_id} is not known: never submitted, forgotten, or past its time to live")
+    kind = getattr(errors, look.error_type, JobFailed)
+    return kind(f"job {status.job_id}: {status.error or status.state}")  # type: ignore[no-any-return]
+
+
+class AsyncClient:
+    """Submit rerank jobs and await their rankings; never blocks the event loop.
+
+    Raises (every method): BrokerUnavailable if Redis does not answer.
+
+    .. code-block:: python
+
+        async with AsyncClient() as client:
+            ranking = await client.rerank("why tides?", ["Bread rises.", "The moon pulls."])
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.terms = terms_of(self.settings)
+        self._bells = Bells(make_app(self.settings))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ledger: AsyncLedger
+        self._ears: Ears
+        self._workers: list[WorkerInfo] = []
+        self._believed_until = 0.0
+
+    async def submit(self, job: Job) -> str:
+        """Enqueue one job, given as a model, a mapping or JSON; answer its id.
+
+        Raises:
+            JobRejected, JobTooLarge, QueueFull, ModelUnknown: and nothing was accepted.
+        """
+        return (await self.submit_many([job]))[0]
+
+    async def submit_many(self, jobs: Iterable[Job]) -> list[str]:
+        """Enqueue many jobs, a few hundred a round trip; answer their ids in order.
+
+        Raises:
+            JobRejected, JobTooLarge, QueueFull, ModelUnknown, BrokerUnavailable: ``accepted`` on the error holds the
+                ids accepted until then.
+        """
+        accepted: list[str] = []
+        source = iter(jobs)
+        try:
+            while True:
+                entries, fault = await self._next_entries(source)
+                if entries:
+                    accepted += await self._submit(entries)
+                if fault is not None:
+                    raise fault
+                if not entries:
+                    return accepted
+        except RerankqError as error:
+            error.accepted = accepted + error.accepted
+            raise
+
+    async def result(self, job_id: str, timeout: float | None = None) -> Ranking:  # noqa: ASYNC109  # the contract's name
+        """Wait for a job's ranking, at most *timeout* seconds.
+
+        Raises:
+            JobTimedOut, JobFailed, JobExpired, JobCancelled, JobDead, JobUnknown
+        """
+        ears = self._here()[1]
+        future = ears.expect(job_id)
+        try:
+            async with asyncio.timeout(timeout):
+                found = outcome(await future)
+        except TimeoutError:
+            raise JobTimedOut(f"job {job_id}: no ranking within {timeout} s; it may still come") from None
+        finally:
+            ears.drop(job_id, future)
+        if isinstance(found, RerankqError):
+            raise found
+        return found
+
+    async def as_completed(
+        self,
+        job_ids: Iterable[str],
+        timeout: float | None = None,  # noqa: ASYNC109  # the contract's name
+    ) -> AsyncIterator[tuple[str, Ranking | RerankqError]]:
+        """Yield ``(job_id, ranking or error)`` as jobs end, each id once; *timeout* (seconds) is for them all.
+
+        Raises:
+            JobTimedOut: if some have not ended by then.
+        """
+        ears = self._here()[1]
+        ended: asyncio.Queue[str] = asyncio.Queue()
+        futures = {}
+        for one in dict.fromkeys(job_ids):
+            futures[one] = ears.expect(one)
+            futures[one].add_done_callback(lambda _, one=one: ended.put_nowait(one))
+        ends_at = None if timeout is None else time.monotonic() + timeout
+        try:
+            while futures:
+                try:
+                    async with asyncio.timeout(None if ends_at is None else ends_at - time.monotonic()):
+                        one = await ended.get()
+                except TimeoutError:
+                    raise JobTimedOut(f"{len(futures)} jobs have not ended within {timeout} s") from None
+                yield one, outcome(futures.pop(one).result())
+        finally:
+            for one, future in futures.items():
+                ears.drop(one, future)
+
+    async def status(self, job_id: str) -> JobStatus:
+        """Say where a job stands; a job that is not there has the state ``unknown``."""
+        return (await self._here()[0].ask(calls.look(job_id, self.terms))).status
+
+    async def cancel(self, job_id: str) -> State:
+        """Cancel a job for everyone who submitted the same content; answer its state now.
+
+        A queued job never runs, a running one stops before its next micro-batch, an ended one stays as it is.
+
+        Raises:
+            JobUnknown: if there is no such job.
+        """
+        state = await self._here()[0].ask(calls.cancel(job_id, self.terms))
+        if state == "unknown":
+            raise JobUnknown(f"job {job_id} is not known")
+        return state
+
+    async def forget(self, *job_ids: str) -> None:
+        """Drop what is stored of ended jobs; those that have not ended, and dead ones, stay."""
+        for answer in await self._here()[0].ask_all([calls.forget(one, self.terms) for one in job_ids]):
+            if isinstance(answer, RerankqError):
+                raise answer
+
+    async def rerank(
+        self,
+        query: str,
+        chunks: Sequence[str | Chunk | Mapping[str, Any]],
+        timeout: float | None = None,  # noqa: ASYNC109  # the contract's name
+        **job_fields: Any,
+    ) -> Ranking:
+        """Submit and wait; chunks may be plain strings. Raises what :meth:`submit` and :meth:`result` raise."""
+        job = RerankJob.model_validate({"query": query, "chunks": chunks, **job_fields})
+        return await self.result(await self.submit(job), timeout)
+
+    async def workers(self) -> list[WorkerInfo]:
+        """The workers that give signs of life."""
+        found = await self._here()[0].workers()
+        return [worker for worker in found if worker.age_s <= live_for(self.settings.lease_s)]
+
+    async def aclose(self) -> None:
+        """Ring what is left to ring and close the connections."""
+        if self._loop is asyncio.get_running_loop():
+            await self._ears.close()
+            await self._ledger.redis.aclose()
+            self._loop = None
+        await asyncio.to_thread(self._bells.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def _here(self) -> tuple[AsyncLedger, Ears]:
+        # Connections belong to the loop that made them; a client that outlives its loop starts afresh.
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop = loop
+            self._ledger = AsyncLedger(connect_async(self.settings.ledger))
+            self._ears = Ears(self._ledger, self.terms)
+            self._believed_until = 0.0
+        return self._ledger, self._ears
+
+    async def _next_entries(self, source: Iterator[Job]) -> tuple[list[Entry], RerankqError | None]:
+        """The next round trip's jobs; a job that is not well formed ends it, after those before it."""
+        entries: list[Entry] = []
+        weight = 0
+        for data in islice(source, SUBMIT_AT_ONCE):
+            try:
+                job = parse_job(data)
+                entries.append(enter(job, await self._place(job), self.settings))
+            except RerankqError as error:
+                return entries, error
+            weight += len(entries[-1].payload)
+            if weight > SUBMIT_BYTES:
+                break
+        return entries, None
+
+    async def _submit(self, entries: list[Entry]) -> list[str]:
+        answers = await self._here()[0].ask_all([calls.submit(entry, self.terms) for entry in entries])
+        accepted, bells, fault = [], [], None
+        for entry, answer in zip(entries, answers, strict=True):
+            refused = self._refusal(entry, answer)
+            if refused is not None:
+                fault = fault or refused
+                continue
+            accepted.append(entry.id)
+            if isinstance(answer, calls.Acceptance) and answer.ring:
+                bells.append(Bell(entry.id, entry.queue, entry.label))
+        self._bells.ring(bells)
+        if fault is not None:
+            fault.accepted = accepted
+            raise fault
+        return accepted
+
+    def _refusal(self, entry: Entry, answer: calls.Acceptance | RerankqError) -> RerankqError | None:
+        if isinstance(answer, RerankqError):
+            return answer
+        if answer.state == "conflict":
+            return JobRejected(f"{entry.id!r} already stands for other content", field="id")
+        if answer.state == "full":
+            excess = answer.pairs_waiting + entry.pairs - self.settings.max_queued_pairs
+            pace = sum(worker.pairs_per_s for worker in self._workers)
+            return QueueFull(
+                f"{answer.pairs_waiting} pairs are waiting; at most {self.settings.max_queued_pairs} may",
+                retry_after_s=min(60.0, max(1.0, excess / pace)) if pace else 5.0,
+            )
+        return None
+
+    async def _place(self, job: RerankJob) -> Place:
+        if time.monotonic() >= self._believed_until:
+            await self._ask_around()
+        name = None if job.model is None else catalogue.canonical(job.model, self.settings.conf_dir)
+        try:
+            return self._find(name)
+        except ModelUnknown:
+            # A worker may have registered this very moment.
+            await self._ask_around()
+            return self._find(name)
+
+    def _find(self, model: str | None) -> Place:
+        return find_place(
+            model,
+            self._workers,
+            listed=[catalogue.canonical(name, self.settings.conf_dir) for name in self.settings.models],
+            default=self.settings.default_model or self.settings.model,
+            live_s=live_for(self.settings.lease_s),
+        )
+
+    async def _ask_around(self) -> None:
+        ledger = self._here()[0]
+        self._workers, share = await asyncio.gather(ledger.workers(), ledger.memory_share())
+        if share > MEMORY_LIMIT:
+            raise QueueFull(f"the ledger's memory is {share:.0%} full", retry_after_s=5)
+        self._believed_until = time.monotonic() + BELIEVE_S
+
+
+class Client:
+    """As :class:`AsyncClient`, with methods that block; safe to share between threads.
+
+    .. code-block:: python
+
+        with Client() as client:
+            ranking = client.rerank("why tides?", ["Bread rises.", "The moon pulls."])
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self._inner = AsyncClient(self.settings)
+        self._starting = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+
+    def submit(self, job: Job) -> str:
+        """Enqueue one job, given as a model, a mapping or JSON; answer its id.
+
+        Raises:
+            JobRejected, JobTooLarge, QueueFull, ModelUnknown: and nothing was accepted.
+        """
+        return self._run(self._client.submit(job))
+
+    def submit_many(self, jobs: Iterable[Job]) -> list[str]:
+        """Enqueue many jobs, a few hundred a round trip; answer their ids in order.
+
+        Raises:
+            JobRejected, JobTooLarge, QueueFull, ModelUnknown, BrokerUnavailable: ``accepted`` on the error holds the
+                ids accepted until then.
+        """
+        return self._run(self._client.submit_many(jobs))
+
+    def result(self, job_id: str, timeout: float | None = None) -> Ranking:
+        """Wait for a job's ranking, at most *timeout* seconds.
+
+        Raises:
+            JobTimedOut, JobFailed, JobExpired, JobCancelled, JobDead, JobUnknown
+        """
+        return self._run(self._client.result(job_id, timeout))
+
+    def as_completed(
+        self, job_ids: Iterable[str], timeout: float | None = None
+    ) -> Iterator[tuple[str, Ranking | RerankqError]]:
+        """Yield ``(job_id, ranking or error)`` as jobs end, each id once; *timeout* (seconds) is for them all.
+
+        Raises:
+            JobTimedOut: if some have not ended by then.
+        """
+        endings = self._client.as_completed(job_ids, timeout)
+        try:
+            while True:
+                try:
+                    yield self._run(anext(endings))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._run(endings.aclose())  # type: ignore[attr-defined]  # it is a generator
+
+    def status(self, job_id: str) -> JobStatus:
+        """Say where a job stands; a job that is not there has the state ``unknown``."""
+        return self._run(self._client.status(job_id))
+
+    def cancel(self, job_id: str) -> State:
+        """Cancel a job for everyone who submitted the same content; answer its state now.
+
+        Raises:
+            JobUnknown: if there is no such job.
+        """
+        return self._run(self._client.cancel(job_id))
+
+    def forget(self, *job_ids: str) -> None:
+        """Drop what is stored of ended jobs; those that have not ended, and dead ones, stay."""
+        self._run(self._client.forget(*job_ids))
+
+    def rerank(
+        self,
+        query: str,
+        chunks: Sequence[str | Chunk | Mapping[str, Any]],
+        timeout: float | None = None,
+        **job_fields: Any,
+    ) -> Ranking:
+        """Submit and wait; chunks may be plain strings. Raises what :meth:`submit` and :meth:`result` raise."""
+        return self._run(self._client.rerank(query, chunks, timeout, **job_fields))
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers that give signs of life."""
+        return self._run(self._client.workers())
+
+    def close(self) -> None:
+        """Ring what is left to ring and close the connections."""
+        if self._loop is not None and self._pid == os.getpid():
+            self._run(self._inner.aclose())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._loop = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _client(self) -> AsyncClient:
+        if self._pid != os.getpid():
+            # Forked: threads and connections stayed with the parent.
+            self._inner, self._loop, self._pid = AsyncClient(self.settings), None, os.getpid()
+            self._starting = threading.Lock()
+        return self._inner
+
+    def _run(self, work: Coroutine[Any, Any, T] | Any) -> T:
+        with self._starting:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="rerankq-client", daemon=True)
+                self._thread.start()
+        future = asyncio.run_coroutine_threadsafe(_as_coroutine(work), self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+
+async def _as_coroutine(work: Any) -> Any:
+    # run_coroutine_threadsafe takes coroutines alone, and anext() of a generator is only an awaitable.
+    return await work

@@ -1,0 +1,287 @@
+"""What crosses a process: jobs in, rankings out, as frozen models.
+
+Every model refuses unknown fields. A :class:`RerankJob` that is not well formed raises :class:`JobRejected` naming the
+field; :class:`Chunk` and :class:`Fusion` built alone raise pydantic's own ``ValidationError``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+
+from .errors import JobRejected
+
+Signal = Literal["model", "token", "vector", "keyword", "pagerank", "tags"]
+Normalisation = Literal["sigmoid", "minmax", "percent", "ragflow", "none", "raw", "cosine"]
+TextField = Literal["title", "keywords", "questions", "content"]
+Priority = Literal["interactive", "bulk"]
+State = Literal["queued", "running", "done", "failed", "expired", "cancelled", "dead", "unknown"]
+
+ENDED: frozenset[str] = frozenset({"done", "failed", "expired", "cancelled", "dead"})
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        msg = "must not be blank"
+        raise ValueError(msg)
+    return text
+
+
+def _as_chunk(value: object) -> object:
+    return {"text": value} if isinstance(value, str) else value
+
+
+def _sorted(mapping: dict[Any, Any]) -> dict[Any, Any]:
+    # The order in which a caller wrote the weights must not change the job's id.
+    return dict(sorted(mapping.items()))
+
+
+class Record(BaseModel):
+    """A frozen model that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Chunk(Record):
+    """One candidate text of a job, with what the first stage knows of it.
+
+    >>> Chunk(title="Tides", text="The moon pulls.").model_text
+    'Tides The moon pulls.'
+    """
+
+    text: str
+    id: str = Field("", description="The caller's name for it; empty = its position in the job.")
+    title: str = ""
+    keywords: list[str] = []
+    questions: list[str] = []
+    vector_score: float | None = Field(None, description="First-stage similarity; NaN counts as missing.")
+    keyword_score: float | None = Field(None, description="First-stage BM25 or the like; NaN counts as missing.")
+    pagerank: float = Field(0, ge=0, le=100, allow_inf_nan=False)
+    tags: dict[str, Finite] = {}
+    tokens: list[str] | None = Field(None, description="The caller's own tokenisation of the text, used as given.")
+    metadata: dict[str, JsonValue] = Field({}, description="Handed back untouched.")
+
+    @property
+    def model_text(self) -> str:
+        """The text that the model reads."""
+        return f"{self.title} {self.text}".strip()
+
+
+class Fusion(Record):
+    """How the signals of a chunk become one score; the rules are those of ``rerankq_worker.fusion``."""
+
+    method: Literal["weighted", "rrf"] = "weighted"
+    weights: Annotated[dict[Signal, Weight], AfterValidator(_sorted)] = Field({"model": 1.0}, min_length=1)
+    normalise: Annotated[dict[Signal, Normalisation], AfterValidator(_sorted)] = Field(
+        default={}, description="Per signal; what is not named takes the default profile's rule."
+    )
+    boosts: Annotated[dict[TextField, Weight], AfterValidator(_sorted)] = {}
+    rrf_k: int = Field(60, ge=1)
+    token_rule: Literal["coverage", "ragflow"] = "coverage"
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> Self:
+        if not any(self.weights.values()):
+            msg = "at least one weight must be above zero"
+            raise ValueError(msg)
+        return self
+
+
+class RerankJob(Record):
+    """A query with its candidate chunks, and how to rank them.
+
+    Raises:
+        JobRejected: naming every field that is wrong, and why.
+
+    >>> RerankJob(query="why tides?", chunks=["The moon pulls.", "Bread rises."]).chunks[1].text
+    'Bread rises.'
+    """
+
+    query: Annotated[str, AfterValidator(_not_blank)]
+    chunks: list[Annotated[Chunk, BeforeValidator(_as_chunk)]] = Field(min_length=1)
+    id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
+    model: str | None = Field(None, min_length=1)
+    top_k: int | None = Field(None, ge=1, le=2048)
+    min_score: Finite | None = Field(None, description="On the fused score.")
+    fusion: Fusion | str = "default"
+    query_tokens: list[tuple[str, Weight]] | None = Field(None, description="Tokens with weights, used as given.")
+    query_tags: dict[str, Finite] = {}
+    priority: Priority = "interactive"
+    deadline_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="A job not started by then expires.")
+    max_length: int | None = Field(None, ge=8, description="Tokens of a pair; at most what the model takes.")
+    query_max_tokens: int = Field(128, ge=1)
+    long_chunks: Literal["truncate", "window"] = "truncate"
+    cache: Literal["use", "refresh", "bypass"] = "use"
+    skip_at_or_below: int = Field(0, ge=0)
+    tenant: str = Field("", pattern=r"^[A-Za-z0-9._@-]{0,128}$")
+    return_text: bool = False
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _reject_in_words(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise rejection(error) from None
+
+
+class RankedChunk(Record):
+    """A chunk's place in a ranking."""
+
+    id: str
+    index: int = Field(description="Position in the job, from 0.")
+    rank: int = Field(description="Place in the ranking, from 1.")
+    score: float = Field(description="Fused.")
+    scores: dict[str, float] = Field({}, description="Every signal by name, normalised; missing ones are left out.")
+    model_logit: float | None = Field(None, description="Raw; None where the chunk was not scored.")
+    missing: list[str] = []
+    truncated: bool = False
+    cached: bool = False
+    span: tuple[int, int] | None = Field(
+        None, description="Start and end in characters of the window that scored best."
+    )
+    text: str | None = None
+    metadata: dict[str, JsonValue] = {}
+
+
+class ModelName(Record):
+    """Which weights made a ranking."""
+
+    name: str
+    fingerprint: str
+
+
+class Usage(Record):
+    """What a job cost, in pairs and tokens."""
+
+    pairs: int = 0
+    cached_pairs: int = 0
+    tokens: int = Field(0, description="Real tokens of the pairs that this job had computed; no padding.")
+    truncated_pairs: int = 0
+
+
+class Timings(Record):
+    """Where a job's time went, in milliseconds."""
+
+    queued: float = 0
+    tokenise: float = 0
+    inference: float = 0
+    total: float = Field(0, description="From the claim by a worker to the finished ranking; waiting is ``queued``.")
+
+
+class Ranking(Record):
+    """A job's answer: its chunks, best first."""
+
+    job_id: str
+    model: ModelName
+    chunks: list[RankedChunk]
+    usage: Usage = Usage()
+    timings_ms: Timings = Timings()
+    skipped: bool = Field(False, description="Too few chunks to be worth scoring: first-stage order, unscored.")
+
+
+class JobStatus(Record):
+    """Where a job stands. Times are seconds since the epoch by the ledger's clock."""
+
+    job_id: str
+    state: State
+    pairs_done: int = 0
+    pairs_total: int = 0
+    submitted_at: float | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    attempts: int = Field(0, description="How often a worker has claimed it.")
+    error: str | None = None
+
+
+def rejection(error: ValidationError) -> JobRejected:
+    """Say a validation error in one line: each field with what was expected, the first five."""
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    places = [".".join(str(part) for part in fault["loc"] if part not in {"Fusion", "str"}) for fault in faults]
+    said = [f"{place}: {fault['msg']}" if place else fault["msg"] for place, fault in zip(places, faults, strict=True)]
+    more = f" (and {len(said) - 5} more)" if len(said) > 5 else ""
+    rest = "; ".join(said[1:5])
+    return JobRejected(faults[0]["msg"] + (f"; {rest}" if rest else "") + more, field=places[0])
+
+
+def parse_job(data: RerankJob | Mapping[str, Any] | str | bytes) -> RerankJob:
+    """Make a job of what a caller wrote: a job, a mapping, or a JSON object as text.
+
+    Raises:
+        JobRejected: if it is not a well-formed job.
+    """
+    if isinstance(data, RerankJob):
+        return data
+    if isinstance(data, str | bytes):
+        try:
+            return RerankJob.model_validate_json(data)
+        except ValidationError as error:  # not JSON at all: this comes before the model is asked
+            raise rejection(error) from None
+    return RerankJob.model_validate(data)
+
+
+# A job's fields that do not change its ranking; they live beside the payload, not in it.
+_BESIDE_THE_PAYLOAD = {"id", "deadline_s", "priority"}
+
+
+def payload_of(job: RerankJob) -> bytes:
+    """Write the part of a job that decides its ranking, as compact JSON with a fixed order of fields."""
+    return job.model_dump_json(exclude=_BESIDE_THE_PAYLOAD, exclude_defaults=True).encode()
+
+
+def job_of(payload: bytes) -> RerankJob:
+    """Read back what :func:`payload_of` wrote."""
+    return RerankJob.model_validate_json(payload)
+
+
+def digest(*parts: str | bytes) -> str:
+    """Hash parts so that no two lists of parts run together: BLAKE2b, 128 bits, as 32 hex digits.
+
+    >>> digest("ab", "c") == digest("a", "bc")
+    False
+    """
+    sponge = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        sponge.update(len(raw).to_bytes(8, "big"))
+        sponge.update(raw)
+    return sponge.hexdigest()
+
+
+def job_id(job: RerankJob, content: str, *, model: str, weights: str) -> str:
+    """Name a job: the caller's id, else its content's with the model's, else (cache not ``use``) a random one."""
+    if job.id is not None:
+        return job.id
+    if job.cache != "use":
+        return secrets.token_hex(16)
+    return digest(content, model, weights)
+
+
+def label_of(job: RerankJob, *, model: str) -> str:
+    """Say a job in a few words for Flower and logs: no chunk's text, at most the query's first words.
+
+    >>> label_of(RerankJob(query="why do tides rise and fall twice a day?", chunks=["x"]), model="m")
+    '"why do tides rise and fall…" 1 chunk, m'
+    """
+    words = job.query.split()
+    first = " ".join(words[:6])[:60] + ("…" if len(words) > 6 or len(" ".join(words)) > 60 else "")
+    count = len(job.chunks)
+    return f"{json.dumps(first, ensure_ascii=False)} {count} chunk{'s' if count != 1 else ''}, {model}"

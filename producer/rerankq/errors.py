@@ -1,0 +1,108 @@
+"""What can go wrong, as types.
+
+RerankqError
+├── BrokerUnavailable    Redis cannot be reached; retry later
+├── JobRejected          the job is not well formed; do not retry
+│   └── JobTooLarge      the job is over a limit; send less
+├── QueueFull            the backlog is at its limit; retry after ``retry_after_s``
+├── ModelUnknown         no worker serves this model
+├── JobFailed            the worker tried and could not
+├── JobExpired           not started before its deadline
+├── JobCancelled         somebody cancelled it
+├── JobDead              it killed its worker again and again, and was set aside
+├── JobTimedOut          no answer yet; the job may still finish
+└── JobUnknown           no such job, or forgotten since
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RerankqError(Exception):
+    """Base of every error that this package raises on purpose.
+
+    ``http_status`` is what the gateway answers with; ``retryable`` says whether the same call can succeed later.
+    ``accepted`` holds the ids of the jobs that were already accepted when a bulk submission stopped midway.
+    """
+
+    http_status = 500
+    retryable = False
+
+    def __init__(self, message: str, *, accepted: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.accepted = list(accepted)
+
+
+class BrokerUnavailable(RerankqError):
+    """Raised when Redis (or the message broker) cannot be reached or refuses to write."""
+
+    http_status = 503
+    retryable = True
+
+
+class JobRejected(RerankqError):
+    """Raised when a job is not well formed; ``field`` names the place."""
+
+    http_status = 422
+
+    def __init__(self, message: str, *, field: str = "", accepted: Sequence[str] = ()) -> None:
+        super().__init__(f"{field}: {message}" if field else message, accepted=accepted)
+        self.field = field
+
+
+class JobTooLarge(JobRejected):
+    """Raised when a job has more chunks or bytes than the deployment allows."""
+
+    http_status = 413
+
+
+class QueueFull(RerankqError):
+    """Raised when the backlog is at its limit; ``retry_after_s`` estimates when there is room again."""
+
+    http_status = 429
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float, accepted: Sequence[str] = ()) -> None:
+        super().__init__(message, accepted=accepted)
+        self.retry_after_s = retry_after_s
+
+
+class ModelUnknown(RerankqError):
+    """Raised when no live worker has registered the model and the deployment does not list it."""
+
+    http_status = 404
+    retryable = True
+
+
+class JobFailed(RerankqError):
+    """Raised when the worker tried to rank the job and could not; the message says why."""
+
+
+class JobExpired(RerankqError):
+    """Raised when the job was not started before its deadline."""
+
+    http_status = 504
+
+
+class JobCancelled(RerankqError):
+    """Raised when the job was cancelled, by any of those who submitted this content."""
+
+    http_status = 409
+
+
+class JobDead(RerankqError):
+    """Raised when the job killed its worker while alone on the device, as often as is allowed."""
+
+
+class JobTimedOut(RerankqError):
+    """Raised when there is no answer within the caller's timeout; the job may still finish."""
+
+    http_status = 504
+    retryable = True
+
+
+class JobUnknown(RerankqError):
+    """Raised when there is no such job: never submitted, forgotten, or past its time to live."""
+
+    http_status = 404

@@ -1,0 +1,232 @@
+"""The ledger: what a job is and what may happen to it. Redis holds it, short Lua scripts change it.
+
+States and events are drawn in ``docs/ledger.md``. :mod:`.calls` says what can be asked; the two classes here ask it.
+"""
+
+from __future__ import annotations
+
+import json
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from hashlib import sha1
+from importlib import resources
+from typing import Any, NamedTuple, TypeVar
+
+import redis
+import redis.asyncio
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from ..errors import BrokerUnavailable, QueueFull, RerankqError
+from . import calls
+from .calls import Acceptance, Bell, Call, Claim, Entry, Look, Swept, Terms
+
+__all__ = [
+    "Acceptance",
+    "AsyncLedger",
+    "Bell",
+    "Call",
+    "Claim",
+    "Entry",
+    "Ledger",
+    "Look",
+    "Swept",
+    "Terms",
+    "WorkerInfo",
+    "calls",
+    "connect",
+    "connect_async",
+]
+
+Answer = TypeVar("Answer")
+
+# Seconds: to connect, and to wait for an answer. A ledger that hangs longer is one that is down.
+CONNECT_S = 3.0
+ANSWER_S = 10.0
+
+
+class WorkerInfo(NamedTuple):
+    """A worker as the registry shows it; ``age_s`` is the time since its last sign of life."""
+
+    id: str
+    model: str
+    aliases: tuple[str, ...]
+    fingerprint: str
+    queues: tuple[str, ...]
+    age_s: float
+    pairs_per_s: float
+    free_since: dict[str, float]
+
+    @property
+    def suffix(self) -> str:
+        """What its queues append to the plain names: empty for the deployment's default model."""
+        return self.queues[0].removeprefix("rerankq.interactive") if self.queues else ""
+
+
+@cache
+def source(script: str) -> tuple[str, str]:
+    """A script's text and its SHA-1, by which Redis knows it."""
+    folder = resources.files(__package__) / "scripts"
+    text = (folder / "prelude.lua").read_text() + (folder / f"{script}.lua").read_text()
+    return text, sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def connect(url: str) -> redis.Redis:
+    """Open a pool of connections for the ledger; connects on first use."""
+    return redis.Redis.from_url(
+        url, socket_connect_timeout=CONNECT_S, socket_timeout=ANSWER_S, health_check_interval=30, socket_keepalive=True
+    )
+
+
+def connect_async(url: str) -> redis.asyncio.Redis:
+    """As :func:`connect`, for asyncio."""
+    return redis.asyncio.Redis.from_url(
+        url, socket_connect_timeout=CONNECT_S, socket_timeout=ANSWER_S, health_check_interval=30, socket_keepalive=True
+    )
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """The one border where Redis's errors become ours."""
+    try:
+        yield
+    except ResponseError as error:
+        raise _refusal(error) from error
+    except (RedisError, OSError) as error:
+        raise BrokerUnavailable(f"the ledger does not answer: {error}") from error
+
+
+def _refusal(error: Exception) -> RerankqError:
+    if "OOM" in str(error):
+        return QueueFull(f"the ledger's memory is full: {error}", retry_after_s=5)
+    return BrokerUnavailable(f"the ledger refused: {error}")
+
+
+class Ledger:
+    """Ask the ledger and wait for its answer. Safe to share between threads.
+
+    Raises (every method): BrokerUnavailable if Redis does not answer or refuses; QueueFull if its memory is full.
+    """
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.redis = client
+
+    def ask(self, call: Call[Answer]) -> Answer:
+        """Run one call."""
+        text, sha = source(call.script)
+        with translated():
+            try:
+                return call.read(self.redis.evalsha(sha, 0, *call.args))
+            except NoScriptError:
+                return call.read(self.redis.eval(text, 0, *call.args))
+
+    def ask_all(self, wanted: Sequence[Call[Answer]]) -> list[Answer | RerankqError]:
+        """Run calls in one round trip; what Redis refused stands as an error in its place."""
+        with translated():
+            pipe = self.redis.pipeline(transaction=False)
+            _fill(pipe, wanted)
+            raw = pipe.execute(raise_on_error=False)
+            missing = _unknown_scripts(wanted, raw)
+            if missing:
+                for script in missing:
+                    self.redis.script_load(source(script)[0])
+                again = [at for at, answer in enumerate(raw) if isinstance(answer, NoScriptError)]
+                pipe = self.redis.pipeline(transaction=False)
+                _fill(pipe, [wanted[at] for at in again])
+                for at, answer in zip(again, pipe.execute(raise_on_error=False), strict=True):
+                    raw[at] = answer
+        return _read_all(wanted, raw)
+
+    def workers(self) -> list[WorkerInfo]:
+        """All registered workers, living and lately gone."""
+        with translated():
+            clock, found = self.redis.pipeline(transaction=False).time().hgetall("rerankq:workers").execute()
+        return _workers(clock, found)
+
+    def uptime_s(self) -> float:
+        """Seconds since the server started."""
+        with translated():
+            return float(self.redis.info("server")["uptime_in_seconds"])
+
+
+class AsyncLedger:
+    """As :class:`Ledger`, awaited."""
+
+    def __init__(self, client: redis.asyncio.Redis) -> None:
+        self.redis = client
+
+    async def ask(self, call: Call[Answer]) -> Answer:
+        """Run one call."""
+        text, sha = source(call.script)
+        with translated():
+            try:
+                return call.read(await self.redis.evalsha(sha, 0, *call.args))
+            except NoScriptError:
+                return call.read(await self.redis.eval(text, 0, *call.args))
+
+    async def ask_all(self, wanted: Sequence[Call[Answer]]) -> list[Answer | RerankqError]:
+        """Run calls in one round trip; what Redis refused stands as an error in its place."""
+        with translated():
+            pipe = self.redis.pipeline(transaction=False)
+            _fill(pipe, wanted)
+            raw = await pipe.execute(raise_on_error=False)
+            missing = _unknown_scripts(wanted, raw)
+            if missing:
+                for script in missing:
+                    await self.redis.script_load(source(script)[0])
+                again = [at for at, answer in enumerate(raw) if isinstance(answer, NoScriptError)]
+                pipe = self.redis.pipeline(transaction=False)
+                _fill(pipe, [wanted[at] for at in again])
+                for at, answer in zip(again, await pipe.execute(raise_on_error=False), strict=True):
+                    raw[at] = answer
+        return _read_all(wanted, raw)
+
+    async def workers(self) -> list[WorkerInfo]:
+        """All registered workers, living and lately gone."""
+        with translated():
+            clock, found = await self.redis.pipeline(transaction=False).time().hgetall("rerankq:workers").execute()
+        return _workers(clock, found)
+
+    async def memory_share(self) -> float:
+        """Used memory as a share of the server's limit; 0 where it has none."""
+        with translated():
+            memory = await self.redis.info("memory")
+        return float(memory["used_memory"]) / float(memory["maxmemory"]) if memory.get("maxmemory") else 0.0
+
+
+def _fill(pipe: Any, wanted: Iterable[Call[Any]]) -> None:
+    for call in wanted:
+        pipe.evalsha(source(call.script)[1], 0, *call.args)
+
+
+def _unknown_scripts(wanted: Sequence[Call[Any]], raw: Sequence[object]) -> set[str]:
+    return {call.script for call, answer in zip(wanted, raw, strict=True) if isinstance(answer, NoScriptError)}
+
+
+def _read_all(wanted: Sequence[Call[Answer]], raw: Sequence[object]) -> list[Answer | RerankqError]:
+    return [
+        _refusal(answer) if isinstance(answer, Exception) else call.read(answer)
+        for call, answer in zip(wanted, raw, strict=True)
+    ]
+
+
+def _workers(clock: tuple[int, int], found: dict[bytes, bytes]) -> list[WorkerInfo]:
+    now = clock[0] + clock[1] / 1e6
+    workers = []
+    for name, entry in found.items():
+        beaten, _, text = entry.decode().partition(" ")
+        info = json.loads(text)
+        workers.append(
+            WorkerInfo(
+                id=name.decode(),
+                model=info["model"],
+                aliases=tuple(info.get("aliases", ())),
+                fingerprint=info["fingerprint"],
+                queues=tuple(info.get("queues", ())),
+                age_s=max(0.0, now - float(beaten)),
+                pairs_per_s=float(info.get("pairs_per_s", 0)),
+                free_since=dict(info.get("free_since", {})),
+            )
+        )
+    return workers

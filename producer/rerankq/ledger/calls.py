@@ -1,0 +1,245 @@
+"""Every change of the ledger as a value: a script, its arguments, and how to read the answer.
+
+Built here and run by :class:`~rerankq.ledger.Ledger` or :class:`~rerankq.ledger.AsyncLedger`, so that both sides of
+the client share every decision. What the scripts promise is said once, in their first lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from ..contract import JobStatus, Priority, Ranking, State
+
+Answer = TypeVar("Answer")
+Argument = str | bytes | int | float
+
+
+@dataclass(frozen=True)
+class Call(Generic[Answer]):
+    """One run of one script."""
+
+    script: str
+    args: Sequence[Argument]
+    read: Callable[[object], Answer]
+
+
+class Terms(NamedTuple):
+    """What a deployment has agreed on, as far as the scripts need it."""
+
+    channel: str
+    result_ttl_s: int = 3_600
+    ring_window: int = 256
+    max_queued_pairs: int = 10_000_000
+    max_attempts: int = 3
+    lease_s: float = 8
+
+
+class Entry(NamedTuple):
+    """A job as the ledger takes it."""
+
+    id: str
+    content: str
+    queue: str
+    tenant: str
+    priority: Priority
+    pairs: int
+    deadline_s: float | None
+    label: str
+    model: str
+    payload: bytes
+
+
+class Acceptance(NamedTuple):
+    """What became of a submission: ``conflict`` and ``full`` refuse, a job's state accepts."""
+
+    state: str
+    ring: bool
+    pairs_waiting: int = 0
+
+
+class Claim(NamedTuple):
+    """A job taken for scoring; ``fence`` proves it to the ledger."""
+
+    id: str
+    fence: int
+    suspect: bool
+    priority: Priority
+    waited_s: float
+    payload: bytes
+    ring_on: bool
+
+
+class Bell(NamedTuple):
+    """A doorbell to ring."""
+
+    id: str
+    queue: str
+    label: str
+
+
+class Look(NamedTuple):
+    """What the ledger knows of a job."""
+
+    status: JobStatus
+    error_type: str
+    ranking: Ranking | None
+
+
+class Swept(NamedTuple):
+    """What a sweep found; all zero where another sweeper was at work."""
+
+    lapsed: int = 0
+    dead: int = 0
+    expired: int = 0
+    bells: int = 0
+
+
+def submit(entry: Entry, terms: Terms) -> Call[Acceptance]:
+    """Accept a job: this write *is* acceptance."""
+    deadline = "" if entry.deadline_s is None else entry.deadline_s
+    args = (*entry[:6], deadline, *entry[7:], terms.max_queued_pairs, terms.ring_window, *_end(terms))
+
+    def read(answer: object) -> Acceptance:
+        state, second = _list(answer)
+        full = _text(state) == "full"
+        return Acceptance(_text(state), ring=not full and bool(second), pairs_waiting=_int(second) if full else 0)
+
+    return Call("submit", args, read)
+
+
+def claim(job_id: str, owner: str, terms: Terms) -> Call[Claim | State]:
+    """Take a queued job under a lease; answers the job's state where it is not to be had."""
+
+    def read(answer: object) -> Claim | State:
+        first, *rest = _list(answer)
+        if not rest:
+            return _state(first)
+        fence, suspect, priority, waited, payload, more = rest
+        urgency: Priority = "bulk" if _text(priority) == "bulk" else "interactive"
+        return Claim(
+            job_id, _int(fence), bool(suspect), urgency, float(_text(waited)), _bytes(payload), ring_on=bool(more)
+        )
+
+    return Call("claim", (job_id, owner, terms.lease_s, *_end(terms), terms.ring_window), read)
+
+
+def renew(held: Iterable[tuple[str, int, int]], terms: Terms) -> Call[list[str]]:
+    """Renew leases of ``(id, fence, pairs done)``; answers the ids that are no longer held."""
+    flat = [part for lease in held for part in lease]
+    return Call("renew", (terms.lease_s, *flat), lambda answer: [_text(job_id) for job_id in _list(answer)])
+
+
+def isolate(job_id: str, fence: int, owner: str) -> Call[bool]:
+    """Say that this job is alone on its worker's device from now on: a death counts."""
+    return Call("isolate", (job_id, fence, owner), bool)
+
+
+def complete(job_id: str, fence: int, ranking: Ranking, terms: Terms) -> Call[State]:
+    """Store a ranking; answers ``done``, or the state that refused it."""
+    return Call("complete", (job_id, fence, *_end(terms), ranking.model_dump_json().encode()), _state)
+
+
+def fail(job_id: str, fence: int, error_type: str, error: str, terms: Terms) -> Call[State]:
+    """Store a failure; answers ``failed``, or the state that refused it."""
+    return Call("fail", (job_id, fence, *_end(terms), error_type, _printable(error)[:2_000]), _state)
+
+
+def hand_back(held: Iterable[tuple[str, int]]) -> Call[int]:
+    """Queue running jobs again, under no suspicion."""
+    return Call("hand_back", [part for lease in held for part in lease], _int)
+
+
+def cancel(job_id: str, terms: Terms) -> Call[State]:
+    """Cancel a job for everyone who submitted it; answers its state now."""
+    return Call("cancel", (job_id, *_end(terms)), _state)
+
+
+def look(job_id: str, terms: Terms, *, with_ranking: bool = False) -> Call[Look]:
+    """Read a job's state, and its ranking where asked for."""
+
+    def read(answer: object) -> Look:
+        state, done, pairs, created, started, ended, claims, error_type, error, ranking = _list(answer)
+        status = JobStatus(
+            job_id=job_id,
+            state=_state(state),
+            pairs_done=_int(done),
+            pairs_total=_int(pairs),
+            submitted_at=_time(created),
+            started_at=_time(started),
+            ended_at=_time(ended),
+            attempts=_int(claims),
+            error=_text(error) or None,
+        )
+        return Look(status, _text(error_type), Ranking.model_validate_json(_bytes(ranking)) if ranking else None)
+
+    return Call("look", (job_id, *_end(terms), int(with_ranking)), read)
+
+
+def forget(job_id: str, terms: Terms) -> Call[State]:
+    """Drop what is stored of an ended job; answers the state that it was in."""
+    return Call("forget", (job_id, *_end(terms)), _state)
+
+
+def sweep(
+    sweeper: str, terms: Terms, *, judge: bool, free_since: Mapping[str, float], grace_s: float = 2, limit: int = 500
+) -> Call[Swept]:
+    """Judge lapsed leases (if *judge*), expire, and take back lost bells.
+
+    *free_since* says, per queue, since when (the ledger's time) a slot for it has been free without a break.
+    """
+    slots = [part for queue, since in free_since.items() for part in (queue, since)]
+    args = (sweeper, int(judge), terms.max_attempts, *_end(terms), limit, grace_s, *slots)
+    return Call("sweep", args, lambda answer: Swept(*map(_int, _list(answer))))
+
+
+def ring_on(queues: Sequence[str], terms: Terms, *, most: int = 256) -> Call[list[Bell]]:
+    """Take the next jobs of the backlog to ring for, in turn over tenants."""
+
+    def read(answer: object) -> list[Bell]:
+        flat = [_text(part) for part in _list(answer)]
+        return [Bell(*flat[at : at + 3]) for at in range(0, len(flat), 3)]
+
+    return Call("ring_on", (terms.ring_window, most, *queues), read)
+
+
+def beat(worker: str, info: str, *, gone_after_s: float) -> Call[float]:
+    """Register a worker's sign of life; answers the ledger's time."""
+    return Call("beat", (worker, info, gone_after_s), lambda answer: float(_text(answer)))
+
+
+def _end(terms: Terms) -> tuple[int, str]:
+    return terms.result_ttl_s, terms.channel
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def _bytes(value: object) -> bytes:
+    if not isinstance(value, bytes):
+        msg = f"expected bytes of the ledger, got {type(value).__name__}. This is a bug."
+        raise TypeError(msg)
+    return value
+
+
+def _text(value: object) -> str:
+    return _bytes(value).decode()
+
+
+def _int(value: object) -> int:
+    return value if isinstance(value, int) else int(_bytes(value) or 0)
+
+
+def _time(value: object) -> float | None:
+    return float(_bytes(value)) if value else None
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _state(value: object) -> State:
+    state: State = _text(value)  # type: ignore[assignment]  # the scripts write no other states
+    return state

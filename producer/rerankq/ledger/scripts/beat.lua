@@ -1,0 +1,12 @@
+-- worker info gone_after_s | Register a sign of life; forget workers that have given none for long. Answers the time.
+begin_freeing()
+local time = now()
+redis.call('HSET', 'rerankq:workers', ARGV[1], stamp(time) .. ' ' .. ARGV[2])
+local workers = redis.call('HGETALL', 'rerankq:workers')
+for at = 1, #workers, 2 do
+  if tonumber(string.match(workers[at + 1], '^(%S+)')) < time - tonumber(ARGV[3]) then
+    redis.call('HDEL', 'rerankq:workers', workers[at])
+    redis.call('HDEL', 'rerankq:alone', workers[at])
+  end
+end
+return stamp(time)

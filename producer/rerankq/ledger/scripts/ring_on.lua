@@ -1,0 +1,30 @@
+-- window most queue... | Ring on from the backlog, in turn over tenants. Answers id, queue, label, repeated.
+local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])
+local answer = {}
+local turn = redis.call('INCR', 'rerankq:turn')
+for at = 3, #ARGV do
+  local queue = ARGV[at]
+  local tenants = redis.call('SMEMBERS', tenants_key(queue))
+  table.sort(tenants)
+  local taken, idle = 0, 0
+  while #tenants > 0 and idle < #tenants and taken < most do
+    local tenant = tenants[turn % #tenants + 1]
+    turn = turn + 1
+    local waiting, rung = waiting_key(queue, tenant), rung_key(queue, tenant)
+    local room = math.min(window - redis.call('ZCARD', rung), most - taken, 16)
+    local popped = room > 0 and redis.call('ZPOPMIN', waiting, room) or {}
+    if #popped == 0 then idle = idle + 1 else idle = 0 end
+    for index = 1, #popped, 2 do
+      local id = popped[index]
+      redis.call('ZADD', rung, stamp(now()), id)
+      answer[#answer + 1] = id
+      answer[#answer + 1] = queue
+      answer[#answer + 1] = redis.call('HGET', job_key(id), 'label') or ''
+      taken = taken + 1
+    end
+    if #popped == 0 and redis.call('EXISTS', waiting) == 0 and redis.call('EXISTS', rung) == 0 then
+      redis.call('SREM', tenants_key(queue), tenant)
+    end
+  end
+end
+return answer

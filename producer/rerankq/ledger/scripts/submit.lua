@@ -1,0 +1,44 @@
+-- id content queue tenant priority pairs deadline_s label model payload | max_pairs window ttl channel
+-- Answers {state, ring}; {'conflict', 0}: the id stands for other content; {'full', pairs waiting}.
+local id, content, queue, tenant, priority = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local pairs_in, deadline_s, label, model, payload = tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9], ARGV[10]
+local max_pairs, window, ttl, channel = tonumber(ARGV[11]), tonumber(ARGV[12]), ARGV[13], ARGV[14]
+local key = job_key(id)
+
+if redis.call('EXISTS', key) == 1 then
+  if redis.call('HGET', key, 'content') ~= content then return {'conflict', 0} end
+  local state = settle(id, ttl, channel)
+  if state == 'queued' then
+    local job = redis.call('HMGET', key, 'queue', 'priority', 'deadline', 'created')
+    -- Whoever asks with more patience gives it to all: an earlier, shorter deadline must not expire this one.
+    local deadline = job[3] or ''
+    if deadline ~= '' then
+      local later = deadline_s == '' and '' or stamp(math.max(tonumber(deadline), now() + tonumber(deadline_s)))
+      redis.call('HSET', key, 'deadline', later)
+      if later == '' then redis.call('ZREM', 'rerankq:deadlines', id)
+      else redis.call('ZADD', 'rerankq:deadlines', later, id) end
+      deadline = later
+    end
+    if priority == 'interactive' and job[2] == 'bulk' then
+      take_out(id, job[1], tenant, pairs_in)
+      redis.call('HSET', key, 'queue', queue, 'priority', priority)
+      put_in(id, queue, tenant, pairs_in, job[4], deadline)
+      return {state, may_ring(id, queue, tenant, window)}
+    end
+    return {state, 0}
+  end
+  if state == 'done' then redis.call('EXPIRE', key, ttl) end
+  if state == 'running' or state == 'done' or state == 'dead' then return {state, 0} end
+end
+
+local waiting = tonumber(redis.call('HGET', 'rerankq:backlog', '*') or '0')
+-- A job larger than the whole limit still enters an empty queue: MAX_CHUNKS bounds it already.
+if waiting > 0 and waiting + pairs_in > max_pairs then return {'full', waiting} end
+local created = stamp(now())
+local deadline = deadline_s == '' and '' or stamp(now() + tonumber(deadline_s))
+redis.call('DEL', key)
+redis.call('HSET', key, 'state', 'queued', 'content', content, 'queue', queue, 'tenant', tenant, 'priority', priority,
+  'pairs', pairs_in, 'deadline', deadline, 'label', label, 'model', model, 'payload', payload, 'created', created,
+  'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)
+put_in(id, queue, tenant, pairs_in, created, deadline)
+return {'queued', may_ring(id, queue, tenant, window)}

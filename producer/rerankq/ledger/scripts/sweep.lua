@@ -1,0 +1,68 @@
+-- sweeper judge max_attempts ttl channel limit grace_s then queue free_since, repeated
+-- Judge lapsed leases, expire, and take back lost bells so that they are rung again.
+-- Answers {lapsed, dead, expired, bells taken back}, or {} where another sweeper holds the lock.
+begin_freeing()
+local lock = redis.call('GET', 'rerankq:sweeper')
+if lock and lock ~= ARGV[1] then return {} end
+redis.call('SET', 'rerankq:sweeper', ARGV[1], 'PX', 3000)
+local judge, max_attempts, ttl, channel = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
+local limit, grace = tonumber(ARGV[6]), tonumber(ARGV[7])
+local time = now()
+local lapsed, dead, expired, bells = 0, 0, 0, 0
+
+if judge == '1' then
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', 'rerankq:running', '-inf', stamp(time), 'LIMIT', 0, limit)) do
+    local key = job_key(id)
+    local job = redis.call('HMGET', key, 'state', 'owner', 'suspect', 'deaths')
+    redis.call('ZREM', 'rerankq:running', id)
+    if job[1] == 'running' then
+      local owner = job[2] or ''
+      local alone = redis.call('HGET', 'rerankq:alone', owner)
+      note(key, 'lease-over', owner)
+      lapsed = lapsed + 1
+      if alone == id then
+        -- It was alone on the device when its worker died: this death counts.
+        local deaths = redis.call('HINCRBY', key, 'deaths', 1)
+        if deaths >= max_attempts then
+          dead = dead + 1
+          redis.call('HDEL', key, 'owner', 'lease')
+          redis.call('HSET', key, 'state', 'dead', 'ended', stamp(time), 'error_type', 'JobDead',
+            'error', 'its worker died ' .. deaths .. ' times while alone with it')
+          redis.call('PERSIST', key)
+          redis.call('ZADD', 'rerankq:dead', stamp(time), id)
+          redis.call('PUBLISH', channel .. ':job:' .. id, 'dead')
+        else
+          queue_again(key, id, 1)
+        end
+      elseif alone then
+        queue_again(key, id, job[3])  -- another job was alone on that device: this one is innocent
+      else
+        queue_again(key, id, 1)
+      end
+    end
+  end
+end
+
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', 'rerankq:deadlines', '-inf', stamp(time), 'LIMIT', 0, limit)) do
+  if settle(id, ttl, channel) == 'expired' then expired = expired + 1
+  else redis.call('ZREM', 'rerankq:deadlines', id) end
+end
+
+local free_since = {}
+for at = 8, #ARGV, 2 do free_since[ARGV[at]] = tonumber(ARGV[at + 1]) end
+for _, queue in ipairs(redis.call('SMEMBERS', 'rerankq:queues')) do
+  local answered = tonumber(redis.call('HGET', 'rerankq:answered', queue) or '0') - 10
+  local cutoff = answered
+  local free = free_since[queue]
+  -- A slot was free all this time, so every bell in the broker has been heard.
+  if free and time - free >= grace then cutoff = math.max(cutoff, time - grace) end
+  for _, tenant in ipairs(redis.call('SMEMBERS', tenants_key(queue))) do
+    local rung = rung_key(queue, tenant)
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', rung, '-inf', stamp(cutoff), 'LIMIT', 0, limit)) do
+      redis.call('ZREM', rung, id)
+      redis.call('ZADD', waiting_key(queue, tenant), redis.call('HGET', job_key(id), 'created') or '0', id)
+      bells = bells + 1
+    end
+  end
+end
+return {lapsed, dead, expired, bells}

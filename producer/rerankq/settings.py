@@ -1,0 +1,133 @@
+"""Settings, read once at the edge: environment variables with the prefix ``RERANKQ_``, or a ``.env`` file.
+
+Inner code takes plain arguments and never looks at the environment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from .errors import BrokerUnavailable
+
+HOW_TO_SET_A_URL = (
+    "RERANKQ_BROKER_URL is not set. Point it at a Redis, e.g. RERANKQ_BROKER_URL=redis://localhost:6379/0; "
+    "`rerankq up` starts one for you and prints its URL."
+)
+
+
+class Settings(BaseSettings):
+    """Everything that a deployment can set; each field is the environment variable ``RERANKQ_<FIELD>``."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RERANKQ_", env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True
+    )
+
+    broker_url: str | None = Field(None, description="Doorbells: redis://, rediss://, unix:// or amqp://.")
+    ledger_url: str | None = Field(None, description="Jobs and rankings; default: database 1 of a Redis broker.")
+    cache_url: str | None = Field(None, description="Scores; default: database 2 of a Redis broker.")
+    deployment: str = Field(
+        "", pattern=r"^[A-Za-z0-9._-]*$", description="Name in pub/sub channels; default: the ledger's database number."
+    )
+    model: str = Field(
+        "BAAI/bge-reranker-base", description="A catalogue name, a hub name, a folder, `bundled`, or `stub`."
+    )
+    default_model: str = Field(
+        "", description="The deployment's default model, on a worker that serves another one; empty = MODEL."
+    )
+    models: Annotated[list[str], NoDecode] = Field(
+        default=[], description="Models that the deployment lists (commas): accepted while no worker for them is alive."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto = bfloat16 on GPUs and on CPUs with AMX, else float32."
+    )
+    max_batch_tokens: int | Literal["auto"] = Field("auto", description="Padded tokens per forward pass.")
+    concurrency: int = Field(32, ge=3, le=1024, description="Jobs in flight per worker.")
+    lease_s: float = Field(8, gt=0, description="Seconds without a sign of life after which a job is handed on.")
+    max_attempts: int = Field(3, ge=1, description="Deaths of a worker, alone with a job, that set the job aside.")
+    ring_window: int = Field(256, ge=1, description="Doorbells out at a time, per queue and tenant.")
+    cache_ttl_s: int = Field(604_800, ge=1, description="Seconds that a score is remembered.")
+    result_ttl_s: int = Field(3_600, ge=1, description="Seconds that a ranking is kept.")
+    max_chunks: int = Field(10_000, ge=1, description="Chunks in a job.")
+    max_job_bytes: int = Field(16_777_216, ge=1, description="Bytes of a job as JSON.")
+    max_queued_pairs: int = Field(10_000_000, ge=1, description="Pairs waiting, over all queues; more is QueueFull.")
+    conf_dir: Path | None = Field(
+        None, description="Folder whose models.toml and fusion.toml replace the shipped ones."
+    )
+    api_keys: Annotated[list[str], NoDecode] = Field(
+        default=[], description="Keys of the gateway (commas).", repr=False
+    )
+    port: int = Field(8080, ge=1, le=65_535, description="Port of the gateway.")
+
+    @field_validator("models", "api_keys", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("broker_url", "ledger_url", "cache_url")
+    @classmethod
+    def _known_scheme(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in {"redis", "rediss", "unix", "amqp", "amqps"}:
+            msg = "expected a URL that begins with redis://, rediss://, unix:// or amqp://"
+            raise ValueError(msg)
+        return value
+
+    @property
+    def broker(self) -> str:
+        """The broker's URL, or a BrokerUnavailable that says how to set one."""
+        if not self.broker_url:
+            raise BrokerUnavailable(HOW_TO_SET_A_URL)
+        return self.broker_url
+
+    @property
+    def ledger(self) -> str:
+        """The ledger's URL."""
+        return self.ledger_url or self._beside_the_broker("LEDGER_URL", 1)
+
+    @property
+    def cache(self) -> str:
+        """The score cache's URL."""
+        return self.cache_url or self._beside_the_broker("CACHE_URL", 2)
+
+    @property
+    def channel(self) -> str:
+        """The prefix of pub/sub channels: pub/sub ignores database numbers, so it carries the deployment's name."""
+        return f"rerankq:{self.deployment or database_of(self.ledger)}"
+
+    def _beside_the_broker(self, name: str, database: int) -> str:
+        if urlsplit(self.broker).scheme.startswith("amqp"):
+            msg = f"RERANKQ_{name} is not set, and the broker is not a Redis that could serve this role too."
+            raise BrokerUnavailable(msg)
+        return with_database(self.broker, database)
+
+
+def with_database(url: str, database: int) -> str:
+    """Point a Redis URL at another database of the same server.
+
+    >>> with_database("redis://:secret@host:6379/0?health_check_interval=5", 2)
+    'redis://:secret@host:6379/2?health_check_interval=5'
+    >>> with_database("unix:///run/redis.sock?db=0", 1)
+    'unix:///run/redis.sock?db=1'
+    """
+    parts = urlsplit(url)
+    query = [(key, value) for key, value in parse_qsl(parts.query) if key != "db"]
+    if parts.scheme == "unix":
+        # urlunsplit drops the empty host of a socket's URL.
+        return f"unix://{parts.path}?{urlencode([*query, ('db', str(database))])}"
+    return urlunsplit(parts._replace(path=f"/{database}", query=urlencode(query)))
+
+
+def database_of(url: str) -> int:
+    """The database number in a Redis URL, 0 where there is none.
+
+    >>> database_of("redis://host:6379/3"), database_of("unix:///run/redis.sock?db=2"), database_of("redis://host")
+    (3, 2, 0)
+    """
+    parts = urlsplit(url)
+    named = dict(parse_qsl(parts.query)).get("db") or (parts.path.strip("/") if parts.scheme != "unix" else "")
+    return int(named) if named.isdigit() else 0

@@ -1,0 +1,1 @@
+"""The heavy side of rerankq: what a machine with a device runs."""
