@@ -3,8 +3,8 @@
 Six plain functions over lists. Formulas as RAGFlow computes them at commit b1b8cd62 (``rag/nlp/query.py``,
 ``rag/nlp/search.py``, ``rag/llm/rerank_model.py``), surprises included:
 
-- the token similarity is a coverage of the query: a chunk's repeats and length do not count, so repeating the title two,
-  the keywords five and the questions six times changes nothing but one wrap-around bigram for each repeated field;
+- the token similarity is a coverage of the query: a chunk's repeats and length do not count, so repeating the title
+  two, the keywords five and the questions six times adds one wrap-around bigram for each field and nothing else;
 - bigrams are joined without a separator, so "data" + "base" is the token "database";
 - an empty query covers every chunk wholly (1.0);
 - one NaN among the model's scores makes every score NaN;
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Tokens = Sequence[tuple[str, float]]
@@ -37,7 +37,7 @@ FLAT_SPAN = 1e-3
 
 
 def token_similarity(query_tokens: Tokens, chunks_tokens: Sequence[Sequence[str]]) -> Floats:
-    """The share of the query's weighted unigrams and bigrams that each chunk holds.
+    """Measure the share of the query's weighted unigrams and bigrams that each chunk holds.
 
     Takes (token, weight) in the query's order, repeats included, and each chunk's tokens in order; gives shape
     ``(chunks,)`` in (0, 1].
@@ -52,7 +52,7 @@ def token_similarity(query_tokens: Tokens, chunks_tokens: Sequence[Sequence[str]
 
 
 def query_keys(query_tokens: Tokens) -> dict[str, float]:
-    """What the token similarity looks for: unigrams at 0.4 of their weight, bigrams at 0.6 of the heavier token's.
+    """List what to look for: unigrams at 0.4 of their weight, bigrams at 0.6 of the heavier token's.
 
     >>> query_keys([("data", 1.0), ("base", 0.5)])
     {'data': 0.4, 'database': 0.6, 'base': 0.2}
@@ -68,7 +68,7 @@ def query_keys(query_tokens: Tokens) -> dict[str, float]:
 
 
 def chunk_keys(tokens: Sequence[str]) -> set[str]:
-    """A chunk's tokens and the joins of each two neighbours."""
+    """Collect a chunk's tokens and the joins of each two neighbours."""
     keys = set(tokens)
     keys.update(map(str.__add__, tokens, tokens[1:]))
     return keys
@@ -100,8 +100,8 @@ def hybrid_similarity(  # noqa: PLR0917 - the order in which RAGFlow takes them
     return fused, token, vector
 
 
-def normalise_model_scores(raw: Sequence[float]) -> Floats:
-    """Scores within [0, 1] stay; others are stretched from their minimum to their maximum; almost equal ones are clipped.
+def normalise_model_scores(raw: ArrayLike) -> Floats:
+    """Keep scores within [0, 1], stretch others from their minimum to their maximum, clip almost equal ones.
 
     "Almost equal" is a span under 1e-3. Infinities and NaN go through the same arithmetic: with NaN or -inf every
     score is NaN; with +inf the finite ones are 0 and the infinite one is NaN.
@@ -144,7 +144,7 @@ def rank_feature_scores(query_tags: Mapping[str, float] | None, chunks: Sequence
 def rerank_by_model(  # noqa: PLR0917 - the order in which RAGFlow takes them
     query_tokens: Tokens,
     chunks: Sequence[Fields],
-    model_scores: Sequence[float],
+    model_scores: ArrayLike,
     tkweight: float,
     vtweight: float,
     query_tags: Mapping[str, float] | None = None,

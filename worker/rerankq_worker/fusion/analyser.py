@@ -1,0 +1,227 @@
+"""Text into tokens for the token signal: English, Chinese, mixed, and any other script well enough.
+
+English is stemmed (Snowball English, "Porter2") by PyStemmer, Chinese cut for search by rjieba, whose words are those
+of jieba. Words of other alphabets stay whole; scripts without blanks that have no dictionary here (kana, Hangul, Thai and
+their neighbours) become pairs of neighbouring characters. What analysing costs is measured in
+``benchmarks/analyser_cost.py``.
+
+An :class:`Analyser` remembers what it analysed as 64-bit token ids, so that a chunk that many jobs bring costs once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import unicodedata
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+
+import numpy as np
+import rjieba
+import Stemmer
+from numpy.typing import NDArray
+
+from .ragflow import chunk_keys
+from .stopwords import CHINESE, ENGLISH
+
+Ids = NDArray[np.int64]
+
+# A word longer than this is a hash, a blob or an attack: its beginning is name enough.
+MAX_TOKEN_CHARACTERS = 64
+MAX_COMPOUND_PARTS = 16
+
+_HAN = "々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+_PAIRED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3041-\u3096\u3099-\u309f"
+    "\u30a1-\u30ff\u31f0-\u31ff\uac00-\ud7a3"
+)
+# Vowel signs and accents, which \w leaves out though they are inside words.
+_MARKS = (
+    "\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed"
+    "\u0900-\u0903\u093a-\u0963\u0981-\u0dff"
+)
+_LETTER = rf"[^\W_{_HAN}{_PAIRED}{_MARKS}]"
+_JOINT = "['’_.\\-‐‑]"
+_WORD = (
+    rf"{_LETTER}++(?:(?:[{_MARKS}]++{_JOINT}?+|{_JOINT}){_LETTER}++){{0,{MAX_COMPOUND_PARTS - 1}}}+[{_MARKS}]*+"
+    rf"(?:(?:\+\+|\#)(?!\w))?"
+)
+_RUNS = re.compile(rf"[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]+)?(?![\w])|{_WORD}|[{_HAN}]++|[{_PAIRED}]++")
+_IS_HAN = re.compile(f"[{_HAN}]")
+_IS_PAIRED = re.compile(f"[{_PAIRED}]")
+_JOINTS = re.compile(_JOINT)
+_ENGLISH_WORD = re.compile("[a-z]+")
+_DECIMAL = re.compile(r"\d+(?:\.\d+)+")
+_ENCLITICS = frozenset({"s", "d", "m", "ll", "re", "ve"})
+
+# Text that NFKC cannot change where it matters: ASCII, unified ideographs, punctuation. Most Chinese text is that, and
+# normalising it for its full-width commas costs more than cutting it into words.
+_SETTLED = re.compile(
+    "[\x00-\x7f\u2000-\u206f\u3000-\u302f\u3400-\u4dbf\u4e00-\u9fff\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]*+"
+)
+# ASCII never composes with what stands before it, so a piece may end there, or in need after 256 characters.
+_PIECES = re.compile(r"[\s\S]{1,192}+[^\x00-\x7f]{0,64}+")
+
+_stemmers = threading.local()
+
+
+def analyse(text: str) -> list[str]:
+    """Cut a text into its tokens, in order and with repeats; function words are left out.
+
+    Compounds with a digit, a dot or an underscore are kept whole besides their parts; others give their parts.
+
+    >>> analyse("Running COVID-19 tests: C++ and the user_id of GPT-4, long-term")
+    ['run', 'covid-19', 'covid', '19', 'test', 'c++', 'user_id', 'user', 'id', 'gpt-4', 'gpt', '4', 'long', 'term']
+    >>> analyse("如何设置ＧＰＵ的批大小？")
+    ['设置', 'gpu', '批', '大小']
+    """
+    tokens: list[str] = []
+    for run in _RUNS.findall(_normalised(text)):
+        if run[0] >= "\u0e00" and _IS_HAN.match(run):
+            tokens += (word for word in rjieba.cut_for_search(run) if word not in CHINESE)
+        elif run[0] >= "\u0e00" and _IS_PAIRED.match(run):
+            tokens += _pairs(run)
+        else:
+            tokens += _word(run) if len(run) <= MAX_TOKEN_CHARACTERS else _word.__wrapped__(run)
+    return tokens
+
+
+def warm() -> None:
+    """Load the dictionary and the stemmer now, so that the first job does not wait for them."""
+    analyse("warm 预热")
+
+
+class Analyser:
+    """Analyses texts and remembers the outcome, for many threads at once.
+
+    What is remembered stays under ``capacity_bytes``, least recently used first to go. Ids are 64-bit hashes that hold
+    within this process only.
+    """
+
+    def __init__(self, *, capacity_bytes: int = 64 * 2**20) -> None:
+        self._capacity = capacity_bytes
+        self._known: OrderedDict[bytes, Ids] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def analyse(self, text: str) -> list[str]:
+        """Cut a text into its tokens; see :func:`analyse`."""
+        return analyse(text)
+
+    def token_ids(self, text: str) -> Ids:
+        """Give the ids of the distinct tokens of a text; read-only."""
+        if not text:
+            return _NO_IDS
+        return self._remember(("tokens", text), lambda: token_ids(analyse(text)))
+
+    def ragflow_ids(self, content: str, title: str, keywords: Sequence[str]) -> Ids:
+        """Give the ids of the unigrams and bigrams that RAGFlow's rule looks at, fields in its order; read-only."""
+        fields = ("ragflow", content, title, *keywords)
+        return self._remember(
+            fields, lambda: token_ids(chunk_keys([t for field in fields[1:] for t in analyse(field)]))
+        )
+
+    def warm(self) -> None:
+        """Load what analysing needs; see :func:`warm`."""
+        warm()
+
+    def _remember(self, texts: tuple[str, ...], compute: Callable[[], Ids]) -> Ids:
+        key = _digest(texts)
+        with self._lock:
+            ids = self._known.get(key)
+            if ids is not None:
+                self._known.move_to_end(key)
+                return ids
+        # Outside the lock: two threads may analyse the same text at once, which costs less than waiting for another's.
+        ids = compute()
+        with self._lock:
+            self._keep(key, ids)
+        return ids
+
+    def _keep(self, key: bytes, ids: Ids) -> None:
+        # A text of the size of the whole memory would throw out everything for one entry.
+        if key in self._known or _size(ids) > self._capacity // 8:
+            return
+        self._known[key] = ids
+        self._bytes += _size(ids)
+        while self._bytes > self._capacity:
+            _, oldest = self._known.popitem(last=False)
+            self._bytes -= _size(oldest)
+
+
+def token_ids(tokens: Iterable[str]) -> Ids:
+    """Give distinct tokens their ids: Python's own 64-bit hash, keyed per process and already inside each string."""
+    distinct = frozenset(tokens)
+    ids = np.fromiter(map(hash, distinct), dtype=np.int64, count=len(distinct))
+    ids.flags.writeable = False
+    return ids
+
+
+_NO_IDS = token_ids(())
+
+
+def _size(ids: Ids) -> int:
+    # What an entry costs besides its numbers: array, key, its place in the mapping (rounded up).
+    return ids.nbytes + 400
+
+
+def _digest(texts: tuple[str, ...]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        written = text.encode("utf-8", "surrogatepass")
+        # Lengths between them: no two lists of texts may run together.
+        digest.update(len(written).to_bytes(8, "little"))
+        digest.update(written)
+    return digest.digest()
+
+
+def _normalised(text: str) -> str:
+    if not _SETTLED.fullmatch(text):
+        # In pieces, because ordering a run of combining marks takes the square of its length.
+        text = "".join(unicodedata.normalize("NFKC", piece) for piece in _PIECES.findall(text))
+    return text.lower()
+
+
+def _pairs(run: str) -> list[str]:
+    return [run] if len(run) == 1 else [run[place : place + 2] for place in range(len(run) - 1)]
+
+
+# Words repeat: remembering one costs less than looking at it again.
+@lru_cache(maxsize=2**15)
+def _word(run: str) -> tuple[str, ...]:
+    """Analyse one word or compound, already in lower case."""
+    if "," in run:
+        return (run.replace(",", ""),)
+    if run.endswith(("++", "#")) or _DECIMAL.fullmatch(run):
+        return (run[:MAX_TOKEN_CHARACTERS],)
+    run = run.replace("’", "'")
+    if run.endswith("n't"):
+        return ()
+    parts = _JOINTS.split(run)
+    if len(parts) == 1:
+        return tuple(_stems(parts))
+    if "'" in run and parts[-1] in _ENCLITICS:
+        parts.pop()
+    if not _is_name(run):
+        return tuple(_stems(parts))
+    # Beside the whole, a single letter says nothing.
+    return (run[:MAX_TOKEN_CHARACTERS], *_stems(part for part in parts if len(part) > 1 or part.isdigit()))
+
+
+def _is_name(run: str) -> bool:
+    return "_" in run or "." in run or any(map(str.isdigit, run))
+
+
+def _stems(words: Iterable[str]) -> list[str]:
+    kept = [word[:MAX_TOKEN_CHARACTERS] for word in words if word not in ENGLISH]
+    return [_stemmer().stemWord(word) if _ENGLISH_WORD.fullmatch(word) else word for word in kept]
+
+
+def _stemmer() -> Stemmer.Stemmer:
+    # One for each thread, because it may not be shared; without its own cache, because _word has one.
+    stemmer = getattr(_stemmers, "english", None)
+    if stemmer is None:
+        stemmer = _stemmers.english = Stemmer.Stemmer("english", 0)
+    return stemmer

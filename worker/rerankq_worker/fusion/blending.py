@@ -1,0 +1,175 @@
+"""Several signals become one score.
+
+A signal is one raw number per chunk: ``model`` (logit), ``token`` (coverage in [0, 1]), ``vector`` (first-stage
+similarity), ``keyword`` (first-stage score), ``pagerank`` (0 to 100), ``tags`` (cosine). NaN, an infinity or None means
+that the chunk lacks it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .normalise import RULES, known
+from .ranks import reciprocal_rank_fusion
+
+Floats = NDArray[np.float64]
+
+# What a fusion that does not name a rule gets, by signal; the keys are all the signals there are.
+DEFAULT_RULES: Mapping[str, str] = MappingProxyType(
+    {
+        "model": "sigmoid",
+        "token": "none",
+        "vector": "none",
+        "keyword": "minmax",
+        "pagerank": "percent",
+        "tags": "cosine",
+    }
+)
+
+
+class FusionSpec(Protocol):
+    """How to fuse: what a profile of ``conf/fusion.toml`` or a caller's own fusion says."""
+
+    @property
+    def method(self) -> str:
+        """``weighted`` or ``rrf``."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Weight by signal, at least 0; what is not named weighs 0."""
+
+    @property
+    def normalise(self) -> Mapping[str, str]:
+        """Name of a rule by signal; what is not named follows ``DEFAULT_RULES``."""
+
+    @property
+    def boosts(self) -> Mapping[str, float]:
+        """Weight of the fields content, title, keywords and questions within the token signal."""
+
+    @property
+    def rrf_k(self) -> int:
+        """The constant of reciprocal rank fusion."""
+
+    @property
+    def token_rule(self) -> str:
+        """``coverage`` or ``ragflow``."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Fused scores with what made them.
+
+    ``scores`` has shape ``(chunks,)``; ``normalised`` holds each signal in play, NaN where a chunk lacks it;
+    ``missing`` names, for each chunk, the signals in play that it lacks.
+    """
+
+    scores: Floats
+    normalised: dict[str, Floats]
+    missing: list[list[str]]
+
+
+def signals_needed(fusion: FusionSpec) -> frozenset[str]:
+    """Name the signals worth computing: those with a weight above zero."""
+    return frozenset(name for name, weight in fusion.weights.items() if weight)
+
+
+def fuse(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> Floats:
+    """Fuse the signals into one score per chunk, shape ``(chunks,)``; see :func:`blend` for the rules.
+
+    Raises:
+        ValueError: as :func:`blend`.
+    """
+    return blend(signals, fusion).scores
+
+
+def blend(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> Blend:
+    """Fuse the signals, and keep what made the scores.
+
+    In play are the signals with a weight above zero that at least one chunk has; the weight of another is dropped, and
+    no chunk's ``missing`` names it. ``weighted`` adds up weight times normalised value, undivided. Where a chunk lacks
+    a signal in play, its weight is shared out over that chunk's other signals in proportion to theirs. A signal whose
+    rule is ``raw`` is an extra on top: it neither gives nor receives shares. ``rrf`` adds up reciprocal ranks
+    (:func:`~rerankq_worker.fusion.ranks.reciprocal_rank_fusion`). A chunk without any signal scores 0.
+
+    Raises:
+        ValueError: on a signal, rule or method that does not exist, a weight that is negative or not finite, or
+            signals of different lengths.
+    """
+    _check(signals, fusion)
+    rows = {name: known(values) for name, values in signals.items() if values is not None}
+    if len({row.size for row in rows.values()}) > 1:
+        raise ValueError(f"signals differ in length: { {name: row.size for name, row in rows.items()} }")
+    chunks = next((row.size for row in rows.values()), 0)
+    # In the fixed order of DEFAULT_RULES, so that sums do not depend on how a caller orders a mapping.
+    in_play = [name for name in DEFAULT_RULES if _plays(rows.get(name), fusion.weights.get(name, 0.0))]
+    rules = {name: fusion.normalise.get(name, DEFAULT_RULES[name]) for name in in_play}
+    normalised = {name: RULES[rule](rows[name]) for name, rule in rules.items()}
+    if fusion.method == "rrf":
+        shares = reciprocal_rank_fusion({name: rows[name] for name in in_play}, fusion.rrf_k, fusion.weights)
+        scores = shares if in_play else np.zeros(chunks)
+    else:
+        shared = {name: row for name, row in normalised.items() if rules[name] != "raw"}
+        extra = {name: row for name, row in normalised.items() if rules[name] == "raw"}
+        scores = _shared_sum(shared, fusion.weights, chunks) + _plain_sum(extra, fusion.weights, chunks)
+    return Blend(scores, normalised, _missing(normalised, chunks))
+
+
+def _check(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> None:
+    for name in (*signals, *fusion.weights, *fusion.normalise):
+        if name not in DEFAULT_RULES:
+            raise ValueError(f"no signal {name!r}; there are {', '.join(DEFAULT_RULES)}")
+    for name, rule in fusion.normalise.items():
+        if rule not in RULES:
+            raise ValueError(f"no rule {rule!r} to normalise {name}; there are {', '.join(RULES)}")
+    if fusion.method not in {"weighted", "rrf"}:
+        raise ValueError(f"no method {fusion.method!r}; there are weighted, rrf")
+    # The sum as well: finite weights may add up to an infinity.
+    if not math.isfinite(sum(fusion.weights.values())) or any(weight < 0 for weight in fusion.weights.values()):
+        raise ValueError(f"weights must be finite and not negative: {dict(fusion.weights)}")
+
+
+def _plays(row: Floats | None, weight: float) -> bool:
+    return row is not None and weight > 0 and not np.isnan(row).all()
+
+
+def _shared_sum(rows: Mapping[str, Floats], weights: Mapping[str, float], chunks: int) -> Floats:
+    """Add up as if each chunk's weights came to the same total, whatever it lacks."""
+    scores = _plain_sum(rows, weights, chunks)
+    if not rows:
+        return scores
+    total = math.fsum(weights[name] for name in rows)
+    there = np.sum([np.where(np.isnan(row), 0.0, weights[name]) for name, row in rows.items()], axis=0)
+    # Only where something is missing: elsewhere the sum stays the plain one, to the last bit.
+    partly = np.any([np.isnan(row) for row in rows.values()], axis=0) & (there > 0)
+    scores[partly] = _bounded(total, scores[partly] / there[partly])
+    return scores
+
+
+def _plain_sum(rows: Mapping[str, Floats], weights: Mapping[str, float], chunks: int) -> Floats:
+    scores = np.zeros(chunks)
+    for name, row in rows.items():
+        scores += _bounded(weights[name], np.where(np.isnan(row), 0.0, row))
+    return scores
+
+
+def _bounded(weight: float, row: Floats) -> Floats:
+    # A huge first-stage score times a huge weight must not become an infinity, which no JSON can carry; an eighth of
+    # the largest float leaves room to add all six signals.
+    limit = np.finfo(np.float64).max / 8
+    with np.errstate(over="ignore"):
+        return np.clip(weight * row, -limit, limit)
+
+
+def _missing(rows: Mapping[str, Floats], chunks: int) -> list[list[str]]:
+    missing: list[list[str]] = [[] for _ in range(chunks)]
+    for name, row in rows.items():
+        for position in np.flatnonzero(np.isnan(row)):
+            missing[position].append(name)
+    return missing
