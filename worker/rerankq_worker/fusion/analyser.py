@@ -1,9 +1,9 @@
 """Text into tokens for the token signal: English, Chinese, mixed, and any other script well enough.
 
 English is stemmed (Snowball English, "Porter2") by PyStemmer, Chinese cut for search by rjieba, whose words are those
-of jieba. Words of other alphabets stay whole; scripts without blanks that have no dictionary here (kana, Hangul, Thai and
-their neighbours) become pairs of neighbouring characters. What analysing costs is measured in
-``benchmarks/analyser_cost.py``.
+of jieba. Words of other alphabets stay whole; scripts without blanks that have no dictionary here (kana, Hangul, Thai
+and their neighbours) become pairs of neighbouring characters. What analysing costs, and what the pure Python peers of
+both libraries cost, is measured in ``benchmarks/analyser_cost.py``.
 
 An :class:`Analyser` remembers what it analysed as 64-bit token ids, so that a chunk that many jobs bring costs once.
 """

@@ -4,8 +4,9 @@ A token of the query found in several fields counts more than in one, with a sat
 boosts of the fields that hold it, the token is covered to ``X / (1 + X)``. That is BM25F with k1 = 1, binary term
 frequencies and no length normalisation (Robertson, Zaragoza and Taylor, "Simple BM25 extension to multiple weighted
 fields", CIKM 2004). It is divided by the same for all fields that occur in the job, so that a job with contents alone
-gives exactly the share of the query's weight that each chunk covers. A field that holds a token thus never lowers its
-chunk among the others; a field that no other chunk has makes the whole job's yardstick longer. Nothing here depends on how a chunk's tokens were found.
+gives exactly the share of the query's weight that each chunk covers. One more field thus never lowers its chunk among
+the others; a field that no chunk had before lengthens the yardstick for the whole job alike. Nothing here depends on
+how a chunk's tokens were found.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def covered(
     cells, strengths = _cells([finds[name] for name in fields], list(fields.values()), weights.size)
     shares = _saturated(strengths, sum(fields.values())) if boosts else np.ones(cells.size)
     earned = np.bincount(cells // weights.size, shares * weights[cells % weights.size], minlength=chunks)
-    return np.clip(earned / total, 0.0, 1.0)
+    coverage: Floats = np.clip(earned / total, 0.0, 1.0)
+    return coverage
 
 
 def _saturated(strengths: Floats, most: float) -> Floats:

@@ -1,0 +1,204 @@
+"""Text into tokens."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rerankq_worker.fusion import analyser as module
+from rerankq_worker.fusion.analyser import Analyser, analyse, token_ids
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n\t\u3000", "?!", "😀😀", "\x00", "\ud800", "\u0301" * 9, "the of and", "的了"]
+)
+def test_what_holds_no_words_gives_no_tokens(text):
+    assert analyse(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Running runs RUN", ["run", "run", "run"]),
+        ("children's toys, aren't they", ["children", "toy"]),
+        ("C++ and C# or C", ["c++", "c#", "c"]),
+        ("GPT-4", ["gpt-4", "gpt", "4"]),
+        ("user_id", ["user_id", "user", "id"]),
+        ("1,000,000 or 1000000", ["1000000", "1000000"]),
+        ("version 3.14 of", ["version", "3.14"]),
+        ("long-term", ["long", "term"]),
+        ("Naïve café", ["naïve", "café"]),
+        ("ＧＰＴ－４", ["gpt-4", "gpt", "4"]),
+        ("ｶﾞｶ", ["ガカ"]),
+        ("a\x00b\ud800c", ["b", "c"]),
+        ("हिन्दी", ["हिन्दी"]),
+        ("데이터베이스", ["데이", "이터", "터베", "베이", "이스"]),
+        ("東", ["東"]),
+        ("中华人民共和国", ["中华", "华人", "人民", "共和", "共和国", "中华人民共和国"]),
+        ("使用GPU加速", ["使用", "gpu", "加速"]),
+        ("设置批大小", ["设置", "批", "大小"]),
+    ],
+)
+def test_words_of_many_kinds(text, tokens):
+    assert analyse(text) == tokens
+
+
+def test_spelling_variants_meet_in_a_token():
+    for one, other in [("COVID 19", "covid-19"), ("long term effect", "long-term effects"), ("don’t tides", "tide")]:
+        assert set(analyse(one)) <= set(analyse(other))
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=()), max_size=60))
+def test_any_text_at_all_gives_nonempty_tokens_of_bounded_length(text):
+    tokens = analyse(text)
+    assert all(0 < len(token) <= module.MAX_TOKEN_CHARACTERS for token in tokens if token.isascii())
+    assert tokens == analyse(text)
+
+
+@given(st.text(max_size=400))
+def test_normalising_in_pieces_changes_no_ordinary_text(text):
+    words = " ".join(text[place : place + 20] for place in range(0, len(text), 20))
+    assert module._normalised(words) == module.unicodedata.normalize("NFKC", words).lower()
+
+
+FLOODS = [
+    "a",
+    "a-",
+    "1,000",
+    "我们的",
+    "鬱",
+    "데",
+    "\u0301\u0316",
+    "\ud800",
+    " ",
+    "'",
+    "a.",
+    "हि",
+    "，Ａ",
+    "a中",
+    "\x00",
+    "é",
+]
+
+
+def cpu_seconds(text):
+    started = time.thread_time()
+    analyse(text)
+    return time.thread_time() - started
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_flood_of_one_thing_takes_time_in_proportion_to_its_length(flood):
+    # Eight times the text may take eight times as long, and far from sixty-four; the constant forgives tiny timings.
+    short, long = flood * 25_000, flood * 200_000
+    assert cpu_seconds(long) < 30 * min(cpu_seconds(short) for _ in range(3)) + 0.5
+
+
+def test_a_word_without_end_is_named_by_its_beginning():
+    assert analyse("z" * 100_000) == ["z" * module.MAX_TOKEN_CHARACTERS]
+
+
+def test_what_is_remembered_equals_what_is_analysed():
+    analyser = Analyser()
+    for text in ["The moon pulls the sea.", "潮汐由月球引起。", "", "\ud800"]:
+        for _ in range(2):
+            np.testing.assert_array_equal(np.sort(analyser.token_ids(text)), np.sort(token_ids(set(analyse(text)))))
+
+
+def test_a_text_is_analysed_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "analyse", lambda text: calls.append(text) or ["token"])
+    analyser = Analyser()
+    for _ in range(3):
+        analyser.token_ids("one")
+        analyser.token_ids("two")
+    assert calls == ["one", "two"]
+
+
+def test_two_lists_of_texts_never_run_together():
+    analyser = Analyser()
+    one = analyser.ragflow_ids("moon", "sea", [])
+    other = analyser.ragflow_ids("moonsea", "", [])
+    assert set(one.tolist()) != set(other.tolist())
+    assert set(analyser.token_ids("moon sea").tolist()) < set(one.tolist())
+
+
+def test_memory_stays_within_its_bound_and_the_latest_used_survive(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "analyse", lambda text: calls.append(text) or [text])
+    entry = 8 + 400
+    analyser = Analyser(capacity_bytes=10 * entry)
+    for text in "abcdefghij":
+        analyser.token_ids(text)
+    analyser.token_ids("a")
+    analyser.token_ids("k")
+    analyser.token_ids("a")
+    assert calls == list("abcdefghijk")
+    analyser.token_ids("b")
+    assert calls[-1] == "b"
+    assert analyser._bytes <= 10 * entry
+    assert analyser._bytes == sum(module._size(ids) for ids in analyser._known.values())
+
+
+def test_a_text_too_large_to_remember_is_analysed_all_the_same():
+    analyser = Analyser(capacity_bytes=100)
+    assert analyser.token_ids("moon sea").size == 2
+    assert not analyser._known
+
+
+def test_what_is_remembered_cannot_be_changed():
+    with pytest.raises(ValueError, match="read-only"):
+        Analyser().token_ids("moon")[0] = 1
+
+
+def test_many_threads_at_once_see_the_same_tokens():
+    texts = [f"running tests {number} 中华人民共和国第{number}条 connection-{number}" for number in range(50)]
+    expected = [analyse(text) for text in texts]
+    analyser = Analyser(capacity_bytes=5_000)
+    wrong = []
+
+    def work(seed):
+        order = random.Random(seed).choices(range(50), k=300)
+        module._word.cache_clear()
+        wrong.extend(place for place in order if analyse(texts[place]) != expected[place])
+        wrong.extend(p for p in order if set(analyser.token_ids(texts[p]).tolist()) != set(map(hash, expected[p])))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert analyser._bytes == sum(module._size(ids) for ids in analyser._known.values()) <= 5_000
+
+
+def test_loading_is_silent_even_with_warnings_as_errors():
+    code = "from rerankq_worker.fusion import Analyser; Analyser().warm()"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(module.__file__).rpartition("/rerankq_worker/")[0]},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_fusion_imports_neither_torch_nor_celery_nor_redis_nor_the_contract():
+    code = (
+        "import sys, rerankq_worker.fusion; "
+        "print([n for n in ('torch', 'celery', 'redis', 'pydantic', 'rerankq', 'sklearn') if n in sys.modules])"
+    )
+    root = str(module.__file__).rpartition("/rerankq_worker/")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": root}
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,269 @@
+"""Signals become scores and an order."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rerankq_worker import fusion
+from rerankq_worker.fusion.normalise import RULES
+from rerankq_worker.fusion.ranks import places
+
+SIGNALS = tuple(fusion.DEFAULT_RULES)
+MISSING = (None, math.nan, math.inf, -math.inf)
+
+
+@dataclass(frozen=True)
+class Spec:
+    method: str = "weighted"
+    weights: dict = field(default_factory=lambda: {"model": 1.0})
+    normalise: dict = field(default_factory=dict)
+    boosts: dict = field(default_factory=dict)
+    rrf_k: int = 60
+    token_rule: str = "coverage"
+
+
+PLAIN = dict.fromkeys(SIGNALS, "none")
+
+
+def slow_fused(signals, spec):
+    """The rules of fusion, chunk by chunk, as one would say them aloud. Signals hold numbers or None."""
+    chunks = len(next(iter(signals.values())))
+    in_play = [n for n, row in signals.items() if spec.weights.get(n, 0) > 0 and any(v is not None for v in row)]
+    scores, missing = [], []
+    for chunk in range(chunks):
+        lacking = [name for name in in_play if signals[name][chunk] is None]
+        has = [name for name in in_play if name not in lacking]
+        if spec.method == "rrf":
+            score = 0.0
+            for name in has:
+                higher = [v for v in signals[name] if v is not None and v > signals[name][chunk]]
+                score += spec.weights[name] / (spec.rrf_k + 1 + len(higher))
+        else:
+            sharing = [name for name in in_play if spec.normalise[name] != "raw"]
+            there = [name for name in sharing if name in has]
+            lost = sum(spec.weights[name] for name in sharing if name in lacking)
+            held = sum(spec.weights[name] for name in there)
+            score = 0.0
+            for name in there:
+                score += (spec.weights[name] + lost * spec.weights[name] / held) * signals[name][chunk]
+            for name in has:
+                if name not in sharing:
+                    score += spec.weights[name] * signals[name][chunk]
+        scores.append(score)
+        missing.append(lacking)
+    return scores, missing
+
+
+values = st.one_of(st.none(), st.floats(-100, 100).map(lambda v: round(v, 3)))
+
+
+@st.composite
+def jobs(draw):
+    chunks = draw(st.integers(1, 6))
+    names = draw(st.lists(st.sampled_from(SIGNALS), min_size=1, unique=True))
+    signals = {name: draw(st.lists(values, min_size=chunks, max_size=chunks)) for name in names}
+    weights = {name: draw(st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0, 10.0])) for name in SIGNALS}
+    normalise = {name: draw(st.sampled_from(["none", "raw"])) for name in SIGNALS}
+    return signals, Spec(draw(st.sampled_from(["weighted", "rrf"])), weights, normalise, rrf_k=draw(st.integers(1, 60)))
+
+
+@given(jobs())
+def test_fused_scores_and_missing_signals_equal_their_slow_twin(job):
+    signals, spec = job
+    blend = fusion.blend(signals, spec)
+    scores, missing = slow_fused(signals, spec)
+    np.testing.assert_allclose(blend.scores, scores, rtol=1e-9, atol=1e-9)
+    assert [sorted(names) for names in blend.missing] == [sorted(names) for names in missing]
+
+
+@given(jobs(), st.randoms(use_true_random=False))
+def test_the_order_in_which_chunks_arrive_changes_no_score(job, random):
+    signals, spec = job
+    spec = replace(spec, normalise={})
+    order = list(range(len(next(iter(signals.values())))))
+    random.shuffle(order)
+    shuffled = {name: [row[place] for place in order] for name, row in signals.items()}
+    np.testing.assert_array_equal(fusion.fuse(shuffled, spec), fusion.fuse(signals, spec)[order])
+
+
+wild = st.one_of(st.none(), st.floats(), st.sampled_from([1e308, -1e308, 5e-324]))
+any_rule = st.dictionaries(st.sampled_from(SIGNALS), st.sampled_from(sorted(RULES)))
+any_weight = st.dictionaries(st.sampled_from(SIGNALS), st.sampled_from([0, 5e-324, 0.3, 1, 1e300]))
+
+
+@given(st.lists(st.tuples(wild, wild, wild), max_size=5), any_rule, any_weight, st.sampled_from(["weighted", "rrf"]))
+def test_scores_are_finite_and_inputs_unchanged_whatever_comes_in(rows, rules, weights, method):
+    signals = {name: np.array([row[place] for row in rows], dtype=float) for place, name in enumerate(SIGNALS[:3])}
+    before = copy.deepcopy(signals)
+    assert np.isfinite(fusion.fuse(signals, Spec(method, weights, rules))).all()
+    for name, row in before.items():
+        np.testing.assert_array_equal(signals[name], row)
+
+
+def test_the_weighted_sum_is_not_divided_by_its_weights():
+    spec = Spec(weights={"model": 0.7, "token": 0.3, "pagerank": 0.1, "tags": 0.1})
+    signals = {"model": [1000.0], "token": [1.0], "pagerank": [100.0], "tags": [1.0]}
+    np.testing.assert_allclose(fusion.fuse(signals, spec), [1.2])
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_the_weight_of_what_a_chunk_lacks_goes_to_its_other_signals(missing):
+    spec = Spec(weights={"model": 0.5, "token": 0.3, "vector": 0.2}, normalise=PLAIN)
+    blend = fusion.blend({"model": [missing, 1.0], "token": [0.4, 0.4], "vector": [0.9, 0.9]}, spec)
+    np.testing.assert_allclose(blend.scores, [(0.3 * 0.4 + 0.2 * 0.9) / 0.5, 0.5 + 0.12 + 0.18])
+    assert blend.missing == [["model"], []]
+    assert math.isnan(blend.normalised["model"][0])
+
+
+@pytest.mark.parametrize("method", ["weighted", "rrf"])
+def test_a_signal_that_no_chunk_has_plays_no_part(method):
+    spec = Spec(method, weights={"model": 0.7, "token": 0.3}, normalise=PLAIN)
+    alone = fusion.fuse({"model": [0.2, 0.4]}, spec)
+    for absent in (None, [None, math.nan], [math.inf, -math.inf]):
+        blend = fusion.blend({"model": [0.2, 0.4], "token": absent}, spec)
+        np.testing.assert_array_equal(blend.scores, alone)
+        assert blend.missing == [[], []]
+        assert list(blend.normalised) == ["model"]
+
+
+def test_a_signal_of_weight_zero_is_neither_used_nor_reported():
+    spec = Spec(weights={"model": 1.0, "token": 0.0})
+    blend = fusion.blend({"model": [0.0], "token": [math.nan]}, spec)
+    assert (blend.scores.tolist(), list(blend.normalised), blend.missing) == ([0.5], ["model"], [[]])
+    assert fusion.signals_needed(spec) == {"model"}
+
+
+def test_a_chunk_that_lacks_everything_scores_zero():
+    spec = Spec(weights={"model": 0.7, "vector": 0.3})
+    blend = fusion.blend({"model": [1.0, None], "vector": [0.5, None]}, spec)
+    assert blend.scores[1] == 0
+    assert blend.missing[1] == ["model", "vector"]
+
+
+def test_a_raw_signal_is_added_on_top_and_takes_no_share():
+    spec = Spec(weights={"model": 0.7, "token": 0.3, "pagerank": 1.0}, normalise=PLAIN | {"pagerank": "raw"})
+    signals = {"model": [None, 0.5, None], "token": [0.4, 0.4, None], "pagerank": [3.0, None, 5.0]}
+    blend = fusion.blend(signals, spec)
+    np.testing.assert_allclose(blend.scores, [0.4 + 3, 0.35 + 0.12, 5])
+    assert blend.missing == [["model"], ["pagerank"], ["model", "token"]]
+
+
+def test_no_signals_and_no_chunks_give_no_scores():
+    assert fusion.fuse({}, Spec()).shape == (0,)
+    assert fusion.fuse({"model": []}, Spec()).shape == (0,)
+    assert fusion.blend({"model": None, "token": [0.5]}, Spec()).scores.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("signals", "spec", "says"),
+    [
+        ({"modle": [1.0]}, Spec(), "modle"),
+        ({"model": [1.0]}, Spec(weights={"bm25": 1}), "bm25"),
+        ({"model": [1.0]}, Spec(normalise={"model": "softmax"}), "softmax"),
+        ({"model": [1.0]}, Spec(method="mean"), "mean"),
+        ({"model": [1.0]}, Spec(weights={"model": -1}), "negative"),
+        ({"model": [1.0]}, Spec(weights={"model": math.nan}), "finite"),
+        ({"model": [1.0], "token": [1.0, 2.0]}, Spec(), "length"),
+        ({"model": [[1.0]]}, Spec(), "shape"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_words(signals, spec, says):
+    with pytest.raises(ValueError, match=says):
+        fusion.fuse(signals, spec)
+
+
+finite = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("rule", ["sigmoid", "minmax", "ragflow"])
+@given(raw=finite)
+def test_normalised_values_lie_between_zero_and_one_and_keep_their_order(rule, raw):
+    normalised = RULES[rule](raw)
+    assert ((normalised >= 0) & (normalised <= 1)).all()
+    assert (np.diff(normalised[np.argsort(raw, kind="stable")]) >= 0).all()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_missing_values_stay_missing_and_spoil_no_others(rule):
+    raw = [0.25, None, -3.0, math.inf, 8.0, -math.inf]
+    normalised = RULES[rule](raw)
+    assert np.isnan(normalised).tolist() == [False, True, False, True, False, True]
+    np.testing.assert_array_equal(normalised[[0, 2, 4]], RULES[rule]([0.25, -3.0, 8.0]))
+    assert np.isnan(RULES[rule]([None, math.inf])).all()
+    assert RULES[rule]([]).shape == (0,)
+
+
+@given(st.floats(-700, 700))
+def test_the_sigmoid_equals_its_textbook_form(logit):
+    np.testing.assert_allclose(fusion.normalise_sigmoid([logit])[0], 1 / (1 + math.exp(-logit)), rtol=1e-12)
+
+
+def test_equal_values_are_neither_lifted_nor_sunk_by_minmax():
+    assert fusion.normalise_minmax([3.0, 3.0, None]).tolist()[:2] == [0.5, 0.5]
+
+
+def slow_places(row):
+    return [math.nan if v is None else 1 + sum(w > v for w in row if w is not None) for v in row]
+
+
+@given(st.lists(st.one_of(st.none(), st.sampled_from([0.0, 1.0, 2.0, 3.5])), max_size=8))
+def test_places_equal_their_slow_twin(row):
+    np.testing.assert_array_equal(places(row), slow_places(row))
+
+
+def test_a_chunk_gets_nothing_from_a_ranking_that_lacks_it():
+    scores = fusion.reciprocal_rank_fusion({"a": [5.0, None], "b": [1.0, 1.0]}, k=60)
+    np.testing.assert_allclose(scores, [2 / 61, 1 / 61])
+
+
+def test_reciprocal_ranks_of_nothing_are_nothing():
+    assert fusion.reciprocal_rank_fusion({}).shape == (0,)
+    assert fusion.reciprocal_rank_fusion({"a": []}).shape == (0,)
+    with pytest.raises(ValueError, match="negative"):
+        fusion.reciprocal_rank_fusion({"a": [1.0]}, k=-1)
+    with pytest.raises(ValueError, match="length"):
+        fusion.reciprocal_rank_fusion({"a": [1.0], "b": []})
+
+
+score_lists = st.lists(st.one_of(st.floats(), st.sampled_from([0.0, -0.0, 1.0])), max_size=10)
+
+
+@given(score_lists, st.one_of(st.none(), st.floats(-2, 2)), st.one_of(st.none(), st.integers(0, 12)))
+def test_a_ranking_equals_its_slow_twin(scores, min_score, top_k):
+    order = sorted(
+        range(len(scores)), key=lambda i: (math.isnan(scores[i]), 0 if math.isnan(scores[i]) else -scores[i])
+    )
+    kept = [place for place in order if min_score is None or scores[place] >= min_score]
+    assert fusion.rank(scores, min_score, top_k).tolist() == (kept if top_k is None else kept[:top_k])
+
+
+def test_a_negative_top_k_is_refused():
+    with pytest.raises(ValueError, match="top_k"):
+        fusion.rank([1.0], top_k=-1)
+
+
+weights = st.dictionaries(st.sampled_from("abcd"), st.floats(-1e300, 1e300).filter(lambda w: w == 0 or abs(w) > 1e-300))
+
+
+@given(weights, st.lists(weights, max_size=4))
+def test_tag_scores_are_cosines(query, chunks):
+    scores = fusion.rank_feature_scores(query, chunks)
+    if not any(query.values()):
+        assert np.isnan(scores).all()
+        return
+    assert (abs(scores) <= 1).all()
+    for score, tags in zip(scores, chunks, strict=True):
+        if not query.keys() & tags.keys() or not any(tags.values()):
+            assert score == 0
+
+
+def test_tags_that_are_not_finite_do_not_count():
+    scores = fusion.rank_feature_scores({"a": 1, "b": math.nan}, [{"a": 2, "c": math.inf}, {"b": 1}])
+    assert scores.tolist() == [1.0, 0.0]
