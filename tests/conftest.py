@@ -70,6 +70,15 @@ def redis_url_each_version(request: pytest.FixtureRequest, redis_servers: Callab
     return emptied(redis_servers(request.param))
 
 
+@pytest.fixture(params=list(REDIS_VERSIONS))
+def redis_binary_each_version(request: pytest.FixtureRequest) -> Path:
+    """The server program, once for each generation that we promise to work with."""
+    binary = redis_binary(request.param)
+    if binary is None:
+        missing(f"no redis-server {request.param} here")
+    return binary
+
+
 def emptied(url: str) -> str:
     with redis.Redis.from_url(url) as connection:
         connection.flushall()

@@ -35,6 +35,11 @@ HOW_TO_GET_A_SERVER = (
     "RERANKQ_BROKER_URL."
 ).format(oldest=".".join(map(str, OLDEST)))
 
+GRACE_S = 5.0
+"""Seconds between asking a server to stop and killing it."""
+
+_GUARD = (sys.executable, "-I", "-S", lifeline.__file__)
+
 Eviction = Literal["noeviction", "allkeys-lru", "allkeys-lfu", "volatile-lru", "volatile-lfu", "volatile-ttl"]
 
 
@@ -125,7 +130,7 @@ class EmbeddedRedis:
         atexit.unregister(self.stop)
         try:
             # A byte, not the end alone: a forked child may hold the pipe open.
-            guard.communicate(b".", timeout=2 * lifeline.GRACE_S)
+            guard.communicate(b".", timeout=2 * GRACE_S)
         except subprocess.TimeoutExpired:
             # The guard leads a session of its own, so this reaches the server and nobody else.
             os.killpg(guard.pid, signal.SIGKILL)
@@ -140,7 +145,7 @@ class EmbeddedRedis:
         self._owner = os.getpid()
         with tempfile.TemporaryFile() as log:
             self._guard = subprocess.Popen(  # noqa: S603 - the program is the caller's choice, or a redis-server
-                [sys.executable, "-I", "-S", lifeline.__file__, str(folder), str(binary.absolute()), "redis.conf"],
+                [*_GUARD, str(GRACE_S), str(folder), str(binary.absolute()), "redis.conf"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

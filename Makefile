@@ -1,0 +1,50 @@
+# Everything a checkout needs; `make` alone lists the targets.
+# VENV, PYTHON and TORCH_INDEX can be set: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/rerankq-installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help:  ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Make .venv with everything in it; nothing to do while pyproject.toml and constraints.txt stay.
+
+demo: $(STAMP)  ## Rank a few queries with the bundled model, and show what moved and why.
+	$(BIN)/rerankq demo
+
+test: lint  ## Lint, check types, run every test.
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Put the code into the agreed form.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Run every benchmark, one after the other.
+	@set -e; for question in benchmarks/*.py; do echo "== $$question"; $(BIN)/python "$$question"; done
+
+clean:  ## Remove the environment and what the tools left.
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamp comes last: an interrupted installation is started again. torch comes before all that needs it, alone, so
+# that TORCH_INDEX decides which build of it there will be.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (once; this can take some minutes)"
+	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; set PYTHON to its path))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON to its path")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) --editable '.[all]' --group dev
+	@touch $@

