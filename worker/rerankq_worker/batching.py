@@ -1,0 +1,108 @@
+"""Which pairs share the next batch: a pure decision over arrays.
+
+A padded batch costs *longest × count* tokens. Whoever owns the device asks for one batch whenever it becomes free, from
+whatever waits at that moment; nothing here waits for company.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Positions = NDArray[np.intp]
+
+#: A pair may be padded by this share of its own length...
+SLACK = 0.125
+#: ...and by this many tokens more, so that very short pairs find company at all.
+GRACE_TOKENS = 8
+#: Planning looks at this many pairs at a time: enough neighbours in length, about a millisecond at most.
+WINDOW = 8192
+
+
+def plan(
+    lengths: ArrayLike,
+    priorities: ArrayLike,
+    ages: ArrayLike,
+    budget: int,
+    *,
+    age_limit: float = math.inf,
+    slack: float = SLACK,
+    grace: float = GRACE_TOKENS,
+) -> Positions:
+    """Choose the one batch to run now, as positions into the given arrays, shortest pair first.
+
+    ``lengths`` are tokens, ``priorities`` higher first, ``ages`` and ``age_limit`` seconds, each array one entry per
+    waiting pair in order of arrival. The rule, in order:
+
+    1. One pair leads: the oldest of the highest priority present, unless a pair of a lower priority is as old as
+       ``age_limit``; then the oldest of those. The leader is always in the batch, so nothing starves.
+    2. Its mates have the leader's priority or a higher one, and are its neighbours in order of length.
+    3. Longest × count stays within ``budget``. Only a leader that is longer than the budget exceeds it, alone.
+    4. No pair of ``n`` tokens is padded beyond ``n * (1 + slack) + grace``.
+    5. Among those runs of neighbours: the most room used up, counting padding against it.
+
+    >>> plan([9, 40, 10, 400, 9], [0, 0, 0, 0, 0], [5, 4, 3, 2, 1], budget=64)
+    array([0, 4, 2])
+    >>> plan([9, 40, 10, 400, 9], [0, 1, 0, 1, 0], [5, 4, 3, 2, 1], budget=64)
+    array([1])
+    >>> plan([], [], [], budget=64)
+    array([], dtype=int64)
+
+    Raises ValueError when the arrays differ in length, a length is below one, or the budget is.
+    """
+    lengths, priorities, ages = np.asarray(lengths), np.asarray(priorities), np.asarray(ages, dtype=np.float64)
+    if not lengths.shape == priorities.shape == ages.shape or lengths.ndim != 1:
+        raise ValueError(f"one entry per pair: got {lengths.shape}, {priorities.shape} and {ages.shape}")
+    if budget < 1:
+        raise ValueError(f"a budget of {budget} tokens holds no pair")
+    if not lengths.size:
+        return np.empty(0, dtype=np.intp)
+    if lengths.min() < 1:
+        raise ValueError("a pair has at least one token")
+    leader = _leader(priorities, ages, age_limit)
+    eligible = np.flatnonzero(priorities >= priorities[leader])
+    run = _best_run(lengths[eligible], int(np.searchsorted(eligible, leader)), budget, slack, grace)
+    return eligible[run]
+
+
+def plan_all(lengths: ArrayLike, budget: int, *, window: int = WINDOW) -> Iterator[Positions]:
+    """Plan batch after batch until every pair had its turn, oldest first, all of one priority.
+
+    >>> [batch.tolist() for batch in plan_all([10, 50, 11, 52], budget=110)]
+    [[0, 2], [1, 3]]
+    """
+    lengths = np.asarray(lengths)
+    rest = np.arange(lengths.size)
+    while rest.size:
+        near = rest[:window]
+        batch = near[plan(lengths[near], np.zeros(near.size, dtype=np.int8), -near, budget)]
+        yield batch
+        rest = rest[~np.isin(rest, batch)]
+
+
+def _leader(priorities: NDArray[np.generic], ages: NDArray[np.float64], age_limit: float) -> int:
+    first = priorities == priorities.max()
+    overdue = ~first & (ages >= age_limit)
+    return int(np.argmax(np.where(overdue if overdue.any() else first, ages, -np.inf)))
+
+
+def _best_run(lengths: NDArray[np.generic], leader: int, budget: int, slack: float, grace: float) -> Positions:
+    order = np.argsort(lengths, kind="stable")
+    ranked = lengths[order].astype(np.int64)
+    place = int(np.flatnonzero(order == leader)[0])
+    if ranked[place] > budget:
+        return order[place : place + 1]
+    # A run is named by its ends, lo..hi in order of length. For each place of the longest pair (hi) exactly one lo is
+    # worth a look, the lowest allowed: every pair within reach adds more than it costs.
+    reach = ranked * (1 + slack) + grace
+    hi = np.arange(place, np.searchsorted(ranked, min(reach[place], budget), side="right"))
+    longest = ranked[hi]
+    lo = np.maximum(np.searchsorted(reach, longest, side="left"), hi - budget // longest + 1)
+    lo, hi, longest = (ends[lo <= place] for ends in (lo, hi, longest))
+    total = np.concatenate(([0.0], np.cumsum(reach)))
+    worth = total[hi + 1] - total[lo] - longest * (hi - lo + 1)
+    best = int(np.argmax(worth))
+    return order[lo[best] : hi[best] + 1]

@@ -1,0 +1,102 @@
+"""One cross-encoder on one device, and the thread that feeds it.
+
+Importing this loads no torch; loading a model other than the stub does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rerankq_worker.engine.batcher import Batcher, BatcherStats
+from rerankq_worker.engine.checkpoint import find_checkpoint
+from rerankq_worker.engine.cores import allocator_environment, available_cores
+from rerankq_worker.engine.errors import (
+    EngineClosed,
+    EngineDied,
+    EngineError,
+    ModelUnusable,
+    PairFailed,
+    TicketCancelled,
+)
+from rerankq_worker.engine.protocol import QUERY_MAX_TOKENS, Engine, Logits, TokenisedPair
+from rerankq_worker.engine.stub import StubEngine, parse_stub
+from rerankq_worker.engine.ticket import Ticket
+
+__all__ = [
+    "QUERY_MAX_TOKENS",
+    "Batcher",
+    "BatcherStats",
+    "Engine",
+    "EngineClosed",
+    "EngineDied",
+    "EngineError",
+    "Logits",
+    "ModelUnusable",
+    "PairFailed",
+    "StubEngine",
+    "Ticket",
+    "TicketCancelled",
+    "TokenisedPair",
+    "allocator_environment",
+    "available_cores",
+    "load",
+]
+
+
+def load(
+    model: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    max_length: int | None = None,
+    max_batch_tokens: int | str = "auto",
+    threads: int | None = None,
+) -> Engine:
+    """Load a model and run it once, so that the first job pays no start-up cost.
+
+    ``model`` is ``stub`` or ``stub:SECONDS_PER_TOKEN``, ``bundled``, a local folder, or a name on the Hugging Face
+    hub: any sentence-transformers ``CrossEncoder`` checkpoint with one label and weights in safetensors. ``dtype`` is
+    ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 on CUDA and on CPUs that multiply it in tiles (AMX),
+    else float32. ``max_length`` is in tokens and may lower the model's own; ``max_batch_tokens`` are padded tokens per
+    batch. ``threads`` (default: every core available) counts on a CPU alone, for the whole process. On Linux a CPU
+    engine gains from ``allocator_environment()``, which only a parent process can set.
+
+    Raises ModelUnusable, saying what was tried, EngineError for a device that is not there, and ValueError.
+    """
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1 token, not {max_length}")
+    budget = _batch_tokens(max_batch_tokens)
+    engine = (
+        _load_stub(model, max_length, budget)
+        if model.partition(":")[0] == "stub"
+        else _load_cross_encoder(model, budget, device=device, dtype=dtype, max_length=max_length, threads=threads)
+    )
+    engine.warm_up()
+    return engine
+
+
+def _load_stub(model: str, max_length: int | None, budget: int | None) -> Engine:
+    return StubEngine(
+        name=model,
+        seconds_per_token=parse_stub(model),
+        max_length=max_length or 512,
+        max_batch_tokens=budget or 4096,
+    )
+
+
+def _load_cross_encoder(model: str, budget: int | None, **options: Any) -> Engine:
+    folder = find_checkpoint(model)
+    # Torch takes seconds to import and a gigabyte of address space: only whoever loads a model pays.
+    from rerankq_worker.engine.cross_encoder import CrossEncoderEngine  # noqa: PLC0415
+
+    return CrossEncoderEngine(folder, name=model, max_batch_tokens=budget, **options)
+
+
+def _batch_tokens(asked: int | str) -> int | None:
+    if asked == "auto":
+        return None
+    if isinstance(asked, str) and not asked.isdecimal():
+        raise ValueError(f"max_batch_tokens must be a number of tokens or 'auto', not {asked!r}")
+    if int(asked) < 1:
+        raise ValueError(f"max_batch_tokens must be at least 1, not {asked}")
+    return int(asked)

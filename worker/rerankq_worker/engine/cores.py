@@ -1,0 +1,59 @@
+"""What this process may use of the machine, read from the operating system."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def available_cores() -> int:
+    """Count the cores that this process may run on: its affinity, cut by the container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, quota_cores(_read(_QUOTA), otherwise=allowed)))
+
+
+def quota_cores(cpu_max: str, *, otherwise: int) -> int:
+    """Read whole cores out of a control group's ``cpu.max``: "quota period" in microseconds.
+
+    >>> quota_cores("250000 100000", otherwise=64), quota_cores("max 100000", otherwise=64)
+    (3, 64)
+    """
+    quota, _, period = cpu_max.strip().partition(" ")
+    if not (quota.isdigit() and period.isdigit() and int(period)):
+        return otherwise
+    return math.ceil(int(quota) / int(period))
+
+
+def has_amx_bf16() -> bool:
+    """Tell whether this CPU multiplies bfloat16 matrices in tiles (AMX): there bfloat16 is several times faster."""
+    return names_amx_bf16(_read(_CPUINFO))
+
+
+def names_amx_bf16(cpuinfo: str) -> bool:
+    r"""Find the flag in the text of ``/proc/cpuinfo``.
+
+    >>> names_amx_bf16("flags\t: fpu avx512_bf16 amx_bf16 amx_tile"), names_amx_bf16("flags\t: fpu avx512_bf16")
+    (True, False)
+    """
+    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
+    return "amx_bf16" in flags.split()
+
+
+def allocator_environment() -> dict[str, str]:
+    """Give the variables that make glibc keep the memory of one batch for the next; set them before the process starts.
+
+    glibc returns large blocks to the system after every forward pass and faults them in again, zeroed, in the next.
+    Both thresholds are in bytes: blocks up to the first come from the heap, and up to the second of it stays ours.
+    """
+    return {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,53 @@
+"""What can go wrong between a pair and its score, as types.
+
+EngineError
+├── ModelUnusable     the model cannot be loaded, or is not a cross-encoder with one label
+├── PairFailed        this pair fails even alone; its neighbours are fine
+├── EngineDied        the device or its thread is gone; the same pairs may succeed elsewhere
+├── EngineClosed      the batcher was told to stop
+└── TicketCancelled   whoever submitted these pairs withdrew them
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of every error that the engine raises on purpose."""
+
+
+class ModelUnusable(EngineError, ValueError):
+    """Raised when a model cannot be found or loaded, or does not give one score per pair."""
+
+
+class PairFailed(EngineError):
+    """Raised when a pair cannot be scored although it was tried alone and the device is well."""
+
+
+class EngineDied(EngineError):
+    """Raised when the device no longer answers; says nothing about the pairs that were waiting."""
+
+
+class EngineClosed(EngineError):
+    """Raised when pairs are submitted to, or still wait in, a batcher that was closed."""
+
+
+class TicketCancelled(EngineError):
+    """Raised when a ticket's result is asked for after it was cancelled."""
+
+
+#: torch's CPU allocator and some CUDA libraries raise a plain RuntimeError and say it only in words.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a smaller batch could succeed where this error was raised, without importing torch.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate..."))
+    (True, True)
+    >>> is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    False
+    """
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(phrase in words for phrase in _OUT_OF_MEMORY)

@@ -1,0 +1,55 @@
+"""How fast the device is, and how much it can hold: small decisions of the batcher as frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+#: Weight of everything measured before, against one new batch.
+_MEMORY = 0.9
+#: Batches without trouble after which a lowered budget is doubled again.
+_CALM_BATCHES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds per padded token, from recent batches; the older, the less they count."""
+
+    seconds: float = 0.0
+    tokens: float = 0.0
+
+    def after(self, tokens: int, seconds: float) -> Pace:
+        """Learn from a batch of so many padded tokens.
+
+        >>> Pace().after(1000, 2.0).predict(500)
+        1.0
+        """
+        return Pace(_MEMORY * self.seconds + seconds, _MEMORY * self.tokens + tokens)
+
+    def predict(self, tokens: int) -> float:
+        """Seconds that a batch of so many padded tokens takes; 0 while nothing was measured."""
+        return self.seconds / self.tokens * tokens if self.tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Padded tokens per batch: ``full`` as configured, ``now`` what the device's memory holds at present.
+
+    >>> Budget(4096, 4096).after_out_of_memory(3000)
+    Budget(full=4096, now=1500, calm=0)
+    """
+
+    full: int
+    now: int
+    calm: int = 0
+
+    def after_out_of_memory(self, tokens: int) -> Budget:
+        """Halve: a batch of so many padded tokens did not fit."""
+        return Budget(self.full, max(1, min(self.now, tokens) // 2))
+
+    def after_success(self) -> Budget:
+        """Count a batch that fitted; after enough of them try twice as much, since what took the memory may be gone."""
+        if self.now >= self.full:
+            return self
+        if self.calm + 1 < _CALM_BATCHES:
+            return replace(self, calm=self.calm + 1)
+        return Budget(self.full, min(self.full, self.now * 2))

@@ -1,0 +1,124 @@
+"""What an engine is: tokenise pairs, run one batch. Its doubles and its rivals stand beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rerankq_worker.batching import plan_all
+
+Logits = NDArray[np.float32]
+
+#: Tokens of a query that are kept, unless half of the room is less.
+QUERY_MAX_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenisedPair:
+    """One query and one chunk as the model reads them, special tokens included.
+
+    ``ids`` are the token ids, int32; the second segment begins at ``second_from`` (the length, where a model knows but
+    one segment). ``truncated`` says that the query or the chunk was cut to fit.
+    """
+
+    ids: NDArray[np.int32]
+    second_from: int
+    truncated: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens that this pair costs without padding."""
+        return len(self.ids)
+
+
+class Engine(Protocol):
+    """One model on one device.
+
+    ``fingerprint`` names everything of the model that changes a logit: weights, precision ("fp32" or "reduced"),
+    tokeniser and pair template, no activation. ``max_length`` is in tokens. ``forward`` belongs to one thread at a
+    time; ``tokenise`` may be called from any number of threads at once.
+    """
+
+    name: str
+    fingerprint: str
+    max_length: int
+    max_batch_tokens: int
+    dtype: str
+    device: str
+
+    def tokenise(
+        self,
+        query: str,
+        chunks: Sequence[str],
+        *,
+        max_length: int | None = None,
+        query_max_tokens: int = QUERY_MAX_TOKENS,
+    ) -> list[TokenisedPair]:
+        """Pair the query with each chunk, in order, cut to ``max_length`` tokens."""
+
+    def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
+        """Run one padded batch on the device: raw logits, shape ``(len(batch),)``."""
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> Logits:
+        """Score ``(query, chunk)`` pairs: raw logits, same order, same length."""
+
+    def warm_up(self) -> None:
+        """Run a small batch, so that the first job pays no start-up cost; raises if the device does not answer."""
+
+    def release_memory(self) -> None:
+        """Give back what the allocator of the device holds without using it."""
+
+
+def score_in_batches(engine: Engine, pairs: Sequence[tuple[str, str]]) -> Logits:
+    """Tokenise, plan and run ``(query, chunk)`` pairs on an engine that is ours alone; same order, same length."""
+    tokenised: list[TokenisedPair] = []
+    for query, run in groupby(pairs, key=lambda pair: pair[0]):
+        tokenised += engine.tokenise(query, [chunk for _, chunk in run])
+    logits = np.empty(len(tokenised), dtype=np.float32)
+    for batch in plan_all([pair.length for pair in tokenised], engine.max_batch_tokens):
+        logits[batch] = engine.forward([tokenised[position] for position in batch])
+    return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many tokens of a query and of its chunks fit into one pair."""
+
+    query: int
+    total: int
+
+    def for_chunk(self, query_tokens: int) -> int:
+        """Tokens left to the chunk beside a query of so many tokens."""
+        return self.total - min(query_tokens, self.query)
+
+
+def room_for(max_length: int, special_tokens: int, query_max_tokens: int) -> Room:
+    """Divide a pair's tokens: the query gets at most half of them, the chunk what is left.
+
+    >>> room_for(512, special_tokens=3, query_max_tokens=128)
+    Room(query=128, total=509)
+    >>> room_for(64, special_tokens=3, query_max_tokens=128)
+    Room(query=30, total=61)
+
+    Raises ValueError when not one token of each fits.
+    """
+    total = max_length - special_tokens
+    if total < 2:
+        raise ValueError(f"max_length {max_length} leaves no room beside {special_tokens} special tokens")
+    if query_max_tokens < 1:
+        raise ValueError(f"query_max_tokens must be at least 1, not {query_max_tokens}")
+    return Room(query=min(query_max_tokens, total // 2), total=total)
+
+
+def checked_length(asked: int | None, limit: int) -> int:
+    """Take the asked maximum length, or the engine's own; raises ValueError beyond what the model can read."""
+    if asked is None:
+        return limit
+    if asked > limit:
+        raise ValueError(f"max_length {asked} is more than this model reads ({limit} tokens)")
+    return asked
