@@ -1,0 +1,121 @@
+"""The jobs that this worker holds, and the timer that renews their leases while the device makes progress."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from rerankq.errors import RerankqError
+from rerankq.ledger import Ledger, Terms, calls
+
+logger = logging.getLogger("rerankq")
+
+# A batch may take this many times what its tokens predict, and never less than this many seconds,
+# before the device counts as hung.
+PATIENCE = 10.0
+PATIENCE_S = 60.0
+
+
+class Work(Protocol):
+    """A job being scored, as far as its lease needs to know it."""
+
+    @property
+    def pairs_done(self) -> int: ...  # noqa: D102
+    def cancel(self) -> None: ...  # noqa: D102
+
+
+def hangs(running_s: float | None, predicted_s: float) -> bool:
+    """Whether a batch that has been on the device for *running_s* (None = no batch) is never coming back.
+
+    >>> hangs(61, predicted_s=1), hangs(61, predicted_s=10), hangs(None, predicted_s=0)
+    (True, False, False)
+    """
+    return running_s is not None and running_s > max(PATIENCE_S, PATIENCE * predicted_s)
+
+
+class Leases:
+    """Holds claimed jobs; every third of a lease one script renews them all.
+
+    *device_hangs* is asked first: a hung device's leases lapse, so that other workers take its jobs, and *give_up* is
+    called once they have.
+    """
+
+    def __init__(
+        self, ledger: Ledger, terms: Terms, *, device_hangs: Callable[[], bool], give_up: Callable[[], None]
+    ) -> None:
+        self._ledger = ledger
+        self._terms = terms
+        self._device_hangs = device_hangs
+        self._give_up = give_up
+        self._lock = threading.Lock()
+        self._held: dict[str, tuple[int, Work]] = {}
+        self._stopped = threading.Event()
+        self._hung_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="rerankq-leases", daemon=True)
+
+    def start(self) -> None:
+        """Begin to renew."""
+        self._thread.start()
+
+    def stop(self) -> list[tuple[str, int]]:
+        """Stop renewing; answers ``(id, fence)`` of what is still held, to be handed back."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self._lock:
+            return [(job_id, fence) for job_id, (fence, _) in self._held.items()]
+
+    def hold(self, job_id: str, fence: int, work: Work) -> None:
+        """Renew this job's lease from now on."""
+        with self._lock:
+            self._held[job_id] = (fence, work)
+
+    def release(self, job_id: str, fence: int) -> None:
+        """Let go of it; a later claim of the same job (another fence) stays."""
+        with self._lock:
+            if self._held.get(job_id, (None,))[0] == fence:
+                del self._held[job_id]
+
+    def cancel(self, job_ids: Iterable[str]) -> None:
+        """Stop work on these jobs before their next micro-batch."""
+        with self._lock:
+            works = [self._held[job_id][1] for job_id in job_ids if job_id in self._held]
+        for work in works:
+            work.cancel()
+
+    def renew(self) -> None:
+        """Renew once; work on jobs that are no longer ours stops."""
+        with self._lock:
+            held = [(job_id, fence, work.pairs_done) for job_id, (fence, work) in self._held.items()]
+        if held:
+            lost = self._ledger.ask(calls.renew(held, self._terms))
+            still = {job_id: fence for job_id, fence, _ in held}
+            with self._lock:
+                lost = [job_id for job_id in lost if self._held.get(job_id, (None,))[0] == still[job_id]]
+            self.cancel(lost)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._terms.lease_s / 3):
+            if self._hangs():
+                continue
+            try:
+                self.renew()
+            except RerankqError as error:
+                logger.warning("leases not renewed: %s", error)
+            except Exception:
+                # This thread must outlive any bug in it: without it every lease lapses.
+                logger.exception("leases not renewed")
+
+    def _hangs(self) -> bool:
+        if not self._device_hangs():
+            self._hung_since = None
+            return False
+        if self._hung_since is None:
+            logger.error("the device hangs: leases are left to lapse")
+            self._hung_since = time.monotonic()
+        if time.monotonic() - self._hung_since > self._terms.lease_s:
+            self._give_up()
+        return True

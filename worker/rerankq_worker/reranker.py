@@ -1,0 +1,244 @@
+"""The story of one job: hash, read known scores, tokenise the rest, score, remember, fuse, order, cut."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rerankq.contract import Fusion, ModelName, Priority, RankedChunk, Ranking, RerankJob, Timings, Usage
+from rerankq.errors import JobCancelled, JobFailed
+
+from .cache import Known, ScoreCache, score_fingerprint, text_hash
+from .engine import Batcher, Engine, Ticket, TicketCancelled
+from .fusion import Blend, blend, rank, rank_feature_scores, signals_needed, token_signal
+from .fusion.analyser import Analyser
+
+
+class Work:
+    """A job being scored, as seen from outside: how far it is, and a way to stop it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ticket: Ticket | None = None
+        self._cancelled = False
+        self._known = 0
+
+    @property
+    def pairs_done(self) -> int:
+        """Pairs scored so far, those from the cache included."""
+        ticket = self._ticket
+        return self._known + (ticket.done_pairs if ticket is not None else 0)
+
+    def cancel(self) -> None:
+        """Stop before the next micro-batch."""
+        with self._lock:
+            self._cancelled = True
+            if self._ticket is not None:
+                self._ticket.cancel()
+
+    def go_on(self, known: int = 0, ticket: Ticket | None = None) -> None:
+        """Note progress.
+
+        Raises:
+            JobCancelled: if the work was cancelled meanwhile.
+        """
+        with self._lock:
+            self._known = known or self._known
+            self._ticket = ticket
+            if self._cancelled:
+                if ticket is not None:
+                    ticket.cancel()
+                raise JobCancelled("cancelled while running")
+
+
+@dataclass
+class Scored:
+    """The model's side of a job: arrays of shape (chunks,), and what they cost."""
+
+    logits: NDArray[np.float64]
+    cached: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    tokens: int = 0
+    tokenise_s: float = 0
+    inference_s: float = 0
+
+
+class Reranker:
+    """Ranks jobs with one engine. Safe to share between threads: each job is one call."""
+
+    def __init__(self, engine: Engine, batcher: Batcher, cache: ScoreCache, analyser: Analyser, *, name: str) -> None:
+        self._engine = engine
+        self._batcher = batcher
+        self._cache = cache
+        self._analyser = analyser
+        self._name = name
+
+    def rank(self, job_id: str, job: RerankJob, work: Work, *, priority: Priority, waited_s: float) -> Ranking:
+        """Rank a job's chunks.
+
+        Raises:
+            JobCancelled: if *work* was cancelled.
+            JobFailed: if the job asks for what this worker cannot do.
+            EngineError: if the device could not score its pairs.
+        """
+        began = time.perf_counter()
+        if job.long_chunks == "window":
+            raise JobFailed("long_chunks: 'window' is not available yet; use 'truncate'")
+        if not isinstance(job.fusion, Fusion):
+            raise JobFailed(f"fusion: expected numbers, got the name {job.fusion!r}; submit through the client")
+        if len(job.chunks) <= job.skip_at_or_below:
+            return self._unscored(job_id, job, began, waited_s)
+        needed = signals_needed(job.fusion)
+        scored = self._score(job, work, priority) if "model" in needed else _nothing(len(job.chunks))
+        blended = blend(self._signals(job, scored, needed), job.fusion)
+        return Ranking(
+            job_id=job_id,
+            model=self._model,
+            chunks=_ranked(job, scored, blended),
+            usage=Usage(
+                pairs=len(job.chunks) if "model" in needed else 0,
+                cached_pairs=int(scored.cached.sum()),
+                tokens=scored.tokens,
+                truncated_pairs=int(scored.truncated.sum()),
+            ),
+            timings_ms=Timings(
+                queued=_ms(waited_s),
+                tokenise=_ms(scored.tokenise_s),
+                inference=_ms(scored.inference_s),
+                total=_ms(time.perf_counter() - began),
+            ),
+        )
+
+    @property
+    def _model(self) -> ModelName:
+        return ModelName(name=self._name, fingerprint=self._engine.fingerprint)
+
+    def _score(self, job: RerankJob, work: Work, priority: Priority) -> Scored:
+        texts = [chunk.model_text for chunk in job.chunks]
+        query, hashes = text_hash(job.query), [text_hash(text) for text in texts]
+        max_length = min(job.max_length or self._engine.max_length, self._engine.max_length)
+        fingerprint = score_fingerprint(
+            self._engine.fingerprint,
+            max_length=max_length,
+            query_max_tokens=job.query_max_tokens,
+            long_chunks=job.long_chunks,
+        )
+        known = self._cache.read(fingerprint, query, hashes) if job.cache == "use" else Known.nothing(len(texts))
+        work.go_on(known=int(known.mask.sum()))
+        scored = Scored(known.logits.astype(np.float64), known.mask, known.truncated)
+        unknown = np.flatnonzero(~known.mask)
+        if not unknown.size:
+            return scored
+
+        began = time.perf_counter()
+        pairs = self._engine.tokenise(
+            job.query, [texts[at] for at in unknown], max_length=max_length, query_max_tokens=job.query_max_tokens
+        )
+        scored.truncated[unknown] = [pair.truncated for pair in pairs]
+        scored.tokens = sum(pair.length for pair in pairs)
+        tokenised = time.perf_counter()
+
+        join = bytes.fromhex(fingerprint) + query
+        keys = [join + hashes[at] for at in unknown] if job.cache == "use" else None
+        ticket = self._batcher.submit(pairs, priority=priority, keys=keys)
+        work.go_on(ticket=ticket)
+        try:
+            logits = ticket.result()
+        except TicketCancelled:
+            raise JobCancelled("cancelled while running") from None
+        # Scores go to the cache before the job is completed: if we die in between, the next attempt finds them and
+        # costs nothing; the other way round they are lost.
+        if job.cache != "bypass":
+            self._cache.write(fingerprint, query, [hashes[at] for at in unknown], logits, scored.truncated[unknown])
+        scored.logits[unknown] = logits
+        scored.tokenise_s, scored.inference_s = tokenised - began, time.perf_counter() - tokenised
+        return scored
+
+    def _signals(self, job: RerankJob, scored: Scored, needed: frozenset[str]) -> dict[str, NDArray[np.float64]]:
+        # Signals of no weight are not computed.
+        compute = {
+            "model": lambda: scored.logits,
+            "token": lambda: token_signal(job.query, job.query_tokens, job.chunks, job.fusion, self._analyser),  # type: ignore[arg-type]  # a Fusion by now
+            "vector": lambda: _floats([chunk.vector_score for chunk in job.chunks]),
+            "keyword": lambda: _floats([chunk.keyword_score for chunk in job.chunks]),
+            "pagerank": lambda: _floats([chunk.pagerank for chunk in job.chunks]),
+            "tags": lambda: rank_feature_scores(job.query_tags, [chunk.tags for chunk in job.chunks]),
+        }
+        return {name: compute[name]() for name in compute if name in needed}
+
+    def _unscored(self, job_id: str, job: RerankJob, began: float, waited_s: float) -> Ranking:
+        chunks = [
+            _chunk(job, at, place, score=0.0, missing=["model"]) for place, at in enumerate(range(len(job.chunks)), 1)
+        ]
+        return Ranking(
+            job_id=job_id,
+            model=self._model,
+            chunks=chunks[: job.top_k],
+            timings_ms=Timings(queued=_ms(waited_s), total=_ms(time.perf_counter() - began)),
+            skipped=True,
+        )
+
+
+def _ranked(job: RerankJob, scored: Scored, blended: Blend) -> list[RankedChunk]:
+    computed = scored.tokens or scored.cached.any()
+    return [
+        _chunk(
+            job,
+            at,
+            place,
+            score=float(blended.scores[at]),
+            scores={name: float(row[at]) for name, row in blended.normalised.items() if not np.isnan(row[at])},
+            missing=blended.missing[at],
+            model_logit=float(scored.logits[at]) if computed and np.isfinite(scored.logits[at]) else None,
+            truncated=bool(scored.truncated[at]),
+            cached=bool(scored.cached[at]),
+        )
+        for place, at in enumerate(rank(blended.scores, job.min_score, job.top_k).tolist(), 1)
+    ]
+
+
+def _chunk(
+    job: RerankJob,
+    at: int,
+    place: int,
+    *,
+    score: float,
+    missing: list[str],
+    scores: dict[str, float] | None = None,
+    model_logit: float | None = None,
+    truncated: bool = False,
+    cached: bool = False,
+) -> RankedChunk:
+    chunk = job.chunks[at]
+    # Validated already: building thousands of models again would cost more than the fusion.
+    return RankedChunk.model_construct(
+        id=chunk.id or str(at),
+        index=at,
+        rank=place,
+        score=score,
+        scores=scores or {},
+        model_logit=model_logit,
+        missing=missing,
+        truncated=truncated,
+        cached=cached,
+        span=None,
+        text=chunk.text if job.return_text else None,
+        metadata=chunk.metadata,
+    )
+
+
+def _nothing(chunks: int) -> Scored:
+    return Scored(np.full(chunks, np.nan), np.zeros(chunks, np.bool_), np.zeros(chunks, np.bool_))
+
+
+def _floats(values: list[float | None]) -> NDArray[np.float64]:
+    # None becomes NaN: a signal that this chunk lacks.
+    return np.array(values, dtype=np.float64)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

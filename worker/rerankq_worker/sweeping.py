@@ -1,0 +1,174 @@
+"""What every worker does beside ranking: signs of life, sweeps of the ledger, ringing on, hearing cancellations."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from redis.exceptions import RedisError
+
+from rerankq.errors import RerankqError
+from rerankq.ledger import Bell, Ledger, Swept, Terms, calls
+
+logger = logging.getLogger("rerankq")
+
+SWEEP_EVERY_S = 1.0
+# Bells of one round: rung on faster than a worker can answer them, in batches that the broker takes in one go.
+RING_AT_ONCE = 256
+
+
+class Rings(Protocol):
+    """Whoever rings bells."""
+
+    def ring(self, bells: Sequence[Bell]) -> None: ...  # noqa: D102
+
+
+class Sweeper:
+    """Beats and sweeps every second, and rings on whenever a claim says that there is room.
+
+    *say* gives what the registry shall show of this worker; *free_for* gives, per queue, for how many seconds a slot
+    has been free.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        terms: Terms,
+        bells: Rings,
+        *,
+        worker: str,
+        queues: Sequence[str],
+        say: Callable[[], Mapping[str, Any]],
+        free_for: Callable[[], Mapping[str, float]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ledger = ledger
+        self._terms = terms
+        self._bells = bells
+        self._worker = worker
+        self._queues = queues
+        self._say = say
+        self._free_for = free_for
+        self._clock = clock
+        self._judges_from = clock()
+        self._swept_at = clock()
+        self._wake = threading.Event()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="rerankq-sweeper", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop, and take this worker out of the registry."""
+        self._stopped = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        try:
+            self._ledger.redis.hdel("rerankq:workers", self._worker)
+        except (RedisError, OSError) as error:
+            logger.info("could not sign off: %s", error)
+
+    def ring_on(self) -> None:
+        """Ring on soon: there is room."""
+        self._wake.set()
+
+    def sweep(self) -> Swept:
+        """Give a sign of life, sweep once, and ring on."""
+        now = self._clock()
+        # We ourselves were paused, or Redis was away: leases lapsed though their workers live. They get one lease.
+        if now - self._swept_at > self._terms.lease_s:
+            self._judges_from = now + self._terms.lease_s
+        self._swept_at = now
+        self.beat()
+        judge = now >= self._judges_from and self._ledger.uptime_s() > self._terms.lease_s
+        free_since: dict[str, float] = {}
+        for worker in self._ledger.workers():
+            if worker.age_s < 3 * SWEEP_EVERY_S:
+                for queue, since in worker.free_since.items():
+                    free_since[queue] = min(since, free_since.get(queue, since))
+        swept = self._ledger.ask(calls.sweep(self._worker, self._terms, judge=judge, free_since=free_since))
+        if swept.lapsed or swept.bells:
+            logger.warning("%d leases lapsed (%d jobs dead), %d bells were lost", swept.lapsed, swept.dead, swept.bells)
+        self._ring_on()
+        return swept
+
+    def beat(self) -> None:
+        """Tell the registry that this worker lives."""
+        clock = self._ledger.redis.time()
+        now = clock[0] + clock[1] / 1e6
+        info = {
+            **self._say(),
+            "queues": list(self._queues),
+            "free_since": {queue: now - seconds for queue, seconds in self._free_for().items()},
+        }
+        self._ledger.ask(calls.beat(self._worker, json.dumps(info), gone_after_s=max(60.0, 10 * self._terms.lease_s)))
+
+    def _ring_on(self) -> None:
+        while bells := self._ledger.ask(calls.ring_on(self._queues, self._terms, most=RING_AT_ONCE)):
+            self._bells.ring(bells)
+            if len(bells) < RING_AT_ONCE:
+                return
+
+    def _run(self) -> None:
+        next_sweep = 0.0
+        while not self._stopped:
+            try:
+                if self._clock() >= next_sweep:
+                    next_sweep = self._clock() + SWEEP_EVERY_S
+                    self.sweep()
+                else:
+                    self._ring_on()
+            except (RerankqError, RedisError, OSError) as error:
+                self._judges_from = self._clock() + self._terms.lease_s
+                logger.warning("no sweep: %s", error)
+                self._wake.wait(SWEEP_EVERY_S)
+            except Exception:
+                # Without this thread lost bells stay lost: it must outlive any bug in it.
+                logger.exception("no sweep")
+                self._wake.wait(SWEEP_EVERY_S)
+            self._wake.wait(max(0.0, next_sweep - self._clock()))
+            self._wake.clear()
+
+
+class CancelListener:
+    """Hears cancellations on the deployment's channel and hands on the jobs' ids."""
+
+    def __init__(self, ledger: Ledger, terms: Terms, cancel: Callable[[list[str]], None]) -> None:
+        self._ledger = ledger
+        self._channel = f"{terms.channel}:cancel"
+        self._cancel = cancel
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rerankq-cancellations", daemon=True)
+
+    def start(self) -> None:
+        """Begin to listen."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop listening."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        # A cancellation missed during an outage is noticed by the next renewal of the lease.
+        while not self._stopped.is_set():
+            pubsub = self._ledger.redis.pubsub(ignore_subscribe_messages=True)
+            try:
+                pubsub.subscribe(self._channel)
+                while not self._stopped.is_set():
+                    message = pubsub.get_message(timeout=1.0)
+                    if message is not None:
+                        self._cancel([message["data"].decode()])
+            except (RedisError, OSError) as error:
+                logger.info("the channel of cancellations is away: %s", error)
+                self._stopped.wait(1.0)
+            finally:
+                pubsub.close()

@@ -1,0 +1,380 @@
+"""The worker, put together: settings are read, the engine loaded, the ledger and the cache connected, here alone.
+
+Run as ``celery -A rerankq_worker.tasks worker``, or ``rerankq worker``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypeVar
+
+from celery import bootsteps, signals
+from celery.exceptions import Ignore
+from celery.worker.consumer import Consumer
+
+from rerankq import catalogue, errors
+from rerankq.broker import BULK, INTERACTIVE, TASK, Bells, make_app, queue
+from rerankq.client import terms_of
+from rerankq.contract import Ranking, job_of
+from rerankq.errors import BrokerUnavailable, JobCancelled, QueueFull, RerankqError
+from rerankq.ledger import Call, Claim, Ledger, calls, connect
+from rerankq.placing import suffix_of
+from rerankq.settings import Settings
+
+from . import cache, engine
+from .engine import Batcher, EngineClosed, EngineDied, EngineError
+from .fusion.analyser import Analyser
+from .gate import Gate
+from .leases import Leases, hangs
+from .reranker import Reranker, Work
+from .slots import Slots
+from .sweeping import CancelListener, Sweeper
+
+logger = logging.getLogger("rerankq")
+Answer = TypeVar("Answer")
+
+# Exit statuses for a supervisor to see: the device hangs, or is gone.
+DEVICE_HANGS = 70
+# Seconds between tries to tell the ledger how a job ended.
+TELL_AGAIN_S = 1.0
+
+
+class Worker:
+    """One process, one engine: everything that lives from the start of the worker to its end."""
+
+    def __init__(self, settings: Settings, app: Any) -> None:
+        self.settings = settings
+        self.terms = terms_of(settings)
+        self.id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.model = catalogue.canonical(settings.model, settings.conf_dir)
+        self.interactive, self.bulk = queues_of(settings)
+        self.ledger = Ledger(connect(settings.ledger))
+        self.bells = Bells(app)
+        self.slots = Slots(settings.concurrency)
+        self.gate = Gate()
+        self.stopping = threading.Event()
+
+        self.engine = engine.load(
+            self.model, settings.device, settings.dtype, max_batch_tokens=settings.max_batch_tokens
+        )
+        self.batcher = Batcher(self.engine)
+        analyser = Analyser()
+        analyser.warm()
+        scores = cache.ScoreCache(cache.connect(settings.cache), ttl_s=settings.cache_ttl_s)
+        self.reranker = Reranker(self.engine, self.batcher, scores, analyser, name=self.model)
+
+        self.leases = Leases(self.ledger, self.terms, device_hangs=self._device_hangs, give_up=self._give_up)
+        self.listener = CancelListener(self.ledger, self.terms, self.leases.cancel)
+        self.sweeper = Sweeper(
+            self.ledger,
+            self.terms,
+            self.bells,
+            worker=self.id,
+            queues=[self.interactive, self.bulk],
+            say=self._say,
+            free_for=self._free_for,
+        )
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Begin to hold leases, sweep and listen. The registry is told first: jobs may name this model from now on."""
+        self.ledger.redis.ping()
+        self.sweeper.beat()
+        self.leases.start()
+        self.listener.start()
+        self.sweeper.start()
+
+    def stop(self) -> None:
+        """Hand back what is still held, sign off, and let the device go."""
+        self.stopping.set()
+        held = self.leases.stop()
+        try:
+            if held:
+                self.ledger.ask(calls.hand_back(held))
+        except RerankqError as error:
+            logger.warning("%d jobs not handed back, their leases will lapse: %s", len(held), error)
+        self.listener.stop()
+        self.sweeper.stop()
+        self.bells.close()
+        self.batcher.close(drain=False, timeout=5)
+
+    def rerank(self, job_id: str) -> dict[str, Any]:
+        """Claim a job, rank it, and tell the ledger how it ended. Answers a summary for Flower.
+
+        Raises:
+            Ignore: if somebody else has it, or it has ended: the doorbell was a second one.
+            RerankqError: how the job ended, where it was not ranked.
+        """
+        claim = self.ledger.ask(calls.claim(job_id, self.id, self.terms))
+        if isinstance(claim, str):
+            if claim in {"expired", "dead"}:
+                raise ended_as(claim, job_id)
+            raise Ignore(f"job {job_id} is {claim}")
+        if claim.ring_on:
+            self.sweeper.ring_on()
+        work = Work()
+        self.leases.hold(job_id, claim.fence, work)
+        try:
+            ranking = self._rank(claim, work)
+            state = self._tell(calls.complete(job_id, claim.fence, ranking, self.terms))
+        except (EngineDied, EngineClosed) as error:
+            # Not the job's fault: another worker, or this one after its restart, will rank it.
+            self._tell(calls.hand_back([(job_id, claim.fence)]))
+            if isinstance(error, EngineDied):
+                self._shut_down(error)
+            raise Ignore(f"job {job_id} handed back: {error}") from error
+        except Exception as error:
+            self._failed(claim, error)
+            raise
+        finally:
+            self.leases.release(job_id, claim.fence)
+        if state != "done":
+            raise Ignore(f"job {job_id} was {state} meanwhile: this answer was not taken")
+        return summary(ranking)
+
+    def _rank(self, claim: Claim, work: Work) -> Ranking:
+        job = job_of(claim.payload)
+        if not claim.suspect:
+            with self.gate.together():
+                return self.reranker.rank(claim.id, job, work, priority=claim.priority, waited_s=claim.waited_s)
+        with self.gate.alone():
+            work.go_on()
+            if not self.ledger.ask(calls.isolate(claim.id, claim.fence, self.id)):
+                raise JobCancelled("no longer ours")
+            return self.reranker.rank(claim.id, job, work, priority=claim.priority, waited_s=claim.waited_s)
+
+    def _failed(self, claim: Claim, error: Exception) -> None:
+        if isinstance(error, JobCancelled):
+            # Already so in the ledger; or the lease was lost, and another worker has the job.
+            return
+        kind = type(error).__name__ if isinstance(error, RerankqError) else "JobFailed"
+        known = isinstance(error, RerankqError | EngineError)
+        said = str(error) if known else f"{type(error).__name__}: {error}"
+        self._tell(calls.fail(claim.id, claim.fence, kind, said, self.terms))
+
+    def _tell(self, call: Call[Answer]) -> Answer:
+        """Tell the ledger, however long it is away: the work is done, only the telling is left."""
+        while True:
+            try:
+                return self.ledger.ask(call)
+            except (BrokerUnavailable, QueueFull) as error:
+                logger.warning("the ledger could not be told, trying again: %s", error)
+                if self.stopping.wait(TELL_AGAIN_S):
+                    raise
+
+    def _say(self) -> dict[str, Any]:
+        stats = self.batcher.stats()
+        folder = Path(self.model)
+        aliases = {self.settings.model, *([folder.name] if folder.is_dir() else [])} - {self.model}
+        return {
+            "model": self.model,
+            "aliases": sorted(aliases),
+            "fingerprint": self.engine.fingerprint,
+            "pairs_per_s": round(stats.pairs / max(1.0, stats.busy_s), 1) if stats.busy_s else 0,
+            "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
+        }
+
+    def _free_for(self) -> dict[str, float]:
+        times = {self.interactive: self.slots.free_for(bulk=False), self.bulk: self.slots.free_for(bulk=True)}
+        return {name: seconds for name, seconds in times.items() if seconds is not None}
+
+    def _device_hangs(self) -> bool:
+        stats = self.batcher.stats()
+        running = None if stats.batch_started is None else time.monotonic() - stats.batch_started
+        return hangs(running, stats.batch_predicted_s or 0.0)
+
+    def _give_up(self) -> None:
+        logger.critical("the device hangs and the leases have lapsed: leaving, to be started again")
+        # No clean end is possible: a thread is stuck in the device.
+        os._exit(DEVICE_HANGS)
+
+    def _shut_down(self, error: Exception) -> None:
+        if not self.stopping.is_set():
+            logger.critical("the device is gone, shutting down to be started again: %s", error)
+            self.stopping.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ended_as(state: str, job_id: str) -> RerankqError:
+    """Make the error that tells in Flower how a job ended before it could be claimed."""
+    kind = {"expired": errors.JobExpired, "dead": errors.JobDead}[state]
+    return kind(f"job {job_id} is {state}")
+
+
+def summary(ranking: Ranking) -> dict[str, Any]:
+    """Say a ranking in what Flower shows of a result: short, and no text."""
+    usage, times = ranking.usage, ranking.timings_ms
+    return {
+        "outcome": "skipped" if ranking.skipped else "ranked",
+        "chunks": len(ranking.chunks),
+        "pairs": usage.pairs,
+        "cached": usage.cached_pairs,
+        "tokens": usage.tokens,
+        "ms": round(times.total, 1),
+        "queued_ms": round(times.queued, 1),
+    }
+
+
+def queues_of(settings: Settings) -> tuple[str, str]:
+    """Name the interactive and the bulk queue of the settings' model."""
+    model, default = (
+        catalogue.canonical(name, settings.conf_dir)
+        for name in (settings.model, settings.default_model or settings.model)
+    )
+    suffix = suffix_of(model, default)
+    return INTERACTIVE + suffix, BULK + suffix
+
+
+class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
+    """Keeps the connection's pools when the broker is lost.
+
+    Celery 5.7.0 closes them, and then fails on a broker that restarts while jobs run; 5.6 did not.
+    """
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:  # noqa: D102
+        if self.connection is not None:
+            self.connection.close = lambda: None
+        super().on_connection_error_after_connected(exc)
+
+
+class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
+    """Shows the engine's figures among the worker's stats, where Flower finds them."""
+
+    def info(self, _: Any) -> dict[str, Any]:
+        """Say how the engine does."""
+        if worker is None:
+            return {}
+        stats = worker.batcher.stats()
+        return {
+            "engine": {
+                "model": worker.model,
+                "device": worker.engine.device,
+                "dtype": worker.engine.dtype,
+                "batches": stats.batches,
+                "pairs": stats.pairs,
+                "pairs_per_batch": round(stats.pairs / stats.batches, 1) if stats.batches else 0,
+                "padding": round(stats.padding, 4),
+                "busy_s": round(stats.busy_s, 1),
+                "waiting_pairs": stats.waiting_pairs,
+            }
+        }
+
+
+settings = Settings()
+app = make_app(settings)
+app.conf.update(
+    task_queues=[queue(name) for name in queues_of(settings)],
+    worker_pool="threads",
+    worker_concurrency=settings.concurrency,
+    worker_consumer=f"{__name__}:SafeConsumer",
+    # Doorbells are acknowledged when they are heard; none waits in a worker that has no slot for it.
+    task_acks_late=False,
+    worker_prefetch_multiplier=1,
+    worker_disable_prefetch=True,
+    worker_hijack_root_logger=False,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+)
+app.steps["worker"].add(EngineInfo)
+
+# Set when the worker starts; Celery's task functions and signals find it here.
+worker: Worker | None = None
+# Bulk doorbells in flight, by job id: a second bell of a running job counts on its own.
+_bulk_in_flight: Counter[str] = Counter()
+_consumer: Any = None
+
+
+@app.task(name=TASK, bind=False)  # type: ignore[untyped-decorator]  # Celery ships no types
+def rerank(job_id: str) -> dict[str, Any]:
+    """Rank the job that the doorbell names."""
+    if worker is None:
+        msg = "the worker has not started"
+        raise RuntimeError(msg)
+    return worker.rerank(job_id)
+
+
+@signals.worker_init.connect  # type: ignore[untyped-decorator]
+def _load(**_: Any) -> None:
+    # Before the pool and the consumer: the model is warm before the first job is taken.
+    global worker  # noqa: PLW0603  # Celery gives its signals no other place
+    try:
+        worker = Worker(settings, make_app(settings))
+        worker.start()
+    except Exception as error:
+        logger.critical(
+            "the worker cannot start: %s", error, exc_info=not isinstance(error, RerankqError | EngineError)
+        )
+        # Celery swallows exceptions of signals, and would take jobs without an engine.
+        sys.exit(1)
+
+
+@signals.worker_ready.connect  # type: ignore[untyped-decorator]
+def _ready(sender: Any, **_: Any) -> None:
+    global _consumer  # noqa: PLW0603
+    _consumer = sender
+    # What was wanted while the broker was away is done when it is back.
+    sender.timer.call_repeatedly(1.0, _mind_bulk)
+
+
+@signals.task_received.connect  # type: ignore[untyped-decorator]
+def _came_in(request: Any, **_: Any) -> None:
+    if worker is None:
+        return
+    bulk = request.delivery_info.get("routing_key") == worker.bulk
+    if bulk:
+        _bulk_in_flight[request.id] += 1
+    # This runs on the consumer's own thread, before it reads the next message: bulk never overruns its share.
+    if worker.slots.take(bulk=bulk):
+        _mind_bulk()
+
+
+@signals.task_postrun.connect  # type: ignore[untyped-decorator]
+def _went_out(task_id: str, **_: Any) -> None:
+    if worker is None:
+        return
+    bulk = _bulk_in_flight[task_id] > 0
+    if bulk:
+        _bulk_in_flight[task_id] -= 1
+        if not _bulk_in_flight[task_id]:
+            del _bulk_in_flight[task_id]
+    if worker.slots.give_back(bulk=bulk) and _consumer is not None:
+        _consumer.call_soon(_mind_bulk)
+
+
+@signals.task_revoked.connect  # type: ignore[untyped-decorator]
+def _revoked(request: Any, **_: Any) -> None:
+    # Revoking in Flower is cancelling. It never ran, so its slot is given back here.
+    if worker is not None:
+        _went_out(request.id)
+        worker.ledger.ask(calls.cancel(request.id, worker.terms))
+
+
+@signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
+def _stop(**_: Any) -> None:
+    if worker is not None:
+        worker.stop()
+
+
+def _mind_bulk() -> None:
+    """Listen to the bulk queue while bulk has a slot, and only then. Belongs to the consumer's thread."""
+    if worker is None or _consumer is None or _consumer.task_consumer is None:
+        return
+    wanted = worker.slots.bulk_has_room
+    if wanted == bool(_consumer.task_consumer.consuming_from(worker.bulk)):
+        return
+    try:
+        if wanted:
+            _consumer.add_task_queue(worker.bulk, exchange="rerankq", exchange_type="direct", routing_key=worker.bulk)
+        else:
+            _consumer.cancel_task_queue(worker.bulk)
+    except tuple(app.connection_for_read().connection_errors) as error:
+        # The broker is away; the timer comes back to it.
+        logger.info("the bulk queue is minded later: %s", error)
