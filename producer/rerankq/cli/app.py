@@ -1,0 +1,321 @@
+"""The commands: each reads its options, calls what decides, and prints. Exit status 0 done, 1 failed, 2 wrong input."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from typer.core import TyperGroup
+
+from .. import Client, Ranking, RerankqError, __version__
+from ..settings import HOW_TO_SET_A_URL, Settings
+from . import celery_worker, show
+from . import demo as demonstration
+from . import rescore as rescoring
+from . import stack as stacks
+from . import submit as submitting
+from .flow import Flow
+from .inputs import InputFault
+
+FAILED = 1
+WRONG = 2
+# By custom 128 + the signal's number.
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised by SIGTERM: whatever cleans up after Ctrl-C cleans up after this."""
+
+
+class SpeakingGroup(TyperGroup):
+    """Commands whose errors are one sentence and an exit status, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with _sigterm_raises():
+            try:
+                return super().invoke(ctx)
+            except InputFault as fault:
+                _end(str(fault), WRONG)
+            except ValidationError as error:
+                _end("\n".join(_mistakes(error)), WRONG)
+            except RerankqError as error:
+                _end(str(error), FAILED)
+            except Terminated:
+                raise typer.Exit(TERMINATED) from None
+            except KeyboardInterrupt:
+                raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=SpeakingGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback with every local variable would print passwords and people's texts.
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Asynchronous batch reranking. Begin with: rerankq demo",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="A catalogue name, a hub name, a folder, 'bundled' or 'stub'. Default: RERANKQ_MODEL."
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as submit printed it.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Asynchronous batch reranking. Begin with: rerankq demo."""
+
+
+@app.command()
+def demo(as_json: Json = False) -> None:
+    """Show what reranking does: a Redis and a worker of its own, a few questions, their order before and after."""
+    settings = _settings(model="bundled", default_model="", models=[])
+    with show.PairBar() as bar:
+        bar.say("starting Redis and a worker")
+        done = demonstration.run(settings)
+    if as_json:
+        show.print_json(demonstration.as_record(done))
+    else:
+        show.show_demo(done)
+
+
+@app.command()
+def up(
+    model: Model = None,
+    flower_port: Annotated[int, typer.Option(min=1, max=65_535, help="Flower's port; taken = a free one.")] = 5555,
+    as_json: Json = False,
+) -> None:
+    """Run Redis, a worker and Flower on this machine until Ctrl-C. With RERANKQ_BROKER_URL set that Redis is used."""
+    port = stacks.free_port(flower_port) if stacks.flower_is_installed() else None
+    flower = f"http://127.0.0.1:{port}" if port else None
+    with (
+        stacks.Stack(_settings(model=model), flower_port=port, quiet=False, tell=show.say) as stack,
+        Client(stack.settings) as client,
+    ):
+        if not as_json:
+            show.show_stack(stack, flower)
+        stack.wait_until_ready(client)
+        if as_json:
+            url = stack.settings.broker
+            show.print_json(
+                {"broker_url": url, "embedded": stack.embedded, "model": stack.settings.model, "flower": flower}
+            )
+        else:
+            print("\nReady. Ctrl-C stops everything.", flush=True)
+        while True:
+            stack.tend()
+            time.sleep(0.5)
+
+
+@app.command()
+def worker(
+    model: Model = None,
+    concurrency: Annotated[int | None, typer.Option(help="Jobs in flight. Default: RERANKQ_CONCURRENCY.")] = None,
+    name: Annotated[str, typer.Option(help="The worker's name on this machine; two workers need two.")] = "rerankq",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Celery's banner, and a line per job.")] = False,
+) -> None:
+    """Run a worker: celery -A rerankq_worker.tasks worker, with the right options and environment."""
+    settings = _connected(model=model, concurrency=concurrency)
+    environment = celery_worker.tuned(os.environ) | celery_worker.environment(settings)
+    command = celery_worker.command(name=name, verbose=verbose)
+    # Replaced, not wrapped: signals and the exit status are the worker's own.
+    os.execve(command[0], command, environment)  # noqa: S606 - our own program
+
+
+@app.command()
+def submit(
+    jobs: Annotated[str, typer.Argument(metavar="JOBS.jsonl", help="A RerankJob a line; - is standard input.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait, and print rankings instead of ids.")] = False,
+) -> None:
+    """Submit jobs. Prints their ids in order, or (--wait) their rankings as JSON lines in order of completion.
+
+    A file is checked first: if a line is no job, nothing is submitted. From standard input, jobs are submitted as they
+    come and lines that are none are passed over. Either way such lines are named and the exit status is 2.
+    A job that fails has, with --wait, a JSON line with "line", "error_type" and "error"; the exit status is 1.
+    """
+    settings = _connected()
+    reader = submitting.Reader(jobs, show.say, max_bytes=_longest_line(settings))
+    if submitting.can_be_read_twice(jobs):
+        reader.check()
+        if reader.faults:
+            raise InputFault(f"{jobs}: nothing was submitted; lines that are no jobs: {reader.faults}")
+    with Client(settings) as client:
+        flow: Flow[str] = Flow(client)
+        failed = _print_rankings(flow, reader) if wait else _print_ids(flow, reader)
+    if reader.faults:
+        raise typer.Exit(WRONG)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def result(
+    job: JobId,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds to wait; default: as long as it takes.")] = None,
+) -> None:
+    """Wait for a job's ranking and print it as a line of JSON."""
+    with Client(_connected()) as client:
+        show.print_json(client.result(job, timeout).model_dump(mode="json"))
+
+
+@app.command()
+def status(job: JobId, as_json: Json = False) -> None:
+    """Say where a job stands. An unknown job: exit status 1."""
+    with Client(_connected()) as client:
+        found = client.status(job)
+    if as_json:
+        show.print_json(found.model_dump(mode="json"))
+    else:
+        show.show_status(found, time.time())
+    if found.state == "unknown":
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def cancel(job: JobId, as_json: Json = False) -> None:
+    """Cancel a job for everyone who submitted the same content, and print its state. Had it ended: exit status 1."""
+    with Client(_connected()) as client:
+        state = client.cancel(job)
+    if as_json:
+        show.print_json({"job_id": job, "state": state})
+    else:
+        print(state)
+    if state != "cancelled":
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def rescore(  # noqa: PLR0917 - typer reads them as options
+    queries: Annotated[str, typer.Option(help='JSON lines with "_id" and "text".')],
+    corpus: Annotated[str, typer.Option(help='JSON lines with "_id", "title" and "text".')],
+    run: Annotated[str, typer.Option(help="The first stage: TREC's six columns.")],
+    output: Annotated[Path, typer.Option(help="The re-scored run; OUTPUT.part while it is at work.")],
+    depth: Annotated[int, typer.Option(help="Documents per query: the run's first, by its scores.")] = 100,
+    fusion: Annotated[str, typer.Option(help="A profile of fusion.toml.")] = "default",
+    qrels: Annotated[
+        str | None, typer.Option(help="Judgements (query-id, corpus-id, score), to measure nDCG@10.")
+    ] = None,
+    model: Model = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again, whatever was done before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Re-score a first-stage run offline. Files may be gzipped.
+
+    Without RERANKQ_BROKER_URL it brings a Redis and a worker of its own for as long as it runs. Stopped midway, the
+    same command goes on where it stood. nDCG@10 is measured as trec_eval does, over the queries that have judgements.
+    Queries that failed are left out and named, and the exit status is 1; the same command tries them again.
+    """
+    plan = rescoring.Plan(queries, corpus, run, output, depth, fusion, qrels, model)
+    with show.PairBar() as bar:
+        try:
+            report = rescoring.rescore(plan, _settings(), bar, restart=restart)
+        except (KeyboardInterrupt, RerankqError):
+            if plan.part.exists():
+                show.say(
+                    f"rerankq: stopped; what is done is kept in {plan.part}, and the same command goes on from there"
+                )
+            raise
+    if as_json:
+        show.print_json({**asdict(report), "pairs_per_s": report.pairs_per_s})
+    else:
+        show.show_report(report)
+    if report.failed:
+        show.show_failed(report.failed)
+        raise typer.Exit(FAILED)
+
+
+def _print_ids(flow: Flow[str], reader: submitting.Reader) -> int:
+    failed = 0
+    try:
+        for place, answer in submitting.ids(flow, reader.jobs()):
+            if isinstance(answer, str):
+                print(answer, flush=True)
+            else:
+                failed += 1
+                show.say(f"rerankq: {place}: {answer}")
+    except RerankqError as error:
+        # Accepted is accepted: whoever submitted them must be able to ask for them.
+        for job_id in error.accepted:
+            print(job_id, flush=True)
+        raise
+    return failed
+
+
+def _print_rankings(flow: Flow[str], reader: submitting.Reader) -> int:
+    failed = 0
+    outcomes = flow.outcomes(reader.jobs())
+    with closing(outcomes):  # type: ignore[type-var]  # it is a generator
+        for place, outcome in outcomes:
+            show.print_json(submitting.as_record(place, outcome))
+            failed += not isinstance(outcome, Ranking)
+    return failed
+
+
+def _settings(**given: Any) -> Settings:
+    """Read the environment's settings, and over them the options that were given."""
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _connected(**given: Any) -> Settings:
+    settings = _settings(**given)
+    if not settings.broker_url:
+        raise InputFault(HOW_TO_SET_A_URL)
+    return settings
+
+
+def _longest_line(settings: Settings) -> int:
+    # JSON may write a character of three bytes in six, and a job's limit is counted without such escapes.
+    return 4 * settings.max_job_bytes
+
+
+def _mistakes(error: ValidationError) -> Iterator[str]:
+    for mistake in error.errors(include_url=False):
+        field = ".".join(str(part) for part in mistake["loc"])
+        yield f"RERANKQ_{field.upper()}: {mistake['msg']}" if field else mistake["msg"]
+
+
+def _end(text: str, status: int) -> NoReturn:
+    show.say("\n".join(f"rerankq: {line}" for line in text.splitlines()))
+    raise typer.Exit(status) from None
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def stop(*_: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if sys.platform == "win32":  # pragma: no cover
+    raise ImportError("the command line needs a Unix: file locks, process groups and signals")

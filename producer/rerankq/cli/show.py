@@ -1,0 +1,190 @@
+"""What a person sees: tables on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..contract import JobStatus
+from .demo import Comparison, Demo, move_of
+from .rescore import Report
+from .stack import Stack
+
+
+def print_json(value: Any) -> None:
+    """Print one line of JSON at once: whoever reads it may be waiting for it."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def say(text: str) -> None:
+    """Tell a person something that is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class PairRate(ProgressColumn):
+    """Pairs a second."""
+
+    def render(self, task: Task) -> Text:
+        """Say the rate."""
+        rate = task.finished_speed or task.speed
+        return Text(f"{rate:,.0f} pairs/s" if rate else "")
+
+
+class PairBar:
+    """A progress bar of pairs on standard error, and nothing where that is no terminal."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            PairRate(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, what: str) -> None:
+        """Say what happens now."""
+        self._progress.update(self._task, description=what)
+
+    def begin(self, pairs: int) -> None:
+        """Begin to count, up to *pairs*."""
+        self._progress.reset(self._task, total=pairs, description="pairs")
+
+    def advance(self, pairs: int) -> None:
+        """Count *pairs* more."""
+        self._progress.advance(self._task, pairs)
+
+
+def show_report(report: Report) -> None:
+    """Print what a re-scoring came to."""
+    console = Console()
+    if report.ndcg:
+        table = Table("order", "nDCG@10", box=None, pad_edge=False)
+        table.columns[1].justify = "right"
+        for name, value in report.ndcg.items():
+            table.add_row(name, "–" if value is None else f"{value:.4f}")
+        console.print(table)
+        console.print(f"over {report.judged_queries} judged queries of {report.queries}")
+    console.print(
+        f"{report.queries - len(report.failed)} queries in {report.output}"
+        + (f", {report.resumed} of them from before" if report.resumed else "")
+        + f": {report.pairs:,} pairs, {report.cached_pairs:,} cached, {report.truncated_pairs:,} truncated, "
+        f"{report.seconds:.1f} s, {report.pairs_per_s:,.0f} pairs/s",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def show_failed(failed: Mapping[str, str], *, most: int = 10) -> None:
+    """Say which queries failed, and why."""
+    for query, reason in list(failed.items())[:most]:
+        say(f"rerankq: query {query}: {reason}")
+    if len(failed) > most:
+        say(f"rerankq: … and {len(failed) - most} more")
+
+
+def show_status(status: JobStatus, now: float) -> None:
+    """Print where a job stands."""
+    print(f"{status.state}  {status.pairs_done} of {status.pairs_total} pairs, attempts: {status.attempts}")
+    for what, when in (("submitted", status.submitted_at), ("started", status.started_at), ("ended", status.ended_at)):
+        if when is not None:
+            print(f"{what} {max(0.0, now - when):,.1f} s ago")
+    if status.error:
+        print(status.error)
+
+
+def show_stack(stack: Stack, flower: str | None) -> None:
+    """Print where the parts of a stack are."""
+    origin = "embedded: gone when this ends" if stack.embedded else "yours"
+    print(f"Redis    {stack.settings.broker} ({origin})")
+    print(f"worker   {stack.settings.model}")
+    print(f"Flower   {flower or 'not installed: pip install flower'}")
+    print(f"\nIn another terminal:\n  export RERANKQ_BROKER_URL='{stack.settings.broker}'", flush=True)
+
+
+FANCY = {"up": "↑", "down": "↓", "same": "=", "answer": "✔ ", "to": "→"}
+PLAIN = {"up": "^", "down": "v", "same": "=", "answer": "* ", "to": "->"}
+
+
+def show_demo(demo: Demo, *, top: int = 3) -> None:
+    """Print the order before and after, side by side."""
+    console = Console(highlight=False)
+    marks = FANCY if console.encoding.startswith("utf") else PLAIN
+    console.print(
+        f"[bold]{demo.chunks} chunks of text, {len(demo.comparisons)} questions.[/] Keyword search finds the right words; "
+        "the reranker reads each chunk with the question.\n"
+        f"[bold green]{marks['answer']}[/]= the chunk that answers",
+    )
+    for comparison in demo.comparisons:
+        console.print(_comparison(comparison, marks, top))
+    console.print(
+        f"\n[bold]The answer comes first: {demo.first_before} of {len(demo.comparisons)} before {marks['to']} "
+        f"{demo.first_after} of {len(demo.comparisons)} after.[/]"
+    )
+    console.print(_costs(demo), soft_wrap=True)
+
+
+def _comparison(comparison: Comparison, marks: Mapping[str, str], top: int) -> Table:
+    table = Table(
+        box=None, expand=True, title=f"\n{comparison.query}", title_justify="left", title_style="bold", pad_edge=False
+    )
+    table.add_column("", style="dim")
+    table.add_column("before: keyword order", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("after: reranked", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("", justify="right")
+    for name in ("fused", "model", "token"):
+        table.add_column(name, justify="right")
+    for place in range(min(top, len(comparison.after))):
+        chunk = comparison.after[place]
+        table.add_row(
+            str(place + 1),
+            _chunk(comparison, comparison.before[place], marks),
+            _chunk(comparison, chunk.id, marks),
+            _move(move_of(comparison, chunk), marks),
+            f"{chunk.score:.2f}",
+            *(f"{chunk.scores[name]:.2f}" if name in chunk.scores else "–" for name in ("model", "token")),
+        )
+    return table
+
+
+def _chunk(comparison: Comparison, name: str, marks: Mapping[str, str]) -> Text:
+    text = comparison.texts[name]
+    return Text(marks["answer"] + text, style="bold green") if name == comparison.answer else Text(text)
+
+
+def _move(places: int, marks: Mapping[str, str]) -> Text:
+    if places == 0:
+        return Text(marks["same"], style="dim")
+    way = "up" if places > 0 else "down"
+    return Text(f"{marks[way]}{abs(places)}", style="green" if way == "up" else "red")
+
+
+def _costs(demo: Demo) -> str:
+    sentences: Sequence[str] = [
+        f"{demo.jobs} jobs, {demo.pairs} pairs, {demo.cached_pairs} cached: {demo.seconds:.2f} s",
+        f"the same jobs with another fusion: {demo.again_cached_pairs} of {demo.again_pairs} pairs from the score "
+        f"cache, {demo.again_seconds:.2f} s",
+        f"the worker was ready after {demo.ready_s:.1f} s",
+    ]
+    return "; ".join(sentences) + "."
