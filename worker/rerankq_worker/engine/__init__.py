@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rerankq_worker.engine.batcher import Batcher, BatcherStats
-from rerankq_worker.engine.checkpoint import find_checkpoint
-from rerankq_worker.engine.cores import allocator_environment, available_cores
-from rerankq_worker.engine.errors import (
+from .batcher import Batcher, BatcherStats
+from .checkpoint import find_checkpoint
+from .cores import allocator_environment, available_cores
+from .errors import (
     EngineClosed,
     EngineDied,
     EngineError,
@@ -18,9 +18,9 @@ from rerankq_worker.engine.errors import (
     PairFailed,
     TicketCancelled,
 )
-from rerankq_worker.engine.protocol import QUERY_MAX_TOKENS, Engine, Logits, TokenisedPair
-from rerankq_worker.engine.stub import StubEngine, parse_stub
-from rerankq_worker.engine.ticket import Ticket
+from .protocol import QUERY_MAX_TOKENS, Engine, Logits, TokenisedPair
+from .stub import StubEngine, parse_stub
+from .ticket import Ticket
 
 __all__ = [
     "QUERY_MAX_TOKENS",
@@ -87,7 +87,7 @@ def _load_stub(model: str, max_length: int | None, budget: int | None) -> Engine
 def _load_cross_encoder(model: str, budget: int | None, **options: Any) -> Engine:
     folder = find_checkpoint(model)
     # Torch takes seconds to import and a gigabyte of address space: only whoever loads a model pays.
-    from rerankq_worker.engine.cross_encoder import CrossEncoderEngine  # noqa: PLC0415
+    from .cross_encoder import CrossEncoderEngine  # noqa: PLC0415
 
     return CrossEncoderEngine(folder, name=model, max_batch_tokens=budget, **options)
 

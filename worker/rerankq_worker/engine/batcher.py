@@ -13,12 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-from rerankq_worker.batching import WINDOW, plan
-from rerankq_worker.engine.errors import EngineClosed, EngineDied, EngineError, PairFailed, is_out_of_memory
-from rerankq_worker.engine.pace import Budget, Pace
-from rerankq_worker.engine.protocol import Engine, TokenisedPair
-from rerankq_worker.engine.ticket import SharedPair, Ticket
-from rerankq_worker.engine.waiting import BULK, INTERACTIVE, NOWHERE, WaitingPairs
+from ..batching import WINDOW, plan
+from .errors import EngineClosed, EngineDied, EngineError, PairFailed, is_out_of_memory
+from .pace import Budget, Pace
+from .protocol import Engine, TokenisedPair
+from .ticket import SharedPair, Ticket
+from .waiting import BULK, INTERACTIVE, NOWHERE, WaitingPairs
 
 logger = logging.getLogger(__name__)
 

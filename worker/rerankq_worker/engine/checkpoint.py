@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from rerankq_worker.engine.errors import ModelUnusable
+from .errors import ModelUnusable
 
 _BUNDLED = Path(__file__).parents[3] / "models" / "minilm-l6-rerank"
 

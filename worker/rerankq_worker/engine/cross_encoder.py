@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder
 from transformers.utils import logging as transformers_logging
 
-from rerankq_worker.engine.checkpoint import fingerprint, weight_names
-from rerankq_worker.engine.cores import available_cores, has_amx_bf16
-from rerankq_worker.engine.errors import EngineError, ModelUnusable
-from rerankq_worker.engine.pair_tokeniser import PairTokeniser
-from rerankq_worker.engine.protocol import QUERY_MAX_TOKENS, Logits, TokenisedPair, checked_length, score_in_batches
+from .checkpoint import fingerprint, weight_names
+from .cores import available_cores, has_amx_bf16
+from .errors import EngineError, ModelUnusable
+from .pair_tokeniser import PairTokeniser
+from .protocol import QUERY_MAX_TOKENS, Logits, TokenisedPair, checked_length, score_in_batches
 
 logger = logging.getLogger(__name__)
 

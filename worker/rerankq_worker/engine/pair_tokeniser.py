@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from rerankq_worker.engine.errors import ModelUnusable
-from rerankq_worker.engine.protocol import QUERY_MAX_TOKENS, TokenisedPair, checked_length, room_for
+from .errors import ModelUnusable
+from .protocol import QUERY_MAX_TOKENS, TokenisedPair, checked_length, room_for
 
 # Unset, the tokenisers switch their threads off after a fork and say so on standard error at every one.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rerankq_worker.batching import plan_all
+from ..batching import plan_all
 
 Logits = NDArray[np.float32]
 

@@ -10,8 +10,8 @@ from hashlib import blake2b
 
 import numpy as np
 
-from rerankq_worker.engine.errors import ModelUnusable
-from rerankq_worker.engine.protocol import (
+from .errors import ModelUnusable
+from .protocol import (
     QUERY_MAX_TOKENS,
     Logits,
     TokenisedPair,

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rerankq_worker.engine.errors import EngineError, TicketCancelled
-from rerankq_worker.engine.protocol import Logits, TokenisedPair
-from rerankq_worker.engine.waiting import BULK, NOWHERE
+from .errors import EngineError, TicketCancelled
+from .protocol import Logits, TokenisedPair
+from .waiting import BULK, NOWHERE
 
 logger = logging.getLogger(__name__)
 
