@@ -1,11 +1,16 @@
 """The deployment files say what they are meant to say: checked against the specification, and against real servers."""
 
+import base64
 import json
+import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path
@@ -16,7 +21,6 @@ import pytest
 import redis
 import yaml
 
-from rerankq.broker import make_app
 from rerankq.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -177,28 +181,24 @@ def test_every_build_argument_is_known_to_its_dockerfile():
 @pytest.fixture(params=["ledger", "cache"])
 def configured_server(request, tmp_path, redis_binary_each_version):
     """A real server with the configuration that the deployment mounts, on a socket instead of a port."""
-    socket = tmp_path / "redis.sock"
-    settings = ["--port", "0", "--unixsocket", str(socket), "--dir", str(tmp_path), "--logfile", "log"]
+    path = tmp_path / "redis.sock"
+    settings = ["--port", "0", "--unixsocket", str(path), "--dir", str(tmp_path), "--logfile", "log"]
     configuration = REPOSITORY / "conf" / f"redis-{request.param}.conf"
     with subprocess.Popen([redis_binary_each_version, configuration, *settings, "--requirepass", "secret"]) as server:
         try:
-            with redis.Redis(unix_socket_path=str(socket), password="secret", decode_responses=True) as connection:
-                wait_for(connection, server)
+            with redis.Redis(unix_socket_path=str(path), password="secret", decode_responses=True) as connection:
+                assert eventually(lambda: answers(connection) or server.poll() is not None)
+                assert server.poll() is None, "the server refused its configuration"
                 yield request.param, connection
         finally:
             server.terminate()
 
 
-def wait_for(connection, server):
-    for _ in range(1000):
-        try:
-            connection.ping()
-        except redis.ConnectionError:
-            assert server.poll() is None, "the server refused its configuration"
-            time.sleep(0.01)
-        else:
-            return
-    pytest.fail("the server does not answer")
+def answers(connection) -> bool:
+    try:
+        return connection.ping()
+    except redis.ConnectionError:
+        return False
 
 
 def test_each_role_keeps_or_forgets_as_it_must(configured_server):
@@ -233,8 +233,47 @@ def test_flower_knows_every_option_of_its_file():
     assert known == {"max_tasks", "purge_offline_workers", "tasks_columns"}
 
 
-def test_flower_finds_the_light_app():
-    command = load("docker-compose.yml")["services"]["flower"].get("command")
-    assert command is None
-    assert '"rerankq.broker", "flower"' in (REPOSITORY / "docker/flower.Dockerfile").read_text()
-    assert make_app(Settings(broker_url="redis://localhost:1/0")).main == "rerankq"
+@pytest.fixture
+def flower(redis_url):
+    """Flower as its image starts it, but for the address; gives its URL."""
+    (command,) = re.findall(r"^CMD (.+)$", (REPOSITORY / "docker/flower.Dockerfile").read_text(), re.MULTILINE)
+    celery, *options = [word.replace("/etc/rerankq", str(REPOSITORY / "conf")) for word in json.loads(command)]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    where = [f"--port={port}", "--address=127.0.0.1"]
+    environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url, "FLOWER_BASIC_AUTH": "me:secret"}
+    with subprocess.Popen([sys.executable, "-m", celery, *options, *where], env=environment) as server:
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+def status_of(url: str, *, password: str = "") -> int:
+    opener = urllib.request.build_opener()
+    if password:
+        opener.addheaders = [("Authorization", "Basic " + base64.b64encode(f"me:{password}".encode()).decode())]
+    try:
+        with opener.open(url, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as refused:
+        with refused:
+            return refused.code
+    except OSError:
+        return 0
+
+
+def test_flower_starts_from_the_light_app_and_asks_for_the_password(flower):
+    assert eventually(lambda: status_of(f"{flower}/healthcheck") == 200)
+    assert status_of(f"{flower}/tasks") == 401
+    assert status_of(f"{flower}/tasks", password="wrong") == 401
+    assert status_of(f"{flower}/tasks", password="secret") == 200
+
+
+def eventually(fact, *, within_s: float = 60) -> bool:
+    deadline = time.monotonic() + within_s
+    while not fact():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
