@@ -80,7 +80,10 @@ class ScoreCache:
             return nothing
         key = _key(fingerprint, query)
         try:
-            values, cut = self._redis.pipeline(transaction=False).hmget(key, chunks).smembers(_cut(key)).execute()
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.hmget(key, list(chunks))
+            pipe.smembers(_cut(key))
+            values, cut = pipe.execute()
         except (RedisError, OSError) as error:
             self._rest(error)
             return nothing

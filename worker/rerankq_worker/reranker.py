@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +16,7 @@ from rerankq.errors import JobCancelled, JobFailed
 
 from .cache import Known, ScoreCache, score_fingerprint, text_hash
 from .engine import Batcher, Engine, Ticket, TicketCancelled
-from .fusion import Blend, blend, rank, rank_feature_scores, signals_needed, token_signal
+from .fusion import Blend, FusionSpec, blend, rank, rank_feature_scores, signals_needed, token_signal
 from .fusion.analyser import Analyser
 
 
@@ -92,9 +94,10 @@ class Reranker:
             raise JobFailed(f"fusion: expected numbers, got the name {job.fusion!r}; submit through the client")
         if len(job.chunks) <= job.skip_at_or_below:
             return self._unscored(job_id, job, began, waited_s)
-        needed = signals_needed(job.fusion)
+        fusion = cast("FusionSpec", job.fusion)  # its keys are literals, and Mapping's keys are invariant
+        needed = signals_needed(fusion)
         scored = self._score(job, work, priority) if "model" in needed else _nothing(len(job.chunks))
-        blended = blend(self._signals(job, scored, needed), job.fusion)
+        blended = blend(self._signals(job, fusion, scored, needed), fusion)
         return Ranking(
             job_id=job_id,
             model=self._model,
@@ -158,11 +161,13 @@ class Reranker:
         scored.tokenise_s, scored.inference_s = tokenised - began, time.perf_counter() - tokenised
         return scored
 
-    def _signals(self, job: RerankJob, scored: Scored, needed: frozenset[str]) -> dict[str, NDArray[np.float64]]:
+    def _signals(
+        self, job: RerankJob, fusion: FusionSpec, scored: Scored, needed: frozenset[str]
+    ) -> dict[str, NDArray[np.float64]]:
         # Signals of no weight are not computed.
-        compute = {
+        compute: dict[str, Callable[[], NDArray[np.float64]]] = {
             "model": lambda: scored.logits,
-            "token": lambda: token_signal(job.query, job.query_tokens, job.chunks, job.fusion, self._analyser),  # type: ignore[arg-type]  # a Fusion by now
+            "token": lambda: token_signal(job.query, job.query_tokens, job.chunks, fusion, self._analyser),
             "vector": lambda: _floats([chunk.vector_score for chunk in job.chunks]),
             "keyword": lambda: _floats([chunk.keyword_score for chunk in job.chunks]),
             "pagerank": lambda: _floats([chunk.pagerank for chunk in job.chunks]),

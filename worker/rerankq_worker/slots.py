@@ -29,7 +29,7 @@ class Slots:
         self._free_since: dict[bool, float | None] = {False: now, True: now}
 
     def take(self, *, bulk: bool) -> bool:
-        """A job came in; answers True if bulk has its share with it, and should be paused."""
+        """Count a job that came in; answers True if bulk has its share with it, and should be paused."""
         with self._lock:
             self._taken += 1
             self._bulk += bulk
@@ -37,7 +37,7 @@ class Slots:
             return bulk and self._bulk == self._bulk_share
 
     def give_back(self, *, bulk: bool) -> bool:
-        """A job went out; answers True if bulk was paused and should be resumed."""
+        """Count a job that went out; answers True if bulk was paused and should be resumed."""
         with self._lock:
             resume = bulk and self._bulk == self._bulk_share
             self._taken -= 1

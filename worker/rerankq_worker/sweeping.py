@@ -160,7 +160,7 @@ class CancelListener:
     def _run(self) -> None:
         # A cancellation missed during an outage is noticed by the next renewal of the lease.
         while not self._stopped.is_set():
-            pubsub = self._ledger.redis.pubsub(ignore_subscribe_messages=True)
+            pubsub: Any = self._ledger.redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
             try:
                 pubsub.subscribe(self._channel)
                 while not self._stopped.is_set():
