@@ -107,6 +107,13 @@ def test_scores_are_finite_and_inputs_unchanged_whatever_comes_in(rows, rules, w
         np.testing.assert_array_equal(signals[name], row)
 
 
+@pytest.mark.parametrize("model", [1e308, -1e308])
+def test_no_weight_makes_a_score_infinite(model):
+    spec = Spec(weights={"model": 1e300, "token": 1e300, "vector": 1.0}, normalise=PLAIN)
+    assert np.isfinite(fusion.fuse({"model": [model], "token": [1e308], "vector": [0.5]}, spec)).all()
+    assert np.isfinite(fusion.fuse({"model": [model, 1], "token": [None, 1]}, spec)).all()
+
+
 def test_the_weighted_sum_is_not_divided_by_its_weights():
     spec = Spec(weights={"model": 0.7, "token": 0.3, "pagerank": 0.1, "tags": 0.1})
     signals = {"model": [1000.0], "token": [1.0], "pagerank": [100.0], "tags": [1.0]}
@@ -188,6 +195,11 @@ def test_normalised_values_lie_between_zero_and_one_and_keep_their_order(rule, r
     normalised = RULES[rule](raw)
     assert ((normalised >= 0) & (normalised <= 1)).all()
     assert (np.diff(normalised[np.argsort(raw, kind="stable")]) >= 0).all()
+
+
+@given(st.lists(st.floats(-50, 50), max_size=6))
+def test_ragflows_rule_on_known_values_is_ragflows(raw):
+    np.testing.assert_allclose(fusion.normalise_ragflow(raw), fusion.ragflow.normalise_model_scores(raw), rtol=1e-12)
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))

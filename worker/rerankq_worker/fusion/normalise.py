@@ -11,7 +11,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .ragflow import normalise_model_scores
+from .ragflow import FLAT_SPAN
 
 Floats = NDArray[np.float64]
 
@@ -89,9 +89,11 @@ def normalise_ragflow(values: ArrayLike) -> Floats:
     array([1.   ,   nan, 0.   , 0.231])
     """
     row = known(values)
-    there = ~np.isnan(row)
-    row[there] = normalise_model_scores(row[there])
-    return row
+    present = row[~np.isnan(row)]
+    if not present.size or (present.min() >= 0.0 and present.max() <= 1.0):
+        return row
+    flat = present.max() / 2 - present.min() / 2 < FLAT_SPAN / 2
+    return np.clip(row, 0.0, 1.0) if flat else normalise_minmax(row)
 
 
 # "raw" changes nothing either; it says besides that the signal is added on top (see ``blending``).
