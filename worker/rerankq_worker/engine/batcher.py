@@ -295,14 +295,13 @@ class Batcher:
             part = self._still_wanted(parts.pop())
             if not part:
                 continue
-            error = self._attempt(part)
-            if error is None:
-                continue
-            if len(part) > 1:
+            if len(part) == 1:
+                if (error := self._attempt(part)) is not None:
+                    self._judge(part[0], error)
+            # What one half taught holds for the other: nothing is tried above a budget lowered meanwhile.
+            elif _padded(part) > self._budget.now or self._attempt(part) is not None:
                 middle = len(part) // 2
                 parts += [part[middle:], part[:middle]]
-            else:
-                self._judge(part[0], error)
 
     def _still_wanted(self, part: list[SharedPair]) -> list[SharedPair]:
         with self._lock:
@@ -310,7 +309,7 @@ class Batcher:
 
     def _attempt(self, part: list[SharedPair]) -> Exception | None:
         """Run one micro-batch and deliver it; returns what went wrong."""
-        padded = len(part) * max(shared.length for shared in part)
+        padded = _padded(part)
         with self._lock:
             self._tally.batch_predicted_s = self._pace.predict(padded)
             self._tally.batch_started = started = self._clock()
@@ -388,3 +387,7 @@ class Batcher:
                 self._release(ticket, PairFailed(f"a pair of {shared.length} tokens cannot be scored: {error}"))
         for ticket in ended:
             ticket.announce()
+
+
+def _padded(part: list[SharedPair]) -> int:
+    return len(part) * max(shared.length for shared in part)

@@ -44,7 +44,7 @@ class Budget:
 
     def after_out_of_memory(self, tokens: int) -> Budget:
         """Halve: a batch of so many padded tokens did not fit."""
-        return Budget(self.full, max(1, min(self.now, tokens) // 2))
+        return Budget(self.full, max(1, min(self.now, tokens // 2)))
 
     def after_success(self) -> Budget:
         """Count a batch that fitted; after enough of them try twice as much, since what took the memory may be gone."""

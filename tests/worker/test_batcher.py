@@ -1,0 +1,547 @@
+"""One engine thread, many tickets: who is computed when, once, and what happens when something fails."""
+
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rerankq_worker.engine import (
+    Batcher,
+    EngineClosed,
+    EngineDied,
+    PairFailed,
+    StubEngine,
+    TicketCancelled,
+)
+
+PATIENCE_S = 20  # a test that hangs ends here; none that works waits so long
+
+
+class ScriptedEngine(StubEngine):
+    """The stub, with a gate to hold the device at and a script of what goes wrong."""
+
+    def __init__(self, *, fails=None, held=False, **options):
+        super().__init__(seconds_per_token=0, **options)
+        self.batches = []
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Event()
+        self.fails = fails or (lambda batch: None)
+        self.dead = False
+        self.released = 0
+        if not held:
+            self.gate.set()
+
+    def forward(self, batch):
+        self.entered.release()
+        assert self.gate.wait(PATIENCE_S)
+        self.batches.append(list(batch))
+        if error := self.fails(batch):
+            raise error
+        return super().forward(batch)
+
+    def warm_up(self):
+        if self.dead:
+            raise RuntimeError("no answer")
+
+    def release_memory(self):
+        self.released += 1
+
+    def wait_until_busy(self):
+        assert self.entered.acquire(timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def started():
+    """Make batchers that are closed whatever the test does."""
+    made = []
+
+    def start(engine, **options):
+        made.append(Batcher(engine, **options))
+        return made[-1]
+
+    yield start
+    for batcher in made:
+        batcher._engine.gate.set()
+        batcher.close(drain=False, timeout=PATIENCE_S)
+
+
+def keys_of(chunks):
+    return [chunk.encode() for chunk in chunks]
+
+
+def computed(engine):
+    return Counter(pair.ids.tobytes() for batch in engine.batches for pair in batch)
+
+
+CHUNKS = [f"chunk {'word ' * (number % 17)}number {number}" for number in range(60)]
+
+
+def test_every_ticket_gets_the_scores_of_its_own_pairs_in_order(started):
+    engine = ScriptedEngine()
+    batcher = started(engine, max_batch_tokens=64)
+    tickets = {query: batcher.submit(engine.tokenise(query, CHUNKS)) for query in ("one", "two words", "three of them")}
+    for query, ticket in tickets.items():
+        alone = StubEngine(seconds_per_token=0).score([(query, chunk) for chunk in CHUNKS])
+        np.testing.assert_array_equal(ticket.result(PATIENCE_S), alone)
+        assert ticket.done
+        assert ticket.done_pairs == ticket.pairs == len(CHUNKS)
+
+
+def test_many_threads_at_once_get_their_own_scores(started):
+    engine = ScriptedEngine()
+    batcher = started(engine, max_batch_tokens=256)
+    wrong = []
+
+    def job(number):
+        query = f"query {number % 5}"
+        pairs = engine.tokenise(query, CHUNKS)
+        keys = [f"{query}/{chunk}".encode() for chunk in CHUNKS]
+        ticket = batcher.submit(pairs, priority="bulk" if number % 2 else "interactive", keys=keys)
+        if number % 7 == 3:
+            ticket.cancel()
+            return
+        if not np.array_equal(ticket.result(PATIENCE_S), StubEngine.forward(engine, pairs)):
+            wrong.append(number)
+
+    threads = [threading.Thread(target=job, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert wrong == []
+    assert batcher.stats().waiting_pairs == 0
+    assert batcher.stats().tickets == 0
+    assert batcher._in_flight == {}
+
+
+def test_pairs_of_many_tickets_share_batches(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine, max_batch_tokens=4096)
+    batcher.submit(engine.tokenise("first", ["goes alone"]))
+    engine.wait_until_busy()
+    tickets = [batcher.submit(engine.tokenise(f"query {n}", ["same length"])) for n in range(20)]
+    engine.gate.set()
+    for ticket in tickets:
+        ticket.result(PATIENCE_S)
+    assert [len(batch) for batch in engine.batches] == [1, 20]
+
+
+def test_no_batch_exceeds_the_budget_unless_one_pair_does(started):
+    engine = ScriptedEngine()
+    batcher = started(engine, max_batch_tokens=40)
+    batcher.submit(engine.tokenise("q", [*CHUNKS, "long " * 100])).result(PATIENCE_S)
+    for batch in engine.batches:
+        assert len(batch) * max(pair.length for pair in batch) <= 40 or len(batch) == 1
+
+
+def test_nothing_to_score_is_done_at_once(started):
+    ticket = started(ScriptedEngine()).submit([])
+    assert ticket.done
+    assert ticket.result(0).shape == (0,)
+
+
+# -- coalescing ----------------------------------------------------------------------------------------------------
+
+
+def test_pairs_with_equal_keys_in_flight_are_computed_once(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine)
+    pairs = engine.tokenise("q", CHUNKS)
+    tickets = [batcher.submit(pairs, keys=keys_of(CHUNKS)) for _ in range(3)]
+    engine.gate.set()
+    results = [ticket.result(PATIENCE_S) for ticket in tickets]
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+    assert set(computed(engine).values()) == {1}
+    assert batcher.stats().joined_pairs == 2 * len(CHUNKS)
+
+
+def test_a_pair_already_on_the_device_can_still_be_joined(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine)
+    pairs = engine.tokenise("q", ["c"])
+    first = batcher.submit(pairs, keys=[b"k"])
+    engine.wait_until_busy()
+    second = batcher.submit(pairs, keys=[b"k"])
+    engine.gate.set()
+    assert first.result(PATIENCE_S) == second.result(PATIENCE_S)
+    assert len(engine.batches) == 1
+
+
+def test_pairs_without_keys_never_join(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine)
+    pairs = engine.tokenise("q", ["c"])
+    tickets = [batcher.submit(pairs, keys=keys) for keys in (None, [None], [b"k"], [b"k"])]
+    engine.gate.set()
+    for ticket in tickets:
+        ticket.result(PATIENCE_S)
+    assert sum(computed(engine).values()) == 3
+
+
+def test_one_submission_may_name_the_same_pair_twice(started):
+    engine = ScriptedEngine()
+    pairs = engine.tokenise("q", ["c", "d", "c"])
+    logits = started(engine).submit(pairs, keys=[b"c", b"d", b"c"]).result(PATIENCE_S)
+    np.testing.assert_array_equal(logits, StubEngine.forward(engine, pairs))
+    assert set(computed(engine).values()) == {1}
+
+
+def test_a_key_is_forgotten_once_computed(started):
+    engine = ScriptedEngine()
+    batcher = started(engine)
+    pairs = engine.tokenise("q", ["c"])
+    for _ in range(2):
+        batcher.submit(pairs, keys=[b"k"]).result(PATIENCE_S)
+    assert sum(computed(engine).values()) == 2
+    assert batcher._in_flight == {}
+
+
+def test_the_owners_cancellation_passes_a_shared_pair_on(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine)
+    blocker = batcher.submit(engine.tokenise("q", ["blocks the device"]))
+    engine.wait_until_busy()
+    pairs = engine.tokenise("q", CHUNKS)
+    owner = batcher.submit(pairs, keys=keys_of(CHUNKS))
+    other = batcher.submit(pairs[:10], keys=keys_of(CHUNKS[:10]))
+    owner.cancel()
+    engine.gate.set()
+    np.testing.assert_array_equal(other.result(PATIENCE_S), StubEngine.forward(engine, pairs[:10]))
+    blocker.result(PATIENCE_S)
+    with pytest.raises(TicketCancelled):
+        owner.result(PATIENCE_S)
+    assert set(computed(engine)) == {pair.ids.tobytes() for batch in engine.batches for pair in batch}
+    assert sum(computed(engine).values()) == 11
+
+
+def test_an_interactive_waiter_lifts_a_bulk_pair_and_lets_it_sink_when_it_leaves(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine, max_batch_tokens=8)
+    batcher.submit(engine.tokenise("q", ["blocks"]))
+    engine.wait_until_busy()
+    chunks = ["aa aa", "bb bb", "cc cc"]
+    pairs = engine.tokenise("q", chunks)
+    bulk = batcher.submit(pairs, priority="bulk", keys=keys_of(chunks))
+    batcher.submit(pairs[1:2], keys=[b"bb bb"]).cancel()
+    lifted = batcher.submit(pairs[2:], keys=[b"cc cc"])
+    engine.gate.set()
+    bulk.result(PATIENCE_S)
+    lifted.result(PATIENCE_S)
+    order = [pair.ids.tobytes() for batch in engine.batches[1:] for pair in batch]
+    assert order == [pairs[n].ids.tobytes() for n in (2, 0, 1)]
+
+
+# -- cancelling ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_ticket_stops_before_its_next_micro_batch(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine, max_batch_tokens=8)
+    ticket = batcher.submit(engine.tokenise("q", [f"chunk {n}" for n in range(50)]))
+    engine.wait_until_busy()
+    ticket.cancel()
+    engine.gate.set()
+    assert ticket.done
+    with pytest.raises(TicketCancelled):
+        ticket.result(0)
+    after = batcher.submit(engine.tokenise("q", ["after"]))
+    after.result(PATIENCE_S)
+    assert len(engine.batches) == 2
+    assert batcher.stats().waiting_pairs == 0
+
+
+def test_cancelling_twice_or_too_late_changes_nothing(started):
+    engine = ScriptedEngine()
+    ticket = started(engine).submit(engine.tokenise("q", ["c"]))
+    logits = ticket.result(PATIENCE_S)
+    ticket.cancel()
+    ticket.cancel()
+    assert ticket.result(0) is logits
+
+
+def test_a_result_not_there_in_time_can_be_asked_for_again(started):
+    engine = ScriptedEngine(held=True)
+    ticket = started(engine).submit(engine.tokenise("q", ["c"]))
+    with pytest.raises(TimeoutError, match="0 of 1 pairs"):
+        ticket.result(timeout=0.01)
+    engine.gate.set()
+    assert ticket.result(PATIENCE_S).shape == (1,)
+
+
+# -- priorities ----------------------------------------------------------------------------------------------------
+
+
+def test_interactive_pairs_go_before_bulk_that_came_earlier(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine, max_batch_tokens=16)
+    batcher.submit(engine.tokenise("q", ["blocks"]))
+    engine.wait_until_busy()
+    bulk = batcher.submit(engine.tokenise("q", [f"bulk {n}" for n in range(40)]), priority="bulk")
+    urgent = batcher.submit(engine.tokenise("q", [f"urgent {n}" for n in range(6)]))
+    seen = []
+    urgent.add_done_callback(lambda _: seen.append(bulk.done_pairs))
+    engine.gate.set()
+    bulk.result(PATIENCE_S)
+    assert seen == [0]
+
+
+def test_bulk_keeps_its_share_under_a_flood_of_interactive_pairs(started):
+    class Clock:
+        now = 0.0
+
+        def __call__(self):
+            return self.now
+
+    clock = Clock()
+
+    class TimedEngine(ScriptedEngine):
+        def forward(self, batch):
+            clock.now += len(batch) * max(pair.length for pair in batch) / 100
+            return super().forward(batch)
+
+    engine = TimedEngine(held=True)
+    batcher = started(engine, max_batch_tokens=60, bulk_share=0.25, clock=clock)
+    batcher.submit(engine.tokenise("q", ["blocks"]))
+    engine.wait_until_busy()
+    flood = batcher.submit(engine.tokenise("q", [f"flood {n}" for n in range(2000)]))
+    bulk = batcher.submit(
+        engine.tokenise("q", [f"this bulk chunk is longer than those {n}" for n in range(2000)]), priority="bulk"
+    )
+    shares = []
+    flood.add_done_callback(lambda _: shares.append(bulk.done_pairs * 11 / (bulk.done_pairs * 11 + 2000 * 5)))
+    engine.gate.set()
+    flood.result(PATIENCE_S)
+    assert shares[0] == pytest.approx(0.25, abs=0.08)
+
+
+# -- failures ------------------------------------------------------------------------------------------------------
+
+
+def has_word(engine, word):
+    marker = engine.tokenise(word, [""])[0].ids[1]
+    return lambda pair: marker in pair.ids.tolist()
+
+
+def test_one_bad_pair_fails_its_own_ticket_and_no_neighbour(started):
+    engine = ScriptedEngine(held=True)
+    bad = has_word(engine, "poison")
+    engine.fails = lambda batch: ValueError("cannot read this") if any(map(bad, batch)) else None
+    batcher = started(engine, max_batch_tokens=4096)
+    batcher.submit(engine.tokenise("q", ["blocks"]))
+    engine.wait_until_busy()
+    good = [batcher.submit(engine.tokenise(f"query {n}", CHUNKS)) for n in range(3)]
+    poisoned = batcher.submit(engine.tokenise("q", ["one", "two poison", "three"]))
+    engine.gate.set()
+    with pytest.raises(PairFailed, match="cannot read this"):
+        poisoned.result(PATIENCE_S)
+    for n, ticket in enumerate(good):
+        np.testing.assert_array_equal(
+            ticket.result(PATIENCE_S), StubEngine.forward(engine, engine.tokenise(f"query {n}", CHUNKS))
+        )
+    stats = batcher.stats()
+    assert stats.alive
+    assert stats.failed_pairs == 1
+    assert stats.out_of_memory == 0
+
+
+def test_everyone_who_waits_for_a_bad_pair_hears_of_it(started):
+    engine = ScriptedEngine(held=True)
+    bad = has_word(engine, "poison")
+    engine.fails = lambda batch: ValueError("bad") if any(map(bad, batch)) else None
+    batcher = started(engine)
+    pairs = engine.tokenise("q", ["poison"])
+    tickets = [batcher.submit(pairs, keys=[b"k"]) for _ in range(3)]
+    engine.gate.set()
+    for ticket in tickets:
+        with pytest.raises(PairFailed):
+            ticket.result(PATIENCE_S)
+    assert batcher._in_flight == {}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("can't allocate memory")],
+)
+def test_out_of_memory_halves_the_batch_and_goes_on_with_smaller_ones(started, error):
+    engine = ScriptedEngine(held=True)
+    engine.fails = lambda batch: error if len(batch) * max(pair.length for pair in batch) > 100 else None
+    batcher = started(engine, max_batch_tokens=800)
+    chunks = [f"chunk number {n}" for n in range(300)]
+    ticket = batcher.submit(engine.tokenise("q", chunks))
+    engine.gate.set()
+    np.testing.assert_array_equal(ticket.result(PATIENCE_S), StubEngine.forward(engine, engine.tokenise("q", chunks)))
+    stats = batcher.stats()
+    assert 50 <= stats.batch_tokens <= 100
+    assert stats.out_of_memory == 3
+    assert engine.released == stats.out_of_memory
+    assert stats.failed_pairs == 0
+
+
+def test_a_pair_that_does_not_fit_even_alone_fails_and_the_engine_lives(started):
+    engine = ScriptedEngine()
+    engine.fails = lambda batch: MemoryError() if max(pair.length for pair in batch) > 100 else None
+    batcher = started(engine)
+    with pytest.raises(PairFailed):
+        batcher.submit(engine.tokenise("q", ["long " * 200])).result(PATIENCE_S)
+    assert batcher.submit(engine.tokenise("q", ["short"])).result(PATIENCE_S).shape == (1,)
+
+
+def test_a_device_that_does_not_even_warm_up_fails_everyone_with_engine_died(started):
+    engine = ScriptedEngine(held=True)
+    engine.fails = lambda batch: RuntimeError("illegal memory access")
+    batcher = started(engine)
+    tickets = [batcher.submit(engine.tokenise("q", CHUNKS), priority=p) for p in ("bulk", "interactive", "bulk")]
+    engine.dead = True
+    engine.gate.set()
+    for ticket in tickets:
+        with pytest.raises(EngineDied, match="illegal memory access"):
+            ticket.result(PATIENCE_S)
+    with pytest.raises(EngineDied):
+        batcher.submit(engine.tokenise("q", ["late"]))
+    assert not batcher.stats().alive
+
+
+def test_the_end_of_the_thread_itself_fails_everyone_at_once(started):
+    engine = ScriptedEngine(held=True)
+    engine.fails = lambda batch: SystemExit()
+    batcher = started(engine)
+    ticket = batcher.submit(engine.tokenise("q", CHUNKS))
+    engine.gate.set()
+    with pytest.raises(EngineDied):
+        ticket.result(PATIENCE_S)
+
+
+def test_a_wrong_number_of_logits_is_an_error_and_no_shift(started):
+    engine = ScriptedEngine()
+    engine.forward = lambda batch: np.zeros(len(batch) + 1, dtype=np.float32)
+    with pytest.raises(PairFailed, match="came out"):
+        started(engine).submit(engine.tokenise("q", ["a", "b"])).result(PATIENCE_S)
+
+
+def test_logits_that_are_no_numbers_are_handed_on_as_they_are(started):
+    engine = ScriptedEngine()
+    engine.forward = lambda batch: np.array([np.nan, np.inf, -np.inf], dtype=np.float32)[: len(batch)]
+    logits = started(engine).submit(engine.tokenise("q", ["a", "b", "c"])).result(PATIENCE_S)
+    assert np.isnan(logits).sum() == 1
+    assert np.isinf(logits).sum() == 2
+
+
+# -- waiting and watching ------------------------------------------------------------------------------------------
+
+
+def test_progress_can_be_waited_for_without_polling(started):
+    engine = ScriptedEngine()
+    batches = []
+    batcher = started(engine, max_batch_tokens=32, on_progress=lambda: batches.append(1))
+    ticket = batcher.submit(engine.tokenise("q", CHUNKS))
+    seen = 0
+    while seen < len(CHUNKS):
+        now = ticket.wait_for_progress(seen, timeout=PATIENCE_S)
+        assert now > seen
+        seen = now
+    assert ticket.wait_for_progress(seen, timeout=PATIENCE_S) == len(CHUNKS)
+    batcher.close()
+    assert len(batches) == batcher.stats().batches == len(engine.batches)
+
+
+def test_callbacks_come_once_and_a_broken_one_harms_nobody(started, caplog):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine)
+    ticket, other = (batcher.submit(engine.tokenise("q", [chunk])) for chunk in ("a", "b"))
+    called = []
+    ticket.add_done_callback(lambda _: 1 / 0)
+    ticket.add_done_callback(called.append)
+    engine.gate.set()
+    assert other.result(PATIENCE_S).shape == (1,)
+    batcher.close()
+    ticket.add_done_callback(called.append)
+    assert called == [ticket, ticket]
+    assert "callback" in caplog.text
+
+
+def test_the_snapshot_says_what_runs_and_how_long_it_should_take(started):
+    engine = ScriptedEngine()
+    batcher = started(engine)
+    batcher.submit(engine.tokenise("q", CHUNKS)).result(PATIENCE_S)
+    while engine.entered.acquire(blocking=False):
+        pass
+    engine.gate.clear()
+    ticket = batcher.submit(engine.tokenise("q", CHUNKS[:1]))
+    engine.wait_until_busy()
+    stats = batcher.stats()
+    assert stats.batch_started <= time.monotonic()
+    assert stats.batch_predicted_s > 0
+    assert stats.pairs == len(CHUNKS)
+    assert stats.tickets == 1
+    assert 1 <= stats.padding <= 2
+    engine.gate.set()
+    ticket.result(PATIENCE_S)
+    batcher.close()
+    assert batcher.stats().batch_started is None
+
+
+# -- closing -------------------------------------------------------------------------------------------------------
+
+
+def test_closing_drains_what_waits_and_refuses_what_comes(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine, max_batch_tokens=32)
+    ticket = batcher.submit(engine.tokenise("q", CHUNKS))
+    engine.gate.set()
+    batcher.close(timeout=PATIENCE_S)
+    assert ticket.result(0).shape == (len(CHUNKS),)
+    with pytest.raises(EngineClosed):
+        batcher.submit(engine.tokenise("q", ["late"]))
+
+
+def test_closing_without_draining_fails_what_waits(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine, max_batch_tokens=32)
+    ticket = batcher.submit(engine.tokenise("q", CHUNKS))
+    engine.wait_until_busy()
+    batcher.close(drain=False, timeout=0.01)
+    with pytest.raises(EngineClosed):
+        ticket.result(0)
+    engine.gate.set()
+    batcher.close(timeout=PATIENCE_S)
+    assert len(engine.batches) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"), [({"priority": "urgent"}, "urgent"), ({"keys": [b"one", b"two"]}, "one key per pair")]
+)
+def test_a_submission_that_makes_no_sense_is_refused(started, options, complaint):
+    engine = ScriptedEngine()
+    with pytest.raises(ValueError, match=complaint):
+        started(engine).submit(engine.tokenise("q", ["c"]), **options)
+
+
+@pytest.mark.parametrize("options", [{"max_batch_tokens": 0}, {"bulk_share": 0.0}, {"bulk_share": 1.0}])
+def test_a_batcher_that_makes_no_sense_is_refused(options):
+    with pytest.raises(ValueError, match=r"token|share"):
+        Batcher(StubEngine(), **options)
+
+
+def test_a_long_line_is_left_and_joined_at_any_place(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine, max_batch_tokens=512)
+    batcher.submit(engine.tokenise("q", ["blocks"]))
+    engine.wait_until_busy()
+    chunks = [f"chunk {n}" for n in range(700)]
+    tickets = [
+        batcher.submit(engine.tokenise(f"query{n}", chunks), priority=("bulk", "interactive")[n % 2]) for n in range(9)
+    ]
+    for ticket in tickets[::3]:
+        ticket.cancel()
+    tickets.append(batcher.submit(engine.tokenise("query9", chunks)))
+    assert batcher.stats().waiting_pairs == 7 * 700
+    engine.gate.set()
+    for n, ticket in enumerate(tickets):
+        if n in {0, 3, 6}:
+            continue
+        np.testing.assert_array_equal(
+            ticket.result(PATIENCE_S), StubEngine.forward(engine, engine.tokenise(f"query{n}", chunks))
+        )
