@@ -1,0 +1,502 @@
+"""Scores and token ids equal to sentence-transformers' own, for several families of model and tokeniser."""
+
+import gzip
+import json
+import os
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sentence_transformers import CrossEncoder
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
+
+from rerankq_worker import engine
+from rerankq_worker.engine import ModelUnusable
+from rerankq_worker.engine.pair_tokeniser import PairTokeniser
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BUNDLED = REPOSITORY / "models" / "minilm-l6-rerank"
+SCIFACT = REPOSITORY.parent / "shared" / "data" / "scifact"
+
+#: Text with a spread of lengths, scripts and oddities; the tokenisers below are trained on it.
+TEXTS = [
+    "Aspirin inhibits the production of prostaglandins, and so reduces fever, pain and inflammation in adults.",
+    "The capital of France is Paris; its population was 2,102,650 in 2023.",
+    "深度学习模型在检索任务中表现出色。重排序器读取查询与段落,并给出一个分数。",
+    "Größere Straßen führen über Brücken: naïve café façade coöperate, señor!",
+    "def score(pairs): return [model(q, c) for q, c in pairs]  # O(n)",
+    "हिन्दी और العربية ייִדיש ελληνικά русский язык 한국어 日本語テキスト",
+    "emoji 👩‍👩‍👧‍👦 and ﬁ ligatures, zero\u200bwidth, soft\u00adhyphen, tabs\tand\nnew lines",
+    "short",
+    "A very long sentence that goes on, " * 12,
+]
+QUERY = "which drug reduces fever in adults?"
+SPECIALS = {
+    "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+    "xlm-r": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+    "modernbert": ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"],
+}
+NAMED = {
+    "bert": {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
+    "xlm-r": {"unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"},
+    "modernbert": {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
+}
+FAMILIES = sorted(SPECIALS)
+
+
+def template(tokenizer, first, last, pair):
+    return processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=pair,
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (first, last)],
+    )
+
+
+def tokenizer_of(family):
+    specials = SPECIALS[family]
+    if family == "bert":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=specials, show_progress=False)
+    elif family == "xlm-r":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        )
+        trainer = trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=specials, unk_token="<unk>", show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=500,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = (
+        template(tokenizer, "<s>", "</s>", "<s> $A </s> </s> $B </s>")
+        if family == "xlm-r"
+        else template(tokenizer, "[CLS]", "[SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
+        if family == "bert"
+        else template(tokenizer, "[CLS]", "[SEP]", "[CLS] $A [SEP] $B [SEP]")
+    )
+    return tokenizer
+
+
+def model_of(family, tokenizer, labels=1):
+    # Weights drawn wide: with the usual ones a tiny model answers nearly the same logit to everything.
+    sizes = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "num_labels": labels,
+        "initializer_range": 0.3,
+    }
+    if family == "bert":
+        return BertForSequenceClassification(BertConfig(**sizes, max_position_embeddings=96, pad_token_id=0))
+    if family == "xlm-r":
+        config = XLMRobertaConfig(**sizes, max_position_embeddings=98, type_vocab_size=1, pad_token_id=1)
+        return XLMRobertaForSequenceClassification(config)
+    ids = {"cls_token_id": 1, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 3}
+    return ModernBertForSequenceClassification(
+        ModernBertConfig(**sizes, **ids, max_position_embeddings=96, local_attention=16, initializer_cutoff_factor=9.0)
+    )
+
+
+def save_checkpoint(folder, family, *, labels=1, max_length=96):
+    torch.manual_seed(7)
+    tokenizer = tokenizer_of(family)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"] + ["token_type_ids"] * (family == "bert"),
+        **NAMED[family],
+    )
+    model_of(family, tokenizer, labels).eval().save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    # The trap of checkpoints that were saved after use: the file carries a truncation and a padding of its own.
+    file = folder / "tokenizer.json"
+    saved = Tokenizer.from_file(str(file))
+    saved.enable_truncation(max_length=11)
+    saved.enable_padding(length=24)
+    saved.save(str(file))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries warn about what a tiny checkpoint lacks
+        return {family: save_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def engines(folders):
+    return {family: engine.load(str(folder), dtype="float32", threads=1) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return engine.load("bundled", dtype="float32", threads=1)
+
+
+@pytest.fixture(scope="module")
+def peers(folders):
+    """The same checkpoints through sentence-transformers alone."""
+    places = {**folders, "bundled": BUNDLED}
+    return {
+        name: CrossEncoder(str(place), device="cpu", model_kwargs={"dtype": torch.float32})
+        for name, place in places.items()
+    }
+
+
+def predicted(peer, pairs):
+    return peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False, batch_size=4)
+
+
+def json_lines(name):
+    with gzip.open(SCIFACT / name, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def real_pairs(count):
+    if not SCIFACT.is_dir():
+        return [(QUERY, text) for text in TEXTS]
+    queries, corpus = json_lines("queries.jsonl.gz")[:4], json_lines("corpus.jsonl.gz")[: count // 4]
+    return [(query["text"], f"{chunk['title']} {chunk['text']}".strip()) for query in queries for chunk in corpus]
+
+
+# -- logits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_predict(engines, peers, family):
+    pairs = [(query, text) for query in (QUERY, "深度学习", "Straße") for text in TEXTS]
+    ours, theirs = engines[family].score(pairs), predicted(peers[family], pairs)
+    assert ours.dtype == np.float32
+    assert np.ptp(theirs) > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_logits_of_the_bundled_model_on_real_text_equal_those_of_predict(bundled, peers):
+    pairs = real_pairs(24)
+    ours, theirs = bundled.score(pairs), predicted(peers["bundled"], pairs)
+    assert np.ptp(theirs) > 1
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_logits_are_raw_although_the_checkpoint_asks_for_a_sigmoid(bundled):
+    saved = json.loads((BUNDLED / "config.json").read_text())
+    assert "Sigmoid" in saved["sentence_transformers"]["activation_fn"]
+    assert bundled.score([(QUERY, TEXTS[0])])[0] > 1
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02)])
+def test_logits_in_reduced_precision_stay_near_and_apart(bundled, dtype, tolerance):
+    # Measured on 96 pairs of SciFact: at most 0.034 in bfloat16 and 0.003 in float16, where the logits spread by 0.8.
+    pairs = real_pairs(24 if dtype == "bfloat16" else 4)  # a CPU is slow in float16
+    reduced = engine.load("bundled", dtype=dtype, threads=1)
+    logits = reduced.score(pairs)
+    np.testing.assert_allclose(logits, bundled.score(pairs), atol=tolerance)
+    # A last layer in sixteen bits would make many of them equal.
+    assert len(set(logits.tolist())) == len(pairs)
+    assert reduced.dtype == dtype
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_score_does_not_depend_on_its_batch_mates(engines, family):
+    one = engines[family]
+    pairs = one.tokenise(QUERY, TEXTS)
+    together = one.forward(pairs)
+    alone = np.concatenate([one.forward([pair]) for pair in pairs])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_scores_come_in_the_order_of_the_pairs_whatever_their_batches(bundled):
+    pairs = [(query, text) for text in TEXTS for query in (QUERY, "q")]
+    small = engine.load("bundled", dtype="float32", threads=1, max_batch_tokens=64)
+    np.testing.assert_allclose(small.score(pairs), bundled.score(pairs), atol=1e-5)
+    np.testing.assert_allclose(small.score(pairs[::-1]), bundled.score(pairs)[::-1], atol=1e-5)
+
+
+def test_nothing_to_score_gives_nothing(bundled):
+    assert bundled.score([]).shape == bundled.forward([]).shape == (0,)
+
+
+# -- token ids -----------------------------------------------------------------------------------------------------
+
+ALPHABET = st.characters(exclude_categories=["Cs"])
+any_text = st.one_of(
+    st.text(ALPHABET, max_size=80),
+    st.lists(st.sampled_from(" ".join(TEXTS).split()), max_size=30).map(" ".join),
+    st.sampled_from(["", " ", "\n\t ", "[SEP]", "a [MASK] b", "<s> x </s>", "e\u0301", "\u0301", "▁", "##ing"]),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenisers(folders):
+    """Ours, and a second copy of each to hold it against."""
+    files = {
+        **{family: folders[family] / "tokenizer.json" for family in FAMILIES},
+        "bundled": BUNDLED / "tokenizer.json",
+    }
+    made = {}
+    for name, file in files.items():
+        whole = Tokenizer.from_file(str(file))
+        whole.no_truncation()
+        whole.no_padding()
+        made[name] = PairTokeniser(Tokenizer.from_file(str(file)), max_length=64), whole
+    return made
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
+@given(query=any_text, chunk=any_text)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_joined_ids_equal_the_tokenisers_own_wherever_the_query_is_not_cut(tokenisers, name, query, chunk):
+    ours, whole = tokenisers[name]
+    specials = whole.num_special_tokens_to_add(is_pair=True)
+    room = 64 - specials
+    if len(whole.encode(query, add_special_tokens=False).ids) > room // 2:
+        return
+    expected = whole.encode(query, chunk)
+    fits = len(expected.ids) <= 64
+    pair = ours.pairs(query, [chunk])[0]
+    assert pair.truncated is not fits
+    if fits:
+        ids, types = expected.ids, expected.type_ids
+    else:
+        whole.enable_truncation(64, strategy="longest_first")
+        cut = whole.encode(query, chunk)
+        whole.no_truncation()
+        ids, types = cut.ids, cut.type_ids
+    assert pair.ids.tolist() == ids
+    assert (np.arange(pair.length) >= pair.second_from).astype(int).tolist() == types
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
+def test_a_long_query_keeps_half_the_room_at_most_and_the_chunk_gets_the_rest(tokenisers, name):
+    ours, whole = tokenisers[name]
+    query, chunk = TEXTS[8], TEXTS[0] * 3
+    ids = {text: whole.encode(text, add_special_tokens=False).ids for text in (query, chunk)}
+    marks = ours.template
+    for max_length, budget in ((64, 128), (64, 5), (40, 128)):
+        room = max_length - marks.special_tokens
+        kept = min(budget, room // 2)
+        pair = ours.pairs(query, [chunk], max_length=max_length, query_max_tokens=budget)[0]
+        read = ids[query][:kept], ids[chunk][: room - kept]
+        assert pair.ids.tolist() == [*marks.before, *read[0], *marks.between, *read[1], *marks.after]
+        assert pair.truncated
+        assert pair.length == max_length
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
+def test_a_cut_query_flags_every_pair_even_where_the_chunk_is_whole(tokenisers, name):
+    ours, _ = tokenisers[name]
+    assert [pair.truncated for pair in ours.pairs("word " * 100, ["tiny", ""])] == [True, True]
+    assert [pair.truncated for pair in ours.pairs("word", ["tiny", ""])] == [False, False]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_reading_only_the_head_of_a_huge_chunk_changes_no_id(tokenisers, name, text):
+    ours, whole = tokenisers[name]
+    huge = text * (60_000 // len(text))
+    room = 64 - ours.template.special_tokens
+    asked = whole.encode("query", add_special_tokens=False).ids
+    expected = whole.encode(huge, add_special_tokens=False).ids[: room - len(asked)]
+    pair = ours.pairs("query", [huge])[0]
+    begin = len(ours.template.before) + len(asked) + len(ours.template.between)
+    assert pair.ids.tolist()[begin : pair.length - len(ours.template.after)] == expected
+    assert pair.truncated
+
+
+class CountingTokenizer:
+    """Stands for the tokeniser and counts the characters that it is given."""
+
+    def __init__(self, tokenizer):
+        self.inner = tokenizer
+        self.characters = 0
+
+    def encode_batch_fast(self, texts, **options):
+        self.characters += sum(map(len, texts))
+        return self.inner.encode_batch_fast(texts, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("text", ["word and ", "a", " ", "汉字", "\U00012000"])
+def test_a_chunk_of_ten_million_characters_is_not_read_through(text):
+    counting = CountingTokenizer(Tokenizer.from_file(str(BUNDLED / "tokenizer.json")))
+    ours = PairTokeniser(counting, max_length=512)
+    counting.characters = 0
+    pairs = ours.pairs("query", [text * (10_000_000 // len(text)), "small"])
+    assert counting.characters < 400_000
+    assert [pair.truncated for pair in pairs] == [True, False]
+
+
+def test_lone_surrogates_read_as_replacement_characters(tokenisers):
+    for ours, _ in tokenisers.values():
+        broken = ours.pairs("a \ud800 b", ["\udfffc", "\ud83d"])
+        mended = ours.pairs("a \ufffd b", ["\ufffdc", "\ufffd"])
+        assert [pair.ids.tolist() for pair in broken] == [pair.ids.tolist() for pair in mended]
+
+
+def test_thirty_two_threads_tokenise_at_once_without_a_mistake(tokenisers):
+    ours, _ = tokenisers["bundled"]
+    expected = [pair.ids.tolist() for pair in ours.pairs(QUERY, TEXTS)]
+    wrong = []
+
+    def work(number):
+        length = 30 + number % 3 * 10
+        for _ in range(5):
+            if [pair.ids.tolist() for pair in ours.pairs(QUERY, TEXTS)] != expected:
+                wrong.append(number)
+            if max(pair.length for pair in ours.pairs(QUERY, TEXTS, max_length=length)) > length:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [({"max_length": 4}, "no room"), ({"max_length": 65}, "more than"), ({"query_max_tokens": 0}, "at least 1")],
+)
+def test_lengths_that_make_no_pair_are_refused(tokenisers, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        tokenisers["bundled"][0].pairs("q", ["c"], **options)
+
+
+def test_a_tokeniser_that_does_more_than_a_template_is_refused():
+    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+    specials = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $B [SEP] $A", special_tokens=specials
+    )
+    with pytest.raises(ModelUnusable, match="query before the chunk"):
+        PairTokeniser(tokenizer, max_length=64)
+
+
+# -- loading -------------------------------------------------------------------------------------------------------
+
+
+def test_the_maximum_length_is_what_position_table_and_tokeniser_allow(engines, bundled, folders):
+    assert {family: one.max_length for family, one in engines.items()} == dict.fromkeys(FAMILIES, 96)
+    assert bundled.max_length == 512
+    assert engine.load(str(folders["bert"]), max_length=40, threads=1).max_length == 40
+    with pytest.raises(ValueError, match="more than this model reads"):
+        engine.load(str(folders["bert"]), max_length=97, threads=1)
+
+
+def test_positions_of_the_roberta_family_end_before_the_table(tmp_path):
+    folder = save_checkpoint(tmp_path, "xlm-r", max_length=10_000)
+    one = engine.load(str(folder), threads=1)
+    assert one.max_length == 96
+    assert np.isfinite(one.score([("q", TEXTS[8] * 5)])).all()
+
+
+def test_a_model_with_several_labels_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path, "bert", labels=3)
+    with pytest.raises(ModelUnusable, match="3 scores per pair"):
+        engine.load(str(folder), threads=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_without_a_trained_last_layer_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path, "bert")
+    config = BertConfig.from_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
+    with pytest.raises(ModelUnusable, match="no trained weights"):
+        engine.load(str(folder), threads=1)
+
+
+def test_pickled_weights_are_not_loaded(tmp_path):
+    folder = save_checkpoint(tmp_path, "bert")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelUnusable, match="safetensors"):
+        engine.load(str(folder), threads=1)
+
+
+def test_a_broken_weights_file_is_one_clear_error(tmp_path):
+    folder = save_checkpoint(tmp_path, "bert")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelUnusable, match=str(folder)):
+        engine.load(str(folder), threads=1)
+
+
+def test_the_fingerprint_follows_the_content_and_the_precision_and_nothing_else(folders, engines, tmp_path):
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for file in folders["bert"].iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    known = engines["bert"].fingerprint
+    assert engine.load(str(copy), dtype="float32", threads=1, max_batch_tokens=99).fingerprint == known
+    assert (
+        engine.load(str(copy), dtype="bfloat16", threads=1).fingerprint
+        == engine.load(str(copy), dtype="float16", threads=1).fingerprint
+        != known
+    )
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert engine.load(str(copy), dtype="float32", threads=1).fingerprint != known
+    assert len({one.fingerprint for one in engines.values()}) == len(engines)
+
+
+def test_an_engine_says_what_it_is(engines, folders):
+    one = engines["modernbert"]
+    assert (one.name, one.dtype, one.device) == (str(folders["modernbert"]), "float32", "cpu")
+    assert one.max_batch_tokens == 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [({"device": "abacus"}, "abacus"), ({"dtype": "int4"}, "int4"), ({"max_batch_tokens": "many"}, "many")],
+)
+def test_a_wrong_option_is_a_clear_error(folders, options, complaint):
+    with pytest.raises((engine.EngineError, ValueError), match=complaint):
+        engine.load(str(folders["bert"]), threads=1, **options)
+
+
+def test_the_threads_of_the_tokenisers_do_not_complain_after_a_fork(bundled):
+    bundled.tokenise("q", TEXTS)
+    assert os.environ["TOKENIZERS_PARALLELISM"] in {"true", "false"}
+
+
+def test_jobs_through_the_batcher_score_as_alone(bundled):
+    with engine.Batcher(bundled, max_batch_tokens=512) as batcher:
+        queries = [QUERY, "population of the capital", "重排序"]
+        tickets = [batcher.submit(bundled.tokenise(query, TEXTS), priority="bulk") for query in queries]
+        for query, ticket in zip(queries, tickets, strict=True):
+            alone = bundled.score([(query, text) for text in TEXTS])
+            np.testing.assert_allclose(ticket.result(60), alone, atol=1e-5)
