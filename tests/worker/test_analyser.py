@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -37,7 +38,9 @@ def test_what_holds_no_words_gives_no_tokens(text):
         ("long-term", ["long", "term"]),
         ("Naïve café", ["naïve", "café"]),
         ("ＧＰＴ－４", ["gpt-4", "gpt", "4"]),
-        ("ｶﾞｶ", ["ガカ"]),
+        ("设置GPT－4、3．14，C＋＋", ["设置", "gpt-4", "gpt", "4", "3.14", "c++"]),
+        ("第1，100页Ａ", analyse("第1，100页a")),
+        ("ｶﾞｶ・ド", ["ガカ", "ド"]),
         ("a\x00b\ud800c", ["b", "c"]),
         ("हिन्दी", ["हिन्दी"]),
         ("데이터베이스", ["데이", "이터", "터베", "베이", "이스"]),
@@ -63,10 +66,10 @@ def test_any_text_at_all_gives_nonempty_tokens_of_bounded_length(text):
     assert tokens == analyse(text)
 
 
-@given(st.text(max_size=400))
-def test_normalising_in_pieces_changes_no_ordinary_text(text):
-    words = " ".join(text[place : place + 20] for place in range(0, len(text), 20))
-    assert module._normalised(words) == module.unicodedata.normalize("NFKC", words).lower()
+@given(st.lists(st.text(max_size=20), max_size=40).map(" ".join))
+def test_shortcuts_on_the_way_to_normal_form_change_no_token(text):
+    normal = unicodedata.normalize("NFKC", text.replace("，", " "))
+    assert analyse(text) == analyse(normal)
 
 
 FLOODS = [

@@ -198,6 +198,40 @@ def test_a_keyword_with_blanks_stays_one_token_and_a_bare_string_is_one_keyword(
         assert ragflow.rerank_by_model(query, [chunk], [0.5], 1, 0)[1].round(6).tolist() == [1.0]
 
 
+def bigram_is_found(score, **fields):
+    """Tell whether the chunk covers the bigram "batchsize", and not only its two halves."""
+    chunk = {"content_tokens": []} | fields
+    token = score([("batch", 1.0), ("size", 1.0)], chunk)
+    return bool(token > 0.9)
+
+
+def without_model(query, chunk):
+    return ragflow.rerank(query, [chunk], [1.0], 1, 0)[1][0]
+
+
+def with_model(query, chunk):
+    return ragflow.rerank_by_model(query, [chunk], [0.5], 1, 0)[1][0]
+
+
+def test_repeated_content_counts_once_without_a_model_and_as_often_as_it_stands_with_one():
+    content = ["size", "batch", "size"]
+    assert not bigram_is_found(without_model, content_tokens=content)
+    assert bigram_is_found(with_model, content_tokens=content)
+
+
+@pytest.mark.parametrize("name", ["title_tokens", "important_kwd", "question_tokens"])
+def test_repeated_fields_add_their_wrap_around_bigram_only_without_a_model(name):
+    assert bigram_is_found(without_model, **{name: ["size", "batch"]})
+    assert not bigram_is_found(with_model, **{name: ["size", "batch"]})
+
+
+def test_questions_count_only_without_a_model():
+    query = [("tide", 1.0)]
+    chunk = {"content_tokens": [], "question_tokens": "tide"}
+    assert without_model(query, chunk) == pytest.approx(1)
+    assert with_model(query, chunk) < 1e-6
+
+
 def test_a_chunk_without_content_is_an_error():
     with pytest.raises(KeyError):
         ragflow.rerank_by_model([("tide", 1.0)], [{}], [0.5], 0.3, 0.7)

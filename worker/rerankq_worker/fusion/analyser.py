@@ -35,7 +35,7 @@ MAX_COMPOUND_PARTS = 16
 _HAN = "々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 _PAIRED = (
     "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3041-\u3096\u3099-\u309f"
-    "\u30a1-\u30ff\u31f0-\u31ff\uac00-\ud7a3"
+    "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uac00-\ud7a3"
 )
 # Vowel signs and accents, which \w leaves out though they are inside words.
 _MARKS = (
@@ -56,10 +56,11 @@ _ENGLISH_WORD = re.compile("[a-z]+")
 _DECIMAL = re.compile(r"\d+(?:\.\d+)+")
 _ENCLITICS = frozenset({"s", "d", "m", "ll", "re", "ve"})
 
-# Text that NFKC cannot change where it matters: ASCII, unified ideographs, punctuation. Most Chinese text is that, and
-# normalising it for its full-width commas costs more than cutting it into words.
+# Text in which NFKC changes nothing that is inside a word: ASCII, unified ideographs, punctuation but for full-width
+# forms of what joins words. Most Chinese text is that, and normalising it for its commas costs more than cutting it.
 _SETTLED = re.compile(
-    "[\x00-\x7f\u2000-\u206f\u3000-\u302f\u3400-\u4dbf\u4e00-\u9fff\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]*+"
+    "[\x00-\x7f\u2000-\u2023\u2025-\u206f\u3000-\u302f\u3400-\u4dbf\u4e00-\u9fff\uff01\uff02\uff04-\uff06\uff08-\uff0a\uff0c"
+    "\uff0f\uff1a-\uff20\uff3b-\uff3e\uff40\uff5b-\uff64]*+"
 )
 # ASCII never composes with what stands before it, so a piece may end there, or in need after 256 characters.
 _PIECES = re.compile(r"[\s\S]{1,192}+[^\x00-\x7f]{0,64}+")
@@ -179,8 +180,10 @@ def _digest(texts: tuple[str, ...]) -> bytes:
 
 def _normalised(text: str) -> str:
     if not _SETTLED.fullmatch(text):
-        # In pieces, because ordering a run of combining marks takes the square of its length.
-        text = "".join(unicodedata.normalize("NFKC", piece) for piece in _PIECES.findall(text))
+        # Else a comma between Chinese clauses would become the one inside "1,000". In pieces, because ordering a run of
+        # combining marks takes the square of its length.
+        pieces = _PIECES.findall(text.replace("，", " "))
+        text = "".join(unicodedata.normalize("NFKC", piece) for piece in pieces)
     return text.lower()
 
 
