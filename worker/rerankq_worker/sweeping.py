@@ -83,7 +83,7 @@ class Sweeper:
         """Give a sign of life, sweep once, and ring on."""
         now = self._clock()
         # We ourselves were paused, or Redis was away: leases lapsed though their workers live. They get one lease.
-        if now - self._swept_at > self._terms.lease_s:
+        if now - self._swept_at > max(self._terms.lease_s, 3 * SWEEP_EVERY_S):
             self._judges_from = now + self._terms.lease_s
         self._swept_at = now
         self.beat()

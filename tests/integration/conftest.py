@@ -1,0 +1,149 @@
+"""Real workers on a real Redis, for tests of the whole way of a job."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import redis
+
+from rerankq import Client
+from rerankq.settings import Settings
+
+HERE = Path(__file__).parent
+
+
+class RunningWorker:
+    """A `celery worker` process in a session of its own."""
+
+    def __init__(self, url: str, app: str, **env: str) -> None:
+        self.log = Path(tempfile.mkstemp(prefix="rerankq-worker-", suffix=".log")[1])
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RERANKQ_")}
+        environment |= {"RERANKQ_BROKER_URL": url, "RERANKQ_MODEL": "stub", "PYTHONPATH": str(HERE), **env}
+        self._command = [sys.executable, "-m", "celery", "-A", app, "worker", "-l", "WARNING", "-n", f"{id(self)}@%h"]
+        self._environment = environment
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=tempfile.gettempdir(),
+            )
+
+    def send(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.send(signal.SIGCONT)
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self.log.unlink(missing_ok=True)
+        return self.process.returncode
+
+
+@pytest.fixture
+def start_worker(redis_url: str) -> Iterator[Callable[..., RunningWorker]]:
+    """Start workers; those that still run when the test is over are stopped."""
+    running: list[RunningWorker] = []
+
+    def start(app: str = "rerankq_worker.tasks", url: str = redis_url, *, ready: bool = True, **env: str):
+        worker = RunningWorker(url, app, **env)
+        running.append(worker)
+        if ready:
+            wait_for_workers(url, worker)
+        return worker
+
+    yield start
+    for worker in running:
+        worker.stop()
+
+
+def wait_for_workers(url: str, worker: RunningWorker, seconds: float = 90) -> None:
+    ledger = redis.Redis.from_url(Settings(broker_url=url).ledger)
+    ends = time.monotonic() + seconds
+    while not any(f":{worker.process.pid}:".encode() in name for name in ledger.hkeys("rerankq:workers")):
+        if worker.process.poll() is not None or time.monotonic() > ends:
+            pytest.fail(f"the worker did not start: {worker.log.read_text()[-3000:]}")
+        time.sleep(0.05)
+    ledger.close()
+
+
+@pytest.fixture
+def settings(redis_url: str) -> Settings:
+    return Settings(broker_url=redis_url, lease_s=2)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    with ExitStack() as stack:
+        yield stack.enter_context(Client(settings))
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    """Wait for a condition that other processes make true."""
+
+    def wait(holds: Callable[[], bool], seconds: float = 30) -> None:
+        ends = time.monotonic() + seconds
+        while not holds():
+            if time.monotonic() > ends:
+                pytest.fail("did not come true in time")
+            time.sleep(0.02)
+
+    return wait
+
+
+class DurableRedis:
+    """A server with an append-only file that can be shut down, killed and started again on its port."""
+
+    def __init__(self, binary: Path, folder: Path) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            self.port = found.getsockname()[1]
+        self._command = [str(binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        self._command += ["--appendonly", "yes", "--appendfsync", "everysec", "--save", ""]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        with redis.Redis(port=self.port) as connection:
+            for _ in range(500):
+                try:
+                    connection.ping()
+                except redis.ConnectionError:
+                    time.sleep(0.02)
+                else:
+                    return
+        pytest.fail("redis-server did not start")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def durable_redis(redis_binary_each_version: Path, tmp_path: Path) -> Iterator[DurableRedis]:
+    server = DurableRedis(redis_binary_each_version, tmp_path)
+    yield server
+    server.kill()

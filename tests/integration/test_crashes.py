@@ -1,0 +1,138 @@
+"""Workers that are killed, paused, poisoned or stopped: every accepted job is answered, and rightly."""
+
+import signal
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import redis
+
+from rerankq import Client, JobDead, Ranking, RerankJob
+from rerankq.settings import Settings
+from rerankq_worker.engine import load
+
+
+def jobs(count: int, chunks: int = 12) -> list[RerankJob]:
+    return [
+        RerankJob(
+            id=f"job-{number}",
+            query=f"question {number}",
+            chunks=[f"answer {number} {position} " + "word " * (position % 9) for position in range(chunks)],
+            fusion="model",
+            priority="bulk" if number % 3 else "interactive",
+        )
+        for number in range(count)
+    ]
+
+
+def order_of(ranking: Ranking) -> list[tuple[int, float | None]]:
+    return [(chunk.index, chunk.model_logit) for chunk in ranking.chunks]
+
+
+def alone(all_jobs: Iterable[RerankJob]) -> dict[str, list[tuple[int, float | None]]]:
+    """What each job's ranking is when nothing else runs: the stub engine, called directly."""
+
+    engine = load("stub")
+    expected = {}
+    for job in all_jobs:
+        logits = engine.score([(job.query, chunk.model_text) for chunk in job.chunks])
+        order = sorted(range(len(logits)), key=lambda at: -logits[at])
+        expected[job.id] = [(at, float(logits[at])) for at in order]
+    return expected
+
+
+def answers(client: Client, ids: list[str], seconds: float = 90) -> dict[str, Ranking | Exception]:
+    return dict(client.as_completed(ids, timeout=seconds))
+
+
+def test_all_jobs_are_ranked_rightly_when_a_worker_is_killed_and_another_paused(
+    client: Client, start_worker: Callable, settings: Settings, wait_until: Callable
+):
+    # A slow stub, so that the kill falls amid the work.
+    env = {"RERANKQ_MODEL": "stub:4e-5", "RERANKQ_LEASE_S": "2"}
+    killed, paused = start_worker(**env), start_worker(**env)
+    wanted = jobs(200)
+    ids = client.submit_many(wanted)
+    ended = client.as_completed(ids, timeout=120)
+    got = dict(next(ended) for _ in range(20))
+    killed.kill()
+    paused.send(signal.SIGSTOP)
+    wait_until(lambda: _all_leases_over(settings))
+    killed.start()
+    got |= dict(next(ended) for _ in range(40))
+    paused.send(signal.SIGCONT)
+    got |= dict(ended)
+    assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
+    assert len(got) == 200
+
+
+def _all_leases_over(settings: Settings) -> bool:
+    with redis.Redis.from_url(settings.ledger) as ledger:
+        clock = ledger.time()
+        return not ledger.zcount("rerankq:running", clock[0] + clock[1] / 1e6, "+inf")
+
+
+def test_a_poison_job_ends_dead_and_its_neighbours_are_ranked(
+    client: Client, start_worker: Callable, settings: Settings, wait_until: Callable
+):
+    env = {"RERANKQ_LEASE_S": "1", "RERANKQ_MAX_ATTEMPTS": "2", "RERANKQ_MODEL": "stub:2e-5"}
+    worker = start_worker("poisonable", **env)
+    wanted = jobs(30)
+    poison = RerankJob(id="poison", query="what kills?", chunks=["poison", "harmless"], fusion="model")
+    ids = client.submit_many([*wanted[:10], poison, *wanted[10:]])
+    for _ in range(6):  # a supervisor: a worker that died is started again
+        wait_until(lambda: worker.process.poll() is not None or client.status("poison").state == "dead", 60)
+        if client.status("poison").state == "dead":
+            break
+        worker.start()
+    if worker.process.poll() is not None:
+        worker.start()
+    got = answers(client, ids)
+    assert isinstance(got.pop("poison"), JobDead)
+    assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
+    with redis.Redis.from_url(settings.ledger) as ledger:
+        assert ledger.hget("rerankq:job:poison", "payload"), "a dead job keeps its payload for whoever looks into it"
+        assert [ledger.hget(f"rerankq:job:{one}", "deaths") for one in got] == [b"0"] * 30, "no neighbour is blamed"
+
+
+def test_a_job_that_fails_says_why_and_leaves_its_neighbours_ranked(client: Client, start_worker: Callable):
+    start_worker("poisonable")
+    wanted = jobs(10)
+    broken = RerankJob(id="broken", query="what breaks?", chunks=["broken"])
+    got = answers(client, client.submit_many([*wanted[:5], broken, *wanted[5:]]))
+    failure = got.pop("broken")
+    assert type(failure).__name__ == "JobFailed"
+    assert "this pair cannot be scored" in str(failure)
+    assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
+
+
+def test_a_worker_that_is_told_to_stop_finishes_its_jobs_and_the_next_takes_the_rest(
+    client: Client, start_worker: Callable
+):
+    env = {"RERANKQ_MODEL": "stub:4e-5", "RERANKQ_LEASE_S": "30"}
+    worker = start_worker(**env)
+    wanted = jobs(120)
+    ids = client.submit_many(wanted)
+    ended = client.as_completed(ids, timeout=60)
+    got = dict(next(ended) for _ in range(10))
+    assert worker.stop() == 0
+    # With leases of 30 s, whatever was not finished or handed back would not come in time.
+    start_worker(**env)
+    got |= dict(ended)
+    assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
+
+
+def test_jobs_survive_a_redis_that_restarts_under_work(start_worker: Callable, durable_redis: Any):
+    env = {"RERANKQ_MODEL": "stub:4e-5", "RERANKQ_LEASE_S": "2"}
+    worker = start_worker(url=durable_redis.url, **env)
+    wanted = jobs(150)
+    with Client(Settings(broker_url=durable_redis.url, lease_s=2)) as client:
+        ids = client.submit_many(wanted)
+        ended = client.as_completed(ids, timeout=100)
+        got = dict(next(ended) for _ in range(10))
+        durable_redis.kill()
+        time.sleep(1)
+        durable_redis.start()
+        got |= dict(ended)
+    assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
+    assert worker.process.poll() is None, worker.log.read_text()[-3000:]
