@@ -16,6 +16,8 @@ _PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _EXPORTS = ("onnx/*", "openvino/*")
 _HASHED = {Path(part).suffix for part in _PARTS}
 _BLOCK = 1 << 20
+#: Bytes of a safetensors header that readers accept.
+_LARGEST_HEADER = 100_000_000
 
 
 def find_checkpoint(model: str) -> Path:
@@ -55,8 +57,9 @@ def weight_names(folder: Path) -> set[str]:
         try:
             with path.open("rb") as file:
                 # The format: eight bytes of length, then that much JSON, then the numbers.
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (OSError, ValueError, OverflowError, MemoryError) as error:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(size, _LARGEST_HEADER)))
+        except (OSError, ValueError) as error:
             raise ModelUnusable(f"{path} is not a readable safetensors file: {error}") from error
         names.update(header)
     return names

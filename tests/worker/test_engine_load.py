@@ -1,0 +1,153 @@
+"""Where models come from, and what is said when they do not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rerankq_worker import engine
+from rerankq_worker.engine import ModelUnusable, checkpoint, cores
+from rerankq_worker.engine.errors import is_out_of_memory
+
+FIND = "import sys; from rerankq_worker.engine import find_checkpoint; print(find_checkpoint(sys.argv[1]))"
+
+
+def find_offline(model, hub):
+    """Look a model up in a process of its own, with an empty or prepared hub cache and no network."""
+    environment = os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    return subprocess.run(
+        [sys.executable, "-c", FIND, model], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def write_checkpoint(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    header = json.dumps({"classifier.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def test_a_hub_name_is_found_in_the_local_cache_without_a_network(tmp_path):
+    place = tmp_path / "hub" / "models--acme--tiny"
+    write_checkpoint(place / "snapshots" / "abc123")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("abc123")
+    found = find_offline("acme/tiny", tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert Path(found.stdout.strip()) == place / "snapshots" / "abc123"
+
+
+def test_a_hub_name_that_cannot_be_fetched_says_what_was_tried(tmp_path):
+    said = find_offline("acme/absent", tmp_path).stderr.splitlines()
+    assert any("ModelUnusable: model 'acme/absent': no such folder here" in line for line in said)
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "./nothing", "~/nothing-of-that-name", "a/b/c", ""])
+def test_a_missing_folder_is_one_clear_error(model, monkeypatch):
+    monkeypatch.chdir("/")
+    with pytest.raises(ModelUnusable, match=r"no such folder|no config\.json"):
+        engine.load(model)
+
+
+def test_a_folder_without_config_or_weights_is_refused(tmp_path):
+    with pytest.raises(ModelUnusable, match=r"no config\.json"):
+        engine.load(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelUnusable, match="safetensors"):
+        engine.load(str(tmp_path))
+
+
+def test_without_the_repository_the_bundled_model_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_BUNDLED", tmp_path / "models" / "minilm-l6-rerank")
+    with pytest.raises(ModelUnusable, match="clone the repository"):
+        engine.load("bundled")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x01", b"\xff" * 64, (10**15).to_bytes(8, "little"), bytes(8) + b"nonsense"]
+)
+def test_a_weights_file_that_is_none_is_one_clear_error(tmp_path, content):
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelUnusable, match="not a readable safetensors file"):
+        checkpoint.weight_names(tmp_path)
+
+
+def fingerprint(folder, precision="fp32", template="t"):
+    return checkpoint.fingerprint(folder, precision=precision, template=template)
+
+
+def test_the_fingerprint_changes_with_every_file_that_is_read(tmp_path):
+    first = fingerprint(write_checkpoint(tmp_path / "a", tokenizer__json="{}"))
+    assert fingerprint(write_checkpoint(tmp_path / "b", tokenizer__json="{}")) == first
+    others = [
+        fingerprint(write_checkpoint(tmp_path / "c", tokenizer__json="{ }")),
+        fingerprint(write_checkpoint(tmp_path / "d", vocab__json="{}")),
+        fingerprint(tmp_path / "a", precision="reduced"),
+        fingerprint(tmp_path / "a", template="u"),
+        fingerprint(tmp_path / "a", precision="fp3", template="2t"),
+    ]
+    assert len({first, *others}) == 6
+    assert all(len(name) == 32 for name in others)
+
+
+def test_the_fingerprint_ignores_what_is_not_read(tmp_path):
+    folder = write_checkpoint(tmp_path)
+    first = fingerprint(folder)
+    (folder / "README.md").write_text("words")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "config.json").write_text("{}")
+    assert fingerprint(folder) == first
+
+
+@pytest.mark.parametrize("asked", [0, -5, "0", "fast"])
+def test_a_batch_budget_that_holds_nothing_is_refused(asked):
+    with pytest.raises(ValueError, match="max_batch_tokens"):
+        engine.load("stub", max_batch_tokens=asked)
+
+
+def test_the_batch_budget_may_come_as_text():
+    assert engine.load("stub", max_batch_tokens="99").max_batch_tokens == 99
+    assert engine.load("stub", max_batch_tokens="auto").max_batch_tokens > 99
+
+
+def test_a_maximum_length_that_holds_nothing_is_refused():
+    with pytest.raises(ValueError, match="max_length"):
+        engine.load("stub", max_length=0)
+
+
+def test_the_cores_counted_are_there():
+    assert 1 <= engine.available_cores() <= os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores_found"), [("", 8), ("max 100000", 8), ("50000 100000", 1), ("0 0", 8), ("junk", 8)]
+)
+def test_a_quota_that_says_nothing_limits_nothing(quota, cores_found):
+    assert cores.quota_cores(quota, otherwise=8) == cores_found
+
+
+def test_the_allocators_thresholds_are_what_a_process_environment_takes():
+    for name, value in engine.allocator_environment().items():
+        assert name.startswith("MALLOC_")
+        assert int(value) > 2**20
+
+
+def test_torchs_own_memory_error_is_recognised_without_importing_torch():
+    kind = type("OutOfMemoryError", (RuntimeError,), {})
+    assert is_out_of_memory(kind("anything"))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_all_errors_are_engine_errors():
+    for name in ("EngineClosed", "EngineDied", "ModelUnusable", "PairFailed", "TicketCancelled"):
+        assert issubclass(getattr(engine, name), engine.EngineError)
+    assert issubclass(ModelUnusable, ValueError)
