@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +34,10 @@ DEFAULT_RULES: Mapping[str, str] = MappingProxyType(
 )
 
 
+# A mapping's keys are invariant to the type checker: with str here, a mapping from literal names would not fit.
+Name = Any
+
+
 class FusionSpec(Protocol):
     """How to fuse: what a profile of ``conf/fusion.toml`` or a caller's own fusion says."""
 
@@ -42,15 +46,15 @@ class FusionSpec(Protocol):
         """``weighted`` or ``rrf``."""
 
     @property
-    def weights(self) -> Mapping[str, float]:
+    def weights(self) -> Mapping[Name, float]:
         """Weight by signal, at least 0; what is not named weighs 0."""
 
     @property
-    def normalise(self) -> Mapping[str, str]:
+    def normalise(self) -> Mapping[Name, str]:
         """Name of a rule by signal; what is not named follows ``DEFAULT_RULES``."""
 
     @property
-    def boosts(self) -> Mapping[str, float]:
+    def boosts(self) -> Mapping[Name, float]:
         """Weight of the fields content, title, keywords and questions within the token signal."""
 
     @property
