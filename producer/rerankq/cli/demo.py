@@ -64,12 +64,12 @@ class Demo:
     @property
     def first_before(self) -> int:
         """Questions whose answer the keywords put first."""
-        return sum(one.before[0] == one.answer for one in self.comparisons)
+        return sum(place_of_answer(one)[0] == 1 for one in self.comparisons)
 
     @property
     def first_after(self) -> int:
         """Questions whose answer came first in the end."""
-        return sum(one.after[0].id == one.answer for one in self.comparisons)
+        return sum(place_of_answer(one)[1] == 1 for one in self.comparisons)
 
 
 def read_sample() -> Sample:
@@ -137,6 +137,12 @@ def compare(question: Question, job: RerankJob, ranking: Ranking) -> Comparison:
 def move_of(comparison: Comparison, chunk: RankedChunk) -> int:
     """How many places a chunk moved up; below zero: down."""
     return comparison.before.index(chunk.id) + 1 - chunk.rank
+
+
+def place_of_answer(comparison: Comparison) -> tuple[int, int]:
+    """Say at which place the answer stood before, and stands after."""
+    after = next(chunk.rank for chunk in comparison.after if chunk.id == comparison.answer)
+    return comparison.before.index(comparison.answer) + 1, after
 
 
 def run(settings: Settings) -> Demo:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..contract import JobStatus
-from .demo import Comparison, Demo, move_of
+from .demo import Comparison, Demo, move_of, place_of_answer
 from .rescore import Report
 from .stack import Stack
 
@@ -146,9 +146,9 @@ def show_demo(demo: Demo, *, top: int = 3) -> None:
 
 
 def _comparison(comparison: Comparison, marks: Mapping[str, str], top: int) -> Table:
-    table = Table(
-        box=None, expand=True, title=f"\n{comparison.query}", title_justify="left", title_style="bold", pad_edge=False
-    )
+    before, after = place_of_answer(comparison)
+    title = Text(f"\n{comparison.query}  ", style="bold").append(f"answer: {before} {marks['to']} {after}", style="green")
+    table = Table(box=None, expand=True, title=title, title_justify="left", pad_edge=False)
     table.add_column("", style="dim")
     table.add_column("before: keyword order", ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column("after: reranked", ratio=1, no_wrap=True, overflow="ellipsis")
