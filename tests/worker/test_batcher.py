@@ -347,6 +347,27 @@ def test_one_bad_pair_fails_its_own_ticket_and_no_neighbour(started):
     assert stats.out_of_memory == 0
 
 
+def test_a_ticket_cancelled_while_its_batch_fails_is_not_tried_again_in_halves(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine)
+    batcher.submit(engine.tokenise("q", ["blocks"]))
+    engine.wait_until_busy()
+    withdrawn = batcher.submit(engine.tokenise("q", [f"withdrawn {n}" for n in range(8)]))
+    other = batcher.submit(engine.tokenise("q", [f"other {n}" for n in range(8)]))
+
+    def cancel_and_fail(batch):
+        if len(batch) == 16:
+            withdrawn.cancel()
+            return ValueError("once")
+        return None
+
+    engine.fails = cancel_and_fail
+    engine.gate.set()
+    assert other.result(PATIENCE_S).shape == (8,)
+    unwanted = {pair.ids.tobytes() for pair in engine.tokenise("q", [f"withdrawn {n}" for n in range(8)])}
+    assert not unwanted & {pair.ids.tobytes() for batch in engine.batches[2:] for pair in batch}
+
+
 def test_everyone_who_waits_for_a_bad_pair_hears_of_it(started):
     engine = ScriptedEngine(held=True)
     bad = has_word(engine, "poison")

@@ -334,6 +334,17 @@ def test_reading_only_the_head_of_a_huge_chunk_changes_no_id(tokenisers, name, t
     assert pair.truncated
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
+def test_a_cut_in_the_middle_of_an_endless_word_changes_no_id(tokenisers, name):
+    ours, whole = tokenisers[name]
+    for letters in range(600, 740, 5):
+        huge = f"{'x' * letters} " * 200
+        pair = ours.pairs("", [huge])[0]
+        kept = pair.ids.tolist()[ours.template.special_tokens - len(ours.template.after) :]
+        room = 64 - ours.template.special_tokens
+        assert kept[:room] == whole.encode(huge, add_special_tokens=False).ids[:room]
+
+
 class CountingTokenizer:
     """Stands for the tokeniser and counts the characters that it is given."""
 

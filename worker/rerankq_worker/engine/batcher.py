@@ -381,7 +381,6 @@ class Batcher:
         with self._lock:
             self._tally.failed_pairs += 1
             self._tally.last_progress = self._clock()
-            self._forget(shared)
             ended = list(dict.fromkeys(ticket for ticket, _ in shared.waiters))
             for ticket in ended:
                 self._release(ticket, PairFailed(f"a pair of {shared.length} tokens cannot be scored: {error}"))

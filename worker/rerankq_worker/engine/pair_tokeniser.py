@@ -20,8 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 _CHARACTERS_PER_TOKEN = 16
 #: How often four times as much is tried when a text gives few tokens for its characters.
 _ENLARGEMENTS = 2
-#: So many tokens before a cut may come out differently from those of the whole text; none of them is kept.
-_MARGIN_TOKENS = 32
+#: So many tokens before a cut may come out differently from those of the whole text; none of them is kept. WordPiece
+#: needs most: up to a hundred letters of a word give as many tokens, and more of the same word give a single one.
+_MARGIN_TOKENS = 128
 #: A cut moves back to white space if there is some within so many characters.
 _BOUNDARY_CHARACTERS = 512
 
