@@ -71,10 +71,10 @@ class Ears:
             for future in list(waiters):
                 self.drop(job_id, future)
         for running in (self._reading, self._listening):
-            if running is not None:
+            # Python 3.11's wait_for, inside redis-py, can swallow a cancellation: ask until it is heard.
+            while running is not None and not running.done():
                 running.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await running
+                await asyncio.wait([running], timeout=0.1)
         await self._hang_up()
 
     def _leave(self, job_id: str) -> None:
@@ -85,7 +85,7 @@ class Ears:
         self._wake.set()
 
     async def _read(self) -> None:
-        """Subscribe, unsubscribe and read, in batches, as long as anybody waits."""
+        """Subscribe, unsubscribe and read, in batches, until closed."""
         while True:
             try:
                 async with asyncio.timeout(READ_AGAIN_S):
