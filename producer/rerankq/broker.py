@@ -23,7 +23,7 @@ BULK = "rerankq.bulk"
 
 
 def queue(name: str) -> Queue:
-    """A queue of ours, routed by its name."""
+    """Make a queue of ours, routed by its name."""
     return Queue(name, exchange=Exchange("rerankq", type="direct"), routing_key=name)
 
 

@@ -68,7 +68,7 @@ def models(conf_dir: Path | None = None) -> dict[str, ModelCard]:
 
 
 def canonical(name: str, conf_dir: Path | None = None) -> str:
-    """The catalogue's full name for a model or one of its aliases; any other name unchanged."""
+    """Give the catalogue's full name for a model or one of its aliases; any other name unchanged."""
     for full, card in models(conf_dir).items():
         if name in card.aliases:
             return full
@@ -76,7 +76,7 @@ def canonical(name: str, conf_dir: Path | None = None) -> str:
 
 
 def resolve(fusion: Fusion | str, conf_dir: Path | None = None) -> Fusion:
-    """The numbers behind a profile's name.
+    """Look up the numbers behind a profile's name.
 
     Raises:
         JobRejected: if there is no such profile.

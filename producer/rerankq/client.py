@@ -6,7 +6,8 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -33,7 +34,7 @@ MEMORY_LIMIT = 0.9
 
 
 def terms_of(settings: Settings) -> Terms:
-    """What the ledger's scripts need of the settings."""
+    """Pick what the ledger's scripts need of the settings."""
     return Terms(
         channel=settings.channel,
         result_ttl_s=settings.result_ttl_s,
@@ -81,14 +82,14 @@ def enter(job: RerankJob, place: Place, settings: Settings) -> Entry:
 
 
 def outcome(look: Look) -> Ranking | RerankqError:
-    """What an ended job has to say: its ranking, or the error that tells why there is none."""
+    """Say what became of an ended job: its ranking, or the error that tells why there is none."""
     status = look.status
     if look.ranking is not None:
         return look.ranking
     if status.state in {"unknown", "done"}:
         return JobUnknown(f"job {status.job_id} is not known: never submitted, forgotten, or past its time to live")
     kind = getattr(errors, look.error_type, JobFailed)
-    return kind(f"job {status.job_id}: {status.error or status.state}")  # type: ignore[no-any-return]
+    return kind(f"job {status.job_id}: {status.error or status.state}")
 
 
 class AsyncClient:
@@ -176,7 +177,7 @@ class AsyncClient:
         futures = {}
         for one in dict.fromkeys(job_ids):
             futures[one] = ears.expect(one)
-            futures[one].add_done_callback(lambda _, one=one: ended.put_nowait(one))
+            futures[one].add_done_callback(partial(_announce, ended, one))
         ends_at = None if timeout is None else time.monotonic() + timeout
         try:
             while futures:
@@ -225,7 +226,7 @@ class AsyncClient:
         return await self.result(await self.submit(job), timeout)
 
     async def workers(self) -> list[WorkerInfo]:
-        """The workers that give signs of life."""
+        """List the workers that give signs of life."""
         found = await self._here()[0].workers()
         return [worker for worker in found if worker.age_s <= live_for(self.settings.lease_s)]
 
@@ -254,7 +255,7 @@ class AsyncClient:
         return self._ledger, self._ears
 
     async def _next_entries(self, source: Iterator[Job]) -> tuple[list[Entry], RerankqError | None]:
-        """The next round trip's jobs; a job that is not well formed ends it, after those before it."""
+        """Collect the next round trip's jobs; a job that is not well formed ends it, after those before it."""
         entries: list[Entry] = []
         weight = 0
         for data in islice(source, SUBMIT_AT_ONCE):
@@ -413,7 +414,7 @@ class Client:
         return self._run(self._client.rerank(query, chunks, timeout, **job_fields))
 
     def workers(self) -> list[WorkerInfo]:
-        """The workers that give signs of life."""
+        """List the workers that give signs of life."""
         return self._run(self._client.workers())
 
     def close(self) -> None:
@@ -441,7 +442,7 @@ class Client:
             self._starting = threading.Lock()
         return self._inner
 
-    def _run(self, work: Coroutine[Any, Any, T] | Any) -> T:
+    def _run(self, work: Awaitable[T]) -> T:
         with self._starting:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -455,6 +456,10 @@ class Client:
             raise
 
 
-async def _as_coroutine(work: Any) -> Any:
+def _announce(ended: asyncio.Queue[str], job_id: str, _: asyncio.Future[Look]) -> None:
+    ended.put_nowait(job_id)
+
+
+async def _as_coroutine(work: Awaitable[T]) -> T:
     # run_coroutine_threadsafe takes coroutines alone, and anext() of a generator is only an awaitable.
     return await work

@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticSerializationError
 
 from .errors import JobRejected
 
@@ -36,6 +37,19 @@ ENDED: frozenset[str] = frozenset({"done", "failed", "expired", "cancelled", "de
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _sound(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        msg = f"holds a lone surrogate at character {error.start}, which is no text"
+        raise ValueError(msg) from None
+    return text
+
+
+# pydantic takes any Python string, also one that no JSON can carry.
+Text = Annotated[str, AfterValidator(_sound)]
 
 
 def _not_blank(text: str) -> str:
@@ -67,16 +81,16 @@ class Chunk(Record):
     'Tides The moon pulls.'
     """
 
-    text: str
-    id: str = Field("", description="The caller's name for it; empty = its position in the job.")
-    title: str = ""
-    keywords: list[str] = []
-    questions: list[str] = []
+    text: Text
+    id: Text = Field("", description="The caller's name for it; empty = its position in the job.")
+    title: Text = ""
+    keywords: list[Text] = []
+    questions: list[Text] = []
     vector_score: float | None = Field(None, description="First-stage similarity; NaN counts as missing.")
     keyword_score: float | None = Field(None, description="First-stage BM25 or the like; NaN counts as missing.")
     pagerank: float = Field(0, ge=0, le=100, allow_inf_nan=False)
-    tags: dict[str, Finite] = {}
-    tokens: list[str] | None = Field(None, description="The caller's own tokenisation of the text, used as given.")
+    tags: dict[Text, Finite] = {}
+    tokens: list[Text] | None = Field(None, description="The caller's own tokenisation of the text, used as given.")
     metadata: dict[str, JsonValue] = Field({}, description="Handed back untouched.")
 
     @property
@@ -95,7 +109,7 @@ class Fusion(Record):
     )
     boosts: Annotated[dict[TextField, Weight], AfterValidator(_sorted)] = {}
     rrf_k: int = Field(60, ge=1)
-    token_rule: Literal["coverage", "ragflow"] = "coverage"
+    token_rule: Literal["coverage", "ragflow"] = "coverage"  # noqa: S105  # no secret: tokens of text
 
     @model_validator(mode="after")
     def _weighs_something(self) -> Self:
@@ -115,15 +129,15 @@ class RerankJob(Record):
     'Bread rises.'
     """
 
-    query: Annotated[str, AfterValidator(_not_blank)]
+    query: Annotated[Text, AfterValidator(_not_blank)]
     chunks: list[Annotated[Chunk, BeforeValidator(_as_chunk)]] = Field(min_length=1)
     id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
-    model: str | None = Field(None, min_length=1)
+    model: Text | None = Field(None, min_length=1)
     top_k: int | None = Field(None, ge=1, le=2048)
     min_score: Finite | None = Field(None, description="On the fused score.")
-    fusion: Fusion | str = "default"
-    query_tokens: list[tuple[str, Weight]] | None = Field(None, description="Tokens with weights, used as given.")
-    query_tags: dict[str, Finite] = {}
+    fusion: Fusion | Text = "default"
+    query_tokens: list[tuple[Text, Weight]] | None = Field(None, description="Tokens with weights, used as given.")
+    query_tags: dict[Text, Finite] = {}
     priority: Priority = "interactive"
     deadline_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="A job not started by then expires.")
     max_length: int | None = Field(None, ge=8, description="Tokens of a pair; at most what the model takes.")
@@ -243,8 +257,15 @@ _BESIDE_THE_PAYLOAD = {"id", "deadline_s", "priority"}
 
 
 def payload_of(job: RerankJob) -> bytes:
-    """Write the part of a job that decides its ranking, as compact JSON with a fixed order of fields."""
-    return job.model_dump_json(exclude=_BESIDE_THE_PAYLOAD, exclude_defaults=True).encode()
+    """Write the part of a job that decides its ranking, as compact JSON with a fixed order of fields.
+
+    Raises:
+        JobRejected: if a chunk's metadata holds a lone surrogate, which no JSON can carry.
+    """
+    try:
+        return job.model_dump_json(exclude=_BESIDE_THE_PAYLOAD, exclude_defaults=True).encode()
+    except PydanticSerializationError as error:
+        raise JobRejected(f"cannot be written as JSON: {error}", field="metadata") from None
 
 
 def job_of(payload: bytes) -> RerankJob:

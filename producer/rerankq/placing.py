@@ -29,7 +29,7 @@ def queue_name(priority: Priority, suffix: str) -> str:
 
 
 def suffix_of(model: str, default_model: str) -> str:
-    """What a model's queues append to the plain names; nothing for the deployment's default.
+    """Say what a model's queues append to the plain names; nothing for the deployment's default.
 
     >>> suffix_of("BAAI/bge-reranker-large", "bundled")
     '.BAAI-bge-reranker-large'

@@ -123,7 +123,7 @@ def with_database(url: str, database: int) -> str:
 
 
 def database_of(url: str) -> int:
-    """The database number in a Redis URL, 0 where there is none.
+    """Read the database number in a Redis URL, 0 where there is none.
 
     >>> database_of("redis://host:6379/3"), database_of("unix:///run/redis.sock?db=2"), database_of("redis://host")
     (3, 2, 0)

@@ -43,7 +43,7 @@ class Ears:
         self._listening: asyncio.Task[None] | None = None
 
     def expect(self, job_id: str) -> asyncio.Future[Look]:
-        """A future of the job's end, or of its being unknown. Give it back with :meth:`drop` if no longer wanted."""
+        """Make a future of the job's end, or of its being unknown. Give it back with :meth:`drop`."""
         future: asyncio.Future[Look] = asyncio.get_running_loop().create_future()
         if not self._waiters[job_id]:
             self._to_leave.discard(job_id)

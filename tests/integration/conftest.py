@@ -78,6 +78,18 @@ def start_worker(redis_url: str) -> Iterator[Callable[..., RunningWorker]]:
         worker.stop()
 
 
+@pytest.fixture(scope="session")
+def worker_process() -> Callable[..., RunningWorker]:
+    """Start a worker for longer than a test; who asks for it stops it."""
+
+    def start(url: str, app: str = "rerankq_worker.tasks", **env: str) -> RunningWorker:
+        worker = RunningWorker(url, app, **env)
+        wait_for_workers(url, worker)
+        return worker
+
+    return start
+
+
 def wait_for_workers(url: str, worker: RunningWorker, seconds: float = 90) -> None:
     ledger = redis.Redis.from_url(Settings(broker_url=url).ledger)
     ends = time.monotonic() + seconds

@@ -6,7 +6,6 @@ States and events are drawn in ``docs/ledger.md``. :mod:`.calls` says what can b
 from __future__ import annotations
 
 import json
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -66,7 +65,7 @@ class WorkerInfo(NamedTuple):
 
 @cache
 def source(script: str) -> tuple[str, str]:
-    """A script's text and its SHA-1, by which Redis knows it."""
+    """Read a script's text and its SHA-1, by which Redis knows it."""
     folder = resources.files(__package__) / "scripts"
     text = (folder / "prelude.lua").read_text() + (folder / f"{script}.lua").read_text()
     return text, sha1(text.encode(), usedforsecurity=False).hexdigest()
@@ -88,7 +87,7 @@ def connect_async(url: str) -> redis.asyncio.Redis:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """The one border where Redis's errors become ours."""
+    """Turn Redis's errors into ours: the one border where that happens."""
     try:
         yield
     except ResponseError as error:
@@ -141,7 +140,10 @@ class Ledger:
     def workers(self) -> list[WorkerInfo]:
         """All registered workers, living and lately gone."""
         with translated():
-            clock, found = self.redis.pipeline(transaction=False).time().hgetall("rerankq:workers").execute()
+            pipe = self.redis.pipeline(transaction=False)
+            pipe.time()
+            pipe.hgetall("rerankq:workers")
+            clock, found = pipe.execute()
         return _workers(clock, found)
 
     def uptime_s(self) -> float:
@@ -185,11 +187,14 @@ class AsyncLedger:
     async def workers(self) -> list[WorkerInfo]:
         """All registered workers, living and lately gone."""
         with translated():
-            clock, found = await self.redis.pipeline(transaction=False).time().hgetall("rerankq:workers").execute()
+            pipe = self.redis.pipeline(transaction=False)
+            pipe.time()
+            pipe.hgetall("rerankq:workers")
+            clock, found = await pipe.execute()
         return _workers(clock, found)
 
     async def memory_share(self) -> float:
-        """Used memory as a share of the server's limit; 0 where it has none."""
+        """Measure used memory as a share of the server's limit; 0 where it has none."""
         with translated():
             memory = await self.redis.info("memory")
         return float(memory["used_memory"]) / float(memory["maxmemory"]) if memory.get("maxmemory") else 0.0
