@@ -17,9 +17,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     ModelWrapValidatorHandler,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -119,6 +121,14 @@ class Fusion(Record):
         return self
 
 
+# Tags of the two forms of a job's fusion, so that an error speaks of the form that was meant.
+_NUMBERS, _PROFILE = "(numbers)", "(profile)"
+
+
+def _kind_of_fusion(value: object) -> str:
+    return _PROFILE if isinstance(value, str) else _NUMBERS
+
+
 class RerankJob(Record):
     """A query with its candidate chunks, and how to rank them.
 
@@ -135,7 +145,9 @@ class RerankJob(Record):
     model: Text | None = Field(None, min_length=1)
     top_k: int | None = Field(None, ge=1, le=2048)
     min_score: Finite | None = Field(None, description="On the fused score.")
-    fusion: Fusion | Text = "default"
+    fusion: Annotated[
+        Annotated[Fusion, Tag(_NUMBERS)] | Annotated[Text, Tag(_PROFILE)], Discriminator(_kind_of_fusion)
+    ] = "default"
     query_tokens: list[tuple[Text, Weight]] | None = Field(None, description="Tokens with weights, used as given.")
     query_tags: dict[Text, Finite] = {}
     priority: Priority = "interactive"
@@ -229,11 +241,11 @@ class JobStatus(Record):
 def rejection(error: ValidationError) -> JobRejected:
     """Say a validation error in one line: each field with what was expected, the first five."""
     faults = error.errors(include_url=False, include_input=False, include_context=False)
-    places = [".".join(str(part) for part in fault["loc"] if part not in {"Fusion", "str"}) for fault in faults]
+    places = [".".join(str(part) for part in fault["loc"] if part not in {_NUMBERS, _PROFILE}) for fault in faults]
     said = [f"{place}: {fault['msg']}" if place else fault["msg"] for place, fault in zip(places, faults, strict=True)]
     more = f" (and {len(said) - 5} more)" if len(said) > 5 else ""
     rest = "; ".join(said[1:5])
-    return JobRejected(faults[0]["msg"] + (f"; {rest}" if rest else "") + more, field=places[0])
+    return JobRejected(words[0] + (f"; {rest}" if rest else "") + more, field=places[0])
 
 
 def parse_job(data: RerankJob | Mapping[str, Any] | str | bytes) -> RerankJob:
