@@ -242,7 +242,8 @@ def rejection(error: ValidationError) -> JobRejected:
     """Say a validation error in one line: each field with what was expected, the first five."""
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     places = [".".join(str(part) for part in fault["loc"] if part not in {_NUMBERS, _PROFILE}) for fault in faults]
-    said = [f"{place}: {fault['msg']}" if place else fault["msg"] for place, fault in zip(places, faults, strict=True)]
+    words = [fault["msg"].removeprefix("Value error, ") for fault in faults]
+    said = [f"{place}: {word}" if place else word for place, word in zip(places, words, strict=True)]
     more = f" (and {len(said) - 5} more)" if len(said) > 5 else ""
     rest = "; ".join(said[1:5])
     return JobRejected(words[0] + (f"; {rest}" if rest else "") + more, field=places[0])
