@@ -22,7 +22,7 @@ MAX_LINE_BYTES = 64 * 2**20
 """A line longer than this is a file of another kind; refused before it fills the memory."""
 
 
-class InputFault(Exception):  # noqa: N818 - it is the input that is at fault
+class InputFault(Exception):
     """Raised when the command line or an input file is wrong; the message names the place."""
 
 
@@ -69,17 +69,18 @@ def lines(source: str, *, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
         InputFault: if the file cannot be read, is not UTF-8, or has a line of more than *max_bytes*.
     """
     number = 0
+    name = "standard input" if source == STDIN else source
     with _opened(source) as file:
         while raw := file.readline(max_bytes + 1):
             number += 1
             if len(raw) > max_bytes:
-                raise Line(source, number, "").fault(f"longer than {max_bytes} bytes")
+                raise Line(name, number, "").fault(f"longer than {max_bytes} bytes")
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise Line(source, number, "").fault(f"not UTF-8: {error.reason} at byte {error.start}") from None
+                raise Line(name, number, "").fault(f"not UTF-8: {error.reason} at byte {error.start}") from None
             if text.strip():
-                yield Line(source, number, text)
+                yield Line(name, number, text)
 
 
 def job_of(line: Line) -> RerankJob:

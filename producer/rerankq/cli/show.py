@@ -147,7 +147,9 @@ def show_demo(demo: Demo, *, top: int = 3) -> None:
 
 def _comparison(comparison: Comparison, marks: Mapping[str, str], top: int) -> Table:
     before, after = place_of_answer(comparison)
-    title = Text(f"\n{comparison.query}  ", style="bold").append(f"answer: {before} {marks['to']} {after}", style="green")
+    title = Text(f"\n{comparison.query}  ", style="bold").append(
+        f"answer: {before} {marks['to']} {after}", style="green"
+    )
     table = Table(box=None, expand=True, title=title, title_justify="left", pad_edge=False)
     table.add_column("", style="dim")
     table.add_column("before: keyword order", ratio=1, no_wrap=True, overflow="ellipsis")

@@ -29,7 +29,7 @@ LONG_LIFE_S = 60.0
 """A part that lived so long has earned a quick restart."""
 
 
-class StackFailed(RerankqError):  # noqa: N818 - named as the library names its errors
+class StackFailed(RerankqError):
     """Raised when a part of the stack cannot be started."""
 
 
@@ -134,6 +134,12 @@ class Part:
         if process.stdin:
             process.stdin.close()
 
+    def close(self) -> None:
+        """End it now, and forget what it said."""
+        self.kill()
+        if self._log is not None:
+            self._log.close()
+
     def said(self, lines: int = 15) -> str:
         """Read the last lines that it said, where it is quiet."""
         if self._log is None:
@@ -196,7 +202,7 @@ class Stack:
                 part.wait()
         finally:
             for part in self._parts:
-                part.kill()
+                part.close()
 
     def tend(self) -> None:
         """Look after the parts: start again what died.
@@ -254,7 +260,7 @@ def flower_command(port: int) -> list[str]:
         "-q",
         *("-A", "rerankq.broker", "flower", "--address=127.0.0.1", f"--port={port}"),
         # Its defaults keep 100 000 tasks and every worker that ever was.
-        *("--max-tasks=20000", "--purge-offline-workers=300", "--logging=warning"),
+        *("--max-tasks=20000", "--purge-offline-workers=300", "--logging=error"),
     ]
 
 

@@ -1,0 +1,135 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import rerankq
+from rerankq import cli
+from rerankq.cli.app import app
+
+GOOD = '{"query": "why tides?", "chunks": ["The moon pulls."]}'
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("RERANKQ_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)  # away from a person's .env
+
+    def run(*arguments, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return CliRunner().invoke(app, list(arguments))
+
+    return run
+
+
+def test_the_version_is_said(run):
+    assert run("--version").stdout == f"{rerankq.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [["worker"], ["submit", "-"], ["result", "x"], ["status", "x"], ["cancel", "x"]])
+def test_without_a_url_it_is_said_how_to_set_one(run, command):
+    done = run(*command)
+    assert done.exit_code == 2
+    assert "RERANKQ_BROKER_URL=redis://" in done.stderr
+
+
+def test_all_wrong_settings_are_said_together(run):
+    done = run("status", "x", RERANKQ_CONCURRENCY="1", RERANKQ_DTYPE="float8", RERANKQ_BROKER_URL="http://x")
+    assert done.exit_code == 2
+    assert {line.split(":")[1].strip() for line in done.stderr.splitlines()} == {
+        "RERANKQ_CONCURRENCY",
+        "RERANKQ_DTYPE",
+        "RERANKQ_BROKER_URL",
+    }
+
+
+def test_a_redis_that_does_not_answer_is_a_failure_in_one_sentence(run):
+    done = run("status", "x", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("rerankq: the ledger does not answer")
+
+
+def test_a_file_with_bad_lines_is_refused_whole_with_every_bad_line(run, tmp_path):
+    (tmp_path / "jobs.jsonl").write_text(f'{GOOD}\nnope\n\n{{"query": "", "chunks": ["x"]}}\n')
+    done = run("submit", "jobs.jsonl", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    bad, blank, last = done.stderr.splitlines()
+    assert bad.startswith("jobs.jsonl:2: Invalid JSON")
+    assert blank.startswith("jobs.jsonl:4: query: ")
+    assert last == "rerankq: jobs.jsonl: nothing was submitted; lines that are no jobs: 2"
+
+
+def test_many_bad_lines_are_counted_not_all_said(run, tmp_path):
+    (tmp_path / "jobs.jsonl").write_text("nope\n" * 1000)
+    done = run("submit", "jobs.jsonl", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
+    assert len(done.stderr.splitlines()) == 22
+    assert done.stderr.endswith("lines that are no jobs: 1000\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--depth", "0", "--depth: expected 1 to 10000"),
+        ("--depth", "10001", "--depth: expected 1 to 10000"),
+        ("--fusion", "nope", "--fusion: no profile 'nope'; there are"),
+        ("--queries", "nowhere.jsonl", "--queries: nowhere.jsonl is not a file"),
+        ("--qrels", "nowhere.tsv", "--qrels: nowhere.tsv is not a file"),
+        ("--output", "nowhere/out.trec", "--output: nowhere is not a folder"),
+    ],
+)
+def test_wrong_options_of_rescore_are_said_before_anything_begins(run, tmp_path, option, value, said):
+    for name in ("q", "c", "r"):
+        (tmp_path / name).write_text("")
+    options = {"--queries": "q", "--corpus": "c", "--run": "r", "--output": "out", option: value}
+    done = run("rescore", *[part for pair in options.items() for part in pair])
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_a_wrong_file_of_rescore_is_said_with_file_line_and_field(run, tmp_path):
+    (tmp_path / "q").write_text('{"_id": "1", "text": "a"}\n{"_id": "2"}\n')
+    (tmp_path / "c").write_text('{"_id": "d", "text": "a"}\n')
+    (tmp_path / "r").write_text("1 Q0 d 1 0.5 x\n")
+    done = run("rescore", "--queries", "q", "--corpus", "c", "--run", "r", "--output", "out")
+    assert done.exit_code == 2
+    assert done.stderr == "rerankq: q:2: text: is missing\n"
+
+
+def test_the_worker_is_celery_with_our_settings(run, monkeypatch):
+    started = []
+    monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
+    run("worker", "--model", "stub", "--concurrency", "7", "--name", "gpu0", RERANKQ_BROKER_URL="redis://h/3")
+    (program, command, environment) = started[0]
+    assert program == sys.executable
+    assert command[1:6] == ["-m", "celery", "-q", "-A", "rerankq_worker.tasks"]
+    assert "gpu0@%h" in command
+    wanted = {"RERANKQ_MODEL": "stub", "RERANKQ_CONCURRENCY": "7", "RERANKQ_LEDGER_URL": "redis://h/1"}
+    assert wanted.items() <= environment.items()
+    assert environment["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_where_a_package_is_missing_it_is_said_which_to_install():
+    hidden = "import sys; sys.modules['typer'] = None; from rerankq.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"{cli.HOW_TO_GET_IT}\n"
+
+
+def test_every_command_has_a_help_and_loads_no_torch():
+    script = (
+        "import sys\nfrom rerankq.cli.app import app\n"
+        "from typer.main import get_command\n"
+        "commands = get_command(app).commands\n"
+        "assert all(command.help for command in commands.values())\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "import json; print(json.dumps(sorted(commands)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == ["cancel", "demo", "rescore", "result", "status", "submit", "up", "worker"]

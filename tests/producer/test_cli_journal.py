@@ -1,0 +1,92 @@
+import pytest
+
+from rerankq.cli.inputs import InputFault
+from rerankq.cli.journal import Answer, Journal
+
+HEADER = {"journal": "rerankq rescore 1", "depth": 100}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "out.part"
+
+
+def answer(query, weights="w"):
+    return Answer(query, [("d1", 0.25, -1.5), ("d2", 0.1, None)], weights, pairs=2, cached_pairs=1)
+
+
+def fill(path, *queries):
+    with Journal.open(path, HEADER) as journal:
+        for query in queries:
+            journal.append(answer(query))
+
+
+def test_answers_are_read_back_as_they_were_written(path):
+    with Journal.open(path, HEADER) as journal:
+        journal.append(answer("q1"))
+        journal.append(answer("ä\n\u2028 q2"))
+        assert journal.answer("q1") == answer("q1")
+        assert journal.answer("ä\n\u2028 q2") == answer("ä\n\u2028 q2")
+        journal.append(answer("q3"))
+    with Journal.open(path, HEADER) as journal:
+        assert journal.queries == {"q1", "ä\n\u2028 q2", "q3"}
+        assert journal.answer("q3") == answer("q3")
+
+
+def test_a_journal_cut_at_any_byte_goes_on_with_the_whole_answers(path):
+    fill(path, "q1", "q2")
+    whole = path.read_bytes()
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        with Journal.open(path, HEADER) as journal:
+            assert len(journal.queries) == sum(end <= cut for end in ends[1:])
+            for query in sorted({"q1", "q2"} - journal.queries):
+                journal.append(answer(query))
+        assert path.read_bytes() == whole
+
+
+def test_other_options_are_refused_and_named(path):
+    fill(path, "q1")
+    with pytest.raises(InputFault, match=r"begun with another depth \(100 before, 50 now\); add --restart"):
+        Journal.open(path, {**HEADER, "depth": 50})
+
+
+def test_other_options_are_taken_where_nothing_was_done(path):
+    fill(path)
+    with Journal.open(path, {**HEADER, "depth": 50}) as journal:
+        journal.append(answer("q1"))
+    with Journal.open(path, {**HEADER, "depth": 50}) as journal:
+        assert journal.queries == {"q1"}
+
+
+def test_a_restart_forgets_what_was_done(path):
+    fill(path, "q1")
+    with Journal.open(path, {**HEADER, "depth": 50}, restart=True) as journal:
+        assert journal.queries == set()
+
+
+@pytest.mark.parametrize("content", [b"something else\n", b"{}\n{}\n", b"\xff\n"])
+def test_a_file_of_another_kind_is_left_alone(path, content):
+    path.write_bytes(content)
+    with pytest.raises(InputFault):
+        Journal.open(path, HEADER)
+    assert path.read_bytes() == content
+
+
+def test_two_processes_do_not_work_on_one_output(path):
+    with Journal.open(path, HEADER), pytest.raises(InputFault, match="another process"):
+        Journal.open(path, HEADER)
+
+
+def test_answers_of_other_weights_are_not_mixed_in(path):
+    fill(path, "q1")
+    with Journal.open(path, HEADER) as journal, pytest.raises(InputFault, match="weights have changed"):
+        journal.append(answer("q2", weights="other"))
+    with Journal.open(path, HEADER) as journal:
+        assert journal.queries == {"q1"}
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path):
+    with pytest.raises(InputFault, match="cannot be written"):
+        Journal.open(tmp_path / "nowhere" / "out.part", HEADER)
