@@ -132,8 +132,8 @@ def show_demo(demo: Demo, *, top: int = 3) -> None:
     console = Console(highlight=False)
     marks = FANCY if console.encoding.startswith("utf") else PLAIN
     console.print(
-        f"[bold]{demo.chunks} chunks of text, {len(demo.comparisons)} questions.[/] Keyword search finds the right words; "
-        "the reranker reads each chunk with the question.\n"
+        f"[bold]{demo.chunks} chunks of text, {len(demo.comparisons)} questions.[/] "
+        "Keyword search finds the right words; the reranker reads each chunk with the question.\n"
         f"[bold green]{marks['answer']}[/]= the chunk that answers",
     )
     for comparison in demo.comparisons:

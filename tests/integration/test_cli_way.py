@@ -1,0 +1,294 @@
+"""The command line with real processes: what a person types, what comes out, and what is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import redis
+
+COMMAND = [sys.executable, "-m", "rerankq.cli"]
+QUERIES = 40
+DEPTH = 5
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start the command line in an empty folder, with the stub model unless said otherwise."""
+    running = []
+
+    def start(*arguments, **environment):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RERANKQ_")}
+        process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            env={**clean, "RERANKQ_MODEL": "stub", **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run(start):
+    def run(*arguments, given=None, **environment):
+        process = start(*arguments, **environment)
+        out, err = process.communicate(given, timeout=120)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture
+def collection(tmp_path):
+    """A first-stage run with its texts; the options that name the files."""
+    queries = [{"_id": f"q{number}", "text": f"word{number} and word{number + 1}"} for number in range(QUERIES)]
+    corpus = [{"_id": f"d{number}", "title": "", "text": f"word{number} here"} for number in range(QUERIES + DEPTH)]
+    write(tmp_path / "q.jsonl", map(json.dumps, queries))
+    write(tmp_path / "c.jsonl", map(json.dumps, corpus))
+    run = [f"q{query} Q0 d{query + at} {at + 1} {DEPTH - at} x" for query in range(QUERIES) for at in range(DEPTH)]
+    write(tmp_path / "r.trec", run)
+    write(
+        tmp_path / "j.tsv", ["query-id\tcorpus-id\tscore", *(f"q{number}\td{number}\t1" for number in range(QUERIES))]
+    )
+    files = {"--queries": "q.jsonl", "--corpus": "c.jsonl", "--run": "r.trec", "--output": "o.trec", "--qrels": "j.tsv"}
+    return [part for pair in files.items() for part in pair]
+
+
+def write(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def family(process):
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def is_worker(process):
+    try:
+        command = process.cmdline()
+    except psutil.Error:  # it ended while we looked
+        return False
+    return "rerankq_worker.tasks" in command and not any(part.endswith("leash.py") for part in command)
+
+
+def gone(processes):
+    return all(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in processes)
+
+
+def scores_of(path):
+    return {tuple(line.split()[::2][:2]): float(line.split()[4]) for line in path.read_text().splitlines()}
+
+
+def test_rescore_brings_its_own_stack_and_leaves_nothing_behind(run, collection, tmp_path):
+    done = run("rescore", *collection, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["queries"], report["pairs"], report["judged_queries"]) == (QUERIES, QUERIES * DEPTH, QUERIES)
+    assert report["ndcg"]["first stage"] == 1
+    assert set(report["ndcg"]) == {"first stage", "model alone", "fusion default"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "j.tsv", "o.trec", "q.jsonl", "r.trec"]
+    lines = (tmp_path / "o.trec").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [f"q{number}" for number in range(QUERIES) for _ in range(DEPTH)]
+    for at in range(0, len(lines), DEPTH):
+        columns = [line.split() for line in lines[at : at + DEPTH]]
+        assert [int(row[3]) for row in columns] == [1, 2, 3, 4, 5]
+        assert sorted(columns, key=lambda row: -float(row[4])) == columns
+
+
+def test_a_second_rescore_on_a_standing_redis_finds_every_pair_in_the_cache(
+    run, collection, redis_url, start_worker, tmp_path
+):
+    start_worker()
+    first = json.loads(run("rescore", *collection, "--json", RERANKQ_BROKER_URL=redis_url).stdout)
+    before = (tmp_path / "o.trec").read_text()
+    again = json.loads(run("rescore", *collection, "--json", RERANKQ_BROKER_URL=redis_url).stdout)
+    assert (first["cached_pairs"], again["cached_pairs"]) == (0, QUERIES * DEPTH)
+    assert (tmp_path / "o.trec").read_text() == before
+
+
+def test_jobs_of_a_rescore_are_forgotten(run, collection, client, redis_url, start_worker):
+    start_worker()
+    assert run("rescore", *collection, RERANKQ_BROKER_URL=redis_url).returncode == 0
+    with redis.Redis.from_url(client.settings.ledger) as ledger:
+        assert list(ledger.scan_iter("rerankq:job:*")) == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_rescore_that_was_stopped_goes_on_where_it_stood(
+    start, run, collection, tmp_path, wait_until, redis_url, start_worker, number, status
+):
+    # Slow, and in small batches, so that the stop comes in the middle.
+    worker = start_worker(RERANKQ_MODEL="stub:0.002", RERANKQ_MAX_BATCH_TOKENS="64")
+    part = tmp_path / "o.trec.part"
+    process = start("rescore", *collection, RERANKQ_BROKER_URL=redis_url)
+    wait_until(lambda: part.exists() and part.read_bytes().count(b"\n") > 1)
+    worker.send(signal.SIGSTOP)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert ("the same command goes on" in said) == (number != signal.SIGKILL)
+    kept = part.read_bytes().count(b"\n") - 1
+    assert not (tmp_path / "o.trec").exists()
+    with part.open("ab") as file:
+        file.write(b'{"query": "torn')
+    worker.send(signal.SIGCONT)
+
+    done = run("rescore", *collection, "--json", RERANKQ_BROKER_URL=redis_url)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["resumed"] == kept
+    assert report["pairs"] == (QUERIES - kept) * DEPTH
+    assert not part.exists()
+
+    interrupted = scores_of(tmp_path / "o.trec")
+    assert len(interrupted) == QUERIES * DEPTH
+    run("rescore", *collection, RERANKQ_BROKER_URL=redis_url)
+    assert scores_of(tmp_path / "o.trec") == pytest.approx(interrupted)
+
+
+def test_a_stopped_rescore_with_other_options_is_refused_unless_begun_again(run, collection, tmp_path):
+    header = {"journal": "rerankq rescore 1", "depth": 3}
+    (tmp_path / "o.trec.part").write_text(
+        json.dumps(header) + '\n{"query": "q0", "rows": [], "weights": "w", "pairs": 0, "cached_pairs": 0, '
+        '"truncated_pairs": 0}\n'
+    )
+    refused = run("rescore", *collection)
+    assert refused.returncode == 2
+    assert "add --restart" in refused.stderr
+    assert run("rescore", *collection, "--restart").returncode == 0
+
+
+def test_queries_that_fail_are_named_and_the_rest_is_written(run, collection, tmp_path):
+    write(
+        tmp_path / "q.jsonl",
+        (json.dumps({"_id": f"q{n}", "text": "w" * (300 if n == 3 else 3)}) for n in range(QUERIES)),
+    )
+    # Too large for a job, only with the long query.
+    done = run("rescore", *collection, "--json", RERANKQ_MAX_JOB_BYTES="800")
+    assert done.returncode == 1
+    assert list(json.loads(done.stdout)["failed"]) == ["q3"]
+    assert "rerankq: query q3: JobTooLarge" in done.stderr
+    written = {line.split()[0] for line in (tmp_path / "o.trec").read_text().splitlines()}
+    assert written == {f"q{number}" for number in range(QUERIES)} - {"q3"}
+    # The same command tries them again.
+    again = run("rescore", *collection, "--json", RERANKQ_MAX_JOB_BYTES="2000")
+    assert (again.returncode, json.loads(again.stdout)["resumed"]) == (0, QUERIES - 1)
+
+
+def test_a_model_that_cannot_be_loaded_is_said_in_the_workers_words(run, collection):
+    done = run("rescore", *collection, "--model", "/no/such/folder")
+    assert done.returncode == 1
+    assert "the worker could not be started" in done.stderr
+    assert "/no/such/folder" in done.stderr
+
+
+def test_jobs_go_in_and_rankings_come_out(run, redis_url, start_worker, tmp_path):
+    start_worker()
+    there = {"RERANKQ_BROKER_URL": redis_url}
+    jobs = [json.dumps({"id": f"job-{n}", "query": f"w{n}", "chunks": [f"w{n}", "other"]}) for n in range(300)]
+    write(tmp_path / "jobs.jsonl", jobs)
+    assert run("submit", "jobs.jsonl", **there).stdout.split() == [f"job-{number}" for number in range(300)]
+    ranking = json.loads(run("result", "job-0", "--timeout", "60", **there).stdout)
+    assert [chunk["rank"] for chunk in ranking["chunks"]] == [1, 2]
+    status = json.loads(run("status", "job-0", "--json", **there).stdout)
+    assert (status["state"], status["pairs_total"]) == ("done", 2)
+    assert run("status", "job-0", **there).stdout.startswith("done  2 of 2 pairs")
+    assert run("cancel", "job-0", **there).returncode == 1
+    assert run("result", "nobody", **there).returncode == 1
+    assert run("status", "nobody", **there).returncode == 1
+
+    waited = run("submit", "jobs.jsonl", "--wait", **there)
+    assert {json.loads(line)["job_id"] for line in waited.stdout.splitlines()} == {f"job-{n}" for n in range(300)}
+
+
+def test_a_bad_line_of_a_stream_leaves_its_neighbours_ranked(run, redis_url, start_worker):
+    start_worker()
+    good = '{"query": "a", "chunks": ["b"]}'
+    other = '{"query": "a", "chunks": ["b"], "model": "nobody-has-it"}'
+    done = run("submit", "-", "--wait", given=f"{good}\nnope\n{other}\n{good}\n", RERANKQ_BROKER_URL=redis_url)
+    assert done.returncode == 2
+    assert "standard input:2: Invalid JSON" in done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sum("chunks" in line for line in lines) == 2
+    assert [line["error_type"] for line in lines if "chunks" not in line] == ["ModelUnknown"]
+
+
+def test_a_queued_job_can_be_cancelled(run, redis_url):
+    there = {"RERANKQ_BROKER_URL": redis_url}
+    run("submit", "-", given='{"id": "one", "query": "a", "chunks": ["b"]}', **there)
+    assert json.loads(run("cancel", "one", "--json", **there).stdout) == {"job_id": "one", "state": "cancelled"}
+    done = run("result", "one", **there)
+    assert done.returncode == 1
+    assert "one" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_up_runs_until_it_is_stopped_and_leaves_no_process(start, run, wait_until, number, status):
+    process = start("up", "--json")
+    stack = json.loads(process.stdout.readline())
+    assert stack["embedded"] is True
+    ranked = run(
+        "submit", "-", "--wait", given='{"query": "a", "chunks": ["b"]}', RERANKQ_BROKER_URL=stack["broker_url"]
+    )
+    assert json.loads(ranked.stdout)["chunks"][0]["rank"] == 1
+    processes = family(process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == status
+    wait_until(lambda: gone(processes))
+
+
+def test_up_starts_a_worker_that_died_again(start, run, wait_until):
+    process = start("up", "--json")
+    url = json.loads(process.stdout.readline())["broker_url"]
+
+    def workers():
+        return [one for one in family(process) if is_worker(one)]
+
+    (first,) = workers()
+    first.kill()
+    wait_until(lambda: workers() not in ([], [first]))
+    done = run("submit", "-", "--wait", given='{"query": "a", "chunks": ["b"]}', RERANKQ_BROKER_URL=url)
+    assert done.returncode == 0
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert "worker ended (signal 9); starting it again in 1 s" in said
+
+
+def test_a_second_interrupt_ends_everything_at_once(start, wait_until):
+    process = start("up", "--json")
+    process.stdout.readline()
+    processes = family(process)
+    for one in processes:
+        if is_worker(one):
+            one.suspend()  # it cannot answer the first request
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=8)  # less than the grace of a part
+    wait_until(lambda: gone(processes))
+
+
+def test_the_demo_ranks_the_sample_with_the_bundled_model_and_stops(run):
+    done = run("demo", "--json", RERANKQ_MODEL="ignored", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["pairs"] == record["jobs"] * record["chunks"]
+    assert record["again"]["cached_pairs"] == record["pairs"]
+    for one in record["comparisons"]:
+        scores = [chunk["score"] for chunk in one["after"]]
+        assert scores == sorted(scores, reverse=True)
+        assert sorted(chunk["id"] for chunk in one["after"]) == sorted(one["before"])
+    assert done.stderr == ""
