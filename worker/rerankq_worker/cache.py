@@ -7,12 +7,12 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import redis
 from numpy.typing import NDArray
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 logger = logging.getLogger("rerankq")
 
@@ -23,6 +23,9 @@ Flags = NDArray[np.bool_]
 # every job a timeout.
 ANSWER_S = 0.5
 REST_S = 5.0
+# A pair that was cut has a second field beside its logit, whose four bytes have no room for it: a truncation is never
+# silent, not even from the cache. In the same hash, so that no eviction or expiry takes one without the other.
+CUT = b"cut"
 
 
 class Known(NamedTuple):
@@ -72,62 +75,58 @@ class ScoreCache:
         self._redis = client
         self._ttl_s = ttl_s
         self._rests_until = 0.0
+        self._quiet_until = 0.0
 
     def read(self, fingerprint: str, query: bytes, chunks: Sequence[bytes]) -> Known:
         """Read the logits of a query's chunks, given by their hashes."""
         nothing = Known.nothing(len(chunks))
         if not chunks or self._resting():
             return nothing
-        key = _key(fingerprint, query)
+        fields = [*chunks, *(chunk + CUT for chunk in chunks)]
         try:
-            pipe = self._redis.pipeline(transaction=False)
-            pipe.hmget(key, list(chunks))
-            pipe.smembers(_cut(key))
-            values, cut = pipe.execute()
+            values = cast("list[bytes | None]", self._redis.hmget(_key(fingerprint, query), fields))
         except (RedisError, OSError) as error:
-            self._rest(error)
+            self._refused(error)
             return nothing
+        values, cut = values[: len(chunks)], values[len(chunks) :]
         # Anything that is not four bytes was not written by us.
-        mask = np.fromiter((value is not None and len(value) == 4 for value in values), np.bool_, len(values))
-        if not mask.any():
-            return nothing
-        nothing.logits[mask] = np.frombuffer(b"".join(itertools.compress(values, mask)), "<f4")
-        truncated = np.fromiter((chunk in cut for chunk in chunks), np.bool_, len(chunks)) if cut else nothing.truncated
-        return Known(nothing.logits, mask, truncated & mask)
+        mask = np.fromiter((value is not None and len(value) == 4 for value in values), np.bool_, len(chunks))
+        nothing.logits[mask] = np.frombuffer(b"".join(filter(None, itertools.compress(values, mask))), "<f4")
+        mask &= np.isfinite(nothing.logits)
+        return Known(nothing.logits, mask, np.fromiter((flag is not None for flag in cut), np.bool_, len(cut)) & mask)
 
     def write(self, fingerprint: str, query: bytes, chunks: Sequence[bytes], logits: Logits, truncated: Flags) -> None:
         """Remember logits, and which pairs were cut; logits that are not finite are not worth remembering."""
         worth = np.isfinite(logits)
         if not worth.any() or self._resting():
             return
-        key = _key(fingerprint, query)
-        kept = {
+        fields = {
             chunk: logit.tobytes() for chunk, logit, ok in zip(chunks, logits.astype("<f4"), worth, strict=True) if ok
         }
-        cut = list(itertools.compress(chunks, truncated & worth))
+        fields |= {chunk + CUT: b"" for chunk in itertools.compress(chunks, truncated & worth)}
+        key = _key(fingerprint, query)
         try:
             pipe = self._redis.pipeline(transaction=False)
-            pipe.hset(key, mapping=kept)  # type: ignore[arg-type]  # bytes are welcome as field names
+            pipe.hset(key, mapping=fields)  # type: ignore[arg-type]  # bytes are welcome as field names
             pipe.expire(key, self._ttl_s)
-            if cut:
-                pipe.sadd(_cut(key), *cut)
-                pipe.expire(_cut(key), self._ttl_s)
             pipe.execute()
         except (RedisError, OSError) as error:
-            self._rest(error)
+            self._refused(error)
 
     def _resting(self) -> bool:
         return time.monotonic() < self._rests_until
 
-    def _rest(self, error: Exception) -> None:
-        self._rests_until = time.monotonic() + REST_S
+    def _refused(self, error: Exception) -> None:
+        now = time.monotonic()
+        if isinstance(error, ResponseError):
+            # The server is there and answers: a full cache still gives what it has, and a spoilt key is but one key.
+            if now >= self._quiet_until:
+                self._quiet_until = now + REST_S
+                logger.warning("the score cache refuses: %s", error)
+            return
+        self._rests_until = now + REST_S
         logger.warning("the score cache does not serve, computing without it for %.0f s: %s", REST_S, error)
 
 
 def _key(fingerprint: str, query: bytes) -> str:
     return f"rerankq:scores:{fingerprint}:{query.hex()}"
-
-
-def _cut(key: str) -> str:
-    # Beside the logits, whose four bytes have no room for it: a truncation is never silent, not even from the cache.
-    return f"{key}:cut"

@@ -37,8 +37,10 @@ class Gate:
         """Have the device to oneself."""
         with self._changed:
             self._want_alone += 1
-            self._changed.wait_for(lambda: not self._alone and not self._together)
-            self._want_alone -= 1
+            try:
+                self._changed.wait_for(lambda: not self._alone and not self._together)
+            finally:
+                self._want_alone -= 1
             self._alone = True
         try:
             yield

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from redis.exceptions import RedisError
 
 from rerankq.errors import RerankqError
-from rerankq.ledger import Bell, Ledger, Swept, Terms, calls
+from rerankq.ledger import Bell, Ledger, Swept, Terms, calls, translated
 
 logger = logging.getLogger("rerankq")
 
@@ -101,7 +101,8 @@ class Sweeper:
 
     def beat(self) -> None:
         """Tell the registry that this worker lives."""
-        clock = self._ledger.redis.time()
+        with translated():
+            clock = self._ledger.redis.time()
         now = clock[0] + clock[1] / 1e6
         info = {
             **self._say(),
@@ -169,6 +170,10 @@ class CancelListener:
                         self._cancel([message["data"].decode()])
             except (RedisError, OSError) as error:
                 logger.info("the channel of cancellations is away: %s", error)
+                self._stopped.wait(1.0)
+            except Exception:
+                # This thread must outlive any bug in it: without it running jobs are cancelled only in the ledger.
+                logger.exception("a cancellation was not heard")
                 self._stopped.wait(1.0)
             finally:
                 pubsub.close()

@@ -13,13 +13,16 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from celery import bootsteps, signals
 from celery.exceptions import Ignore
 from celery.worker.consumer import Consumer
+from celery.worker.control import control_command, inspect_command
+from kombu.common import ignore_errors
+from pydantic import ValidationError
 
 from rerankq import catalogue, errors
 from rerankq.broker import BULK, INTERACTIVE, TASK, Bells, make_app, queue
@@ -60,6 +63,8 @@ class Worker:
         self.ledger = Ledger(connect(settings.ledger))
         self.bells = Bells(app)
         self.slots = Slots(settings.concurrency)
+        # The queues that this worker listens to at present; none while the broker is away.
+        self.listens: frozenset[str] = frozenset()
         self.gate = Gate()
         self.stopping = threading.Event()
 
@@ -87,14 +92,13 @@ class Worker:
 
     def start(self) -> None:
         """Begin to hold leases, sweep and listen. The registry is told first: jobs may name this model from now on."""
-        self.ledger.redis.ping()
         self.sweeper.beat()
         self.leases.start()
         self.listener.start()
         self.sweeper.start()
 
-    def stop(self) -> None:
-        """Hand back what is still held, sign off, and let the device go."""
+    def drop(self) -> None:
+        """Hand back what is held, and stop work on it."""
         self.stopping.set()
         held = self.leases.stop()
         try:
@@ -102,10 +106,23 @@ class Worker:
                 self.ledger.ask(calls.hand_back(held))
         except RerankqError as error:
             logger.warning("%d jobs not handed back, their leases will lapse: %s", len(held), error)
+        self.leases.cancel(job_id for job_id, _ in held)
+
+    def stop(self) -> None:
+        """Hand back what is still held, sign off, and let the device go."""
+        self.drop()
         self.listener.stop()
         self.sweeper.stop()
         self.bells.close()
         self.batcher.close(drain=False, timeout=5)
+
+    def cancel(self, job_ids: Iterable[str]) -> None:
+        """Cancel jobs in the ledger, from which all workers hear of it; one that is not there is no harm."""
+        for job_id in job_ids:
+            try:
+                self.ledger.ask(calls.cancel(job_id, self.terms))
+            except RerankqError as error:
+                logger.warning("job %s not cancelled: %s", job_id, error)
 
     def rerank(self, job_id: str) -> dict[str, Any]:
         """Claim a job, rank it, and tell the ledger how it ended. Answers a summary for Flower.
@@ -159,10 +176,14 @@ class Worker:
         kind = type(error).__name__ if isinstance(error, RerankqError) else "JobFailed"
         known = isinstance(error, RerankqError | EngineError)
         said = str(error) if known else f"{type(error).__name__}: {error}"
+        logger.warning("job %s failed: %s", claim.id, said)
         self._tell(calls.fail(claim.id, claim.fence, kind, said, self.terms))
 
     def _tell(self, call: Call[Answer]) -> Answer:
-        """Tell the ledger, however long it is away: the work is done, only the telling is left."""
+        """Tell the ledger, however long it is away: the work is done, only the telling is left.
+
+        A worker that is told to stop does not wait for it: the scores are in the cache, and the lease lapses.
+        """
         while True:
             try:
                 return self.ledger.ask(call)
@@ -185,7 +206,7 @@ class Worker:
 
     def _free_for(self) -> dict[str, float]:
         times = {self.interactive: self.slots.free_for(bulk=False), self.bulk: self.slots.free_for(bulk=True)}
-        return {name: seconds for name, seconds in times.items() if seconds is not None}
+        return {name: seconds for name, seconds in times.items() if seconds is not None and name in self.listens}
 
     def _device_hangs(self) -> bool:
         stats = self.batcher.stats()
@@ -246,6 +267,60 @@ class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
         super().on_connection_error_after_connected(exc)
 
 
+class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
+    """Listens to each queue while there is a slot for it; to the bulk queue on a channel of its own.
+
+    On one channel bulk would come back late: whoever resumes it waits for the end of a blocking pop that was sent
+    without it, up to a second in which the device starves.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        self.bulk: Any = None
+
+    def start(self, c: Any) -> None:
+        """Move the bulk queue, if this worker is to listen to it, from Celery's channel to ours."""
+        global listening  # noqa: PLW0603  # Celery gives its signals no other place
+        if worker is None:
+            return
+        chosen = {queue.name for queue in c.task_consumer.queues}
+        _open(c.task_consumer.channel, lambda: worker.slots.has_room(bulk=False))
+        if worker.bulk in chosen:
+            c.task_consumer.cancel_by_queue(worker.bulk)
+            channel = c.connection.channel()
+            self.bulk = c.app.amqp.TaskConsumer(channel, queues=[queue(worker.bulk)], on_decode_error=c.on_decode_error)
+            self.bulk.on_message = c.create_task_handler()
+            _open(channel, lambda: worker.slots.has_room(bulk=True))
+            self.bulk.consume()
+        worker.listens = frozenset(chosen)
+        listening = c, self.bulk
+
+    def stop(self, c: Any) -> None:
+        """Listen no more."""
+        if worker is not None:
+            worker.listens = frozenset()
+        if self.bulk is not None:
+            ignore_errors(c.connection, self.bulk.cancel)
+
+    def shutdown(self, c: Any) -> None:
+        """Close the channel."""
+        bulk, self.bulk = self.bulk, None
+        if bulk is not None and bulk.channel:
+            ignore_errors(c.connection, bulk.channel.close)
+
+
+def _open(channel: Any, has_room: Callable[[], bool]) -> None:
+    """Take messages from a channel only while there is room. For Redis, as Celery's own ``disable_prefetch`` does."""
+    qos = getattr(channel, "qos", None)
+    if qos is None:
+        channel.basic_qos(0, 1, False)
+        return
+    asked = qos.can_consume
+    qos.can_consume = lambda: has_room() and asked()
+
+
 class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
     """Shows the engine's figures among the worker's stats, where Flower finds them."""
 
@@ -269,8 +344,12 @@ class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         }
 
 
-settings = Settings()
-app = make_app(settings)
+try:
+    settings = Settings()
+    app = make_app(settings)
+except (ValidationError, BrokerUnavailable) as error:
+    # This module is a program: its reader is a person at a terminal.
+    sys.exit(f"the worker cannot start: {error}")
 app.conf.update(
     task_queues=[queue(name) for name in queues_of(settings)],
     worker_pool="threads",
@@ -279,26 +358,49 @@ app.conf.update(
     # Doorbells are acknowledged when they are heard; none waits in a worker that has no slot for it.
     task_acks_late=False,
     worker_prefetch_multiplier=1,
-    worker_disable_prefetch=True,
     worker_hijack_root_logger=False,
     worker_cancel_long_running_tasks_on_connection_loss=False,
 )
 app.steps["worker"].add(EngineInfo)
+app.steps["consumer"].add(Listening)
 
 # Set when the worker starts; Celery's task functions and signals find it here.
 worker: Worker | None = None
-# Bulk doorbells in flight, by job id: a second bell of a running job counts on its own.
-_bulk_in_flight: Counter[str] = Counter()
-_consumer: Any = None
+# Celery's consumer and that of the bulk queue, while connected.
+listening: tuple[Any, Any] | None = None
 
 
-@app.task(name=TASK, bind=False)  # type: ignore[untyped-decorator]  # Celery ships no types
+# An error that we raise says how a job ended; that is no fault of the worker, and no traceback in its log.
+@app.task(name=TASK, throws=(RerankqError, EngineError))  # type: ignore[untyped-decorator]  # Celery ships no types
 def rerank(job_id: str) -> dict[str, Any]:
     """Rank the job that the doorbell names."""
     if worker is None:
         msg = "the worker has not started"
         raise RuntimeError(msg)
     return worker.rerank(job_id)
+
+
+@control_command(variadic="task_id", signature="[id1 [id2 [... [idN]]]]")  # type: ignore[untyped-decorator]
+def revoke(state: Any, task_id: str | list[str], **_: Any) -> dict[str, str]:
+    """Cancel jobs in the ledger, whether they wait, run, or have not been rung for yet.
+
+    In place of Celery's own command, which knows only messages, cannot stop a thread, and remembers a revoked id for
+    hours: the same content submitted again would not be ranked.
+    """
+    job_ids = [task_id] if isinstance(task_id, str) else list(task_id)
+    if worker is not None:
+        # Not here: this is the consumer's thread, and the ledger may be slow to answer.
+        threading.Thread(target=worker.cancel, args=(job_ids,), name="rerankq-revoked", daemon=True).start()
+    for job_id in job_ids:
+        state.consumer.event_dispatcher.send("task-revoked", uuid=job_id, terminated=False, signum=None, expired=False)
+    return {"ok": f"cancelled: {', '.join(job_ids)}"}
+
+
+@inspect_command()  # type: ignore[untyped-decorator]
+def active_queues(_: Any) -> list[dict[str, Any]]:
+    """List the queues that this worker listens to; Celery's own command knows only those of its own channel."""
+    consumers = [consumer for consumer in ((listening[0].task_consumer, listening[1]) if listening else ()) if consumer]
+    return [dict(queue.as_dict(recurse=True)) for consumer in consumers for queue in consumer.queues]
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
@@ -316,65 +418,45 @@ def _load(**_: Any) -> None:
         sys.exit(1)
 
 
-@signals.worker_ready.connect  # type: ignore[untyped-decorator]
-def _ready(sender: Any, **_: Any) -> None:
-    global _consumer  # noqa: PLW0603
-    _consumer = sender
-    # What was wanted while the broker was away is done when it is back.
-    sender.timer.call_repeatedly(1.0, _mind_bulk)
-
-
 @signals.task_received.connect  # type: ignore[untyped-decorator]
 def _came_in(request: Any, **_: Any) -> None:
-    if worker is None:
-        return
-    bulk = request.delivery_info.get("routing_key") == worker.bulk
-    if bulk:
-        _bulk_in_flight[request.id] += 1
     # This runs on the consumer's own thread, before it reads the next message: bulk never overruns its share.
-    if worker.slots.take(bulk=bulk):
-        _mind_bulk()
+    if worker is not None:
+        worker.slots.take(request.id, bulk=request.delivery_info.get("routing_key") == worker.bulk)
 
 
 @signals.task_postrun.connect  # type: ignore[untyped-decorator]
+@signals.task_internal_error.connect  # type: ignore[untyped-decorator]  # a message so malformed that nothing ran
 def _went_out(task_id: str, **_: Any) -> None:
-    if worker is None:
-        return
-    bulk = _bulk_in_flight[task_id] > 0
-    if bulk:
-        _bulk_in_flight[task_id] -= 1
-        if not _bulk_in_flight[task_id]:
-            del _bulk_in_flight[task_id]
-    if worker.slots.give_back(bulk=bulk) and _consumer is not None:
-        _consumer.call_soon(_mind_bulk)
+    # The consumer sleeps in its poll while there is no slot; whoever gives one back wakes it.
+    if worker is not None and worker.slots.give_back(task_id) and listening is not None:
+        listening[0].call_soon(_look_again)
+
+
+def _look_again() -> None:
+    """Nothing to do: each turn of the consumer's loop asks again which channels are open."""
 
 
 @signals.task_revoked.connect  # type: ignore[untyped-decorator]
 def _revoked(request: Any, **_: Any) -> None:
-    # Revoking in Flower is cancelling. It never ran, so its slot is given back here.
+    # By Celery's own means (a header, an id remembered from before): it never ran, and nobody else gives its slot back.
+    _went_out(request.id)
     if worker is not None:
-        _went_out(request.id)
-        worker.ledger.ask(calls.cancel(request.id, worker.terms))
+        worker.cancel([request.id])
+
+
+@signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _stopping(how: str, **_: Any) -> None:
+    if worker is None:
+        return
+    worker.stopping.set()
+    if how == "Cold":
+        # In a hurry: threads cannot be stopped, so their jobs are handed back and their work withdrawn.
+        threading.Thread(target=worker.drop, name="rerankq-drop", daemon=True).start()
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
 def _stop(**_: Any) -> None:
+    # Celery has let all running jobs finish by now.
     if worker is not None:
         worker.stop()
-
-
-def _mind_bulk() -> None:
-    """Listen to the bulk queue while bulk has a slot, and only then. Belongs to the consumer's thread."""
-    if worker is None or _consumer is None or _consumer.task_consumer is None:
-        return
-    wanted = worker.slots.bulk_has_room
-    if wanted == bool(_consumer.task_consumer.consuming_from(worker.bulk)):
-        return
-    try:
-        if wanted:
-            _consumer.add_task_queue(worker.bulk, exchange="rerankq", exchange_type="direct", routing_key=worker.bulk)
-        else:
-            _consumer.cancel_task_queue(worker.bulk)
-    except tuple(app.connection_for_read().connection_errors) as error:
-        # The broker is away; the timer comes back to it.
-        logger.info("the bulk queue is minded later: %s", error)
