@@ -58,6 +58,7 @@ class Sweeper:
         self._swept_at = clock()
         self._wake = threading.Event()
         self._stopped = False
+        self._away = False
         self._thread = threading.Thread(target=self._run, name="rerankq-sweeper", daemon=True)
 
     def start(self) -> None:
@@ -126,9 +127,10 @@ class Sweeper:
                     self.sweep()
                 else:
                     self._ring_on()
-            except (RerankqError, RedisError, OSError) as error:
+                self._is_away(None)
+            except RerankqError as error:
                 self._judges_from = self._clock() + self._terms.lease_s
-                logger.warning("no sweep: %s", error)
+                self._is_away(error)
                 self._wake.wait(SWEEP_EVERY_S)
             except Exception:
                 # Without this thread lost bells stay lost: it must outlive any bug in it.
@@ -136,6 +138,14 @@ class Sweeper:
                 self._wake.wait(SWEEP_EVERY_S)
             self._wake.wait(max(0.0, next_sweep - self._clock()))
             self._wake.clear()
+
+    def _is_away(self, error: RerankqError | None) -> None:
+        # Said once, not every second for as long as an outage lasts.
+        if error is not None and not self._away:
+            logger.warning("no sweeps for now: %s", error)
+        elif error is None and self._away:
+            logger.warning("the ledger is back, sweeping again")
+        self._away = error is not None
 
 
 class CancelListener:

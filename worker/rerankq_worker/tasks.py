@@ -278,6 +278,7 @@ class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
 
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
+        self.consumer = consumer
         self.bulk: Any = None
 
     def start(self, c: Any) -> None:
@@ -285,40 +286,56 @@ class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
         global listening  # noqa: PLW0603  # Celery gives its signals no other place
         if worker is None:
             return
-        chosen = {queue.name for queue in c.task_consumer.queues}
-        _open(c.task_consumer.channel, lambda: worker.slots.has_room(bulk=False))
+        slots, chosen = worker.slots, {queue.name for queue in c.task_consumer.queues}
+        _open(c.task_consumer.channel, lambda: slots.has_room(bulk=False))
         if worker.bulk in chosen:
             c.task_consumer.cancel_by_queue(worker.bulk)
             channel = c.connection.channel()
             self.bulk = c.app.amqp.TaskConsumer(channel, queues=[queue(worker.bulk)], on_decode_error=c.on_decode_error)
             self.bulk.on_message = c.create_task_handler()
-            _open(channel, lambda: worker.slots.has_room(bulk=True))
+            _open(channel, lambda: slots.has_room(bulk=True))
             self.bulk.consume()
         worker.listens = frozenset(chosen)
-        listening = c, self.bulk
+        listening = self
 
     def stop(self, c: Any) -> None:
         """Listen no more."""
         if worker is not None:
             worker.listens = frozenset()
         if self.bulk is not None:
-            ignore_errors(c.connection, self.bulk.cancel)
+            ignore_errors(c, self.bulk.cancel)
 
     def shutdown(self, c: Any) -> None:
         """Close the channel."""
         bulk, self.bulk = self.bulk, None
         if bulk is not None and bulk.channel:
-            ignore_errors(c.connection, bulk.channel.close)
+            ignore_errors(c, bulk.channel.close)
+
+    def queues(self) -> list[Any]:
+        """List what is listened to, on both channels."""
+        consumers = [consumer for consumer in (self.consumer.task_consumer, self.bulk) if consumer is not None]
+        return [queue for consumer in consumers for queue in consumer.queues]
+
+    def look_again(self) -> None:
+        """Ask anew which queues have room. Belongs to the consumer's thread.
+
+        Each turn of its loop asks the channels of Redis; from RabbitMQ, which pushes, the bulk consumer is withdrawn.
+        """
+        if worker is None or self.bulk is None or hasattr(self.bulk.channel, "qos"):
+            return
+        has_room = worker.slots.has_room(bulk=True)
+        if has_room != self.bulk.consuming_from(worker.bulk):
+            (self.bulk.consume if has_room else self.bulk.cancel)()
 
 
 def _open(channel: Any, has_room: Callable[[], bool]) -> None:
-    """Take messages from a channel only while there is room. For Redis, as Celery's own ``disable_prefetch`` does."""
-    qos = getattr(channel, "qos", None)
-    if qos is None:
+    """Take messages from a channel only while there is room: as Celery's ``worker_disable_prefetch``, by our slots."""
+    if not hasattr(channel, "qos"):
+        # RabbitMQ: one bell at most waits here for a thread.
         channel.basic_qos(0, 1, False)
         return
-    asked = qos.can_consume
-    qos.can_consume = lambda: has_room() and asked()
+    asked = channel.qos.can_consume
+    channel.qos.can_consume = lambda: has_room() and asked()
 
 
 class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
@@ -366,8 +383,7 @@ app.steps["consumer"].add(Listening)
 
 # Set when the worker starts; Celery's task functions and signals find it here.
 worker: Worker | None = None
-# Celery's consumer and that of the bulk queue, while connected.
-listening: tuple[Any, Any] | None = None
+listening: Listening | None = None
 
 
 # An error that we raise says how a job ended; that is no fault of the worker, and no traceback in its log.
@@ -399,8 +415,7 @@ def revoke(state: Any, task_id: str | list[str], **_: Any) -> dict[str, str]:
 @inspect_command()  # type: ignore[untyped-decorator]
 def active_queues(_: Any) -> list[dict[str, Any]]:
     """List the queues that this worker listens to; Celery's own command knows only those of its own channel."""
-    consumers = [consumer for consumer in ((listening[0].task_consumer, listening[1]) if listening else ()) if consumer]
-    return [dict(queue.as_dict(recurse=True)) for consumer in consumers for queue in consumer.queues]
+    return [dict(queue.as_dict(recurse=True)) for queue in listening.queues()] if listening else []
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
@@ -421,8 +436,11 @@ def _load(**_: Any) -> None:
 @signals.task_received.connect  # type: ignore[untyped-decorator]
 def _came_in(request: Any, **_: Any) -> None:
     # This runs on the consumer's own thread, before it reads the next message: bulk never overruns its share.
-    if worker is not None:
-        worker.slots.take(request.id, bulk=request.delivery_info.get("routing_key") == worker.bulk)
+    if worker is None:
+        return
+    worker.slots.take(request.id, bulk=request.delivery_info.get("routing_key") == worker.bulk)
+    if listening is not None:
+        listening.look_again()
 
 
 @signals.task_postrun.connect  # type: ignore[untyped-decorator]
@@ -430,11 +448,7 @@ def _came_in(request: Any, **_: Any) -> None:
 def _went_out(task_id: str, **_: Any) -> None:
     # The consumer sleeps in its poll while there is no slot; whoever gives one back wakes it.
     if worker is not None and worker.slots.give_back(task_id) and listening is not None:
-        listening[0].call_soon(_look_again)
-
-
-def _look_again() -> None:
-    """Nothing to do: each turn of the consumer's loop asks again which channels are open."""
+        listening.consumer.call_soon(listening.look_again)
 
 
 @signals.task_revoked.connect  # type: ignore[untyped-decorator]
