@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -71,11 +72,12 @@ def connect(url: str) -> redis.Redis:
 class ScoreCache:
     """Read and write scores, one round trip per job each way. Safe to share between threads."""
 
-    def __init__(self, client: redis.Redis, *, ttl_s: int) -> None:
+    def __init__(self, client: redis.Redis, *, ttl_s: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._redis = client
         self._ttl_s = ttl_s
-        self._rests_until = 0.0
-        self._quiet_until = 0.0
+        self._clock = clock
+        self._rests_until = -math.inf
+        self._quiet_until = -math.inf
 
     def read(self, fingerprint: str, query: bytes, chunks: Sequence[bytes]) -> Known:
         """Read the logits of a query's chunks, given by their hashes."""
@@ -114,10 +116,10 @@ class ScoreCache:
             self._refused(error)
 
     def _resting(self) -> bool:
-        return time.monotonic() < self._rests_until
+        return self._clock() < self._rests_until
 
     def _refused(self, error: Exception) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if isinstance(error, ResponseError):
             # The server is there and answers: a full cache still gives what it has, and a spoilt key is but one key.
             if now >= self._quiet_until:
