@@ -1,0 +1,248 @@
+"""Leases: renewed while the device lives, let lapse when it hangs, and work on what is no longer ours is stopped."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from rerankq import RerankJob
+from rerankq.client import enter, terms_of
+from rerankq.embedded import EmbeddedRedis
+from rerankq.ledger import Claim, Ledger, Terms, calls, connect
+from rerankq.placing import Place
+from rerankq.settings import Settings
+from rerankq_worker import leases as leases_module
+from rerankq_worker.leases import PATIENCE, PATIENCE_S, Leases, hangs
+
+WAIT_S = 20  # a test that hangs ends here; none that works waits so long
+
+
+class Work:
+    """A job being scored, as leases see it."""
+
+    def __init__(self, pairs_done: int = 0) -> None:
+        self.pairs_done = pairs_done
+        self.cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+class World:
+    """A ledger with leases on it, and what the device is said to do."""
+
+    def __init__(self, url: str, lease_s: float = 30) -> None:
+        self.settings = Settings(broker_url=url, model="stub", lease_s=lease_s)
+        self.terms: Terms = terms_of(self.settings)
+        self.ledger = Ledger(connect(self.settings.ledger))
+        self.device_hangs = False
+        self.gave_up = threading.Event()
+        self.leases = Leases(self.ledger, self.terms, device_hangs=lambda: self.device_hangs, give_up=self.gave_up.set)
+
+    def claimed(self, name: str, owner: str = "w1") -> Claim:
+        entry = enter(RerankJob(id=name, query="q", chunks=["x"] * 5), Place("stub", "", ""), self.settings)
+        self.ledger.ask(calls.submit(entry, self.terms))
+        claim = self.ledger.ask(calls.claim(name, owner, self.terms))
+        assert isinstance(claim, Claim)
+        return claim
+
+    def held(self, name: str) -> tuple[Claim, Work]:
+        claim, work = self.claimed(name), Work()
+        self.leases.hold(name, claim.fence, work)
+        return claim, work
+
+    def lease_of(self, name: str) -> float | None:
+        """Seconds that are left of it."""
+        clock = self.ledger.redis.time()
+        ends = self.ledger.redis.zscore("rerankq:running", name)
+        return None if ends is None else ends - clock[0] - clock[1] / 1e6
+
+    def shorten(self, name: str, seconds: float) -> None:
+        clock = self.ledger.redis.time()
+        self.ledger.redis.zadd("rerankq:running", {name: clock[0] + clock[1] / 1e6 + seconds})
+
+
+@pytest.fixture
+def world(redis_url_each_version: str) -> Iterator[World]:
+    world = World(redis_url_each_version)
+    yield world
+    world.leases.stop()
+    world.ledger.redis.close()
+
+
+def test_a_renewed_lease_is_whole_again_and_tells_how_far_the_work_is(world: World):
+    _, work = world.held("a")
+    world.shorten("a", 1)
+    work.pairs_done = 3
+    world.leases.renew()
+    assert world.lease_of("a") > 25
+    assert world.ledger.ask(calls.look("a", world.terms)).status.pairs_done == 3
+    assert not work.cancelled.is_set()
+
+
+def test_what_was_released_is_renewed_no_more(world: World):
+    claim, work = world.held("a")
+    world.leases.release("a", claim.fence)
+    world.shorten("a", 1)
+    world.leases.renew()
+    assert world.lease_of("a") <= 1
+    assert world.leases.stop() == []
+    assert not work.cancelled.is_set()
+
+
+def test_work_on_a_job_that_somebody_else_has_is_stopped_and_its_neighbour_goes_on(world: World):
+    claim, lost = world.held("lost")
+    _, kept = world.held("kept")
+    world.ledger.ask(calls.hand_back([("lost", claim.fence)]))
+    world.ledger.ask(calls.claim("lost", "w2", world.terms))
+    world.leases.renew()
+    assert lost.cancelled.is_set()
+    assert not kept.cancelled.is_set()
+
+
+def test_a_cancelled_job_missed_on_the_channel_is_noticed_at_the_next_renewal(world: World):
+    _, work = world.held("a")
+    world.ledger.ask(calls.cancel("a", world.terms))
+    world.leases.renew()
+    assert work.cancelled.is_set()
+
+
+def test_an_old_fence_releases_nothing(world: World):
+    claim, old = world.held("a")
+    world.ledger.ask(calls.hand_back([("a", claim.fence)]))
+    again = world.ledger.ask(calls.claim("a", "w1", world.terms))
+    new = Work()
+    world.leases.hold("a", again.fence, new)
+    world.leases.release("a", claim.fence)
+    assert world.leases.stop() == [("a", again.fence)]
+    world.leases.renew()
+    assert not new.cancelled.is_set()
+    assert not old.cancelled.is_set()
+
+
+def test_a_job_that_ended_while_its_lease_was_being_renewed_stops_no_later_claim(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    claim, old = world.held("a")
+    new, ask = Work(), world.ledger.ask
+
+    def ask_and_meanwhile(call: object) -> object:
+        world.leases.release("a", claim.fence)
+        world.leases.hold("a", claim.fence + 1, new)
+        ask(calls.hand_back([("a", claim.fence)]))
+        return ask(call)
+
+    monkeypatch.setattr(world.ledger, "ask", ask_and_meanwhile)
+    world.leases.renew()
+    assert not new.cancelled.is_set()
+    assert not old.cancelled.is_set()
+
+
+def test_cancelling_reaches_held_work_and_no_other(world: World):
+    _, one = world.held("one")
+    _, other = world.held("other")
+    world.leases.cancel(["one", "never held"])
+    assert one.cancelled.is_set()
+    assert not other.cancelled.is_set()
+
+
+def test_stopping_answers_what_is_still_held_so_that_it_can_be_handed_back(world: World):
+    first, _ = world.held("a")
+    second, _ = world.held("b")
+    world.leases.start()
+    assert sorted(world.leases.stop()) == [("a", first.fence), ("b", second.fence)]
+    assert world.ledger.ask(calls.hand_back(world.leases.stop())) == 2
+
+
+@pytest.fixture
+def lively(redis_url: str) -> Iterator[World]:
+    """Leases so short that the timer turns many times in a test."""
+    world = World(redis_url, lease_s=0.3)
+    yield world
+    world.leases.stop()
+    world.ledger.redis.close()
+
+
+def renewed(world: World, name: str) -> threading.Event:
+    """Set when this job's lease is renewed next."""
+    seen, renew = threading.Event(), world.leases.renew
+
+    def renew_and_tell() -> None:
+        renew()
+        if name in world.leases._held:
+            seen.set()
+
+    world.leases.renew = renew_and_tell
+    return seen
+
+
+def test_the_timer_renews(lively: World):
+    lively.held("a")
+    seen = renewed(lively, "a")
+    lively.leases.start()
+    assert seen.wait(WAIT_S)
+    assert lively.lease_of("a") is not None
+
+
+def test_a_hanging_device_renews_nothing_and_is_given_up_once_its_leases_have_lapsed(lively: World):
+    lively.held("a")
+    lively.device_hangs = True
+    lively.leases.start()
+    assert lively.gave_up.wait(WAIT_S)
+    assert lively.lease_of("a") < 0, "not before the leases have lapsed"
+
+
+def test_a_device_that_comes_round_is_forgiven(lively: World, monkeypatch: pytest.MonkeyPatch):
+    clock = [0.0]
+    monkeypatch.setattr(leases_module.time, "monotonic", lambda: clock[0])
+    lively.device_hangs = True
+    assert lively.leases._hangs()
+    lively.device_hangs = False
+    assert not lively.leases._hangs()
+    clock[0] += 10
+    lively.device_hangs = True
+    assert lively.leases._hangs()
+    assert not lively.gave_up.is_set(), "it hangs since just now, not since the first time"
+
+
+def test_the_timer_outlives_a_ledger_that_is_away_and_any_bug(lively: World, monkeypatch: pytest.MonkeyPatch):
+    lively.held("a")
+    errors: list[Exception] = [ConnectionError("gone"), ZeroDivisionError()]
+    evalsha = lively.ledger.redis.evalsha
+
+    def sometimes(*args: object) -> object:
+        if errors:
+            raise errors.pop(0)
+        return evalsha(*args)
+
+    monkeypatch.setattr(lively.ledger.redis, "evalsha", sometimes)
+    seen = renewed(lively, "a")
+    lively.leases.start()
+    assert seen.wait(WAIT_S)
+    assert errors == []
+
+
+def test_leases_survive_a_server_that_was_started_again_empty():
+    with EmbeddedRedis() as server:
+        world = World(server.url)
+        _, work = world.held("a")
+        world.ledger.redis.flushall()
+        world.ledger.redis.script_flush()
+        world.leases.renew()
+        assert work.cancelled.is_set(), "the ledger knows nothing of it: it is no longer ours"
+        world.ledger.redis.close()
+
+
+@pytest.mark.parametrize(
+    ("running_s", "predicted_s", "hung"),
+    [
+        (None, 0, False),
+        (None, 1e9, False),
+        (PATIENCE_S, 0, False),
+        (PATIENCE_S + 0.1, 0, True),
+        (PATIENCE_S + 0.1, PATIENCE_S, False),
+        (PATIENCE * PATIENCE_S + 0.1, PATIENCE_S, True),
+    ],
+)
+def test_a_batch_hangs_when_it_takes_ten_times_its_time_and_never_before_a_minute(running_s, predicted_s, hung):
+    assert hangs(running_s, predicted_s) == hung

@@ -1,0 +1,381 @@
+"""The story of one job, with the stub engine: a ranking is what plain scoring and plain fusion say, known or not."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rerankq import Chunk, Fusion, JobCancelled, JobFailed, Ranking, RerankJob
+from rerankq.catalogue import profiles
+from rerankq_worker.cache import ScoreCache, connect, text_hash
+from rerankq_worker.engine import Batcher, EngineClosed, PairFailed, StubEngine
+from rerankq_worker.fusion import blend, rank, rank_feature_scores, signals_needed, token_signal
+from rerankq_worker.fusion.analyser import Analyser
+from rerankq_worker.reranker import Reranker, Work
+
+WAIT_S = 20  # a test that hangs ends here; none that works waits so long
+MODEL = Fusion(weights={"model": 1})
+TEXTS = ["the moon pulls the sea", "bread rises", "", "tides of fashion", "the moon pulls the sea"]
+
+
+class ScriptedEngine(StubEngine):
+    """The stub, with a gate to hold the device at, counting what it computes; it cannot score the word *broken*."""
+
+    def __init__(self, *, held: bool = False, **options) -> None:
+        super().__init__(seconds_per_token=0, **options)
+        self.computed: Counter[bytes] = Counter()
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Event()
+        self.broken = super().tokenise("x", ["broken"])[0].ids[-2]
+        if not held:
+            self.gate.set()
+
+    def forward(self, batch):
+        self.entered.release()
+        assert self.gate.wait(WAIT_S)
+        if any(self.broken in pair.ids for pair in batch):
+            raise ValueError("the word broken cannot be scored")
+        self.computed.update(pair.ids.tobytes() for pair in batch)
+        return super().forward(batch)
+
+
+class World:
+    """A reranker with what it stands on."""
+
+    def __init__(self, url: str, **options) -> None:
+        self.client = connect(url)
+        self.engine = ScriptedEngine(**options)
+        self.batcher = Batcher(self.engine, max_batch_tokens=32)
+        self.reranker = Reranker(
+            self.engine, self.batcher, ScoreCache(self.client, ttl_s=60), Analyser(), name="stub model"
+        )
+
+    def rank(self, job: RerankJob, work: Work | None = None) -> Ranking:
+        return self.reranker.rank("id", job, work or Work(), priority=job.priority, waited_s=0.5)
+
+    def close(self) -> None:
+        self.engine.gate.set()
+        self.batcher.close(drain=False, timeout=WAIT_S)
+        self.client.close()
+
+
+@pytest.fixture
+def world(redis_url: str) -> Iterator[World]:
+    world = World(redis_url)
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def held(redis_url: str) -> Iterator[World]:
+    """The device stands still until its gate is opened."""
+    world = World(redis_url, held=True)
+    yield world
+    world.close()
+
+
+def job(chunks=TEXTS, query="why do tides rise", fusion=MODEL, **fields) -> RerankJob:
+    return RerankJob(query=query, chunks=chunks, fusion=fusion, **fields)
+
+
+def plain(job: RerankJob) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """The obvious twin: score every pair alone, fuse, order. Answers order, fused scores and logits."""
+    fusion, engine = job.fusion, StubEngine(seconds_per_token=0)
+    logits = np.array([float(engine.score([(job.query, chunk.model_text)])[0]) for chunk in job.chunks])
+    signals = {
+        "model": logits,
+        "token": token_signal(job.query, job.query_tokens, job.chunks, fusion, Analyser()),
+        "vector": np.array([chunk.vector_score for chunk in job.chunks], float),
+        "keyword": np.array([chunk.keyword_score for chunk in job.chunks], float),
+        "pagerank": np.array([chunk.pagerank for chunk in job.chunks], float),
+        "tags": rank_feature_scores(job.query_tags, [chunk.tags for chunk in job.chunks]),
+    }
+    blended = blend({name: signals[name] for name in signals_needed(fusion)}, fusion)
+    return rank(blended.scores, job.min_score, job.top_k).tolist(), blended.scores, logits
+
+
+def assert_plain(ranking: Ranking, job: RerankJob) -> None:
+    order, fused, logits = plain(job)
+    assert [chunk.index for chunk in ranking.chunks] == order
+    assert [chunk.rank for chunk in ranking.chunks] == list(range(1, len(order) + 1))
+    np.testing.assert_allclose([chunk.score for chunk in ranking.chunks], fused[order], atol=1e-12)
+    if "model" in signals_needed(job.fusion):
+        assert [chunk.model_logit for chunk in ranking.chunks] == logits[order].tolist()
+
+
+TEXT = st.lists(st.sampled_from("moon sea tide bread rises 月亮 a".split()), max_size=12).map(" ".join)  # noqa: SIM905
+CHUNKS = st.builds(
+    Chunk,
+    text=TEXT,
+    title=TEXT,
+    keywords=st.lists(TEXT, max_size=2),
+    vector_score=st.none() | st.floats(-1, 1),
+    keyword_score=st.none() | st.floats(0, 30) | st.just(float("nan")),
+    pagerank=st.floats(0, 100),
+    tags=st.dictionaries(st.sampled_from("ab"), st.floats(0, 1), max_size=2),
+)
+JOBS = st.builds(
+    RerankJob,
+    query=TEXT.filter(str.strip),
+    chunks=st.lists(CHUNKS, min_size=1, max_size=8),
+    fusion=st.sampled_from(list(profiles().values())),
+    query_tags=st.dictionaries(st.sampled_from("ab"), st.floats(0, 1), max_size=2),
+    top_k=st.none() | st.integers(1, 5),
+    min_score=st.none() | st.floats(0, 1),
+    cache=st.sampled_from(["use", "refresh", "bypass"]),
+    priority=st.sampled_from(["interactive", "bulk"]),
+)
+
+
+@given(JOBS)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_ranking_is_what_plain_scoring_and_plain_fusion_say(world: World, job: RerankJob):
+    first = world.rank(job)
+    assert_plain(first, job)
+    again = world.rank(job)
+    assert_plain(again, job)
+    if job.cache == "use" and first.usage.pairs:
+        assert again.usage.cached_pairs == len(job.chunks)
+        assert again.usage.tokens == 0
+
+
+def test_only_what_is_not_known_is_computed(world: World):
+    world.rank(job(TEXTS[:2]))
+    before = sum(world.engine.computed.values())
+    ranking = world.rank(job())
+    assert sum(world.engine.computed.values()) - before == 2, "the empty one and the fourth; the fifth is the first"
+    cached = {chunk.index: chunk.cached for chunk in ranking.chunks}
+    assert cached == {0: True, 1: True, 2: False, 3: False, 4: True}
+    assert ranking.usage.cached_pairs == 3
+    assert_plain(ranking, job())
+
+
+def test_equal_chunks_of_one_job_are_computed_once_and_ranked_each(world: World):
+    twins = job(["same"] * 20)
+    assert_plain(world.rank(twins), twins)
+    assert sum(world.engine.computed.values()) == 1
+
+
+def test_another_query_length_or_cut_shares_no_score(world: World):
+    world.rank(job())
+    for other in (job(query="another"), job(max_length=16), job(query_max_tokens=2)):
+        assert world.rank(other).usage.cached_pairs == 0
+
+
+def test_a_length_beyond_the_models_is_the_models(world: World):
+    world.rank(job())
+    assert world.rank(job(max_length=100_000)).usage.cached_pairs == len(TEXTS)
+
+
+def test_refresh_reads_nothing_and_writes_and_bypass_does_neither(world: World):
+    world.rank(job(cache="bypass"))
+    assert world.client.keys("*") == []
+    world.rank(job())
+    (key,) = world.client.keys("*")
+    lie = np.float32(99).tobytes()
+    world.client.hset(key, text_hash(TEXTS[0]), lie)
+    assert world.rank(job()).chunks[0].model_logit == 99, "a planted score is believed"
+    for asked in (job(cache="bypass"), job(cache="refresh")):
+        ranking = world.rank(asked)
+        assert_plain(ranking, asked)
+        assert ranking.usage.cached_pairs == 0
+    assert_plain(world.rank(job()), job())
+    assert world.client.hget(key, text_hash(TEXTS[0])) != lie, "refresh wrote the truth"
+
+
+@pytest.mark.parametrize(("way", "computed"), [("use", 1), ("refresh", 3), ("bypass", 3)])
+def test_a_pair_in_flight_is_joined_unless_the_job_wants_its_own(held: World, way: str, computed: int):
+    jobs = [job(["one pair"]), *[job(["one pair"], cache=way) for _ in range(2)]]
+    with ThreadPoolExecutor(3) as threads:
+        rankings = [threads.submit(held.rank, one) for one in jobs]
+        while held.batcher.stats().tickets < 3:
+            threading.Event().wait(0.001)
+        held.engine.gate.set()
+        for one, ranking in zip(jobs, rankings, strict=True):
+            assert_plain(ranking.result(WAIT_S), one)
+    assert sum(held.engine.computed.values()) == computed
+
+
+def test_a_job_with_few_chunks_keeps_its_order_and_touches_neither_engine_nor_cache(world: World):
+    ranking = world.rank(job(skip_at_or_below=5, top_k=3, return_text=True))
+    assert ranking.skipped
+    assert [chunk.index for chunk in ranking.chunks] == [0, 1, 2]
+    assert [chunk.text for chunk in ranking.chunks] == TEXTS[:3]
+    assert {(chunk.score, chunk.model_logit, tuple(chunk.missing)) for chunk in ranking.chunks} == {
+        (0.0, None, ("model",))
+    }
+    assert ranking.usage.pairs == 0
+    assert not world.engine.computed
+    assert world.client.keys("*") == []
+    assert not world.rank(job(skip_at_or_below=4)).skipped
+
+
+def test_a_model_of_no_weight_is_not_asked(world: World):
+    chunks = [{"text": text, "vector_score": at / 10} for at, text in enumerate(TEXTS)]
+    wanted = job(chunks, fusion=Fusion(weights={"model": 0, "vector": 1}))
+    ranking = world.rank(wanted)
+    assert [chunk.index for chunk in ranking.chunks] == [4, 3, 2, 1, 0]
+    assert {chunk.model_logit for chunk in ranking.chunks} == {None}
+    assert ranking.usage.pairs == ranking.usage.tokens == 0
+    assert not world.engine.computed
+
+
+def test_top_k_and_min_score_cut_after_all_were_scored(world: World):
+    whole = world.rank(job())
+    least = whole.chunks[2].score
+    assert [chunk.index for chunk in world.rank(job(top_k=2)).chunks] == [chunk.index for chunk in whole.chunks[:2]]
+    kept = world.rank(job(min_score=least)).chunks
+    assert [chunk.index for chunk in kept] == [chunk.index for chunk in whole.chunks if chunk.score >= least]
+    assert world.rank(job(min_score=1e9)).chunks == []
+    assert world.rank(job(top_k=1)).usage.pairs == len(TEXTS)
+
+
+def test_a_cut_pair_says_so_computed_or_cached(world: World):
+    long = job(["short", "word " * 5_000])
+    for ranking in (world.rank(long), world.rank(long)):
+        assert {chunk.index: chunk.truncated for chunk in ranking.chunks} == {0: False, 1: True}
+        assert ranking.usage.truncated_pairs == 1
+
+
+def test_ids_text_and_metadata_come_back_as_they_went(world: World):
+    chunks = [{"text": "a", "id": "mine", "metadata": {"page": [1, None]}}, {"text": "b"}]
+    by_index = {chunk.index: chunk for chunk in world.rank(job(chunks, return_text=True)).chunks}
+    assert (by_index[0].id, by_index[0].text, by_index[0].metadata) == ("mine", "a", {"page": [1, None]})
+    assert (by_index[1].id, by_index[1].text, by_index[1].metadata) == ("1", "b", {})
+    assert world.rank(job(chunks)).chunks[0].text is None
+
+
+def test_a_ranking_survives_its_way_over_the_wire(world: World):
+    ranking = world.rank(job([{"text": text, "metadata": {"n": 1}} for text in TEXTS], fusion=profiles()["default"]))
+    assert Ranking.model_validate_json(ranking.model_dump_json()) == ranking
+
+
+def test_usage_and_times_are_told(world: World):
+    ranking = world.rank(job(TEXTS[:2]))
+    pairs = world.engine.tokenise("why do tides rise", TEXTS[:2])
+    assert (ranking.usage.pairs, ranking.usage.tokens) == (2, sum(pair.length for pair in pairs))
+    assert ranking.timings_ms.queued == 500
+    assert 0 < ranking.timings_ms.inference <= ranking.timings_ms.total
+    assert (ranking.model.name, ranking.model.fingerprint) == ("stub model", world.engine.fingerprint)
+
+
+def test_what_this_worker_cannot_do_fails_in_words(world: World):
+    with pytest.raises(JobFailed, match="window"):
+        world.rank(job(long_chunks="window"))
+    with pytest.raises(JobFailed, match="default"):
+        world.rank(RerankJob(query="q", chunks=["x"], fusion="default"))
+
+
+def test_a_pair_that_cannot_be_scored_fails_its_job_in_words_and_no_other(world: World):
+    wanted = [job([f"chunk {number}", "fine"]) for number in range(6)]
+    with ThreadPoolExecutor(7) as threads:
+        fine = [threads.submit(world.rank, one) for one in wanted]
+        with pytest.raises(PairFailed, match="broken cannot be scored"):
+            threads.submit(world.rank, job(["fine too", "broken"])).result(WAIT_S)
+        for one, ranking in zip(wanted, fine, strict=True):
+            assert_plain(ranking.result(WAIT_S), one)
+
+
+def test_a_closed_engine_is_said_as_such(world: World):
+    world.batcher.close()
+    with pytest.raises(EngineClosed):
+        world.rank(job())
+
+
+# -- cancelling -------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_cancelled_before_it_began_computes_nothing(world: World):
+    work = Work()
+    work.cancel()
+    with pytest.raises(JobCancelled):
+        world.rank(job(), work)
+    assert not world.engine.computed
+
+
+def test_a_job_cancelled_while_it_runs_stops_before_its_next_micro_batch(held: World):
+    work, wanted = Work(), job([f"chunk number {number} of many" for number in range(100)])
+    with ThreadPoolExecutor(1) as threads:
+        ranking = threads.submit(held.rank, wanted, work)
+        assert held.engine.entered.acquire(timeout=WAIT_S)
+        work.cancel()
+        held.engine.gate.set()
+        with pytest.raises(JobCancelled):
+            ranking.result(WAIT_S)
+    held.batcher.close(timeout=WAIT_S)
+    assert sum(held.engine.computed.values()) < 10, "the micro-batch that ran, and no other"
+    assert work.pairs_done < 10
+    assert held.client.keys("*") == [], "half a job is not remembered"
+
+
+def test_pairs_that_another_job_waits_for_come_although_their_owner_was_cancelled(held: World):
+    work, wanted = Work(), job([f"chunk number {number} of many" for number in range(20)])
+    with ThreadPoolExecutor(2) as threads:
+        owner = threads.submit(held.rank, wanted, work)
+        assert held.engine.entered.acquire(timeout=WAIT_S)
+        joined = threads.submit(held.rank, wanted)
+        while held.batcher.stats().tickets < 2:
+            threading.Event().wait(0.001)
+        work.cancel()
+        with pytest.raises(JobCancelled):
+            owner.result(WAIT_S)
+        held.engine.gate.set()
+        assert_plain(joined.result(WAIT_S), wanted)
+    assert set(held.engine.computed.values()) == {1}
+
+
+def test_a_cancellation_between_submitting_and_waiting_is_not_missed(world: World, monkeypatch: pytest.MonkeyPatch):
+    work, submit = Work(), world.batcher.submit
+
+    def submit_and_cancel(*args, **kwargs):
+        ticket = submit(*args, **kwargs)
+        work.cancel()
+        return ticket
+
+    monkeypatch.setattr(world.batcher, "submit", submit_and_cancel)
+    with pytest.raises(JobCancelled):
+        world.rank(job(), work)
+    assert world.batcher.stats().tickets == 0
+
+
+def test_progress_counts_known_pairs_and_computed_ones(world: World):
+    world.rank(job(TEXTS[:2]))
+    work = Work()
+    world.rank(job(), work)
+    assert work.pairs_done == len(TEXTS)
+
+
+def test_cancelling_what_has_ended_harms_nothing(world: World):
+    work = Work()
+    world.rank(job(), work)
+    work.cancel()
+    assert_plain(world.rank(job()), job())
+
+
+@pytest.mark.parametrize("texts", [[""], [" ", "\n"], ["\x00"], ["x" * 100_000], ["é", "e\u0301"], ["字" * 600]])
+def test_odd_texts_are_ranked(world: World, texts: list[str]):
+    assert_plain(world.rank(job(texts)), job(texts))
+
+
+def test_ten_thousand_chunks_are_ranked_as_plainly_as_one(world: World):
+    many = job([f"chunk {number % 700} {'tide ' * (number % 5)}" for number in range(10_000)], top_k=2048)
+    ranking = world.rank(many)
+    assert len(ranking.chunks) == 2048
+    logits = StubEngine(seconds_per_token=0).score([(many.query, chunk.model_text) for chunk in many.chunks])
+    assert [chunk.model_logit for chunk in ranking.chunks] == np.sort(logits)[::-1][:2048].tolist()
+    assert sum(world.engine.computed.values()) == len({chunk.model_text for chunk in many.chunks})
+
+
+def test_many_jobs_at_once_are_each_ranked_as_if_alone(world: World):
+    wanted = [
+        job([f"text {(number * 7 + at) % 40}" for at in range(15)], query=f"query {number % 3}", fusion=profile)
+        for number, profile in enumerate([*profiles().values()] * 3)
+    ]
+    with ThreadPoolExecutor(12) as threads:
+        for one, ranking in zip(wanted, threads.map(world.rank, wanted), strict=True):
+            assert_plain(ranking, one)

@@ -1,0 +1,368 @@
+"""Sweeping: who may judge and when, bells that were lost, the registry, and a loop that nothing ends but stop."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from rerankq import RerankJob
+from rerankq.client import enter, terms_of
+from rerankq.errors import BrokerUnavailable
+from rerankq.ledger import Bell, Claim, Ledger, Terms, calls, connect
+from rerankq.placing import Place
+from rerankq.settings import Settings
+from rerankq_worker.sweeping import RING_AT_ONCE, CancelListener, Sweeper
+
+WAIT_S = 20  # a test that hangs ends here; none that works waits so long
+QUEUES = ("rerankq.interactive", "rerankq.bulk")
+
+
+class Clock:
+    now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class World:
+    """A ledger, a sweeper on it, and all bells that it rang."""
+
+    def __init__(self, url: str, **terms: float) -> None:
+        self.settings = Settings(broker_url=url, model="stub", lease_s=5)
+        self.terms: Terms = terms_of(self.settings)._replace(**terms)
+        self.ledger = Ledger(connect(self.settings.ledger))
+        self.ledger.uptime_s = lambda: 1e6
+        self.clock = Clock()
+        self.rung: list[Bell] = []
+        self.free: dict[str, float] = {}
+        self.sweeper = self.another("w1")
+
+    def another(self, worker: str, **options: object) -> Sweeper:
+        return Sweeper(
+            self.ledger,
+            self.terms,
+            self,
+            worker=worker,
+            queues=QUEUES,
+            say=lambda: {"model": "stub", "fingerprint": "f"},
+            free_for=lambda: self.free,
+            **{"clock": self.clock, **options},
+        )
+
+    def ring(self, bells: Sequence[Bell]) -> None:
+        self.rung += bells
+
+    def submit(self, *names: str, tenant: str = "", priority: str = "interactive") -> None:
+        for name in names:
+            job = RerankJob(id=name, query="q", chunks=["x"], tenant=tenant, priority=priority)
+            self.ledger.ask(calls.submit(enter(job, Place("stub", "", ""), self.settings), self.terms))
+
+    def claim(self, name: str, owner: str = "w2") -> Claim:
+        claim = self.ledger.ask(calls.claim(name, owner, self.terms))
+        assert isinstance(claim, Claim)
+        return claim
+
+    def state(self, name: str) -> str:
+        return self.ledger.ask(calls.look(name, self.terms)).status.state
+
+    def now(self) -> float:
+        clock = self.ledger.redis.time()
+        return clock[0] + clock[1] / 1e6
+
+    def lapse(self, name: str) -> None:
+        self.ledger.redis.zadd("rerankq:running", {name: self.now() - 1})
+
+    def age_bell(self, name: str, seconds: float, queue: str = QUEUES[0]) -> None:
+        self.ledger.redis.zadd(f"rerankq:rung:{queue}", {name: self.now() - seconds})
+
+    def names_rung(self) -> list[str]:
+        return [bell.id for bell in self.rung]
+
+
+@pytest.fixture
+def world(redis_url_each_version: str) -> Iterator[World]:
+    world = World(redis_url_each_version)
+    yield world
+    world.ledger.redis.close()
+
+
+def test_a_lapsed_job_is_queued_again_and_rung_for(world: World):
+    world.submit("a")
+    world.claim("a")
+    world.lapse("a")
+    assert world.sweeper.sweep().lapsed == 1
+    assert world.state("a") == "queued"
+    assert world.names_rung() == ["a"]
+    assert world.claim("a").suspect
+
+
+def test_after_a_pause_of_ones_own_nothing_is_judged_for_one_lease(world: World):
+    world.submit("a")
+    world.claim("a")
+    world.sweeper.sweep()
+    world.clock.now += world.terms.lease_s + 1
+    world.lapse("a")
+    assert world.sweeper.sweep().lapsed == 0, "its worker may have been cut off as we were"
+    world.clock.now += world.terms.lease_s - 1
+    assert world.sweeper.sweep().lapsed == 0
+    world.clock.now += 1
+    assert world.sweeper.sweep().lapsed == 1
+
+
+def test_a_young_server_is_not_judged_by(world: World):
+    world.submit("a")
+    world.claim("a")
+    world.lapse("a")
+    world.ledger.uptime_s = lambda: world.terms.lease_s
+    assert world.sweeper.sweep().lapsed == 0
+    world.ledger.uptime_s = lambda: world.terms.lease_s + 1
+    assert world.sweeper.sweep().lapsed == 1
+
+
+def test_only_one_of_two_sweepers_judges(world: World):
+    world.submit("a")
+    world.claim("a")
+    world.sweeper.sweep()
+    world.lapse("a")
+    assert world.another("w3").sweep().lapsed == 0
+    assert world.sweeper.sweep().lapsed == 1
+
+
+def test_a_bell_that_nobody_heard_though_a_slot_was_free_is_rung_again(world: World):
+    world.submit("a")
+    world.age_bell("a", 3)
+    assert world.sweeper.sweep().bells == 0, "no slot was free: it may still be in the broker"
+    world.free = {QUEUES[0]: 2.5}
+    assert world.sweeper.sweep().bells == 1
+    assert world.names_rung() == ["a"]
+    assert world.sweeper.sweep().bells == 0, "it was rung just now"
+
+
+def test_a_slot_that_was_free_for_another_queue_or_not_long_enough_proves_nothing(world: World):
+    world.submit("a")
+    world.age_bell("a", 3)
+    world.free = {QUEUES[0]: 1.0, QUEUES[1]: 100.0}
+    assert world.sweeper.sweep().bells == 0
+
+
+def test_a_slot_free_at_any_living_worker_counts_and_at_one_that_is_gone_does_not(world: World):
+    world.submit("a")
+    world.age_bell("a", 8)
+    gone = {"model": "stub", "fingerprint": "f", "queues": list(QUEUES), "free_since": {QUEUES[0]: world.now() - 60}}
+    world.ledger.redis.hset("rerankq:workers", "gone", f"{world.now() - 10:.6f} {json.dumps(gone)}")
+    assert world.sweeper.sweep().bells == 0
+    world.ledger.redis.hset("rerankq:workers", "alive", f"{world.now():.6f} {json.dumps(gone)}")
+    assert world.sweeper.sweep().bells == 1
+
+
+def test_a_bell_much_older_than_the_newest_one_answered_is_rung_again(world: World):
+    world.submit("lost", "heard")
+    world.age_bell("lost", 30)
+    world.age_bell("heard", 5)
+    world.claim("heard")
+    assert world.sweeper.sweep().bells == 1
+    assert world.names_rung() == ["lost"]
+
+
+def test_a_backlog_longer_than_a_round_is_rung_on_round_by_round(redis_url: str):
+    world = World(redis_url, ring_window=2 * RING_AT_ONCE + 10)
+    names = [f"j{number}" for number in range(2 * RING_AT_ONCE + 50)]
+    world.submit(*names)
+    first = world.ledger.redis.zcard(f"rerankq:rung:{QUEUES[0]}")
+    for name in names[:first]:
+        world.claim(name)
+    world.sweeper.sweep()
+    assert world.names_rung() == names[first : first + 2 * RING_AT_ONCE + 10]
+    world.ledger.redis.close()
+
+
+def test_tenants_are_rung_for_in_turn(redis_url: str):
+    world = World(redis_url, ring_window=4)
+    world.submit(*[f"flood-{number}" for number in range(40)], tenant="flood")
+    world.submit(*[f"small-{number}" for number in range(3)], tenant="small")
+    world.sweeper.sweep()
+    assert {f"small-{number}" for number in range(3)} <= {
+        name.decode() for name in world.ledger.redis.zrange(f"rerankq:rung:{QUEUES[0]}:small", 0, -1)
+    }
+    assert world.ledger.redis.zcard(f"rerankq:rung:{QUEUES[0]}:flood") == 4
+    world.ledger.redis.close()
+
+
+def test_a_sign_of_life_says_what_this_worker_is_and_since_when_it_has_room(world: World):
+    world.free = {QUEUES[0]: 7.0}
+    world.sweeper.beat()
+    (worker,) = world.ledger.workers()
+    assert (worker.id, worker.model, worker.fingerprint, worker.queues) == ("w1", "stub", "f", QUEUES)
+    assert worker.age_s < 5
+    assert worker.free_since[QUEUES[0]] == pytest.approx(world.now() - 7, abs=1)
+
+
+def running(sweeper: Sweeper) -> Sweeper:
+    sweeper.start()
+    return sweeper
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sweeper, int], threading.Event]:
+    """Say when a sweeper has swept so many times without an error."""
+
+    def count(sweeper: Sweeper, wanted: int) -> threading.Event:
+        done, sweep, left = threading.Event(), sweeper.sweep, [wanted]
+
+        def sweep_and_count() -> object:
+            swept = sweep()
+            left[0] -= 1
+            if not left[0]:
+                done.set()
+            return swept
+
+        sweeper.sweep = sweep_and_count
+        return done
+
+    monkeypatch.setattr("rerankq_worker.sweeping.SWEEP_EVERY_S", 0.01)
+    return count
+
+
+def test_the_loop_outlives_a_ledger_that_is_away_and_any_bug(world: World, turns: Callable, monkeypatch, caplog):
+    errors: list[Exception] = [*[ConnectionError("gone")] * 5, ZeroDivisionError()]
+    evalsha = world.ledger.redis.evalsha
+
+    def sometimes(*args: object) -> object:
+        if errors:
+            raise errors.pop(0)
+        return evalsha(*args)
+
+    monkeypatch.setattr(world.ledger.redis, "evalsha", sometimes)
+    sweeper = world.another("w1", clock=time.monotonic)
+    done = turns(sweeper, 3)
+    running(sweeper)
+    assert done.wait(WAIT_S)
+    sweeper.stop()
+    said = [record.message for record in caplog.records if "sweep" in record.message]
+    assert len([one for one in said if one.startswith("no sweeps for now")]) == 1, "an outage is said once"
+    assert any("back" in one for one in said)
+
+
+def test_an_outage_postpones_judging(world: World, turns: Callable, monkeypatch: pytest.MonkeyPatch):
+    world.submit("a")
+    world.claim("a")
+    world.lapse("a")
+    sweeper = world.another("w1", clock=time.monotonic)
+    away, beat = [True], sweeper.beat
+
+    def beat_sometimes() -> None:
+        if away:
+            away.pop()
+            raise BrokerUnavailable("away")
+        beat()
+
+    monkeypatch.setattr(sweeper, "beat", beat_sometimes)
+    done = turns(sweeper, 3)
+    running(sweeper)
+    assert done.wait(WAIT_S)
+    sweeper.stop()
+    assert world.state("a") == "running", "leases lapsed in an outage though their workers live"
+
+
+def test_ringing_on_is_done_as_soon_as_a_claim_says_that_there_is_room(world: World):
+    sweeper = world.another("w1", clock=time.monotonic)
+    rang = threading.Event()
+    swept = threading.Event()
+    sweep = sweeper.sweep
+
+    def sweep_once() -> object:
+        done = sweep()
+        swept.set()
+        return done
+
+    def ring(bells: Sequence[Bell]) -> None:
+        world.rung += bells
+        rang.set()
+
+    world.ring = ring
+    sweeper.sweep = sweep_once
+    running(sweeper)
+    assert swept.wait(WAIT_S)
+    sweeper.sweep = lambda: None  # what is rung from now on is not rung by a sweep
+    world.submit("a")
+    world.ledger.redis.zrem(f"rerankq:rung:{QUEUES[0]}", "a")
+    world.ledger.redis.zadd(f"rerankq:waiting:{QUEUES[0]}", {"a": 1})
+    sweeper.ring_on()
+    assert rang.wait(WAIT_S)
+    sweeper.stop()
+    assert world.names_rung() == ["a"]
+
+
+def test_who_stops_signs_off_and_a_lost_ledger_does_not_hold_it_up(world: World, monkeypatch: pytest.MonkeyPatch):
+    running(world.sweeper)
+    world.sweeper.stop()
+    assert world.ledger.workers() == []
+    other = running(world.another("w2"))
+
+    def gone(*_: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(world.ledger.redis, "hdel", gone)
+    other.stop()
+    assert not other._thread.is_alive()
+
+
+# -- cancellations ----------------------------------------------------------------------------------------------------
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.changed = threading.Condition()
+        self.errors: list[Exception] = []
+
+    def __call__(self, job_ids: list[str]) -> None:
+        with self.changed:
+            self.ids += job_ids
+            self.changed.notify_all()
+        if self.errors:
+            raise self.errors.pop()
+
+    def wait_for(self, world: World, name: str) -> None:
+        """Say it until it is heard: pub/sub forgets what nobody listened to."""
+        channel = f"{world.terms.channel}:cancel"
+        for _ in range(WAIT_S * 20):
+            world.ledger.redis.publish(channel, name)
+            with self.changed:
+                if self.changed.wait_for(lambda: name in self.ids, 0.05):
+                    return
+        pytest.fail("never heard")
+
+
+@pytest.fixture
+def heard(world: World) -> Iterator[Heard]:
+    heard = Heard()
+    listener = CancelListener(world.ledger, world.terms, heard)
+    listener.start()
+    yield heard
+    listener.stop()
+    assert not listener._thread.is_alive()
+
+
+def test_a_cancelled_running_job_is_heard_of(world: World, heard: Heard):
+    heard.wait_for(world, "ready")
+    world.submit("a")
+    world.claim("a")
+    world.ledger.ask(calls.cancel("a", world.terms))
+    with heard.changed:
+        assert heard.changed.wait_for(lambda: "a" in heard.ids, WAIT_S)
+
+
+def test_listening_goes_on_after_the_connection_was_cut(world: World, heard: Heard):
+    heard.wait_for(world, "before")
+    for client in world.ledger.redis.client_list(_type="pubsub"):
+        world.ledger.redis.client_kill_filter(_id=client["id"])
+    heard.wait_for(world, "after")
+
+
+def test_listening_goes_on_after_a_bug_in_whoever_is_told(world: World, heard: Heard):
+    heard.errors = [ZeroDivisionError()]
+    heard.wait_for(world, "stumbled")
+    heard.wait_for(world, "after")
