@@ -1,0 +1,125 @@
+"""Rivals and yardsticks without a queue, each in a process of its own: as users run them, and out of our way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from rerankq_worker.engine import Engine, allocator_environment, load
+
+BUNDLED = Path(__file__).resolve().parents[2] / "models" / "minilm-l6-rerank"
+
+Pairs = list[tuple[str, str]]
+Logits = list[list[float]]
+Answer = TypeVar("Answer")
+
+
+class Room:
+    """A process that holds what *furnish* put into it, for as long as a ``with`` block."""
+
+    def __init__(self, furnish: Callable[..., None], *args: Any, environment: Mapping[str, str] | None = None) -> None:
+        # Spawned, not forked: glibc reads its variables when a program starts.
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        with _variables(environment or {}):
+            self._furnished = self._pool.submit(furnish, *args)
+
+    def __enter__(self) -> Self:
+        self._furnished.result()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def ask(self, work: Callable[..., Answer], *args: Any) -> Answer:
+        """Run *work* in there, and wait for its answer."""
+        return self._pool.submit(work, *args).result()
+
+
+def engine_room(dtype: str = "float32") -> Room:
+    """Make a room with the bundled model in our engine, under the allocator that our workers have."""
+    return Room(_furnish_engine, dtype, environment=allocator_environment())
+
+
+def score(jobs: Sequence[Pairs]) -> Logits:
+    """Score many jobs with the engine directly, batches formed across them all."""
+    return _cut(_scored([pair for pairs in jobs for pair in pairs]), jobs)
+
+
+def score_alone(jobs: Sequence[Pairs]) -> Logits:
+    """Score each job by itself with the engine directly."""
+    return [_scored(pairs) for pairs in jobs]
+
+
+def batch_tokens() -> int:
+    """Tell the engine's budget, in padded tokens per batch."""
+    return _engine.max_batch_tokens
+
+
+def predict_room() -> Room:
+    """Make a room with the bundled model in a plain ``CrossEncoder``, as its documentation shows it."""
+    return Room(_furnish_predict, str(BUNDLED))
+
+
+def predict(jobs: Sequence[Pairs]) -> Logits:
+    """Score many jobs in one call of ``CrossEncoder.predict``, raw logits."""
+    return _cut(_cross_encoder.predict([pair for pairs in jobs for pair in pairs]).tolist(), jobs)
+
+
+def cross_encoder(folder: str) -> Any:
+    """Load a model the usual way, in float32, and run it once; it gives raw logits."""
+    import torch  # noqa: PLC0415 - seconds, and only whoever loads a model pays them
+    from sentence_transformers import CrossEncoder  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    model = CrossEncoder(folder, device="cpu", activation_fn=torch.nn.Identity(), model_kwargs={"dtype": torch.float32})
+    model.predict([("warm up", "one chunk"), ("warm up", "and a longer one")])
+    return model
+
+
+# What a room was furnished with; each lives in its own process.
+_engine: Engine
+_engine_thread: ThreadPoolExecutor
+_cross_encoder: Any
+
+
+def _furnish_engine(dtype: str) -> None:
+    global _engine, _engine_thread  # noqa: PLW0603
+    _engine = load("bundled", "cpu", dtype)
+    _engine_thread = ThreadPoolExecutor(1)
+
+
+def _furnish_predict(folder: str) -> None:
+    global _cross_encoder  # noqa: PLW0603
+    _cross_encoder = cross_encoder(folder)
+
+
+def _scored(pairs: Pairs) -> list[float]:
+    # On a thread of its own, loaded on another, as in a worker: OpenMP spins less for the second team of threads in a
+    # process, which on a busy machine doubles the pace.
+    logits: list[float] = _engine_thread.submit(_engine.score, pairs).result().tolist()
+    return logits
+
+
+def _cut(logits: list[float], jobs: Sequence[Pairs]) -> Logits:
+    rest = iter(logits)
+    return [[next(rest) for _ in pairs] for pairs in jobs]
+
+
+@contextmanager
+def _variables(environment: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
