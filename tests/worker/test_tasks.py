@@ -1,0 +1,379 @@
+"""The worker in this process, on a real ledger: how each job ends, and that every slot and lease comes back."""
+
+import importlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import signals
+from celery.exceptions import Ignore
+
+from rerankq import JobCancelled, JobDead, JobExpired, RerankJob
+from rerankq.broker import make_app
+from rerankq.client import enter
+from rerankq.errors import BrokerUnavailable
+from rerankq.ledger import calls
+from rerankq.placing import Place
+from rerankq.settings import Settings
+from rerankq_worker.engine import EngineDied, PairFailed
+
+WAIT_S = 20  # a test that hangs ends here; none that works waits so long
+QUEUES = ("rerankq.interactive", "rerankq.bulk")
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Any]:
+    """The worker's program, imported as Celery does it; no broker is asked yet."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in [name for name in os.environ if name.startswith("RERANKQ_")]:
+            patched.delenv(name)
+        patched.setenv("RERANKQ_BROKER_URL", "redis://127.0.0.1:1/0")
+        patched.setenv("RERANKQ_MODEL", "stub")
+        yield importlib.import_module("rerankq_worker.tasks")
+
+
+@pytest.fixture
+def worker(program: Any, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A worker that is not started: nothing happens in it but what a test does."""
+    settings = Settings(broker_url=redis_url, model="stub:0", default_model="stub:0", concurrency=4, lease_s=30)
+    made = program.Worker(settings, make_app(settings))
+    monkeypatch.setattr(program, "worker", made)
+    monkeypatch.setattr(program, "TELL_AGAIN_S", 0.01)
+    yield made
+    assert made.leases.stop() == [], "every lease was let go of"
+    made.stop()
+    made.ledger.redis.close()
+
+
+def submit(worker: Any, name: str = "a", chunks: tuple[str, ...] = ("one", "two"), **fields: Any) -> str:
+    job = RerankJob(id=name, query="q", chunks=list(chunks), fusion="model", **fields)
+    worker.ledger.ask(calls.submit(enter(job, Place(worker.model, "", ""), worker.settings), worker.terms))
+    return name
+
+
+def look(worker: Any, name: str = "a") -> Any:
+    return worker.ledger.ask(calls.look(name, worker.terms, with_ranking=True))
+
+
+def state(worker: Any, name: str = "a") -> str:
+    return look(worker, name).status.state
+
+
+def test_a_job_is_ranked_and_told_in_a_few_words(worker: Any):
+    told = worker.rerank(submit(worker, chunks=("a secret", "another")))
+    assert (told["outcome"], told["chunks"], told["pairs"], told["cached"]) == ("ranked", 2, 2, 0)
+    assert "secret" not in str(told)
+    found = look(worker)
+    assert found.status.state == "done"
+    assert sorted(chunk.index for chunk in found.ranking.chunks) == [0, 1]
+    assert found.ranking.model.fingerprint == worker.engine.fingerprint
+
+
+def test_a_second_bell_does_nothing(worker: Any):
+    submit(worker)
+    worker.ledger.ask(calls.claim("a", "somebody else", worker.terms))
+    with pytest.raises(Ignore, match="running"):
+        worker.rerank("a")
+    assert state(worker) == "running"
+    worker.rerank(submit(worker, "b"))
+    with pytest.raises(Ignore, match="done"):
+        worker.rerank("b")
+    with pytest.raises(Ignore, match="unknown"):
+        worker.rerank("never submitted")
+
+
+def test_expired_and_dead_jobs_raise_as_such(worker: Any):
+    submit(worker, deadline_s=1e-6)
+    with pytest.raises(JobExpired):
+        worker.rerank("a")
+    worker.ledger.redis.hset("rerankq:job:dead", mapping={"state": "dead"})
+    with pytest.raises(JobDead):
+        worker.rerank("dead")
+
+
+def test_a_pair_that_cannot_be_scored_fails_its_job_and_says_why(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    def break_down(_: object) -> None:
+        raise ValueError("no such token")
+
+    monkeypatch.setattr(worker.engine, "forward", break_down)
+    with pytest.raises(PairFailed):
+        worker.rerank(submit(worker))
+    found = look(worker)
+    assert (found.status.state, found.error_type) == ("failed", "JobFailed")
+    assert "no such token" in found.status.error
+
+
+def test_a_bug_fails_its_job_by_name(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    def stumble(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("one over none")
+
+    monkeypatch.setattr(worker.reranker, "rank", stumble)
+    with pytest.raises(ZeroDivisionError):
+        worker.rerank(submit(worker))
+    assert look(worker).status.error == "ZeroDivisionError: one over none"
+
+
+@pytest.mark.parametrize("payload", [b"", b"{", b"[]", b'{"query": "q"}', b'{"query": "q", "chunks": ["x"], "new": 1}'])
+def test_a_payload_that_no_job_can_be_read_from_fails_its_job(worker: Any, payload: bytes):
+    submit(worker)
+    worker.ledger.redis.hset("rerankq:job:a", "payload", payload)
+    with pytest.raises(Exception, match=r"."):
+        worker.rerank("a")
+    assert state(worker) == "failed"
+
+
+def test_a_suspect_has_the_device_alone_and_the_ledger_knows_it(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    submit(worker)
+    worker.ledger.redis.hset("rerankq:job:a", "suspect", 1)
+    rank, seen = worker.reranker.rank, []
+
+    def rank_and_look(*args: Any, **kwargs: Any) -> Any:
+        seen.append((worker.gate._alone, worker.ledger.redis.hget("rerankq:alone", worker.id)))
+        return rank(*args, **kwargs)
+
+    monkeypatch.setattr(worker.reranker, "rank", rank_and_look)
+    worker.rerank("a")
+    assert seen == [(True, b"a")]
+    assert worker.ledger.redis.hget("rerankq:alone", worker.id) is None
+    worker.rerank(submit(worker, "b"))
+    assert seen[1] == (False, None)
+
+
+def test_a_suspect_that_was_taken_away_while_it_waited_is_not_run(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    submit(worker)
+    worker.ledger.redis.hset("rerankq:job:a", "suspect", 1)
+    monkeypatch.setattr(worker.reranker, "rank", lambda *_, **__: pytest.fail("not ours"))
+    alone = worker.gate.alone
+
+    def taken_away() -> Any:
+        take_away(worker)
+        return alone()
+
+    monkeypatch.setattr(worker.gate, "alone", taken_away)
+    with pytest.raises(JobCancelled):
+        worker.rerank("a")
+    assert state(worker) == "queued"
+
+
+def take_away(worker: Any, name: str = "a") -> None:
+    fence = int(worker.ledger.redis.hget(f"rerankq:job:{name}", "fence"))
+    assert worker.ledger.ask(calls.hand_back([(name, fence)])) == 1
+
+
+def in_the_middle(worker: Any, monkeypatch: pytest.MonkeyPatch, what: Callable[[], None]) -> None:
+    """Let something happen while the device computes."""
+    forward = worker.engine.forward
+
+    def forward_and_meanwhile(batch: Any) -> Any:
+        what()
+        return forward(batch)
+
+    monkeypatch.setattr(worker.engine, "forward", forward_and_meanwhile)
+
+
+def test_a_job_cancelled_while_it_runs_stays_cancelled(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    in_the_middle(worker, monkeypatch, lambda: worker.leases.cancel(["a"]))
+    in_the_middle(worker, monkeypatch, lambda: worker.cancel(["a"]))
+    with pytest.raises(JobCancelled):
+        worker.rerank(submit(worker))
+    assert state(worker) == "cancelled"
+
+
+def test_an_answer_that_comes_too_late_is_not_taken(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    in_the_middle(worker, monkeypatch, lambda: take_away(worker))
+    with pytest.raises(Ignore, match="queued"):
+        worker.rerank(submit(worker))
+    assert state(worker) == "queued"
+
+
+def test_jobs_of_a_dead_engine_are_handed_back_and_the_worker_ends(worker: Any, program: Any, monkeypatch):
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(program.os, "kill", lambda *args: killed.append(args))
+
+    def die(*_: object, **__: object) -> None:
+        raise EngineDied("no device")
+
+    monkeypatch.setattr(worker.reranker, "rank", die)
+    for name in ("a", "b"):
+        with pytest.raises(Ignore, match="handed back"):
+            worker.rerank(submit(worker, name))
+        assert state(worker, name) == "queued"
+        assert worker.ledger.redis.hget(f"rerankq:job:{name}", "suspect") == b"0"
+    assert killed == [(os.getpid(), program.signal.SIGTERM)], "told once"
+
+
+def away(worker: Any, monkeypatch: pytest.MonkeyPatch, script: str, times: int) -> list[str]:
+    """Let the ledger be away for so many tries of one script; answers what was tried."""
+    ask, tried = worker.ledger.ask, []
+
+    def sometimes(call: Any) -> Any:
+        if call.script == script:
+            tried.append(script)
+            if len(tried) <= times:
+                raise BrokerUnavailable("away")
+        return ask(call)
+
+    monkeypatch.setattr(worker.ledger, "ask", sometimes)
+    return tried
+
+
+def test_a_ranking_is_told_again_and_again_until_the_ledger_is_back(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    tried = away(worker, monkeypatch, "complete", 5)
+    worker.rerank(submit(worker))
+    assert len(tried) == 6
+    assert state(worker) == "done"
+
+
+def test_a_worker_that_is_told_to_stop_does_not_wait_for_the_ledger(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    signals.worker_shutting_down.send(sender="test", sig="TERM", how="Warm", exitcode=0)
+    tried = away(worker, monkeypatch, "complete", 10**9) + away(worker, monkeypatch, "fail", 10**9)
+    with pytest.raises(BrokerUnavailable):
+        worker.rerank(submit(worker))
+    assert len(tried) <= 2
+    assert state(worker) == "running", "its lease lapses; its scores are in the cache"
+
+
+def test_a_ledger_that_is_away_at_the_claim_leaves_the_job_to_the_next_bell(worker: Any, monkeypatch):
+    submit(worker)
+    with monkeypatch.context() as patched:
+        away(worker, patched, "claim", 1)
+        with pytest.raises(BrokerUnavailable):
+            worker.rerank("a")
+    assert state(worker) == "queued"
+    worker.rerank("a")
+    assert state(worker) == "done"
+
+
+def test_who_is_in_a_hurry_hands_back_and_withdraws_what_it_holds(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    submit(worker, chunks=tuple(f"chunk {number}" for number in range(4)))
+    dropped = threading.Event()
+    drop = worker.drop
+
+    def drop_and_tell() -> None:
+        drop()
+        dropped.set()
+
+    monkeypatch.setattr(worker, "drop", drop_and_tell)
+
+    def quit_now() -> None:
+        signals.worker_shutting_down.send(sender="test", sig="QUIT", how="Cold", exitcode=0)
+        assert dropped.wait(WAIT_S)
+
+    in_the_middle(worker, monkeypatch, quit_now)
+    with pytest.raises(JobCancelled):
+        worker.rerank("a")
+    assert state(worker) == "queued"
+
+
+def test_room_in_the_window_is_rung_on_at_once(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    rang: list[bool] = []
+    monkeypatch.setattr(worker.sweeper, "ring_on", lambda: rang.append(True))
+    worker.rerank(submit(worker))
+    assert rang == []
+    for name in ("b", "c"):
+        submit(worker, name)
+    worker.ledger.redis.zrem("rerankq:rung:rerankq.interactive", "c")
+    worker.ledger.redis.zadd("rerankq:waiting:rerankq.interactive", {"c": 1})
+    worker.rerank("b")
+    assert rang == [True]
+
+
+# -- what Celery says -------------------------------------------------------------------------------------------------
+
+
+def request(name: str, queue: str = QUEUES[0]) -> SimpleNamespace:
+    return SimpleNamespace(id=name, delivery_info={"routing_key": queue})
+
+
+def came_in(*requests: SimpleNamespace) -> None:
+    for one in requests:
+        signals.task_received.send(sender=None, request=one)
+
+
+def went_out(name: str) -> None:
+    signals.task_postrun.send(sender=None, task_id=name)
+
+
+def test_slots_follow_what_celery_says(worker: Any):
+    came_in(request("a"), request("b", QUEUES[1]), request("c", QUEUES[1]))
+    assert worker.slots.taken == 3
+    assert not worker.slots.has_room(bulk=True)
+    assert worker.slots.has_room(bulk=False)
+    went_out("b")
+    assert worker.slots.has_room(bulk=True)
+    signals.task_internal_error.send(sender=None, task_id="c", exception=ValueError())
+    went_out("c")
+    went_out("a")
+    assert worker.slots.taken == 0
+
+
+def test_a_job_revoked_before_it_was_received_gives_no_slot_back(worker: Any):
+    submit(worker)
+    came_in(request("b"))
+    signals.task_revoked.send(sender=None, request=request("a"), terminated=False, signum=None, expired=False)
+    assert worker.slots.taken == 1
+    assert state(worker) == "cancelled"
+    signals.task_revoked.send(sender=None, request=request("b"), terminated=False, signum=None, expired=False)
+    assert worker.slots.taken == 0
+    went_out("b")
+    assert worker.slots.taken == 0
+
+
+def test_revoking_cancels_in_the_ledger_and_the_same_content_can_be_submitted_again(worker: Any, program: Any):
+    sent: list[tuple[str, str]] = []
+    dispatcher = SimpleNamespace(send=lambda kind, **fields: sent.append((kind, fields["uuid"])))
+    told = SimpleNamespace(consumer=SimpleNamespace(event_dispatcher=dispatcher))
+    for name in ("a", "b"):
+        submit(worker, name)
+    for names in (["a", "never submitted"], "b"):
+        program.revoke(told, task_id=names, terminate=True, signal="SIGTERM")
+    for thread in [one for one in threading.enumerate() if one.name == "rerankq-revoked"]:
+        thread.join(WAIT_S)
+    assert [state(worker, name) for name in ("a", "b")] == ["cancelled", "cancelled"]
+    assert sent == [("task-revoked", "a"), ("task-revoked", "never submitted"), ("task-revoked", "b")]
+    worker.rerank(submit(worker, "a"))
+    assert state(worker) == "done"
+
+
+def test_room_is_told_only_for_queues_that_are_listened_to(worker: Any):
+    assert worker._free_for() == {}
+    worker.listens = frozenset(QUEUES[:1])
+    assert set(worker._free_for()) == {QUEUES[0]}
+    worker.listens = frozenset(QUEUES)
+    assert set(worker._free_for()) == set(QUEUES)
+    came_in(request("a", QUEUES[1]), request("b", QUEUES[1]))
+    assert set(worker._free_for()) == {QUEUES[0]}
+
+
+def test_what_the_registry_shows_is_enough_to_place_a_job(worker: Any):
+    worker.sweeper.beat()
+    (shown,) = worker.ledger.workers()
+    assert (shown.model, shown.fingerprint, shown.queues) == ("stub:0", worker.engine.fingerprint, QUEUES)
+
+
+@pytest.mark.parametrize(
+    ("model", "default", "queues"),
+    [
+        ("stub", "", QUEUES),
+        ("stub", "stub", QUEUES),
+        ("stub:1e-6", "stub", ("rerankq.interactive.stub-1e-6", "rerankq.bulk.stub-1e-6")),
+        ("/srv/models/mine", "bundled", ("rerankq.interactive.mine", "rerankq.bulk.mine")),
+    ],
+)
+def test_a_second_model_has_queues_of_its_own(program: Any, model: str, default: str, queues: tuple[str, str]):
+    settings = Settings(broker_url="redis://nowhere", model=model, default_model=default)
+    assert program.queues_of(settings) == queues
+
+
+def test_a_task_before_the_worker_started_is_an_error(program: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(program, "worker", None)
+    with pytest.raises(RuntimeError):
+        program.rerank("a")
+    came_in(request("a"))
+    went_out("a")
+    signals.task_revoked.send(sender=None, request=request("a"))
+    signals.worker_shutting_down.send(sender="test", sig="TERM", how="Warm", exitcode=0)
+    signals.worker_shutdown.send(sender=None)
