@@ -19,6 +19,9 @@ from rerankq.settings import Settings
 
 HERE = Path(__file__).parent
 
+# A program, not tests: the search for doctests would import it, and importing it is starting a worker.
+collect_ignore = ["poisonable.py"]
+
 
 class RunningWorker:
     """A `celery worker` process in a session of its own."""
