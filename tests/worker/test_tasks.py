@@ -4,6 +4,7 @@ import importlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -293,24 +294,49 @@ def came_in(*requests: SimpleNamespace) -> None:
         signals.task_received.send(sender=None, request=one)
 
 
-def went_out(name: str) -> None:
-    signals.task_postrun.send(sender=None, task_id=name)
+class Pool:
+    """A pool of threads that end when a test says so."""
+
+    def __init__(self, program: Any) -> None:
+        self.futures: dict[str, Future] = {}
+        program._follow(self)
+
+    def on_apply(self, target: Any, args: tuple[str, str], **_: Any) -> SimpleNamespace:
+        self.futures[args[1]] = Future()
+        return SimpleNamespace(f=self.futures[args[1]])
+
+    def start(self, *names: str) -> None:
+        for name in names:
+            self.on_apply(None, ("rerankq.rerank", name), callback=None)
 
 
-def test_slots_follow_what_celery_says(worker: Any):
+def test_slots_follow_what_celery_says(worker: Any, program: Any):
+    pool = Pool(program)
     came_in(request("a"), request("b", QUEUES[1]), request("c", QUEUES[1]))
+    pool.start("a", "b", "c")
     assert worker.slots.taken == 3
     assert not worker.slots.has_room(bulk=True)
     assert worker.slots.has_room(bulk=False)
-    went_out("b")
+    pool.futures["b"].set_result(None)
     assert worker.slots.has_room(bulk=True)
-    signals.task_internal_error.send(sender=None, task_id="c", exception=ValueError())
-    went_out("c")
-    went_out("a")
+    pool.futures["c"].set_exception(ValueError("a body that is no JSON"))
+    pool.futures["a"].cancel()
     assert worker.slots.taken == 0
 
 
-def test_a_job_revoked_before_it_was_received_gives_no_slot_back(worker: Any):
+def test_whoever_makes_room_wakes_the_consumer(worker: Any, program: Any, monkeypatch: pytest.MonkeyPatch):
+    woken: list[Any] = []
+    consumer = SimpleNamespace(call_soon=woken.append, pool=Pool(program), task_consumer=None)
+    monkeypatch.setattr(program, "listening", program.Listening(consumer))
+    came_in(request("a", QUEUES[1]), request("b", QUEUES[1]), request("c"))
+    program._went_out("c")
+    assert woken == [], "there was room before"
+    program._went_out("a")
+    assert len(woken) == 1
+    woken[0]()
+
+
+def test_a_job_revoked_before_it_was_received_gives_no_slot_back(worker: Any, program: Any):
     submit(worker)
     came_in(request("b"))
     signals.task_revoked.send(sender=None, request=request("a"), terminated=False, signum=None, expired=False)
@@ -318,7 +344,7 @@ def test_a_job_revoked_before_it_was_received_gives_no_slot_back(worker: Any):
     assert state(worker) == "cancelled"
     signals.task_revoked.send(sender=None, request=request("b"), terminated=False, signum=None, expired=False)
     assert worker.slots.taken == 0
-    went_out("b")
+    program._went_out("b")
     assert worker.slots.taken == 0
 
 
@@ -373,7 +399,7 @@ def test_a_task_before_the_worker_started_is_an_error(program: Any, monkeypatch:
     with pytest.raises(RuntimeError):
         program.rerank("a")
     came_in(request("a"))
-    went_out("a")
+    program._went_out("a")
     signals.task_revoked.send(sender=None, request=request("a"))
     signals.worker_shutting_down.send(sender="test", sig="TERM", how="Warm", exitcode=0)
     signals.worker_shutdown.send(sender=None)

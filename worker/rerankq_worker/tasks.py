@@ -280,6 +280,7 @@ class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
         super().__init__(consumer, **options)
         self.consumer = consumer
         self.bulk: Any = None
+        _follow(consumer.pool)
 
     def start(self, c: Any) -> None:
         """Move the bulk queue, if this worker is to listen to it, from Celery's channel to ours."""
@@ -326,6 +327,18 @@ class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
         has_room = worker.slots.has_room(bulk=True)
         if has_room != self.bulk.consuming_from(worker.bulk):
             (self.bulk.consume if has_room else self.bulk.cancel)()
+
+
+def _follow(pool: Any) -> None:
+    """Give a slot back when its thread is done, however it ended; Celery's signals leave out messages without sense."""
+    apply = pool.on_apply
+
+    def on_apply(target: Any, args: Any = None, *rest: Any, **options: Any) -> Any:
+        applied = apply(target, args, *rest, **options)
+        applied.f.add_done_callback(lambda _: _went_out(args[1]))
+        return applied
+
+    pool.on_apply = on_apply
 
 
 def _open(channel: Any, has_room: Callable[[], bool]) -> None:
@@ -443,11 +456,9 @@ def _came_in(request: Any, **_: Any) -> None:
         listening.look_again()
 
 
-@signals.task_postrun.connect  # type: ignore[untyped-decorator]
-@signals.task_internal_error.connect  # type: ignore[untyped-decorator]  # a message so malformed that nothing ran
-def _went_out(task_id: str, **_: Any) -> None:
+def _went_out(job_id: str) -> None:
     # The consumer sleeps in its poll while there is no slot; whoever gives one back wakes it.
-    if worker is not None and worker.slots.give_back(task_id) and listening is not None:
+    if worker is not None and worker.slots.give_back(job_id) and listening is not None:
         listening.consumer.call_soon(listening.look_again)
 
 

@@ -1,0 +1,112 @@
+"""A worker's slots: interactive jobs find one whatever bulk does, bulk never starves, and tenants take turns."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+
+from rerankq import Client, RerankJob
+from rerankq.settings import Settings
+
+
+def job(name: str, *, chunks: int = 10, **fields: Any) -> RerankJob:
+    return RerankJob(
+        id=name, query=f"q {name}", chunks=[f"{name} {at}" for at in range(chunks)], fusion="model", **fields
+    )
+
+
+def drain(client: Client, ids: list[str], seconds: float = 60) -> dict[str, Any]:
+    ended = dict(client.as_completed(ids, timeout=seconds))
+    assert not [error for error in ended.values() if isinstance(error, Exception)]
+    return ended
+
+
+def test_an_interactive_job_is_claimed_at_once_while_bulk_saturates_the_worker(
+    client: Client, start_worker: Callable, settings: Settings, wait_until: Callable
+):
+    # Each job is 0.2 s of the device or more: bulk keeps its share of slots for as long as the test lasts.
+    start_worker(RERANKQ_MODEL="stub:2e-3", RERANKQ_CONCURRENCY="4")
+    bulk = client.submit_many([job(f"bulk-{number}", chunks=20, priority="bulk") for number in range(16)])
+    with redis.Redis.from_url(settings.ledger) as ledger:
+        wait_until(lambda: ledger.zcard("rerankq:running") == 2)
+        asked = [client.submit(job(f"asked-{number}", chunks=2)) for number in range(2)]
+        seen: list[set[bytes]] = []
+
+        def answered() -> bool:
+            seen.append(set(ledger.zrange("rerankq:running", 0, -1)))
+            return all(client.status(one).state == "done" for one in asked)
+
+        wait_until(answered)
+    assert max(sum(name.startswith(b"bulk") for name in running) for running in seen) == 2, "bulk keeps to its share"
+    drain(client, bulk)
+    ends = sorted(client.status(one).ended_at for one in bulk)
+    for one in asked:
+        told = client.status(one)
+        before_it = [end for end in ends if told.submitted_at < end < told.started_at]
+        assert len(before_it) <= 1, "it waited for no bulk job to end"
+        assert len([end for end in ends if end < told.ended_at]) < len(bulk) / 2, "and was not done last"
+
+
+def test_bulk_that_fills_its_share_goes_on_without_pauses(client: Client, start_worker: Callable):
+    start_worker(RERANKQ_CONCURRENCY="3")
+    count = 40
+    spent = {}
+    for priority in ("interactive", "bulk"):
+        ids = client.submit_many([job(f"{priority}-{number}", priority=priority) for number in range(count)])
+        drain(client, ids, seconds=120)
+        told = [client.status(one) for one in ids]
+        spent[priority] = max(one.ended_at for one in told) - min(one.started_at for one in told)
+    # One slot, taken and given back 40 times: were it noticed only when a blocking pop of a second ends, it would be
+    # most of 40 s longer.
+    assert spent["bulk"] < spent["interactive"] + count / 4
+
+
+def test_a_small_tenant_waits_for_a_window_of_a_large_one_and_not_for_its_backlog(
+    client: Client, start_worker: Callable, settings: Settings
+):
+    flood = client.submit_many([job(f"a-{number}", chunks=2, tenant="a", priority="bulk") for number in range(800)])
+    small = client.submit_many([job(f"b-{number}", chunks=2, tenant="b", priority="bulk") for number in range(5)])
+    start_worker()
+    drain(client, flood + small, seconds=120)
+    last = max(client.status(one).ended_at for one in small)
+    # Besides the bells that were out already: those that were rung in turn while they were heard.
+    assert sum(client.status(one).ended_at < last for one in flood) < settings.ring_window + 100
+
+
+@pytest.fixture
+def small_window_client(redis_url: str) -> Any:
+    with Client(Settings(broker_url=redis_url, lease_s=2, ring_window=16)) as client:
+        yield client
+
+
+def test_tenants_take_turns_amid_the_work(small_window_client: Client, start_worker: Callable, wait_until: Callable):
+    client = small_window_client
+    start_worker(RERANKQ_CONCURRENCY="4", RERANKQ_RING_WINDOW="16", RERANKQ_MODEL="stub:2e-4")
+    flood = client.submit_many([job(f"a-{number}", tenant="a", priority="bulk") for number in range(300)])
+    wait_until(lambda: client.status(flood[5]).state == "done")
+    small = client.submit_many([job(f"b-{number}", tenant="b", priority="bulk") for number in range(5)])
+    drain(client, flood + small, seconds=120)
+    asked = min(client.status(one).submitted_at for one in small)
+    last = max(client.status(one).ended_at for one in small)
+    assert sum(asked < client.status(one).ended_at < last for one in flood) < 100
+
+
+def test_bells_lost_while_the_ledger_was_away_are_rung_again(
+    start_worker: Callable, durable_redis: Any, redis_url: str, wait_until: Callable
+):
+    urls = {"ledger_url": durable_redis.url, "cache_url": redis_url, "lease_s": 2}
+    env = {f"RERANKQ_{name.upper()}": str(value) for name, value in urls.items()}
+    worker = start_worker(ready=False, **env)
+    with Client(Settings(broker_url=redis_url, **urls)) as client, redis.Redis.from_url(redis_url) as broker:
+        drain(client, client.submit_many([job("first")]))
+        worker.send(19)  # SIGSTOP: so that the bells wait in the broker
+        ids = client.submit_many([job(f"late-{number}", priority="bulk") for number in range(20)])
+        # All but one, perhaps, that went to the pop it was blocked in.
+        wait_until(lambda: broker.llen("rerankq:rerankq.bulk") >= 19)
+        durable_redis.kill()
+        worker.send(18)  # SIGCONT: every bell is heard, and no claim is possible
+        wait_until(lambda: broker.llen("rerankq:rerankq.bulk") == 0)
+        durable_redis.start()
+        drain(client, ids)
+    assert worker.process.poll() is None

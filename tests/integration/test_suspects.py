@@ -1,0 +1,63 @@
+"""When a worker dies, all its jobs are suspect; only the one that kills again while alone is blamed."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import redis
+
+from rerankq import Client, JobDead, Ranking, RerankJob
+from rerankq.settings import Settings
+
+
+def test_of_two_poison_jobs_both_are_found_and_no_neighbour_is_blamed(
+    client: Client, start_worker: Callable, settings: Settings, wait_until: Callable
+):
+    worker = start_worker("poisonable", RERANKQ_MAX_ATTEMPTS="1", RERANKQ_LEASE_S="1", RERANKQ_MODEL="stub:1e-4")
+    good = [RerankJob(id=f"good-{at}", query=f"q {at}", chunks=["a", "b"], fusion="model") for at in range(12)]
+    poison = [RerankJob(id=f"poison-{at}", query=f"p {at}", chunks=["poison"], fusion="model") for at in range(2)]
+    ids = client.submit_many([*good[:4], poison[0], *good[4:8], poison[1], *good[8:]])
+
+    def ended() -> bool:
+        if worker.process.poll() is not None:
+            worker.start()  # a supervisor
+        return all(client.status(one).state in {"done", "dead"} for one in ids)
+
+    wait_until(ended, 90)
+    got = dict(client.as_completed(ids, timeout=10))
+    assert {one for one, answer in got.items() if isinstance(answer, JobDead)} == {"poison-0", "poison-1"}
+    assert sum(isinstance(answer, Ranking) for answer in got.values()) == len(good)
+    with redis.Redis.from_url(settings.ledger) as ledger:
+        for one in good:
+            assert ledger.hget(f"rerankq:job:{one.id}", "deaths") == b"0"
+        for one in poison:
+            history = ledger.hget(f"rerankq:job:{one.id}", "history").decode()
+            assert history.index("alone") < history.rindex("lease-over")
+
+
+def test_suspects_of_an_innocent_death_run_one_at_a_time_and_are_cleared(
+    client: Client, start_worker: Callable, settings: Settings, wait_until: Callable
+):
+    env = {"RERANKQ_LEASE_S": "1", "RERANKQ_MODEL": "stub:1e-3", "RERANKQ_CONCURRENCY": "6"}
+    worker = start_worker(**env)
+    ids = client.submit_many(
+        [
+            RerankJob(id=f"job-{at}", query=f"q {at}", chunks=["words of a chunk"] * 1 + [f"x {at}"] * 30)
+            for at in range(6)
+        ]
+    )
+    wait_until(lambda: sum(client.status(one).state == "running" for one in ids) >= 2)
+    worker.kill()
+    worker.start()
+    assert all(isinstance(answer, Ranking) for _, answer in client.as_completed(ids, timeout=60))
+    with redis.Redis.from_url(settings.ledger) as ledger:
+        assert ledger.hlen("rerankq:alone") == 0
+        assert {ledger.hget(f"rerankq:job:{one}", "deaths") for one in ids} == {b"0"}
+        alone = []
+        for one in ids:
+            lines = (ledger.hget(f"rerankq:job:{one}", "history") or b"").decode().splitlines()
+            began = [float(line.split()[0]) for line in lines if " alone " in line]
+            if began:
+                alone.append((began[-1], client.status(one).ended_at))
+        alone.sort()
+        assert len(alone) >= 2
+        assert all(end <= start for (_, end), (start, _) in pairwise(alone)), "one after the other"
