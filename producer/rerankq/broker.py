@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -81,19 +82,27 @@ class Bells:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
         self._bells: deque[Bell] = deque()
         self._wanted = threading.Condition()
         self._ringing = 0
         self._closed = False
         self._thread: threading.Thread | None = None
-        # A script that submits and ends must still ring.
-        atexit.register(self.close)
 
     def ring(self, bells: Iterable[Bell]) -> None:
-        """Ring soon."""
+        """Ring soon; after :meth:`close` too, by a new thread."""
+        if self._pid != os.getpid():
+            # Forked: the thread stayed with the parent, which rings the bells that we see here.
+            self._begin()
         with self._wanted:
             self._bells.extend(bells)
-            if self._bells and self._thread is None and not self._closed:
+            if self._bells and (self._thread is None or not self._thread.is_alive()):
+                self._closed = False
+                # A script that submits and ends must still ring.
+                atexit.register(self.close)
                 self._thread = threading.Thread(target=self._run, name="rerankq-bells", daemon=True)
                 self._thread.start()
             self._wanted.notify_all()
@@ -105,15 +114,16 @@ class Bells:
 
     def close(self, timeout_s: float = 5) -> None:
         """Ring what is left, for at most *timeout_s*, and stop."""
+        if self._pid != os.getpid():
+            return
         atexit.unregister(self.close)
-        if self._thread is not None:
+        thread = self._thread
+        if thread is not None:
             self.flush(timeout_s)
-        with self._wanted:
-            self._closed = True
-            self._wanted.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-            self._thread = None
+            with self._wanted:
+                self._closed, self._thread = True, None
+                self._wanted.notify_all()
+            thread.join(timeout_s)
         self._app.close()
 
     def _run(self) -> None:

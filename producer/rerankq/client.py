@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from types import TracebackType
@@ -16,7 +19,7 @@ from . import catalogue, errors
 from .broker import Bells, make_app
 from .contract import Chunk, JobStatus, Ranking, RerankJob, State, digest, job_id, label_of, parse_job, payload_of
 from .errors import JobFailed, JobRejected, JobTimedOut, JobTooLarge, JobUnknown, ModelUnknown, QueueFull, RerankqError
-from .ledger import AsyncLedger, Bell, Entry, Look, Terms, WorkerInfo, calls, connect_async
+from .ledger import AsyncLedger, Bell, Entry, Look, Terms, WorkerInfo, breathe, calls, connect_async
 from .placing import Place, find_place, queue_name
 from .settings import Settings
 from .waiting import Ears
@@ -27,10 +30,8 @@ Job = RerankJob | Mapping[str, Any] | str | bytes
 # Jobs and bytes of one round trip of submit_many.
 SUBMIT_AT_ONCE = 300
 SUBMIT_BYTES = 4_000_000
-# Seconds for which what the registry and the server's memory said is believed.
+# Seconds for which what the registry said is believed.
 BELIEVE_S = 1.0
-# A full ledger refuses even what would free it, so submissions stop before that.
-MEMORY_LIMIT = 0.9
 
 
 def terms_of(settings: Settings) -> Terms:
@@ -50,6 +51,23 @@ def live_for(lease_s: float) -> float:
     return max(10.0, 3 * lease_s)
 
 
+def refuse_too_large(data: Job, settings: Settings) -> None:
+    """Refuse what is over a limit by its looks, before the work of reading it is done.
+
+    Raises:
+        JobTooLarge: if it cannot be a job within ``MAX_CHUNKS`` and ``MAX_JOB_BYTES``.
+    """
+    if isinstance(data, str | bytes):
+        # JSON that escapes all but ASCII takes three bytes for one of UTF-8, at most: six for the two of an é.
+        if len(data) > 3 * settings.max_job_bytes:
+            raise JobTooLarge(f"{len(data)} bytes of JSON; at most {settings.max_job_bytes} are allowed", field="job")
+        return
+    chunks = data.chunks if isinstance(data, RerankJob) else data.get("chunks")
+    count = len(chunks) if isinstance(chunks, list | tuple) else 0
+    if count > settings.max_chunks:
+        raise JobTooLarge(f"{count} chunks; at most {settings.max_chunks} are allowed", field="chunks")
+
+
 def enter(job: RerankJob, place: Place, settings: Settings) -> Entry:
     """Check a job against the deployment's limits and write it as the ledger takes it.
 
@@ -57,8 +75,7 @@ def enter(job: RerankJob, place: Place, settings: Settings) -> Entry:
         JobTooLarge: over ``MAX_CHUNKS`` or ``MAX_JOB_BYTES``.
         JobRejected: if it names an unknown fusion profile, or asks for what no worker can do yet.
     """
-    if len(job.chunks) > settings.max_chunks:
-        raise JobTooLarge(f"{len(job.chunks)} chunks; at most {settings.max_chunks} are allowed", field="chunks")
+    refuse_too_large(job, settings)
     if job.long_chunks == "window":
         raise JobRejected("'window' is not available yet; use 'truncate'", field="long_chunks")
     # The numbers travel, not a profile's name: a profile edited later must not change an accepted job.
@@ -92,6 +109,72 @@ def outcome(look: Look) -> Ranking | RerankqError:
     return kind(f"job {status.job_id}: {status.error or status.state}")
 
 
+def _ending(future: asyncio.Future[Look]) -> Ranking | RerankqError:
+    try:
+        return outcome(future.result())
+    except JobFailed as error:  # this job's alone; an outage is everyone's, and goes through
+        return error
+
+
+class Submission:
+    """One bulk submission. While a round trip is under way, the jobs of the next are checked and written.
+
+    Every error of ours that it raises carries ``accepted``: the ids accepted until then, by all round trips.
+    """
+
+    def __init__(
+        self, enter: Callable[[Job], Awaitable[Entry]], submit: Callable[[list[Entry]], Coroutine[Any, Any, list[str]]]
+    ) -> None:
+        self._enter = enter
+        self._submit = submit
+        self._accepted: list[str] = []
+        self._sending: asyncio.Task[list[str]] | None = None
+
+    async def add(self, jobs: Iterable[Job]) -> None:
+        """Submit these too; the last round trip of them may still be under way."""
+        entries: list[Entry] = []
+        weight, since = 0, time.monotonic()
+        try:
+            for job in jobs:
+                try:
+                    entries.append(await self._enter(job))
+                except RerankqError:
+                    # Those before the one that is refused are accepted.
+                    await self._send(entries)
+                    await self._sent()
+                    raise
+                weight += len(entries[-1].payload)
+                if weight > SUBMIT_BYTES or len(entries) >= SUBMIT_AT_ONCE:
+                    await self._send(entries)
+                    entries, weight = [], 0
+                since = await breathe(since)
+            await self._send(entries)
+        except RerankqError as error:
+            error.accepted = self._accepted + error.accepted
+            raise
+
+    async def end(self) -> list[str]:
+        """Wait for what is under way; answer the ids of all that was accepted, in order."""
+        try:
+            await self._sent()
+        except RerankqError as error:
+            error.accepted = self._accepted + error.accepted
+            raise
+        return self._accepted
+
+    async def _send(self, entries: list[Entry]) -> None:
+        await self._sent()
+        if entries:
+            self._sending = asyncio.create_task(self._submit(entries))
+            # If we are cancelled, nobody else looks at how it ended.
+            self._sending.add_done_callback(lambda sending: sending.cancelled() or sending.exception())
+
+    async def _sent(self) -> None:
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            self._accepted += await sending
+
+
 class AsyncClient:
     """Submit rerank jobs and await their rankings; never blocks the event loop.
 
@@ -110,8 +193,10 @@ class AsyncClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ledger: AsyncLedger
         self._ears: Ears
+        self._asking: asyncio.Lock
+        self._asked_at = -math.inf
         self._workers: list[WorkerInfo] = []
-        self._believed_until = 0.0
+        self._places: dict[str | None, Place] = {}
 
     async def submit(self, job: Job) -> str:
         """Enqueue one job, given as a model, a mapping or JSON; answer its id.
@@ -128,20 +213,13 @@ class AsyncClient:
             JobRejected, JobTooLarge, QueueFull, ModelUnknown, BrokerUnavailable: ``accepted`` on the error holds the
                 ids accepted until then.
         """
-        accepted: list[str] = []
-        source = iter(jobs)
-        try:
-            while True:
-                entries, fault = await self._next_entries(source)
-                if entries:
-                    accepted += await self._submit(entries)
-                if fault is not None:
-                    raise fault
-                if not entries:
-                    return accepted
-        except RerankqError as error:
-            error.accepted = accepted + error.accepted
-            raise
+        submission = self.submission()
+        await submission.add(jobs)
+        return await submission.end()
+
+    def submission(self) -> Submission:
+        """Begin a bulk submission whose jobs come bit by bit."""
+        return Submission(self._enter, self._submit)
 
     async def result(self, job_id: str, timeout: float | None = None) -> Ranking:  # noqa: ASYNC109  # the contract's name
         """Wait for a job's ranking, at most *timeout* seconds.
@@ -186,7 +264,7 @@ class AsyncClient:
                         one = await ended.get()
                 except TimeoutError:
                     raise JobTimedOut(f"{len(futures)} jobs have not ended within {timeout} s") from None
-                yield one, outcome(futures.pop(one).result())
+                yield one, _ending(futures.pop(one))
         finally:
             for one, future in futures.items():
                 ears.drop(one, future)
@@ -231,7 +309,7 @@ class AsyncClient:
         return [worker for worker in found if worker.age_s <= live_for(self.settings.lease_s)]
 
     async def aclose(self) -> None:
-        """Ring what is left to ring and close the connections."""
+        """Ring what is left to ring and close the connections; whoever still waits gets a BrokerUnavailable."""
         if self._loop is asyncio.get_running_loop():
             await self._ears.close()
             await self._ledger.redis.aclose()
@@ -250,24 +328,14 @@ class AsyncClient:
         if self._loop is not loop:
             self._loop = loop
             self._ledger = AsyncLedger(connect_async(self.settings.ledger))
-            self._ears = Ears(self._ledger, self.terms)
-            self._believed_until = 0.0
+            self._ears = Ears(self._ledger, connect_async(self.settings.ledger, tries=0), self.terms)
+            self._asking = asyncio.Lock()
         return self._ledger, self._ears
 
-    async def _next_entries(self, source: Iterator[Job]) -> tuple[list[Entry], RerankqError | None]:
-        """Collect the next round trip's jobs; a job that is not well formed ends it, after those before it."""
-        entries: list[Entry] = []
-        weight = 0
-        for data in islice(source, SUBMIT_AT_ONCE):
-            try:
-                job = parse_job(data)
-                entries.append(enter(job, await self._place(job), self.settings))
-            except RerankqError as error:
-                return entries, error
-            weight += len(entries[-1].payload)
-            if weight > SUBMIT_BYTES:
-                break
-        return entries, None
+    async def _enter(self, data: Job) -> Entry:
+        refuse_too_large(data, self.settings)
+        job = parse_job(data)
+        return enter(job, await self._place(job), self.settings)
 
     async def _submit(self, entries: list[Entry]) -> list[str]:
         answers = await self._here()[0].ask_all([calls.submit(entry, self.terms) for entry in entries])
@@ -291,6 +359,8 @@ class AsyncClient:
             return answer
         if answer.state == "conflict":
             return JobRejected(f"{entry.id!r} already stands for other content", field="id")
+        if answer.state == "crowded":
+            return QueueFull(f"the ledger's memory would be {answer.memory_percent}% full", retry_after_s=5)
         if answer.state == "full":
             excess = answer.pairs_waiting + entry.pairs - self.settings.max_queued_pairs
             pace = sum(worker.pairs_per_s for worker in self._workers)
@@ -301,31 +371,36 @@ class AsyncClient:
         return None
 
     async def _place(self, job: RerankJob) -> Place:
-        if time.monotonic() >= self._believed_until:
-            await self._ask_around()
+        await self._ask_around(not_before=time.monotonic() - BELIEVE_S)
         name = None if job.model is None else catalogue.canonical(job.model, self.settings.conf_dir)
         try:
             return self._find(name)
         except ModelUnknown:
             # A worker may have registered this very moment.
-            await self._ask_around()
+            await self._ask_around(not_before=time.monotonic())
             return self._find(name)
 
     def _find(self, model: str | None) -> Place:
-        return find_place(
-            model,
-            self._workers,
-            listed=[catalogue.canonical(name, self.settings.conf_dir) for name in self.settings.models],
-            default=self.settings.default_model or self.settings.model,
-            live_s=live_for(self.settings.lease_s),
-        )
+        if model not in self._places:
+            self._places[model] = find_place(
+                model,
+                self._workers,
+                listed=[catalogue.canonical(name, self.settings.conf_dir) for name in self.settings.models],
+                default=self.settings.default_model or self.settings.model,
+                live_s=live_for(self.settings.lease_s),
+            )
+        return self._places[model]
 
-    async def _ask_around(self) -> None:
+    async def _ask_around(self, *, not_before: float) -> None:
+        """Read the registry, unless somebody did so after *not_before* already."""
         ledger = self._here()[0]
-        self._workers, share = await asyncio.gather(ledger.workers(), ledger.memory_share())
-        if share > MEMORY_LIMIT:
-            raise QueueFull(f"the ledger's memory is {share:.0%} full", retry_after_s=5)
-        self._believed_until = time.monotonic() + BELIEVE_S
+        if self._asked_at >= not_before:
+            return
+        async with self._asking:
+            if self._asked_at < not_before:
+                asked_at = time.monotonic()
+                self._workers = await ledger.workers()
+                self._places, self._asked_at = {}, asked_at
 
 
 class Client:
@@ -359,7 +434,12 @@ class Client:
             JobRejected, JobTooLarge, QueueFull, ModelUnknown, BrokerUnavailable: ``accepted`` on the error holds the
                 ids accepted until then.
         """
-        return self._run(self._client.submit_many(jobs))
+        submission = self._client.submission()
+        source = iter(jobs)
+        # Iterated here: a slow source must not hold up the thread that serves everyone.
+        while some := list(islice(source, SUBMIT_AT_ONCE)):
+            self._run(submission.add(some))
+        return self._run(submission.end())
 
     def result(self, job_id: str, timeout: float | None = None) -> Ranking:
         """Wait for a job's ranking, at most *timeout* seconds.
@@ -385,7 +465,9 @@ class Client:
                 except StopAsyncIteration:
                     return
         finally:
-            self._run(endings.aclose())  # type: ignore[attr-defined]  # it is a generator
+            # Not waited for: the garbage collector may bring us here, on the very thread that would have to do it.
+            with suppress(RuntimeError):
+                self._soon(endings.aclose())  # type: ignore[attr-defined]  # it is a generator
 
     def status(self, job_id: str) -> JobStatus:
         """Say where a job stands; a job that is not there has the state ``unknown``."""
@@ -418,13 +500,14 @@ class Client:
         return self._run(self._client.workers())
 
     def close(self) -> None:
-        """Ring what is left to ring and close the connections."""
-        if self._loop is not None and self._pid == os.getpid():
-            self._run(self._inner.aclose())
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        """Ring what is left to ring and close the connections; whoever still waits gets a BrokerUnavailable."""
+        with self._starting:
+            loop, self._loop = self._loop, None
+        if loop is not None and self._pid == os.getpid():
+            asyncio.run_coroutine_threadsafe(_wind_up(self._inner), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
             self._thread.join()
-            self._loop.close()
-            self._loop = None
+            loop.close()
 
     def __enter__(self) -> Self:
         return self
@@ -437,7 +520,9 @@ class Client:
     @property
     def _client(self) -> AsyncClient:
         if self._pid != os.getpid():
-            # Forked: threads and connections stayed with the parent.
+            # Forked: threads and connections stayed with the parent. What came with us is kept, not closed: closing
+            # would take the parent's sockets out of the parent's event loop.
+            _LEFT_BY_PARENTS.append((self._inner, self._loop))
             self._inner, self._loop, self._pid = AsyncClient(self.settings), None, os.getpid()
             self._starting = threading.Lock()
         return self._inner
@@ -448,12 +533,22 @@ class Client:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._loop.run_forever, name="rerankq-client", daemon=True)
                 self._thread.start()
-        future = asyncio.run_coroutine_threadsafe(_as_coroutine(work), self._loop)
+        future = self._soon(work)
         try:
             return future.result()
-        except KeyboardInterrupt:
+        except BaseException:
+            # Ctrl-C, most likely: the work must not go on behind the caller's back.
             future.cancel()
             raise
+
+    def _soon(self, work: Awaitable[T]) -> Future[T]:
+        if self._loop is None:
+            msg = "the client is closed"
+            raise RuntimeError(msg)
+        return asyncio.run_coroutine_threadsafe(_as_coroutine(work), self._loop)
+
+
+_LEFT_BY_PARENTS: list[object] = []
 
 
 def _announce(ended: asyncio.Queue[str], job_id: str, _: asyncio.Future[Look]) -> None:
@@ -463,3 +558,15 @@ def _announce(ended: asyncio.Queue[str], job_id: str, _: asyncio.Future[Look]) -
 async def _as_coroutine(work: Awaitable[T]) -> T:
     # run_coroutine_threadsafe takes coroutines alone, and anext() of a generator is only an awaitable.
     return await work
+
+
+async def _wind_up(client: AsyncClient) -> None:
+    """Close, and leave nothing behind in this event loop."""
+    await client.aclose()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    loop = asyncio.get_running_loop()
+    await loop.shutdown_asyncgens()
+    await loop.shutdown_default_executor()

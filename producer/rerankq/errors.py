@@ -63,7 +63,7 @@ class QueueFull(RerankqError):
     http_status = 429
     retryable = True
 
-    def __init__(self, message: str, *, retry_after_s: float, accepted: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, *, retry_after_s: float = 5.0, accepted: Sequence[str] = ()) -> None:
         super().__init__(message, accepted=accepted)
         self.retry_after_s = retry_after_s
 

@@ -8,18 +8,25 @@ import logging
 from collections import defaultdict
 from typing import Any
 
+import redis.asyncio
 from redis.exceptions import RedisError
 
 from .contract import ENDED
-from .errors import BrokerUnavailable, RerankqError
+from .errors import BrokerUnavailable, QueueFull, RerankqError
 from .ledger import AsyncLedger, Look, Terms, calls
 
 logger = logging.getLogger("rerankq")
 
-# Seconds between readings of all that is waited for: pub/sub forgets what was said while we were away.
+# Seconds between readings of all that is waited for: deadlines pass without a word, and words get lost.
 READ_AGAIN_S = 3.0
+# Jobs of those readings per second, at most: ten thousand waiters must not make a flood of it.
+READ_AGAIN_PER_S = 1_000
 # Rankings read in one round trip: bounds what is held at once, a ranking can weigh megabytes.
 READ_AT_ONCE = 64
+# Channels of one command.
+HEAR_AT_ONCE = 500
+# Seconds between tries to reach a ledger that is away.
+TRY_AGAIN_S = 0.5
 
 
 class Ears:
@@ -27,10 +34,14 @@ class Ears:
 
     A job's channel is subscribed to before the job is read, so no ending slips between the two. An outage of the
     ledger only delays: everything is subscribed to and read again.
+
+    *line* is a connection pool of its own, without retries: a connection that was mended behind our back may have
+    lost a subscription.
     """
 
-    def __init__(self, ledger: AsyncLedger, terms: Terms) -> None:
+    def __init__(self, ledger: AsyncLedger, line: redis.asyncio.Redis, terms: Terms) -> None:
         self._ledger = ledger
+        self._line = line
         self._terms = terms
         self._waiters: dict[str, set[asyncio.Future[Look]]] = defaultdict(set)
         self._to_hear: set[str] = set()
@@ -38,12 +49,13 @@ class Ears:
         self._to_read: set[str] = set()
         self._wake = asyncio.Event()
         self._pubsub: Any = None
+        self._opened_at = 0.0
         self._heard_once = False
         self._reading: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
 
     def expect(self, job_id: str) -> asyncio.Future[Look]:
-        """Make a future of the job's end, or of its being unknown. Give it back with :meth:`drop`."""
+        """Make a future of the job's end, or of its being unknown. Give it back with :meth:`drop` in any case."""
         future: asyncio.Future[Look] = asyncio.get_running_loop().create_future()
         if not self._waiters[job_id]:
             self._to_leave.discard(job_id)
@@ -53,12 +65,14 @@ class Ears:
         self._waiters[job_id].add(future)
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read())
+            self._reading.add_done_callback(self._reading_ended)
         self._wake.set()
         return future
 
     def drop(self, job_id: str, future: asyncio.Future[Look]) -> None:
         """Stop waiting."""
-        future.cancel()
+        if not future.cancel() and not future.cancelled():
+            future.exception()  # looked at: asyncio complains of exceptions that nobody sees
         waiters = self._waiters.get(job_id)
         if waiters is not None:
             waiters.discard(future)
@@ -66,16 +80,11 @@ class Ears:
                 self._leave(job_id)
 
     async def close(self) -> None:
-        """Stop listening; whoever still waits is cancelled."""
-        for job_id, waiters in list(self._waiters.items()):
-            for future in list(waiters):
-                self.drop(job_id, future)
-        for running in (self._reading, self._listening):
-            # Python 3.11's wait_for, inside redis-py, can swallow a cancellation: ask until it is heard.
-            while running is not None and not running.done():
-                running.cancel()
-                await asyncio.wait([running], timeout=0.1)
+        """Stop listening; whoever still waits gets a BrokerUnavailable."""
+        self._fail_all("the client was closed while waiting")
+        await _stop(self._reading)
         await self._hang_up()
+        await self._line.aclose()
 
     def _leave(self, job_id: str) -> None:
         self._waiters.pop(job_id, None)
@@ -85,51 +94,68 @@ class Ears:
         self._wake.set()
 
     async def _read(self) -> None:
-        """Subscribe, unsubscribe and read, in batches, until closed."""
+        """Subscribe, unsubscribe and read, in batches, as long as the client lives."""
+        clock = asyncio.get_running_loop().time
+        again_at = clock() + READ_AGAIN_S
         while True:
-            try:
-                async with asyncio.timeout(READ_AGAIN_S):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(again_at):
                     await self._wake.wait()
-            except TimeoutError:
-                self._to_read |= self._waiters.keys() - self._to_hear
             self._wake.clear()
+            # By the clock, however busy it is: a job whose word was lost must not wait for a quiet moment.
+            if clock() >= again_at:
+                self._to_read |= self._waiters.keys() - self._to_hear
+                again_at = clock() + max(READ_AGAIN_S, len(self._waiters) / READ_AGAIN_PER_S)
             try:
+                await self._mind_the_line()
                 await self._subscribe()
                 await self._read_batches()
                 self._heard_once = True
             except (RedisError, RerankqError, OSError) as error:
                 await self._start_over(error)
 
-    async def _subscribe(self) -> None:
+    async def _mind_the_line(self) -> None:
+        """Open it where there is none or the last one broke."""
+        clock = asyncio.get_running_loop().time
+        if self._listening is not None and self._listening.done():
+            await self._hang_up()
+            self._to_hear |= self._waiters.keys()
+            # One that breaks as soon as it is opened (a user without rights to our channels) is not opened at once.
+            await asyncio.sleep(max(0.0, self._opened_at + TRY_AGAIN_S - clock()))
         if self._pubsub is None:
-            self._pubsub = self._ledger.redis.pubsub(ignore_subscribe_messages=False)
+            self._opened_at = clock()
+            self._pubsub = self._line.pubsub()
             # A subscription of our own: redis-py does not listen on a connection that has none.
             await self._pubsub.subscribe(f"{self._terms.channel}:ears")
+            self._to_leave.clear()
             self._listening = asyncio.create_task(self._listen(self._pubsub))
+            self._listening.add_done_callback(lambda _: self._wake.set())
+
+    async def _subscribe(self) -> None:
         hear, self._to_hear = self._to_hear, set()
-        leave, self._to_leave = self._to_leave - hear, set()
-        try:
-            for names, say in ((leave, self._pubsub.unsubscribe), (hear, self._pubsub.subscribe)):
-                channels = [self._channel(job_id) for job_id in names]
-                for at in range(0, len(channels), 500):
-                    await say(*channels[at : at + 500])
-        except BaseException:
-            self._to_hear |= hear
-            raise
+        leave, self._to_leave = self._to_leave, set()
+        for names, say in ((leave, self._pubsub.unsubscribe), (hear, self._pubsub.subscribe)):
+            channels = [self._channel(job_id) for job_id in names]
+            for at in range(0, len(channels), HEAR_AT_ONCE):
+                await say(*channels[at : at + HEAR_AT_ONCE])
 
     async def _read_batches(self) -> None:
         while self._to_read:
             batch = [self._to_read.pop() for _ in range(min(len(self._to_read), READ_AT_ONCE))]
             looks = await self._ledger.ask_all([calls.look(job_id, self._terms, with_ranking=True) for job_id in batch])
             for job_id, look in zip(batch, looks, strict=True):
-                if isinstance(look, RerankqError):
+                if isinstance(look, BrokerUnavailable | QueueFull):
                     raise look
-                if look.status.state in ENDED or look.status.state == "unknown":
+                if isinstance(look, RerankqError) or look.status.state in ENDED or look.status.state == "unknown":
                     self._resolve(job_id, look)
 
-    def _resolve(self, job_id: str, look: Look) -> None:
+    def _resolve(self, job_id: str, look: Look | RerankqError) -> None:
         for future in self._waiters.get(job_id, ()):
-            if not future.done():
+            if future.done():
+                continue
+            if isinstance(look, RerankqError):
+                future.set_exception(look)
+            else:
                 future.set_result(look)
         self._leave(job_id)
 
@@ -146,34 +172,42 @@ class Ears:
                         self._wake.set()
         except (RedisError, OSError) as error:
             logger.info("lost the ledger's channel, subscribing again: %s", error)
-        if self._pubsub is pubsub:
-            self._pubsub = None
-            self._to_hear |= self._waiters.keys()
-            self._wake.set()
 
     async def _start_over(self, error: Exception) -> None:
         if not self._heard_once:
             # Never reached: more likely a wrong URL than an outage. Say so instead of waiting for ever.
-            down = BrokerUnavailable(f"the ledger does not answer: {error}")
-            for job_id, waiters in list(self._waiters.items()):
-                for future in waiters:
-                    if not future.done():
-                        future.set_exception(down)
-                self._leave(job_id)
+            self._fail_all(f"the ledger does not answer: {error}")
+            await self._hang_up()
             return
-        logger.info("the ledger does not answer, trying again: %s", error)
+        logger.warning("the ledger does not answer, trying again: %s", error)
         await self._hang_up()
         self._to_hear |= self._waiters.keys()
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(TRY_AGAIN_S)
         self._wake.set()
+
+    def _fail_all(self, why: str) -> None:
+        for job_id in list(self._waiters):
+            self._resolve(job_id, BrokerUnavailable(why))
+
+    def _reading_ended(self, reading: asyncio.Task[None]) -> None:
+        # By a bug alone. Nobody may wait for ever for that.
+        if not reading.cancelled() and (error := reading.exception()) is not None:
+            self._fail_all(f"waiting broke off: {error!r}")
 
     async def _hang_up(self) -> None:
         pubsub, self._pubsub = self._pubsub, None
-        if self._listening is not None:
-            self._listening.cancel()
+        listening, self._listening = self._listening, None
+        await _stop(listening)
         if pubsub is not None:
             with contextlib.suppress(RedisError, OSError):
                 await pubsub.aclose()
 
     def _channel(self, job_id: str) -> str:
         return f"{self._terms.channel}:job:{job_id}"
+
+
+async def _stop(task: asyncio.Task[None] | None) -> None:
+    # Python 3.11's wait_for, inside redis-py, can swallow a cancellation: ask until it is heard.
+    while task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)

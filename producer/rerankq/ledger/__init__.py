@@ -5,7 +5,9 @@ States and events are drawn in ``docs/ledger.md``. :mod:`.calls` says what can b
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,7 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import redis
 import redis.asyncio
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import ConnectionError as LostConnection
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.retry import Retry
 
 from ..errors import BrokerUnavailable, QueueFull, RerankqError
 from . import calls
@@ -43,6 +49,12 @@ Answer = TypeVar("Answer")
 # Seconds: to connect, and to wait for an answer. A ledger that hangs longer is one that is down.
 CONNECT_S = 3.0
 ANSWER_S = 10.0
+# A lost connection is tried again so often, soon: every script may run twice. A slow answer is not waited for twice.
+TRIES = 3
+# Connections of one client; callers beyond them queue for one.
+CONNECTIONS = 64
+# Seconds for which work on answers may keep the event loop to itself.
+WORK_S = 0.002
 
 
 class WorkerInfo(NamedTuple):
@@ -73,16 +85,42 @@ def source(script: str) -> tuple[str, str]:
 
 def connect(url: str) -> redis.Redis:
     """Open a pool of connections for the ledger; connects on first use."""
-    return redis.Redis.from_url(
-        url, socket_connect_timeout=CONNECT_S, socket_timeout=ANSWER_S, health_check_interval=30, socket_keepalive=True
+    pool = redis.BlockingConnectionPool.from_url(
+        url, max_connections=CONNECTIONS, timeout=ANSWER_S, retry=Retry(_backoff(), TRIES, (LostConnection,)), **_SOCKET
     )
+    return redis.Redis.from_pool(pool)
 
 
-def connect_async(url: str) -> redis.asyncio.Redis:
+def connect_async(url: str, *, tries: int = TRIES) -> redis.asyncio.Redis:
     """As :func:`connect`, for asyncio."""
-    return redis.asyncio.Redis.from_url(
-        url, socket_connect_timeout=CONNECT_S, socket_timeout=ANSWER_S, health_check_interval=30, socket_keepalive=True
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        url,
+        max_connections=CONNECTIONS // 4,
+        timeout=None,
+        retry=AsyncRetry(_backoff(), tries, (LostConnection,)),
+        **_SOCKET,
     )
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+_SOCKET: dict[str, Any] = {
+    "socket_connect_timeout": CONNECT_S,
+    "socket_timeout": ANSWER_S,
+    "health_check_interval": 30,
+    "socket_keepalive": True,
+}
+
+
+def _backoff() -> ExponentialWithJitterBackoff:
+    return ExponentialWithJitterBackoff(base=0.02, cap=0.5)
+
+
+async def breathe(since: float) -> float:
+    """Let the event loop run if it was last let run before *since* + ``WORK_S``; answers when that was now."""
+    if time.monotonic() - since < WORK_S:
+        return since
+    await asyncio.sleep(0)
+    return time.monotonic()
 
 
 @contextmanager
@@ -97,7 +135,8 @@ def translated() -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> RerankqError:
-    if "OOM" in str(error):
+    # From inside a script, Redis 6.2 says so in words alone.
+    if isinstance(error, OutOfMemoryError) or "OOM" in str(error):
         return QueueFull(f"the ledger's memory is full: {error}", retry_after_s=5)
     return BrokerUnavailable(f"the ledger refused: {error}")
 
@@ -121,7 +160,7 @@ class Ledger:
                 return call.read(self.redis.eval(text, 0, *call.args))
 
     def ask_all(self, wanted: Sequence[Call[Answer]]) -> list[Answer | RerankqError]:
-        """Run calls in one round trip; what Redis refused stands as an error in its place."""
+        """Run calls in one round trip; what was refused or cannot be read stands as an error in its place."""
         with translated():
             pipe = self.redis.pipeline(transaction=False)
             _fill(pipe, wanted)
@@ -135,7 +174,7 @@ class Ledger:
                 _fill(pipe, [wanted[at] for at in again])
                 for at, answer in zip(again, pipe.execute(raise_on_error=False), strict=True):
                     raw[at] = answer
-        return _read_all(wanted, raw)
+        return [_answer(call, given) for call, given in zip(wanted, raw, strict=True)]
 
     def workers(self) -> list[WorkerInfo]:
         """All registered workers, living and lately gone."""
@@ -168,7 +207,7 @@ class AsyncLedger:
                 return call.read(await self.redis.eval(text, 0, *call.args))
 
     async def ask_all(self, wanted: Sequence[Call[Answer]]) -> list[Answer | RerankqError]:
-        """Run calls in one round trip; what Redis refused stands as an error in its place."""
+        """Run calls in one round trip; what was refused or cannot be read stands as an error in its place."""
         with translated():
             pipe = self.redis.pipeline(transaction=False)
             _fill(pipe, wanted)
@@ -182,7 +221,12 @@ class AsyncLedger:
                 _fill(pipe, [wanted[at] for at in again])
                 for at, answer in zip(again, await pipe.execute(raise_on_error=False), strict=True):
                     raw[at] = answer
-        return _read_all(wanted, raw)
+        answers: list[Answer | RerankqError] = []
+        since = time.monotonic()
+        for call, given in zip(wanted, raw, strict=True):
+            answers.append(_answer(call, given))
+            since = await breathe(since)
+        return answers
 
     async def workers(self) -> list[WorkerInfo]:
         """All registered workers, living and lately gone."""
@@ -192,12 +236,6 @@ class AsyncLedger:
             pipe.hgetall("rerankq:workers")
             clock, found = await pipe.execute()
         return _workers(clock, found)
-
-    async def memory_share(self) -> float:
-        """Measure used memory as a share of the server's limit; 0 where it has none."""
-        with translated():
-            memory = await self.redis.info("memory")
-        return float(memory["used_memory"]) / float(memory["maxmemory"]) if memory.get("maxmemory") else 0.0
 
 
 def _fill(pipe: Any, wanted: Iterable[Call[Any]]) -> None:
@@ -209,11 +247,13 @@ def _unknown_scripts(wanted: Sequence[Call[Any]], raw: Sequence[object]) -> set[
     return {call.script for call, answer in zip(wanted, raw, strict=True) if isinstance(answer, NoScriptError)}
 
 
-def _read_all(wanted: Sequence[Call[Answer]], raw: Sequence[object]) -> list[Answer | RerankqError]:
-    return [
-        _refusal(answer) if isinstance(answer, Exception) else call.read(answer)
-        for call, answer in zip(wanted, raw, strict=True)
-    ]
+def _answer(call: Call[Answer], given: object) -> Answer | RerankqError:
+    if isinstance(given, Exception):
+        return _refusal(given)
+    try:
+        return call.read(given)
+    except RerankqError as error:
+        return error
 
 
 def _workers(clock: tuple[int, int], found: dict[bytes, bytes]) -> list[WorkerInfo]:

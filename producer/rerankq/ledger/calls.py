@@ -6,23 +6,27 @@ the client share every decision. What the scripts promise is said once, in their
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from ..contract import JobStatus, Priority, Ranking, State
+from pydantic import ValidationError
 
-Answer = TypeVar("Answer")
+from ..contract import JobStatus, Priority, Ranking, State
+from ..errors import JobFailed
+
+Answer_co = TypeVar("Answer_co", covariant=True)
 Argument = str | bytes | int | float
 
 
 @dataclass(frozen=True)
-class Call(Generic[Answer]):
+class Call(Generic[Answer_co]):
     """One run of one script."""
 
     script: str
     args: Sequence[Argument]
-    read: Callable[[object], Answer]
+    read: Callable[[object], Answer_co]
 
 
 class Terms(NamedTuple):
@@ -34,6 +38,7 @@ class Terms(NamedTuple):
     max_queued_pairs: int = 10_000_000
     max_attempts: int = 3
     lease_s: float = 8
+    max_memory_percent: int = 90
 
 
 class Entry(NamedTuple):
@@ -52,11 +57,15 @@ class Entry(NamedTuple):
 
 
 class Acceptance(NamedTuple):
-    """What became of a submission: ``conflict`` and ``full`` refuse, a job's state accepts."""
+    """What became of a submission: ``conflict``, ``full`` and ``crowded`` refuse, a job's state accepts.
+
+    ``full`` says how many pairs are waiting, ``crowded`` how much of the server's memory would be in use, in percent.
+    """
 
     state: str
     ring: bool
     pairs_waiting: int = 0
+    memory_percent: int = 0
 
 
 class Claim(NamedTuple):
@@ -99,18 +108,28 @@ class Swept(NamedTuple):
 def submit(entry: Entry, terms: Terms) -> Call[Acceptance]:
     """Accept a job: this write *is* acceptance."""
     deadline = "" if entry.deadline_s is None else entry.deadline_s
-    args = (*entry[:6], deadline, *entry[7:], terms.max_queued_pairs, terms.ring_window, *_end(terms))
+    limits = (terms.max_queued_pairs, terms.max_memory_percent, terms.ring_window)
+    args = (*entry[:6], deadline, *entry[7:], *limits, *_end(terms))
 
     def read(answer: object) -> Acceptance:
-        state, second = _list(answer)
-        full = _text(state) == "full"
-        return Acceptance(_text(state), ring=not full and bool(second), pairs_waiting=_int(second) if full else 0)
+        first, second = _list(answer)
+        match _text(first):
+            case "full":
+                return Acceptance("full", ring=False, pairs_waiting=_int(second))
+            case "crowded":
+                return Acceptance("crowded", ring=False, memory_percent=_int(second))
+            case state:
+                return Acceptance(state, ring=bool(second))
 
     return Call("submit", args, read)
 
 
 def claim(job_id: str, owner: str, terms: Terms) -> Call[Claim | State]:
-    """Take a queued job under a lease; answers the job's state where it is not to be had."""
+    """Take a queued job under a lease; answers the job's state where it is not to be had.
+
+    The same call asked again (its answer was lost on the way) gives the same claim; a new call for a job that is
+    running does not.
+    """
 
     def read(answer: object) -> Claim | State:
         first, *rest = _list(answer)
@@ -122,7 +141,7 @@ def claim(job_id: str, owner: str, terms: Terms) -> Call[Claim | State]:
             job_id, _int(fence), bool(suspect), urgency, float(_text(waited)), _bytes(payload), ring_on=bool(more)
         )
 
-    return Call("claim", (job_id, owner, terms.lease_s, *_end(terms), terms.ring_window), read)
+    return Call("claim", (job_id, owner, secrets.token_hex(8), terms.lease_s, *_end(terms), terms.ring_window), read)
 
 
 def renew(held: Iterable[tuple[str, int, int]], terms: Terms) -> Call[list[str]]:
@@ -157,7 +176,10 @@ def cancel(job_id: str, terms: Terms) -> Call[State]:
 
 
 def look(job_id: str, terms: Terms, *, with_ranking: bool = False) -> Call[Look]:
-    """Read a job's state, and its ranking where asked for."""
+    """Read a job's state, and its ranking where asked for.
+
+    Raises (when read): JobFailed if the ranking is not one that this version can read.
+    """
 
     def read(answer: object) -> Look:
         state, done, pairs, created, started, ended, claims, error_type, error, ranking = _list(answer)
@@ -172,7 +194,7 @@ def look(job_id: str, terms: Terms, *, with_ranking: bool = False) -> Call[Look]
             attempts=_int(claims),
             error=_text(error) or None,
         )
-        return Look(status, _text(error_type), Ranking.model_validate_json(_bytes(ranking)) if ranking else None)
+        return Look(status, _text(error_type), _ranking(job_id, _bytes(ranking)) if ranking else None)
 
     return Call("look", (job_id, *_end(terms), int(with_ranking)), read)
 
@@ -207,6 +229,14 @@ def ring_on(queues: Sequence[str], terms: Terms, *, most: int = 256) -> Call[lis
 def beat(worker: str, info: str, *, gone_after_s: float) -> Call[float]:
     """Register a worker's sign of life; answers the ledger's time."""
     return Call("beat", (worker, info, gone_after_s), lambda answer: float(_text(answer)))
+
+
+def _ranking(job_id: str, text: bytes) -> Ranking:
+    try:
+        return Ranking.model_validate_json(text)
+    except ValidationError as error:
+        msg = f"job {job_id}: its ranking was written by another version of rerankq than reads it: {error}"
+        raise JobFailed(msg) from None
 
 
 def _end(terms: Terms) -> tuple[int, str]:

@@ -6,7 +6,6 @@ local workers = redis.call('HGETALL', 'rerankq:workers')
 for at = 1, #workers, 2 do
   if tonumber(string.match(workers[at + 1], '^(%S+)')) < time - tonumber(ARGV[3]) then
     redis.call('HDEL', 'rerankq:workers', workers[at])
-    redis.call('HDEL', 'rerankq:alone', workers[at])
   end
 end
 return stamp(time)

@@ -1,27 +1,38 @@
--- id owner lease_s ttl channel window | Answers {'claimed', fence, suspect, priority, waited_s, payload, more} or {state}.
+-- id owner call lease_s ttl channel window
+-- Answers {'claimed', fence, suspect, priority, waited_s, payload, more} or {state}.
+-- call: this call's own name, so that one asked again because its answer was lost gets the same answer.
 -- more = 1: the queue's window has room for bells, ring on.
 begin_freeing()
-local id, owner, lease_s, ttl, channel, window = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5], tonumber(ARGV[6])
+local id, owner, call, lease_s, ttl, channel, window =
+  ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6], tonumber(ARGV[7])
 local key = job_key(id)
 local state = settle(id, ttl, channel)
-if state ~= 'queued' then return {state} end
+local again = state == 'running' and redis.call('HGET', key, 'claim') == call
+if state ~= 'queued' and not again then return {state} end
 
-local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'suspect', 'priority', 'created', 'payload')
-local queue, tenant = job[1], job[2]
-local rung_at = redis.call('ZSCORE', rung_key(queue, tenant), id)
-if rung_at then
-  -- The newest bell that was answered: bells of this queue that are much older than it are lost.
-  local newest = redis.call('HGET', 'rerankq:answered', queue)
-  if not newest or tonumber(newest) < tonumber(rung_at) then redis.call('HSET', 'rerankq:answered', queue, rung_at) end
-end
-take_out(id, queue, tenant, tonumber(job[3]))
 local time = now()
-local fence = redis.call('HINCRBY', key, 'fence', 1)
-redis.call('HINCRBY', key, 'claims', 1)
-redis.call('HSET', key, 'state', 'running', 'owner', owner, 'started', stamp(time), 'done_pairs', 0)
-redis.call('ZADD', 'rerankq:running', stamp(time + lease_s), id)
-local more = 0
-if redis.call('ZCARD', rung_key(queue, tenant)) * 2 < window and redis.call('EXISTS', waiting_key(queue, tenant)) == 1 then
-  more = 1
+if not again then
+  local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'fence')
+  local queue, tenant = job[1], job[2]
+  local rung_at = redis.call('ZSCORE', rung_key(queue, tenant), id)
+  if rung_at then
+    -- The newest bell that was answered: bells of this queue that are much older than it are lost.
+    local newest = redis.call('HGET', 'rerankq:answered', queue)
+    if not newest or tonumber(newest) < tonumber(rung_at) then redis.call('HSET', 'rerankq:answered', queue, rung_at) end
+  end
+  -- Whoever claims lives: it was not dead when a job alone on its device lost its lease, only paused.
+  if redis.call('HGET', 'rerankq:alone', owner) == '' then redis.call('HDEL', 'rerankq:alone', owner) end
+  take_out(id, queue, tenant, tonumber(job[3]))
+  -- By the clock, so that it rises even where the count was lost: over forgetting, submitting again, and a ledger
+  -- restored from an older copy no late twin's fence fits again.
+  local fence = math.max(tonumber(job[4]) + 1, math.floor(time * 1000000))
+  redis.call('HINCRBY', key, 'claims', 1)
+  redis.call('HSET', key, 'state', 'running', 'owner', owner, 'claim', call, 'fence', string.format('%.0f', fence),
+    'started', stamp(time), 'done_pairs', 0)
+  redis.call('ZADD', 'rerankq:running', stamp(time + lease_s), id)
 end
-return {'claimed', fence, tonumber(job[4]), job[5], stamp(time - tonumber(job[6])), job[7], more}
+
+local job = redis.call('HMGET', key, 'fence', 'suspect', 'priority', 'created', 'payload', 'queue', 'tenant')
+local rung, waiting = rung_key(job[6], job[7]), waiting_key(job[6], job[7])
+local more = redis.call('ZCARD', rung) * 2 < window and redis.call('EXISTS', waiting) == 1
+return {'claimed', job[1], tonumber(job[2]), job[3], stamp(time - tonumber(job[4])), job[5], more and 1 or 0}

@@ -15,8 +15,18 @@ local function rung_key(queue, tenant) return of_tenant('rerankq:rung:' .. queue
 local function tenants_key(queue) return 'rerankq:tenants:' .. queue end
 
 -- A full Redis refuses scripts at the first command that may grow memory, unless a writing command
--- came before it. Beginning with one that can only free lets a full ledger drain (ledger.md, Keys).
+-- came before it. Beginning with one that can only free lets a full ledger drain.
 local function begin_freeing() redis.call('HDEL', 'rerankq:backlog', '') end
+
+-- The memory in use with so many bytes more, in percent of the server's limit; 0 where it has none.
+local function memory_with(bytes)
+  local info = redis.pcall('INFO', 'memory')
+  -- Who may not ask is not refused: some hosts forbid INFO.
+  if type(info) ~= 'string' then return 0 end
+  local limit = tonumber(string.match(info, 'maxmemory:(%d+)') or 0)
+  if limit == 0 then return 0 end
+  return math.ceil(100 * (tonumber(string.match(info, 'used_memory:(%d+)')) + bytes) / limit)
+end
 
 local function count(queue, tenant, pairs_more)
   for _, field in ipairs({'*', queue, queue .. '|' .. tenant}) do
@@ -59,7 +69,7 @@ local function note(key, event, detail)
 end
 
 local function finish(key, id, state, ttl, channel)
-  redis.call('HDEL', key, 'owner', 'lease', 'payload')
+  redis.call('HDEL', key, 'owner', 'claim', 'payload')
   redis.call('HSET', key, 'state', state, 'ended', stamp(now()))
   redis.call('EXPIRE', key, ttl)
   redis.call('PUBLISH', channel .. ':job:' .. id, state)
@@ -71,7 +81,7 @@ local function settle(id, ttl, channel)
   local job = redis.call('HMGET', key, 'state', 'deadline', 'queue', 'tenant', 'pairs')
   if job[1] == 'queued' and job[2] and job[2] ~= '' and tonumber(job[2]) <= now() then
     take_out(id, job[3], job[4], tonumber(job[5]))
-    redis.call('HSET', key, 'error_type', 'JobExpired', 'error', 'not started before its deadline')
+    redis.call('HSET', key, 'error_type', 'JobExpired', 'error', 'its deadline passed while it was queued')
     finish(key, id, 'expired', ttl, channel)
     return 'expired'
   end
@@ -87,7 +97,7 @@ end
 
 local function queue_again(key, id, suspect)
   local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'created', 'deadline')
-  redis.call('HDEL', key, 'owner', 'lease')
+  redis.call('HDEL', key, 'owner', 'claim')
   redis.call('HSET', key, 'state', 'queued', 'suspect', suspect)
   put_in(id, job[1], job[2], tonumber(job[3]), job[4], job[5] or '')
 end

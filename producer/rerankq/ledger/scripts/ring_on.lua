@@ -1,4 +1,5 @@
 -- window most queue... | Ring on from the backlog, in turn over tenants. Answers id, queue, label, repeated.
+begin_freeing()
 local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local answer = {}
 local turn = redis.call('INCR', 'rerankq:turn')

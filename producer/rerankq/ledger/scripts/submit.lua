@@ -1,27 +1,29 @@
--- id content queue tenant priority pairs deadline_s label model payload | max_pairs window ttl channel
--- Answers {state, ring}; {'conflict', 0}: the id stands for other content; {'full', pairs waiting}.
+-- id content queue tenant priority pairs deadline_s label model payload | max_pairs max_memory window ttl channel
+-- Answers {state, ring}; {'conflict', 0}: the id stands for other content; {'full', pairs waiting}: the backlog is at
+-- its limit; {'crowded', percent}: the server's memory is.
 local id, content, queue, tenant, priority = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local pairs_in, deadline_s, label, model, payload = tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9], ARGV[10]
-local max_pairs, window, ttl, channel = tonumber(ARGV[11]), tonumber(ARGV[12]), ARGV[13], ARGV[14]
+local max_pairs, max_memory, window = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+local ttl, channel = ARGV[14], ARGV[15]
 local key = job_key(id)
 
-if redis.call('EXISTS', key) == 1 then
-  if redis.call('HGET', key, 'content') ~= content then return {'conflict', 0} end
+local held = redis.call('HGET', key, 'content')
+if held then
+  if held ~= content then return {'conflict', 0} end
   local state = settle(id, ttl, channel)
   if state == 'queued' then
     local job = redis.call('HMGET', key, 'queue', 'priority', 'deadline', 'created')
     -- Whoever asks with more patience gives it to all: an earlier, shorter deadline must not expire this one.
-    local deadline = job[3] or ''
+    local deadline = job[3]
     if deadline ~= '' then
-      local later = deadline_s == '' and '' or stamp(math.max(tonumber(deadline), now() + tonumber(deadline_s)))
-      redis.call('HSET', key, 'deadline', later)
-      if later == '' then redis.call('ZREM', 'rerankq:deadlines', id)
-      else redis.call('ZADD', 'rerankq:deadlines', later, id) end
-      deadline = later
+      deadline = deadline_s == '' and '' or stamp(math.max(tonumber(deadline), now() + tonumber(deadline_s)))
+      redis.call('HSET', key, 'deadline', deadline)
+      if deadline == '' then redis.call('ZREM', 'rerankq:deadlines', id)
+      else redis.call('ZADD', 'rerankq:deadlines', deadline, id) end
     end
     if priority == 'interactive' and job[2] == 'bulk' then
       take_out(id, job[1], tenant, pairs_in)
-      redis.call('HSET', key, 'queue', queue, 'priority', priority)
+      redis.call('HSET', key, 'queue', queue, 'priority', priority, 'label', label, 'model', model)
       put_in(id, queue, tenant, pairs_in, job[4], deadline)
       return {state, may_ring(id, queue, tenant, window)}
     end
@@ -34,6 +36,10 @@ end
 local waiting = tonumber(redis.call('HGET', 'rerankq:backlog', '*') or '0')
 -- A job larger than the whole limit still enters an empty queue: MAX_CHUNKS bounds it already.
 if waiting > 0 and waiting + pairs_in > max_pairs then return {'full', waiting} end
+-- Refused well before the server would: what is accepted must be able to leave again.
+local memory = memory_with(#payload)
+if memory > max_memory then return {'crowded', memory} end
+
 local created = stamp(now())
 local deadline = deadline_s == '' and '' or stamp(now() + tonumber(deadline_s))
 redis.call('DEL', key)

@@ -11,7 +11,8 @@ local time = now()
 local lapsed, dead, expired, bells = 0, 0, 0, 0
 
 if judge == '1' then
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', 'rerankq:running', '-inf', stamp(time), 'LIMIT', 0, limit)) do
+  local over = redis.call('ZRANGEBYSCORE', 'rerankq:running', '-inf', stamp(time), 'LIMIT', 0, limit)
+  for _, id in ipairs(over) do
     local key = job_key(id)
     local job = redis.call('HMGET', key, 'state', 'owner', 'suspect', 'deaths')
     redis.call('ZREM', 'rerankq:running', id)
@@ -21,11 +22,13 @@ if judge == '1' then
       note(key, 'lease-over', owner)
       lapsed = lapsed + 1
       if alone == id then
-        -- It was alone on the device when its worker died: this death counts.
+        -- It was alone on the device when its worker died: this death counts. That there was one alone stays known,
+        -- for the jobs that were parked beside it.
+        redis.call('HSET', 'rerankq:alone', owner, '')
         local deaths = redis.call('HINCRBY', key, 'deaths', 1)
         if deaths >= max_attempts then
           dead = dead + 1
-          redis.call('HDEL', key, 'owner', 'lease')
+          redis.call('HDEL', key, 'owner', 'claim')
           redis.call('HSET', key, 'state', 'dead', 'ended', stamp(time), 'error_type', 'JobDead',
             'error', 'its worker died ' .. deaths .. ' times while alone with it')
           redis.call('PERSIST', key)
@@ -38,6 +41,17 @@ if judge == '1' then
         queue_again(key, id, job[3])  -- another job was alone on that device: this one is innocent
       else
         queue_again(key, id, 1)
+      end
+    end
+  end
+  if #over < limit then
+    -- All leases that were over are judged: what gone workers had alone has served.
+    local alone = redis.call('HGETALL', 'rerankq:alone')
+    for at = 1, #alone, 2 do
+      local owner = alone[at]
+      local holds = redis.call('HGET', job_key(alone[at + 1]), 'owner') == owner
+      if not holds and redis.call('HEXISTS', 'rerankq:workers', owner) == 0 then
+        redis.call('HDEL', 'rerankq:alone', owner)
       end
     end
   end
@@ -60,8 +74,12 @@ for _, queue in ipairs(redis.call('SMEMBERS', 'rerankq:queues')) do
     local rung = rung_key(queue, tenant)
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', rung, '-inf', stamp(cutoff), 'LIMIT', 0, limit)) do
       redis.call('ZREM', rung, id)
-      redis.call('ZADD', waiting_key(queue, tenant), redis.call('HGET', job_key(id), 'created') or '0', id)
-      bells = bells + 1
+      local created = redis.call('HGET', job_key(id), 'created')
+      -- Without it the job was removed by other hands than ours: there is nothing to ring for.
+      if created then
+        redis.call('ZADD', waiting_key(queue, tenant), created, id)
+        bells = bells + 1
+      end
     end
   end
 end

@@ -1,0 +1,619 @@
+"""What the ledger promises, told as stories; the twin in test_ledger_twin.py covers what no story tells."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from importlib import resources
+
+import pytest
+import redis
+
+from rerankq.contract import ModelName, Ranking
+from rerankq.embedded import EmbeddedRedis
+from rerankq.errors import BrokerUnavailable, JobFailed, QueueFull
+from rerankq.ledger import Entry, Ledger, Terms, calls, connect, source, translated
+
+TERMS = Terms("tests", max_attempts=2)
+BULK = "rerankq.bulk"
+
+
+@pytest.fixture
+def ledger(redis_url_each_version: str) -> Iterator[Ledger]:
+    yield from opened(redis_url_each_version)
+
+
+@pytest.fixture
+def newest_ledger(redis_url: str) -> Iterator[Ledger]:
+    yield from opened(redis_url)
+
+
+def opened(url: str) -> Iterator[Ledger]:
+    connection = connect(url)
+    yield Ledger(connection)
+    connection.close()
+
+
+def entry(
+    name: str, *, content: str = "c", tenant: str = "", pairs: int = 1, payload: bytes = b"{}", **fields
+) -> Entry:
+    priority = fields.pop("priority", "bulk")
+    queue = fields.pop("queue", f"rerankq.{priority}")
+    deadline_s = fields.pop("deadline_s", None)
+    return Entry(name, content, queue, tenant, priority, pairs, deadline_s, f"label of {name}", "m", payload)
+
+
+def submit(ledger: Ledger, *names: str, terms: Terms = TERMS, **fields) -> None:
+    answers = ledger.ask_all([calls.submit(entry(name, **fields), terms) for name in names])
+    assert [answer.state for answer in answers] == ["queued"] * len(names)
+
+
+def claim(ledger: Ledger, name: str, owner: str = "w", terms: Terms = TERMS) -> calls.Claim:
+    answer = ledger.ask(calls.claim(name, owner, terms))
+    assert isinstance(answer, calls.Claim), answer
+    return answer
+
+
+def ranking(name: str, **fields) -> Ranking:
+    return Ranking(job_id=name, model=ModelName(name="m", fingerprint="f"), chunks=[], **fields)
+
+
+def state(ledger: Ledger, name: str) -> str:
+    return ledger.ask(calls.look(name, TERMS)).status.state
+
+
+def leases_end(ledger: Ledger) -> None:
+    script = """
+    redis.call('DEL', 'a full server allows what begins by freeing')
+    for _, id in ipairs(redis.call('ZRANGE', 'rerankq:running', 0, -1)) do
+      redis.call('ZADD', 'rerankq:running', 1, id)
+    end
+    """
+    ledger.redis.eval(script, 0)
+
+
+def sweep(ledger: Ledger, **free_since: float) -> calls.Swept:
+    ledger.redis.delete("rerankq:sweeper")
+    return ledger.ask(calls.sweep("s", TERMS, judge=True, free_since=free_since))
+
+
+def now(ledger: Ledger) -> float:
+    seconds, micros = ledger.redis.time()
+    return seconds + micros / 1e6
+
+
+# Poison
+
+
+def test_of_five_jobs_that_die_together_the_poison_ends_dead_and_its_neighbours_are_ranked(ledger: Ledger):
+    names = ["a", "b", "poison", "c", "d"]
+    submit(ledger, *names)
+    for name in names:
+        claim(ledger, name, "first")
+    leases_end(ledger)
+    assert sweep(ledger).lapsed == 5
+
+    waiting, deaths, worker = list(names), 0, 0
+    while waiting:
+        name = waiting.pop(0)
+        owner = f"worker {worker}"
+        taken = claim(ledger, name, owner)
+        assert taken.suspect, "all five are under suspicion, each is taken alone"
+        assert ledger.ask(calls.isolate(name, taken.fence, owner))
+        if name != "poison":
+            assert ledger.ask(calls.complete(name, taken.fence, ranking(name), TERMS)) == "done"
+            continue
+        # This worker dies, with the next job parked beside the suspect.
+        beside = waiting[0] if waiting else None
+        if beside:
+            claim(ledger, beside, owner)
+        leases_end(ledger)
+        deaths += 1
+        worker += 1
+        assert sweep(ledger).dead == (deaths == TERMS.max_attempts)
+        if deaths < TERMS.max_attempts:
+            waiting.insert(0, "poison")
+    assert deaths == TERMS.max_attempts
+    assert [state(ledger, name) for name in names] == ["done", "done", "dead", "done", "done"]
+    assert ledger.redis.hget("rerankq:job:c", "deaths") == b"0"
+
+
+def test_a_job_parked_beside_a_lone_suspect_stays_innocent(ledger: Ledger):
+    submit(ledger, "suspect", "parked")
+    claim(ledger, "suspect", "first")
+    leases_end(ledger)
+    sweep(ledger)
+    alone = claim(ledger, "suspect", "second")
+    ledger.ask(calls.isolate("suspect", alone.fence, "second"))
+    claim(ledger, "parked", "second")
+    leases_end(ledger)
+    assert sweep(ledger) == calls.Swept(lapsed=2, bells=0)
+    assert not claim(ledger, "parked", "third").suspect
+    assert claim(ledger, "suspect", "third").suspect
+
+
+def test_a_parked_job_whose_lease_ends_a_sweep_later_stays_innocent_too(ledger: Ledger):
+    submit(ledger, "suspect", "parked")
+    alone = claim(ledger, "suspect")
+    ledger.ask(calls.isolate("suspect", alone.fence, "w"))
+    ledger.ask(calls.beat("w", "{}", gone_after_s=60))
+    leases_end(ledger)
+    claim(ledger, "parked", "x")  # anyone's claim but the dead worker's: it says nothing of it
+    ledger.redis.hset("rerankq:job:parked", "owner", "w")
+    assert sweep(ledger).lapsed == 1
+    leases_end(ledger)
+    assert sweep(ledger).lapsed == 1
+    assert not claim(ledger, "parked", "y").suspect
+
+
+def test_a_worker_that_was_only_paused_answers_for_what_it_takes_afterwards(ledger: Ledger):
+    submit(ledger, "suspect", "killer")
+    alone = claim(ledger, "suspect", "paused")
+    ledger.ask(calls.isolate("suspect", alone.fence, "paused"))
+    leases_end(ledger)
+    sweep(ledger)
+    claim(ledger, "killer", "paused")  # it lives again, and takes another job, which kills it
+    leases_end(ledger)
+    sweep(ledger)
+    assert claim(ledger, "killer", "other").suspect
+
+
+def test_deaths_count_however_long_the_next_worker_takes_to_come(ledger: Ledger):
+    submit(ledger, "poison")
+    ledger.ask(calls.beat("w", "{}", gone_after_s=60))
+    taken = claim(ledger, "poison")
+    ledger.ask(calls.isolate("poison", taken.fence, "w"))
+    leases_end(ledger)
+    # Minutes later: the next worker's first sign of life takes the dead one out of the registry, before any sweep.
+    ledger.redis.hset("rerankq:workers", "w", "1.0 {}")
+    ledger.ask(calls.beat("next", "{}", gone_after_s=60))
+    assert ledger.redis.hkeys("rerankq:workers") == [b"next"]
+    sweep(ledger)
+    assert ledger.redis.hget("rerankq:job:poison", "deaths") == b"1"
+    assert ledger.redis.hlen("rerankq:alone") == 0, "and nothing is kept of workers that are gone"
+
+
+def test_a_dead_job_keeps_its_payload_and_its_history(ledger: Ledger):
+    submit(ledger, "poison", payload=b"the payload")
+    for number in range(TERMS.max_attempts):
+        taken = claim(ledger, "poison", f"w{number}")
+        ledger.ask(calls.isolate("poison", taken.fence, f"w{number}"))
+        leases_end(ledger)
+        sweep(ledger)
+    job = ledger.redis.hgetall("rerankq:job:poison")
+    assert (job[b"state"], job[b"payload"]) == (b"dead", b"the payload")
+    events = [line.split(b" ", 1)[1] for line in job[b"history"].splitlines()]
+    assert events == [b"alone w0", b"lease-over w0", b"alone w1", b"lease-over w1"]
+    assert ledger.redis.zrange("rerankq:dead", 0, -1) == [b"poison"]
+    assert ledger.ask(calls.forget("poison", TERMS)) == "dead"
+    assert ledger.redis.exists("rerankq:job:poison")
+
+
+def test_a_history_is_bounded(ledger: Ledger):
+    submit(ledger, "a")
+    for _ in range(200):
+        taken = claim(ledger, "a")
+        ledger.ask(calls.hand_back([("a", taken.fence)]))
+    assert ledger.redis.hstrlen("rerankq:job:a", "history") < 5_000
+
+
+# Fences
+
+
+def test_a_late_twin_fits_no_fence_of_a_job_that_was_forgotten_and_came_again(ledger: Ledger):
+    submit(ledger, "a")
+    late = claim(ledger, "a", "late")
+    leases_end(ledger)
+    sweep(ledger)
+    taken = claim(ledger, "a", "other")
+    ledger.ask(calls.complete("a", taken.fence, ranking("a"), TERMS))
+    ledger.ask(calls.forget("a", TERMS))
+    submit(ledger, "a", content="another question under the same id")
+    claim(ledger, "a", "other")
+    assert ledger.ask(calls.complete("a", late.fence, ranking("a"), TERMS)) == "running"
+    assert ledger.ask(calls.renew([("a", late.fence, 1)], TERMS)) == ["a"]
+    assert ledger.ask(calls.fail("a", late.fence, "JobFailed", "late", TERMS)) == "running"
+    assert ledger.ask(calls.hand_back([("a", late.fence)])) == 0
+    assert ledger.ask(calls.isolate("a", late.fence, "late")) is False
+
+
+def test_a_claim_whose_answer_was_lost_is_answered_again_but_a_second_bell_is_not(ledger: Ledger):
+    submit(ledger, "a")
+    lost = calls.claim("a", "w", TERMS)
+    first = ledger.ask(lost)
+    assert isinstance(first, calls.Claim)
+    again = ledger.ask(lost)
+    assert isinstance(again, calls.Claim)
+    assert again.fence == first.fence
+    assert ledger.ask(calls.claim("a", "w", TERMS)) == "running"
+    assert ledger.ask(calls.look("a", TERMS)).status.attempts == 1
+
+
+# Bells
+
+
+def test_a_bell_much_older_than_the_newest_answered_one_is_rung_again(ledger: Ledger):
+    submit(ledger, "lost", "heard", "young")
+    rung = f"rerankq:rung:{BULK}"
+    ledger.redis.zadd(rung, {"lost": now(ledger) - 11, "young": now(ledger) - 5})
+    assert sweep(ledger).bells == 0, "as long as none was answered since, all may be waiting in the broker"
+    claim(ledger, "heard")
+    assert sweep(ledger).bells == 1
+    assert [bell.id for bell in ledger.ask(calls.ring_on([BULK], TERMS))] == ["lost"]
+    assert sweep(ledger).bells == 0
+
+
+def test_a_bell_that_was_out_while_a_slot_was_free_is_rung_again(ledger: Ledger):
+    submit(ledger, "lost")
+    submit(ledger, "elsewhere", queue="rerankq.bulk.other-model")
+    two_seconds_ago = now(ledger) - 3
+    for queue, name in ((BULK, "lost"), ("rerankq.bulk.other-model", "elsewhere")):
+        ledger.redis.zadd(f"rerankq:rung:{queue}", {name: two_seconds_ago})
+    assert sweep(ledger, **{BULK: now(ledger) - 1}).bells == 0, "a slot that is free for a second proves nothing"
+    assert sweep(ledger, **{BULK: now(ledger) - 60}).bells == 1
+    assert ledger.redis.zrange(f"rerankq:waiting:{BULK}", 0, -1) == [b"lost"]
+
+
+def test_a_flood_of_one_tenant_does_not_keep_another_waiting(ledger: Ledger):
+    terms = TERMS._replace(ring_window=20)
+    submit(ledger, *(f"flood {number}" for number in range(300)), tenant="flood", terms=terms)
+    submit(ledger, "late comer", tenant="quiet", terms=terms)
+    assert ledger.redis.zcard(f"rerankq:rung:{BULK}:flood") == 20
+    assert ledger.redis.zrange(f"rerankq:rung:{BULK}:quiet", 0, -1) == [b"late comer"]
+
+
+def test_ringing_on_takes_tenants_in_turn(ledger: Ledger):
+    terms = TERMS._replace(ring_window=64)
+    wide = terms._replace(ring_window=1)
+    for tenant in "abc":
+        submit(ledger, *(f"{tenant}{number}" for number in range(100)), tenant=tenant, terms=wide)
+    bells = ledger.ask(calls.ring_on([BULK], terms, most=48))
+    shares = {tenant: sum(bell.id.startswith(tenant) for bell in bells) for tenant in "abc"}
+    assert shares == {"a": 16, "b": 16, "c": 16}
+
+
+def test_a_tenant_without_jobs_leaves_the_line_of_tenants(ledger: Ledger):
+    submit(ledger, "a", tenant="gone")
+    taken = claim(ledger, "a")
+    ledger.ask(calls.complete("a", taken.fence, ranking("a"), TERMS))
+    ledger.ask(calls.ring_on([BULK], TERMS))
+    assert ledger.redis.exists(f"rerankq:tenants:{BULK}") == 0
+
+
+def test_a_bell_whose_job_was_removed_by_other_hands_is_dropped(ledger: Ledger):
+    submit(ledger, "a")
+    ledger.redis.delete("rerankq:job:a")
+    assert sweep(ledger, **{BULK: 1.0}).bells == 0
+    ledger.redis.zadd(f"rerankq:rung:{BULK}", {"a": 1.0})
+    assert sweep(ledger, **{BULK: 1.0}).bells == 0
+    assert ledger.redis.zcard(f"rerankq:rung:{BULK}") == 0
+    assert ledger.ask(calls.claim("a", "w", TERMS)) == "unknown"
+
+
+# Submitting
+
+
+def test_a_longer_patience_prolongs_a_job_for_all_and_a_shorter_one_does_not_cut_it(ledger: Ledger):
+    def deadline() -> float:
+        return float(ledger.redis.hget("rerankq:job:a", "deadline") or "inf") - now(ledger)
+
+    submit(ledger, "a", deadline_s=100)
+    submit(ledger, "a", deadline_s=50)
+    assert 90 < deadline() <= 100
+    submit(ledger, "a", deadline_s=1_000)
+    assert 900 < deadline() <= 1_000
+    submit(ledger, "a", deadline_s=None)
+    assert deadline() == float("inf")
+    assert ledger.redis.zcard("rerankq:deadlines") == 0
+
+
+def test_an_interactive_submission_lifts_a_queued_bulk_job_and_says_to_ring(ledger: Ledger):
+    submit(ledger, "a")
+    lifted = ledger.ask(calls.submit(entry("a", priority="interactive"), TERMS))
+    assert lifted == calls.Acceptance("queued", ring=True)
+    taken = claim(ledger, "a")
+    assert taken.priority == "interactive"
+    assert ledger.ask(calls.submit(entry("a"), TERMS)) == calls.Acceptance("running", ring=False)
+
+
+def test_a_job_that_ended_badly_is_queued_anew_by_the_same_content(ledger: Ledger):
+    submit(ledger, "a", "b", "c", payload=b"fresh")
+    taken = claim(ledger, "a")
+    ledger.ask(calls.fail("a", taken.fence, "JobFailed", "why", TERMS))
+    ledger.ask(calls.cancel("b", TERMS))
+    ledger.redis.hset("rerankq:job:c", "deadline", "1.0")
+    for name, before in (("a", "failed"), ("b", "cancelled"), ("c", "expired")):
+        assert state(ledger, name) == before
+        submit(ledger, name, payload=b"fresh")
+        look = ledger.ask(calls.look(name, TERMS))
+        assert (look.status.state, look.status.error, look.status.attempts) == ("queued", None, 0)
+        assert ledger.redis.ttl(f"rerankq:job:{name}") == -1
+        assert claim(ledger, name).payload == b"fresh"
+
+
+def test_the_backlog_limit_refuses_and_says_how_much_waits_but_takes_a_large_job_into_an_empty_queue(ledger: Ledger):
+    terms = TERMS._replace(max_queued_pairs=10)
+    submit(ledger, "large", pairs=50, terms=terms)
+    refused = ledger.ask(calls.submit(entry("small"), terms))
+    assert refused == calls.Acceptance("full", ring=False, pairs_waiting=50)
+    assert state(ledger, "small") == "unknown"
+    claim(ledger, "large")
+    submit(ledger, "small", terms=terms)
+
+
+# Who hears of it
+
+
+def test_each_end_is_published_and_a_cancellation_reaches_the_workers(ledger: Ledger):
+    ears = ledger.redis.pubsub()
+    ears.psubscribe("tests:*")
+    ears.get_message(timeout=5)
+    submit(ledger, "done", "failed", "cancelled", "expired", "stopped")
+    taken = {name: claim(ledger, name) for name in ("done", "failed", "stopped")}
+    ledger.ask(calls.complete("done", taken["done"].fence, ranking("done"), TERMS))
+    ledger.ask(calls.fail("failed", taken["failed"].fence, "JobFailed", "why", TERMS))
+    ledger.ask(calls.cancel("cancelled", TERMS))
+    ledger.ask(calls.cancel("stopped", TERMS))
+    ledger.redis.hset("rerankq:job:expired", "deadline", "1.0")
+    state(ledger, "expired")
+    heard = [ears.get_message(timeout=5) for _ in range(6)]
+    assert [(message["channel"], message["data"]) for message in heard] == [
+        (b"tests:job:done", b"done"),
+        (b"tests:job:failed", b"failed"),
+        (b"tests:job:cancelled", b"cancelled"),
+        (b"tests:cancel", b"stopped"),
+        (b"tests:job:stopped", b"cancelled"),
+        (b"tests:job:expired", b"expired"),
+    ]
+    ears.close()
+
+
+def test_one_sweeper_sweeps_at_a_time_and_its_lock_runs_out(ledger: Ledger):
+    submit(ledger, "a")
+    claim(ledger, "a")
+    leases_end(ledger)
+    assert ledger.ask(calls.sweep("one", TERMS, judge=False, free_since={})) == calls.Swept()
+    assert ledger.ask(calls.sweep("other", TERMS, judge=True, free_since={})) == calls.Swept()
+    assert 0 < ledger.redis.pttl("rerankq:sweeper") <= 3_000
+    assert ledger.ask(calls.sweep("one", TERMS, judge=True, free_since={})).lapsed == 1
+
+
+def test_a_sweep_judges_so_many_and_the_next_one_goes_on(ledger: Ledger):
+    names = [f"j{number}" for number in range(25)]
+    submit(ledger, *names)
+    for name in names:
+        claim(ledger, name)
+    leases_end(ledger)
+    swept = [ledger.ask(calls.sweep("s", TERMS, judge=True, free_since={}, limit=10)).lapsed for _ in range(4)]
+    assert swept == [10, 10, 5, 0]
+
+
+def test_the_registry_shows_who_lives_and_forgets_who_is_long_gone(ledger: Ledger):
+    said = '{"model": "m", "fingerprint": "f", "queues": ["rerankq.interactive.x", "rerankq.bulk.x"]}'
+    ledger.ask(calls.beat("w", said, gone_after_s=60))
+    (worker,) = ledger.workers()
+    assert (worker.id, worker.model, worker.suffix) == ("w", "m", ".x")
+    assert 0 <= worker.age_s < 5
+    ledger.redis.hset("rerankq:workers", "gone", f"{now(ledger) - 61:.6f} {said}")
+    assert len(ledger.workers()) == 2
+    ledger.ask(calls.beat("w", said, gone_after_s=60))
+    assert [worker.id for worker in ledger.workers()] == ["w"]
+
+
+# Redis itself
+
+
+def test_scripts_come_back_after_the_server_forgot_them(ledger: Ledger):
+    submit(ledger, "a")
+    ledger.redis.script_flush()
+    assert state(ledger, "a") == "queued"
+    ledger.redis.script_flush()
+    submit(ledger, "b", "c")
+    assert [state(ledger, name) for name in "bc"] == ["queued", "queued"]
+
+
+def test_a_server_that_is_not_there_is_a_broker_unavailable():
+    ledger = Ledger(connect("redis://127.0.0.1:1/0"))
+    with pytest.raises(BrokerUnavailable, match="does not answer"):
+        ledger.ask(calls.look("a", TERMS))
+    with pytest.raises(BrokerUnavailable, match="does not answer"):
+        ledger.ask_all([calls.look("a", TERMS)])
+
+
+def test_a_server_that_refuses_is_a_broker_unavailable(newest_ledger: Ledger):
+    newest_ledger.redis.set("rerankq:job:a", "not a job at all")
+    with pytest.raises(BrokerUnavailable, match="refused"):
+        newest_ledger.ask(calls.look("a", TERMS))
+    wrong, right = newest_ledger.ask_all([calls.look("a", TERMS), calls.look("b", TERMS)])
+    assert isinstance(wrong, BrokerUnavailable)
+    assert right.status.state == "unknown"
+
+
+def test_a_ranking_of_another_version_is_this_jobs_failure_alone(newest_ledger: Ledger):
+    submit(newest_ledger, "a", "b")
+    for name in "ab":
+        newest_ledger.ask(calls.complete(name, claim(newest_ledger, name).fence, ranking(name), TERMS))
+    newest_ledger.redis.hset("rerankq:job:a", "ranking", '{"words": "of the future"}')
+    looks = newest_ledger.ask_all([calls.look(name, TERMS, with_ranking=True) for name in "ab"])
+    assert isinstance(looks[0], JobFailed)
+    assert looks[1].ranking == ranking("b")
+
+
+def test_a_failure_in_words_that_no_utf8_can_carry_is_stored_all_the_same(newest_ledger: Ledger):
+    submit(newest_ledger, "a")
+    failure = calls.fail("a", claim(newest_ledger, "a").fence, "JobFailed", "broken \ud800 text " * 1_000, TERMS)
+    assert newest_ledger.ask(failure) == "failed"
+    assert newest_ledger.ask(calls.look("a", TERMS)).status.error.startswith("broken ? text")
+
+
+# A full Redis
+
+
+@pytest.fixture
+def small_server(redis_binary_each_version) -> Iterator[Callable[[str], Ledger]]:
+    """Start a server of so much memory that evicts nothing."""
+    with ExitStack() as stack:
+
+        def start(maxmemory: str) -> Ledger:
+            server = stack.enter_context(EmbeddedRedis(binary=redis_binary_each_version, maxmemory=maxmemory))
+            connection = connect(server.url)
+            stack.callback(connection.close)
+            return Ledger(connection)
+
+        yield start
+
+
+def used(ledger: Ledger) -> float:
+    memory = ledger.redis.info("memory")
+    return memory["used_memory"] / memory["maxmemory"]
+
+
+def fill_up(ledger: Ledger) -> None:
+    """Leave no byte for anybody."""
+    for size in (1_000_000, 100_000, 10_000, 1_000, 100, 1):
+        with suppress(redis.exceptions.OutOfMemoryError):
+            for number in itertools.count():
+                ledger.redis.set(f"filler:{size}:{number}", b"x" * size)
+
+
+def test_submissions_are_refused_well_before_the_memory_is_full_however_many_come_at_once(small_server: Callable):
+    ledger = small_server("60mb")
+    peak: list[float] = []
+
+    def produce(producer: int) -> None:
+        for turn in range(20):
+            batch = [entry(f"{producer}-{turn}-{number}", payload=b"x" * 500_000) for number in range(8)]
+            answers = ledger.ask_all([calls.submit(one, TERMS) for one in batch])
+            states.update(answer.state for answer in answers)
+            peak.append(used(ledger))
+
+    states: set[str] = set()
+    producers = [threading.Thread(target=produce, args=(number,)) for number in range(4)]
+    for producer in producers:
+        producer.start()
+    for producer in producers:
+        producer.join()
+    assert states == {"queued", "crowded"}
+    # What a producer is just sending counts as memory in use, too: it is there beside what was accepted.
+    assert 0.7 < used(ledger) <= 0.9
+    refused = ledger.ask(calls.submit(entry("more", payload=b"x" * 3_000_000), TERMS))
+    assert refused.state == "crowded"
+    assert refused.memory_percent > 90
+    assert ledger.redis.set("a stranger's key", "has room")
+
+
+def test_a_really_full_ledger_still_does_all_that_makes_room(small_server: Callable):
+    ledger = small_server("20mb")
+    names = [f"j{number}" for number in range(400)]
+    submit(ledger, *names, payload=b"x" * 10_000)
+    claimed = {name: claim(ledger, name) for name in names[:5]}
+    ledger.redis.script_flush()
+    fill_up(ledger)
+
+    assert ledger.ask(calls.submit(entry("one more"), TERMS)).state == "crowded"
+    assert ledger.ask(calls.beat("w", "{}", gone_after_s=60)) > 0
+    assert ledger.ask(calls.renew([(name, one.fence, 1) for name, one in claimed.items()], TERMS)) == []
+    assert ledger.ask(calls.isolate("j0", claimed["j0"].fence, "w"))
+    assert ledger.ask(calls.complete("j0", claimed["j0"].fence, ranking("j0"), TERMS)) == "done"
+    assert ledger.ask(calls.fail("j1", claimed["j1"].fence, "JobFailed", "why", TERMS)) == "failed"
+    assert ledger.ask(calls.hand_back([("j2", claimed["j2"].fence)])) == 1
+    assert ledger.ask(calls.cancel("j3", TERMS)) == "cancelled"
+    assert ledger.ask(calls.cancel("j6", TERMS)) == "cancelled"
+    leases_end(ledger)
+    assert sweep(ledger).lapsed == 1
+    assert ledger.ask(calls.look("j0", TERMS, with_ranking=True)).ranking == ranking("j0")
+    assert ledger.ask(calls.forget("j0", TERMS)) == "done"
+
+
+def test_a_really_full_ledger_drains_to_the_last_job(small_server: Callable):
+    ledger = small_server("20mb")
+    terms = TERMS._replace(ring_window=8)
+    names = [f"j{number}" for number in range(300)]
+    submit(ledger, *names, payload=b"x" * 10_000, terms=terms)
+    fill_up(ledger)
+    rung = [name.decode() for name in ledger.redis.zrange(f"rerankq:rung:{BULK}", 0, -1)]
+    done = []
+    while rung:
+        for name in rung:
+            taken = claim(ledger, name)
+            assert ledger.ask(calls.complete(name, taken.fence, ranking(name), TERMS)) == "done"
+            done.append(name)
+        rung = [bell.id for bell in ledger.ask(calls.ring_on([BULK], terms))]
+    assert sorted(done) == sorted(names)
+    assert ledger.redis.hlen("rerankq:backlog") == 0
+    assert used(ledger) < 1
+
+
+def test_what_the_server_refuses_for_its_memory_is_a_queue_full(small_server: Callable):
+    ledger = small_server("20mb")
+    fill_up(ledger)
+    for refused in (
+        lambda: ledger.redis.set("one more", "byte"),
+        lambda: ledger.redis.eval("return redis.call('SET', 'one more', 'byte')", 0),
+    ):
+        with pytest.raises(QueueFull) as caught, translated():
+            refused()
+        assert caught.value.retry_after_s > 0
+
+
+# What it costs
+
+
+def fill(ledger: Ledger, count: int, *, first: int = 0) -> None:
+    """Put many small jobs into the backlog at once, as submit would."""
+    prelude = (resources.files("rerankq.ledger") / "scripts" / "prelude.lua").read_text()
+    loop = """
+    for number = tonumber(ARGV[1]), tonumber(ARGV[2]) do
+      local id, created = 'fill-' .. number, stamp(now() - 1000 + number / 1000000)
+      redis.call('HSET', job_key(id), 'state', 'queued', 'content', 'c', 'queue', ARGV[3], 'tenant', '', 'priority',
+        'bulk', 'pairs', 1, 'deadline', '', 'label', 'l', 'model', 'm', 'payload', '{}', 'created', created,
+        'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)
+      put_in(id, ARGV[3], '', 1, created, '')
+    end"""
+    for start in range(first, first + count, 5_000):
+        ledger.redis.eval(prelude + loop, 0, start, min(start + 5_000, first + count) - 1, BULK)
+
+
+# Each of these takes time that does not grow with the backlog, or with its logarithm, as the ledger uses it:
+# SMEMBERS lists tenants and queues, HGETALL workers, the ranges are cut by LIMIT or COUNT.
+FLAT = {
+    *("hget", "hmget", "hset", "hdel", "hincrby", "hgetall", "hexists", "exists", "get", "set", "incr", "del"),
+    *("zadd", "zrem", "zcard", "zrank", "zscore", "zpopmin", "zrangebyscore", "sadd", "srem", "smembers"),
+    *("expire", "publish", "time", "info", "evalsha"),
+}
+
+
+def commands_of(ledger: Ledger, work: Callable[[], None]) -> dict[str, int]:
+    """Count the commands that Redis ran for some work, those inside of scripts too."""
+    ledger.redis.config_resetstat()
+    work()
+    stats = ledger.redis.info("commandstats")
+    ours = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in stats.items()}
+    return {name: count for name, count in ours.items() if not name.startswith(("config", "client", "hello", "ping"))}
+
+
+def test_what_a_job_costs_does_not_grow_with_the_jobs_that_wait(ledger: Ledger):
+    def a_few_jobs(prefix: str) -> None:
+        for number in range(10):
+            submit(ledger, f"{prefix}-{number}")
+        bells = ledger.ask(calls.ring_on([BULK], TERMS, most=10))
+        assert len(bells) == 10
+        for bell in bells:
+            taken = claim(ledger, bell.id)
+            ledger.ask(calls.renew([(bell.id, taken.fence, 0)], TERMS))
+            ledger.ask(calls.complete(bell.id, taken.fence, ranking(bell.id), TERMS))
+        ledger.ask(calls.sweep("s", TERMS, judge=True, free_since={BULK: 1.0}))
+
+    fill(ledger, 1_000)
+    a_few_jobs("warm")
+    few = commands_of(ledger, lambda: a_few_jobs("few"))
+    fill(ledger, 99_000, first=1_000)
+    many = commands_of(ledger, lambda: a_few_jobs("many"))
+    assert few == many
+    assert set(many) <= FLAT
+
+
+def test_the_scripts_ship_with_the_package_and_are_named_by_their_hash():
+    text, sha = source("claim")
+    assert text.startswith("-- Put before every script")
+    assert len(sha) == 40

@@ -1,0 +1,536 @@
+"""The ledger against a slow and obvious twin: whatever is asked of both, in any order, they stay equal."""
+
+import dataclasses
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from rerankq.contract import ENDED, ModelName, Ranking
+from rerankq.ledger import Entry, Ledger, Terms, calls, connect
+
+TERMS = Terms("twin", result_ttl_s=1_000, ring_window=2, max_queued_pairs=14, max_attempts=2, lease_s=1_000)
+QUEUES = ("rerankq.interactive", "rerankq.bulk")
+TENANTS = ("", "a")
+WORKERS = ("w1", "w2")
+IDS = tuple(f"j{number}" for number in range(6))
+# Seconds that no example lives to see; how they pass is told, not waited for.
+FAR, FARTHER = 1_000.0, 2_000.0
+
+
+@dataclasses.dataclass
+class TwinJob:
+    content: str
+    queue: str
+    tenant: str
+    pairs: int
+    priority: str
+    deadline: float | None
+    order: int
+    payload: bytes
+    state: str = "queued"
+    rung: bool = False
+    owner: str = ""
+    fence: int = 0
+    claims: int = 0
+    deaths: int = 0
+    suspect: bool = False
+    lease_over: bool = False
+    pairs_done: int = 0
+    error_type: str = ""
+    ranked: bool = False
+
+    @property
+    def line(self) -> tuple[str, str]:
+        return self.queue, self.tenant
+
+
+class Twin:
+    """The table of states, as plainly as it can be written."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, TwinJob] = {}
+        self.alone: dict[str, str] = {}
+        self.registered: set[str] = set()
+        self.clock = itertools.count()
+
+    def waiting(self, queue: str, tenant: str) -> list[str]:
+        line = [(job.order, name) for name, job in self.jobs.items() if self._in_line(job, queue, tenant, rung=False)]
+        return [name for _, name in sorted(line)]
+
+    def rung(self, queue: str, tenant: str) -> list[str]:
+        return [name for name, job in self.jobs.items() if self._in_line(job, queue, tenant, rung=True)]
+
+    def _in_line(self, job: TwinJob, queue: str, tenant: str, *, rung: bool) -> bool:
+        return job.state == "queued" and job.rung == rung and job.line == (queue, tenant)
+
+    def backlog(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for job in self.jobs.values():
+            if job.state == "queued":
+                for field in ("*", job.queue, f"{job.queue}|{job.tenant}"):
+                    counts[field] += job.pairs
+        return counts
+
+    def state(self, name: str) -> str:
+        self.settle(name)
+        return self.jobs[name].state if name in self.jobs else "unknown"
+
+    def settle(self, name: str) -> None:
+        job = self.jobs.get(name)
+        if job is not None and job.state == "queued" and job.deadline == 0:
+            self.end(job, "expired", "JobExpired")
+
+    def end(self, job: TwinJob, state: str, error_type: str = "") -> None:
+        job.state, job.error_type, job.owner, job.rung = state, error_type, "", False
+
+    def queue_again(self, job: TwinJob, *, suspect: bool) -> None:
+        job.state, job.owner, job.suspect, job.lease_over, job.rung = "queued", "", suspect, False, False
+
+    def leave_device(self, name: str) -> None:
+        owner = self.jobs[name].owner
+        if self.alone.get(owner) == name:
+            del self.alone[owner]
+
+    def may_ring(self, name: str) -> bool:
+        job = self.jobs[name]
+        first = self.waiting(*job.line)[0] == name
+        job.rung = first and len(self.rung(*job.line)) < TERMS.ring_window
+        return job.rung
+
+    def submit(self, entry: Entry) -> tuple[str, bool]:
+        job = self.jobs.get(entry.id)
+        if job is not None:
+            if job.content != entry.content:
+                return "conflict", False
+            state = self.state(entry.id)
+            if state == "queued":
+                if job.deadline is not None:
+                    job.deadline = None if entry.deadline_s is None else max(job.deadline, entry.deadline_s)
+                if entry.priority == "interactive" and job.priority == "bulk":
+                    job.priority, job.queue, job.rung = "interactive", entry.queue, False
+                    return state, self.may_ring(entry.id)
+                return state, False
+            if state in {"running", "done", "dead"}:
+                return state, False
+        waiting = self.backlog()["*"]
+        if waiting and waiting + entry.pairs > TERMS.max_queued_pairs:
+            return "full", False
+        self.jobs[entry.id] = TwinJob(
+            *(entry.content, entry.queue, entry.tenant, entry.pairs, entry.priority, entry.deadline_s),
+            order=next(self.clock),
+            payload=entry.payload,
+        )
+        return "queued", self.may_ring(entry.id)
+
+    def claim(self, name: str, owner: str) -> str | TwinJob:
+        state = self.state(name)
+        if state != "queued":
+            return state
+        if self.alone.get(owner) == "":
+            del self.alone[owner]
+        job = self.jobs[name]
+        job.state, job.owner, job.rung, job.pairs_done, job.lease_over = "running", owner, False, 0, False
+        job.claims += 1
+        return job
+
+    def holds(self, name: str, fence: int) -> bool:
+        job = self.jobs.get(name)
+        return job is not None and job.state == "running" and job.fence == fence
+
+    def refusal(self, name: str) -> str:
+        return self.jobs[name].state if name in self.jobs else "unknown"
+
+    def renew(self, name: str, fence: int, done: int) -> bool:
+        if self.holds(name, fence):
+            self.jobs[name].lease_over, self.jobs[name].pairs_done = False, done
+            return True
+        return False
+
+    def isolate(self, name: str, fence: int, owner: str) -> bool:
+        if self.holds(name, fence):
+            self.alone[owner] = name
+            return True
+        return False
+
+    def complete(self, name: str, fence: int) -> str:
+        if not self.holds(name, fence):
+            return self.refusal(name)
+        job = self.jobs[name]
+        self.leave_device(name)
+        self.end(job, "done")
+        job.pairs_done, job.ranked = job.pairs, True
+        return "done"
+
+    def fail(self, name: str, fence: int) -> str:
+        if not self.holds(name, fence):
+            return self.refusal(name)
+        self.leave_device(name)
+        self.end(self.jobs[name], "failed", "JobFailed")
+        return "failed"
+
+    def hand_back(self, held: Iterable[tuple[str, int]]) -> int:
+        handed = [name for name, fence in held if self.holds(name, fence)]
+        for name in handed:
+            self.leave_device(name)
+            self.queue_again(self.jobs[name], suspect=self.jobs[name].suspect)
+        return len(handed)
+
+    def cancel(self, name: str) -> str:
+        state = self.state(name)
+        if state not in {"queued", "running"}:
+            return state
+        if state == "running":
+            self.leave_device(name)
+        self.end(self.jobs[name], "cancelled", "JobCancelled")
+        return "cancelled"
+
+    def forget(self, name: str) -> str:
+        state = self.state(name)
+        if state in {"done", "failed", "expired", "cancelled"}:
+            del self.jobs[name]
+        return state
+
+    def sweep(self, *, judge: bool, lost: set[str]) -> tuple[int, int, int, int]:
+        lapsed = dead = 0
+        for name, job in self.jobs.items() if judge else ():
+            if job.state != "running" or not job.lease_over:
+                continue
+            lapsed += 1
+            alone = self.alone.get(job.owner)
+            if alone == name:
+                self.alone[job.owner] = ""
+                job.deaths += 1
+                if job.deaths >= TERMS.max_attempts:
+                    dead += 1
+                    self.end(job, "dead", "JobDead")
+                    continue
+            self.queue_again(job, suspect=job.suspect or alone in {None, name})
+        if judge:
+            self.alone = {
+                owner: name
+                for owner, name in self.alone.items()
+                if owner in self.registered or (name in self.jobs and self.jobs[name].owner == owner)
+            }
+        before = Counter(job.state for job in self.jobs.values())["expired"]
+        for name in self.jobs:
+            self.settle(name)
+        expired = Counter(job.state for job in self.jobs.values())["expired"] - before
+        taken_back = [job for job in self.jobs.values() if job.state == "queued" and job.rung and job.queue in lost]
+        for job in taken_back:
+            job.rung = False
+        return lapsed, dead, expired, len(taken_back)
+
+
+@contextmanager
+def at(url: str) -> Iterator[Ledger]:
+    connection = connect(url)
+    yield Ledger(connection)
+    connection.close()
+
+
+def a_ranking(name: str) -> Ranking:
+    return Ranking(job_id=name, model=ModelName(name="m", fingerprint="f"), chunks=[])
+
+
+ids = st.sampled_from(IDS)
+owners = st.sampled_from(WORKERS)
+shapes = st.builds(
+    SimpleNamespace,
+    content=st.sampled_from(["one", "one", "one", "two"]),
+    priority=st.sampled_from(["interactive", "bulk"]),
+    deadline_s=st.sampled_from([None, FAR, FARTHER]),
+)
+
+
+class BothLedgers(RuleBasedStateMachine):
+    """Asks the twin and the real ledger the same, and compares all that they hold after each step."""
+
+    ledger: Ledger
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = Twin()
+        self.fences: list[tuple[str, int]] = [("j0", 1)]
+
+    @initialize()
+    def begin(self) -> None:
+        self.ledger.redis.flushall()
+
+    def ask(self, call: calls.Call):
+        return self.ledger.ask(call)
+
+    def leases(self) -> st.SearchStrategy[tuple[str, int]]:
+        """Leases that hold, mostly; also any that ever was given."""
+        held = [(name, fence) for name, fence in self.fences if self.twin.holds(name, fence)]
+        return st.sampled_from(self.fences) | st.sampled_from(held) if held else st.sampled_from(self.fences)
+
+    def names(self, *states: str) -> st.SearchStrategy[str]:
+        """Jobs in these states, mostly; also any."""
+        fitting = [name for name, job in self.twin.jobs.items() if job.state in states]
+        return st.one_of(ids, *[st.sampled_from(fitting)] * 3) if fitting else ids
+
+    @rule(name=ids, shape=shapes)
+    def submit(self, name: str, shape: SimpleNamespace) -> None:
+        # A tenant and the number of pairs are part of the content: they follow from it.
+        number = int(name[1:]) + (shape.content == "two")
+        entry = Entry(
+            id=name,
+            content=shape.content,
+            queue=f"rerankq.{shape.priority}",
+            tenant=TENANTS[number % 2],
+            priority=shape.priority,
+            # One is larger than the whole limit.
+            pairs=30 if number == 0 else number,
+            deadline_s=shape.deadline_s,
+            label=f"label of {name}",
+            model="m",
+            payload=f"payload {name} {shape.content}".encode(),
+        )
+        answer = self.ask(calls.submit(entry, TERMS))
+        assert (answer.state, answer.ring) == self.twin.submit(entry)
+
+    @rule(data=st.data(), owner=owners)
+    def claim(self, data: st.DataObject, owner: str) -> None:
+        self._claim(data.draw(self.names("queued")), owner)
+
+    def _claim(self, name: str, owner: str) -> None:
+        call = calls.claim(name, owner, TERMS)
+        answer, expected = self.ask(call), self.twin.claim(name, owner)
+        if isinstance(expected, str):
+            assert answer == expected
+            return
+        assert isinstance(answer, calls.Claim)
+        assert answer.fence > expected.fence
+        assert all(answer.fence > fence for one, fence in self.fences if one == name), "no fence is ever given twice"
+        expected.fence = answer.fence
+        self.fences.append((name, answer.fence))
+        given = (answer.suspect, answer.priority, answer.payload)
+        assert given == (expected.suspect, expected.priority, expected.payload)
+        room = 2 * len(self.twin.rung(*expected.line)) < TERMS.ring_window
+        assert answer.ring_on == bool(room and self.twin.waiting(*expected.line))
+        # Its answer may be lost on the way: asked again, it is the same.
+        again = self.ask(call)
+        assert isinstance(again, calls.Claim)
+        assert again._replace(waited_s=0) == answer._replace(waited_s=0)
+
+    @rule(data=st.data(), done=st.integers(0, 5))
+    def renew(self, data: st.DataObject, done: int) -> None:
+        held = data.draw(st.lists(self.leases(), max_size=3))
+        lost = self.ask(calls.renew([(name, fence, done) for name, fence in held], TERMS))
+        assert lost == [name for name, fence in held if not self.twin.renew(name, fence, done)]
+
+    @rule(data=st.data())
+    def isolate(self, data: st.DataObject) -> None:
+        name, fence = data.draw(self.leases())
+        # Only its owner says so of a job.
+        owner = self.twin.jobs[name].owner if self.twin.holds(name, fence) else "w1"
+        assert self.ask(calls.isolate(name, fence, owner)) == self.twin.isolate(name, fence, owner)
+
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        name, fence = data.draw(self.leases())
+        assert self.ask(calls.complete(name, fence, a_ranking(name), TERMS)) == self.twin.complete(name, fence)
+
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        name, fence = data.draw(self.leases())
+        assert self.ask(calls.fail(name, fence, "JobFailed", "why", TERMS)) == self.twin.fail(name, fence)
+
+    @rule(data=st.data())
+    def hand_back(self, data: st.DataObject) -> None:
+        held = data.draw(st.lists(self.leases(), max_size=3, unique=True))
+        assert self.ask(calls.hand_back(held)) == self.twin.hand_back(held)
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(self.names("queued", "running"))
+        assert self.ask(calls.cancel(name, TERMS)) == self.twin.cancel(name)
+
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        name = data.draw(self.names(*ENDED))
+        assert self.ask(calls.forget(name, TERMS)) == self.twin.forget(name)
+
+    @rule(name=ids)
+    def look(self, name: str) -> None:
+        look = self.ask(calls.look(name, TERMS, with_ranking=True))
+        assert look.status.state == self.twin.state(name)
+        job = self.twin.jobs.get(name)
+        if job is not None:
+            status = look.status
+            assert (status.pairs_done, status.pairs_total, status.attempts) == (job.pairs_done, job.pairs, job.claims)
+            assert (look.error_type, look.ranking is not None) == (job.error_type, job.ranked)
+            assert (status.started_at is not None, status.ended_at is not None) == (job.claims > 0, job.state in ENDED)
+
+    @rule(worker=owners, lives=st.booleans())
+    def beat(self, worker: str, lives: bool) -> None:
+        if lives:
+            self.ask(calls.beat(worker, "{}", gone_after_s=1_000))
+            self.twin.registered.add(worker)
+        else:
+            self.ledger.redis.hdel("rerankq:workers", worker)
+            self.twin.registered.discard(worker)
+
+    @rule(judge=st.sampled_from([True, True, False]), lost=st.sets(st.sampled_from(QUEUES)))
+    def sweep(self, judge: bool, lost: set[str]) -> None:
+        self.ledger.redis.delete("rerankq:sweeper")
+        # A slot was free long before any bell rang, so all bells that are out are lost.
+        call = calls.sweep("s", TERMS, judge=judge, free_since=dict.fromkeys(lost, 1.0), grace_s=0)
+        assert self.ask(call) == self.twin.sweep(judge=judge, lost=lost)
+
+    @rule(most=st.sampled_from([1, 4, 100]), queues=st.sampled_from([QUEUES, QUEUES[:1], QUEUES[1:]]))
+    def ring_on(self, most: int, queues: tuple[str, ...]) -> None:
+        room = {
+            line: min(len(self.twin.waiting(*line)), TERMS.ring_window - len(self.twin.rung(*line)))
+            for line in itertools.product(queues, TENANTS)
+        }
+        bells = self.ask(calls.ring_on(queues, TERMS, most=most))
+        rung = defaultdict(list)
+        for bell in bells:
+            job = self.twin.jobs[bell.id]
+            assert (bell.queue, bell.label) == (job.queue, f"label of {bell.id}")
+            rung[job.line].append(bell.id)
+        for line, names in rung.items():
+            assert names == self.twin.waiting(*line)[: len(names)], "the longest waiting first"
+            assert len(names) <= room[line]
+            for name in names:
+                self.twin.jobs[name].rung = True
+        for queue in queues:
+            there = sum(room[queue, tenant] for tenant in TENANTS)
+            assert sum(len(rung[queue, tenant]) for tenant in TENANTS) == min(most, there), "nothing is left unrung"
+
+    @precondition(lambda self: any(job.state == "running" for job in self.twin.jobs.values()))
+    @rule(data=st.data())
+    def worker_dies(self, data: st.DataObject) -> None:
+        running = [job.owner for job in self.twin.jobs.values() if job.state == "running"]
+        self._die(data.draw(st.sampled_from(sorted(set(running)))))
+
+    @precondition(lambda self: any(job.state == "queued" for job in self.twin.jobs.values()))
+    @rule(data=st.data(), owner=owners, alone=st.booleans())
+    def worker_takes_some_and_dies(self, data: st.DataObject, owner: str, alone: bool) -> None:
+        queued = [name for name, job in self.twin.jobs.items() if job.state == "queued"]
+        for name in data.draw(st.lists(st.sampled_from(queued), min_size=1, max_size=3, unique=True)):
+            self._claim(name, owner)
+        job = self.twin.jobs[name]
+        if alone:
+            assert self.ask(calls.isolate(name, job.fence, owner)) == self.twin.isolate(name, job.fence, owner)
+        self._die(owner)
+
+    def _die(self, owner: str) -> None:
+        for name, job in self.twin.jobs.items():
+            if job.state == "running" and job.owner == owner:
+                job.lease_over = True
+                self.ledger.redis.zadd("rerankq:running", {name: 1.0})
+
+    @precondition(lambda self: self.with_deadline())
+    @rule(data=st.data())
+    def deadline_passes(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.with_deadline()))
+        self.twin.jobs[name].deadline = 0
+        self.ledger.redis.hset(f"rerankq:job:{name}", "deadline", "1.0")
+        if self.twin.jobs[name].state == "queued":
+            self.ledger.redis.zadd("rerankq:deadlines", {name: 1.0})
+
+    def with_deadline(self) -> list[str]:
+        alive = {"queued", "running"}
+        return [name for name, job in self.twin.jobs.items() if job.deadline is not None and job.state in alive]
+
+    @precondition(lambda self: any(job.state in {"done", "failed"} for job in self.twin.jobs.values()))
+    @rule(data=st.data())
+    def time_to_live_ends(self, data: st.DataObject) -> None:
+        ended = [name for name, job in self.twin.jobs.items() if job.state in {"done", "failed"}]
+        name = data.draw(st.sampled_from(ended))
+        self.ledger.redis.delete(f"rerankq:job:{name}")
+        del self.twin.jobs[name]
+
+    @invariant()
+    def jobs_are_equal(self) -> None:
+        found = {key.decode().removeprefix("rerankq:job:") for key in self.ledger.redis.keys("rerankq:job:*")}
+        assert found == set(self.twin.jobs)
+        now = self.ledger.redis.time()[0]
+        pipe = self.ledger.redis.pipeline()
+        for name in sorted(found):
+            pipe.hgetall(f"rerankq:job:{name}")
+            pipe.ttl(f"rerankq:job:{name}")
+        answers = pipe.execute()
+        for name, raw, ttl in zip(sorted(found), answers[::2], answers[1::2], strict=True):
+            real = {field.decode(): value.decode() for field, value in raw.items()}
+            job = self.twin.jobs[name]
+            assert real["state"] == job.state
+            assert real["content"] == job.content
+            assert (real["queue"], real["tenant"], real["priority"]) == (job.queue, job.tenant, job.priority)
+            assert (real["fence"], real["claims"]) == (str(job.fence), str(job.claims))
+            assert (real["deaths"], real["suspect"]) == (str(job.deaths), str(int(job.suspect)))
+            assert real.get("owner", "") == job.owner
+            assert (real["deadline"] == "") == (job.deadline is None)
+            if job.deadline:
+                assert abs(float(real["deadline"]) - now - job.deadline) < FAR / 2
+            kept = job.state in {"queued", "running", "dead"}
+            assert ("payload" in real) == kept, "the payload is dropped when a job ends, and kept when it is dead"
+            assert (ttl == -1) == kept
+            assert "lease" not in real
+            assert ("claim" in real) == (job.state == "running")
+
+    @invariant()
+    def each_queued_job_stands_in_one_line(self) -> None:
+        for line in itertools.product(QUEUES, TENANTS):
+            suffix = ":".join(part for part in line if part)
+            waiting = self.ledger.redis.zrange(f"rerankq:waiting:{suffix}", 0, -1)
+            rung = self.ledger.redis.zrange(f"rerankq:rung:{suffix}", 0, -1)
+            assert [name.decode() for name in waiting] == self.twin.waiting(*line)
+            assert {name.decode() for name in rung} == set(self.twin.rung(*line))
+            assert len(rung) <= TERMS.ring_window
+
+    @invariant()
+    def counters_are_sums(self) -> None:
+        counters = self.ledger.redis.hgetall("rerankq:backlog")
+        assert {field.decode(): int(pairs) for field, pairs in counters.items()} == dict(self.twin.backlog())
+
+    @invariant()
+    def sets_hold_the_living_alone(self) -> None:
+        def members(key: str) -> set[str]:
+            return {name.decode() for name in self.ledger.redis.zrange(key, 0, -1)}
+
+        def those(*states: str) -> set[str]:
+            return {name for name, job in self.twin.jobs.items() if job.state in states}
+
+        assert members("rerankq:running") == those("running")
+        assert members("rerankq:dead") == those("dead")
+        deadlines = {name for name, job in self.twin.jobs.items() if job.deadline is not None}
+        assert members("rerankq:deadlines") == those("queued") & deadlines
+        alone = {owner.decode(): name.decode() for owner, name in self.ledger.redis.hgetall("rerankq:alone").items()}
+        assert alone == self.twin.alone
+
+    @invariant()
+    def every_line_with_a_backlog_is_known_to_the_ringer(self) -> None:
+        for job in self.twin.jobs.values():
+            if job.state == "queued":
+                assert self.ledger.redis.sismember(f"rerankq:tenants:{job.queue}", job.tenant)
+                assert self.ledger.redis.sismember("rerankq:queues", job.queue)
+
+
+def test_the_ledger_and_its_twin_stay_equal_whatever_is_asked_in_any_order(redis_url_each_version: str):
+    with at(redis_url_each_version) as real:
+
+        class Machine(BothLedgers):
+            ledger = real
+
+        run_state_machine_as_test(
+            Machine,
+            settings=settings(
+                max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+            ),
+        )
