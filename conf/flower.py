@@ -9,4 +9,4 @@ max_tasks = 20_000
 # Seconds after which a worker that is gone disappears from the list.
 purge_offline_workers = 300
 # The arguments are a few words that describe the job, the result a short summary.
-tasks_columns = "name,uuid,args,state,result,received,runtime,worker"
+tasks_columns = "uuid,args,state,result,exception,received,runtime,worker"

@@ -310,12 +310,12 @@ def job_id(job: RerankJob, content: str, *, model: str, weights: str) -> str:
 
 
 def label_of(job: RerankJob, *, model: str) -> str:
-    """Say a job in a few words for Flower and logs: no chunk's text, at most the query's first words.
+    """Say a job in a few words for Flower and logs: no chunk's text, and short enough for Flower to show it whole.
 
     >>> label_of(RerankJob(query="why do tides rise and fall twice a day?", chunks=["x"]), model="m")
-    '"why do tides rise and fall…" 1 chunk, m'
+    '"why do tides rise and…" 1 chunk, m'
     """
-    words = job.query.split()
-    first = " ".join(words[:6])[:60] + ("…" if len(words) > 6 or len(" ".join(words)) > 60 else "")
+    words = " ".join(job.query.split())
+    first = words if len(words) <= 24 else f"{words[:24].rsplit(' ', 1)[0]}…"
     count = len(job.chunks)
     return f"{json.dumps(first, ensure_ascii=False)} {count} chunk{'s' if count != 1 else ''}, {model}"

@@ -105,6 +105,7 @@ def test_a_wrong_file_of_rescore_is_said_with_file_line_and_field(run, tmp_path)
 def test_the_worker_is_celery_with_our_settings(run, monkeypatch):
     started = []
     monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)  # an engine of another test sets it
     run("worker", "--model", "stub", "--concurrency", "7", "--name", "gpu0", RERANKQ_BROKER_URL="redis://h/3")
     (program, command, environment) = started[0]
     assert program == sys.executable

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from rerankq import catalogue, errors
 from rerankq.broker import BULK, INTERACTIVE, TASK, Bells, make_app, queue
 from rerankq.client import terms_of
-from rerankq.contract import Ranking, job_of
+from rerankq.contract import Ranking, State, job_of
 from rerankq.errors import BrokerUnavailable, JobCancelled, QueueFull, RerankqError
 from rerankq.ledger import Call, Claim, Ledger, calls, connect
 from rerankq.placing import suffix_of
@@ -59,6 +59,8 @@ class Worker:
         self.terms = terms_of(settings)
         self.id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.model = catalogue.canonical(settings.model, settings.conf_dir)
+        folder = Path(self.model)
+        self.names = {self.model, settings.model, *([folder.name] if folder.is_dir() else [])}
         self.interactive, self.bulk = queues_of(settings)
         self.ledger = Ledger(connect(settings.ledger))
         self.bells = Bells(app)
@@ -124,18 +126,16 @@ class Worker:
             except RerankqError as error:
                 logger.warning("job %s not cancelled: %s", job_id, error)
 
-    def rerank(self, job_id: str) -> dict[str, Any]:
+    def rerank(self, job_id: str) -> str:
         """Claim a job, rank it, and tell the ledger how it ended. Answers a summary for Flower.
 
         Raises:
-            Ignore: if somebody else has it, or it has ended: the doorbell was a second one.
+            Ignore: if somebody else has it: the doorbell was a second one.
             RerankqError: how the job ended, where it was not ranked.
         """
         claim = self.ledger.ask(calls.claim(job_id, self.id, self.terms))
         if isinstance(claim, str):
-            if claim in {"expired", "dead"}:
-                raise ended_as(claim, job_id)
-            raise Ignore(f"job {job_id} is {claim}")
+            return second_bell(claim)
         if claim.ring_on:
             self.sweeper.ring_on()
         work = Work()
@@ -160,6 +160,9 @@ class Worker:
 
     def _rank(self, claim: Claim, work: Work) -> Ranking:
         job = job_of(claim.payload)
+        if job.model is not None and catalogue.canonical(job.model, self.settings.conf_dir) not in self.names:
+            # The deployment's default model was changed while the job waited in its queue.
+            raise errors.ModelUnknown(f"model: the job names {job.model!r}, this worker serves {self.model!r}")
         if not claim.suspect:
             with self.gate.together():
                 return self.reranker.rank(claim.id, job, work, priority=claim.priority, waited_s=claim.waited_s)
@@ -194,11 +197,9 @@ class Worker:
 
     def _say(self) -> dict[str, Any]:
         stats = self.batcher.stats()
-        folder = Path(self.model)
-        aliases = {self.settings.model, *([folder.name] if folder.is_dir() else [])} - {self.model}
         return {
             "model": self.model,
-            "aliases": sorted(aliases),
+            "aliases": sorted(self.names - {self.model}),
             "fingerprint": self.engine.fingerprint,
             "pairs_per_s": round(stats.pairs / max(1.0, stats.busy_s), 1) if stats.busy_s else 0,
             "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
@@ -225,24 +226,35 @@ class Worker:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def ended_as(state: str, job_id: str) -> RerankqError:
-    """Make the error that tells in Flower how a job ended before it could be claimed."""
-    kind = {"expired": errors.JobExpired, "dead": errors.JobDead}[state]
-    return kind(f"job {job_id} is {state}")
+# What Flower shows of a job that had ended before its doorbell was heard.
+ENDINGS: dict[str, RerankqError] = {
+    "expired": errors.JobExpired("not started before its deadline"),
+    "dead": errors.JobDead("set aside: it killed its worker again and again"),
+    "cancelled": errors.JobCancelled("cancelled before it began"),
+    "failed": errors.JobFailed("failed before"),
+}
 
 
-def summary(ranking: Ranking) -> dict[str, Any]:
+def second_bell(state: State) -> str:
+    """Answer a doorbell whose job is not to be had, so that Flower goes on showing how the job really stands.
+
+    Raises:
+        Ignore: if it is running: whoever has it will say how it ended.
+        RerankqError: how it ended, where it was not ranked.
+    """
+    if state == "running":
+        raise Ignore("it is running already")
+    if state in ENDINGS:
+        raise ENDINGS[state]
+    return f"nothing to do: {state}"
+
+
+def summary(ranking: Ranking) -> str:
     """Say a ranking in what Flower shows of a result: short, and no text."""
-    usage, times = ranking.usage, ranking.timings_ms
-    return {
-        "outcome": "skipped" if ranking.skipped else "ranked",
-        "chunks": len(ranking.chunks),
-        "pairs": usage.pairs,
-        "cached": usage.cached_pairs,
-        "tokens": usage.tokens,
-        "ms": round(times.total, 1),
-        "queued_ms": round(times.queued, 1),
-    }
+    if ranking.skipped:
+        return f"left unscored, {len(ranking.chunks)} chunks"
+    usage = ranking.usage
+    return f"ranked {usage.pairs} pairs, {usage.cached_pairs} cached, {ranking.timings_ms.total:.0f} ms"
 
 
 def queues_of(settings: Settings) -> tuple[str, str]:
@@ -401,7 +413,7 @@ listening: Listening | None = None
 
 # An error that we raise says how a job ended; that is no fault of the worker, and no traceback in its log.
 @app.task(name=TASK, throws=(RerankqError, EngineError))  # type: ignore[untyped-decorator]  # Celery ships no types
-def rerank(job_id: str) -> dict[str, Any]:
+def rerank(job_id: str) -> str:
     """Rank the job that the doorbell names."""
     if worker is None:
         msg = "the worker has not started"

@@ -248,7 +248,12 @@ def settings_for(url: str, settings: Settings) -> Settings:
 
 # On the loopback anybody's page in a browser can reach it, so it shows and does not control. By the environment, since
 # older Flowers refuse options that they do not know.
-FLOWER_ENVIRONMENT = {"FLOWER_READ_ONLY": "true", "FLOWER_UNAUTHENTICATED_API": "false"}
+FLOWER_ENVIRONMENT = {
+    "FLOWER_READ_ONLY": "true",
+    "FLOWER_UNAUTHENTICATED_API": "false",
+    # As in conf/flower.py, which an installed package does not have; the queue's and the worker's names are left out.
+    "FLOWER_TASKS_COLUMNS": "uuid,args,state,result,exception,received,runtime",
+}
 
 
 def flower_command(port: int) -> list[str]:
