@@ -1,0 +1,119 @@
+"""`celery -A rerankq_worker.tasks worker`, as anybody types it: what it takes from the settings, and how it refuses."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rerankq import Client, ModelUnknown, Ranking
+from rerankq.broker import INTERACTIVE, TASK, make_app, queue
+from rerankq.settings import Settings
+
+
+@pytest.fixture
+def celery(settings: Settings) -> Iterator[Any]:
+    app = make_app(settings)
+    yield app
+    app.close()
+
+
+def asked(celery: Any, what: str, workers: int = 1) -> list[Any]:
+    """What so many workers answer; they hear no questions before they are connected to the broker."""
+    for _ in range(60):
+        answers = getattr(celery.control.inspect(timeout=1, limit=workers), what)() or {}
+        if len(answers) == workers:
+            return list(answers.values())
+    pytest.fail("not all workers answered")
+
+
+def test_pool_slots_and_queues_come_from_the_settings(start_worker: Callable, celery: Any):
+    start_worker(RERANKQ_CONCURRENCY="5")
+    (stats,) = asked(celery, "stats")
+    assert "thread" in stats["pool"]["implementation"]
+    assert stats["pool"]["max-concurrency"] == 5
+    assert (stats["engine"]["model"], stats["engine"]["device"]) == ("stub", "none")
+    (queues,) = asked(celery, "active_queues")
+    assert {one["name"] for one in queues} == {"rerankq.interactive", "rerankq.bulk"}
+
+
+def refusal(tmp_path: Path, **env: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "celery", "-A", "rerankq_worker.tasks", "worker", "-l", "WARNING"]
+    here = {"PATH": "/usr/bin:/bin", "C_FORCE_ROOT": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    done = subprocess.run(command, env=here, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_worker_with_one_line(redis_url: str, tmp_path: Path):
+    status, said = refusal(tmp_path, RERANKQ_BROKER_URL=redis_url, RERANKQ_MODEL=str(tmp_path / "no-such-model"))
+    assert status == 1
+    assert "the worker cannot start" in said
+    assert "no-such-model" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({}, "RERANKQ_BROKER_URL is not set"),
+        ({"RERANKQ_BROKER_URL": "amqp://nowhere"}, "RERANKQ_LEDGER_URL is not set"),
+        ({"RERANKQ_BROKER_URL": "redis://127.0.0.1:1/0", "RERANKQ_MODEL": "stub"}, "does not answer"),
+        ({"RERANKQ_BROKER_URL": "redis://x", "RERANKQ_CONCURRENCY": "1", "RERANKQ_LEASE_S": "0"}, "lease_s"),
+    ],
+)
+def test_settings_that_cannot_work_are_said_without_a_traceback(tmp_path: Path, env: dict[str, str], words: str):
+    status, said = refusal(tmp_path, **env)
+    assert status == 1
+    assert words in said
+    assert "Traceback" not in said
+
+
+def test_a_second_model_is_served_beside_the_first(redis_url: str, start_worker: Callable, celery: Any):
+    first = start_worker(RERANKQ_MODEL="stub")
+    start_worker(RERANKQ_MODEL="stub:1e-6", RERANKQ_DEFAULT_MODEL="stub")
+    queues = {one["name"] for answer in asked(celery, "active_queues", workers=2) for one in answer}
+    suffixed = {"rerankq.interactive.stub-1e-6", "rerankq.bulk.stub-1e-6"}
+    assert queues == {"rerankq.interactive", "rerankq.bulk"} | suffixed
+    with Client(Settings(broker_url=redis_url, default_model="stub")) as client:
+        for model, name in [(None, "stub"), ("stub", "stub"), ("stub:1e-6", "stub:1e-6")]:
+            for priority in ("interactive", "bulk"):
+                ranking = client.rerank("q", ["x", "y"], timeout=30, model=model, priority=priority)
+                assert ranking.model.name == name
+        with pytest.raises(ModelUnknown, match="stub:2"):
+            client.submit({"query": "q", "chunks": ["x"], "model": "stub:2"})
+        first.stop()
+        assert client.rerank("q2", ["x"], timeout=30, model="stub:1e-6").model.name == "stub:1e-6"
+
+
+def test_a_listed_model_is_accepted_while_no_worker_for_it_is_alive(redis_url: str, start_worker: Callable):
+    with Client(Settings(broker_url=redis_url, default_model="stub", models=["stub:1e-6"])) as client:
+        ids = [client.submit({"query": f"{name}", "chunks": ["x"], "model": name}) for name in ("stub:1e-6", None)]
+        with pytest.raises(ModelUnknown):
+            client.submit({"query": "q", "chunks": ["x"], "model": "stub:2"})
+        assert [client.status(one).state for one in ids] == ["queued", "queued"]
+        start_worker(RERANKQ_MODEL="stub:1e-6", RERANKQ_DEFAULT_MODEL="stub")
+        assert client.result(ids[0], timeout=30).model.name == "stub:1e-6"
+        assert client.status(ids[1]).state == "queued", "nobody serves the default"
+
+
+def test_bells_that_make_no_sense_cost_no_slot_and_hurt_nobody(client: Client, start_worker: Callable, celery: Any):
+    worker = start_worker(RERANKQ_CONCURRENCY="3")
+    for _ in range(8):
+        for task, args, kwargs in [
+            (TASK, ("never submitted",), {}),
+            (TASK, (), {}),
+            (TASK, (1, 2, 3), {"colour": "red"}),
+            (TASK, ({"a": []},), {}),
+            ("no.such.task", (), {}),
+        ]:
+            celery.send_task(task, args=args, kwargs=kwargs, queue=queue(INTERACTIVE))
+    known = {"task": TASK, "id": "x", "lang": "py"}
+    with celery.connection_for_write() as connection, connection.Producer() as producer:
+        for headers, body in [(None, "no task"), (None, "{"), (None, "[]"), (known, "no task"), (known, "{")] * 4:
+            address = {"exchange": "rerankq", "routing_key": INTERACTIVE}
+            producer.publish(body, content_type="application/json", headers=headers, **address)
+    ids = [client.submit({"query": f"q {number}", "chunks": ["x"]}) for number in range(20)]
+    assert all(isinstance(one, Ranking) for _, one in client.as_completed(ids, timeout=40))
+    assert worker.process.poll() is None
