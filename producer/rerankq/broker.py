@@ -6,15 +6,17 @@ import atexit
 import logging
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 from celery import Celery
 from kombu import Connection, Exchange, Queue
 
 from .ledger.calls import Bell
-from .settings import Settings
+from .settings import Settings, database_of
 
 logger = logging.getLogger("rerankq")
 
@@ -30,7 +32,7 @@ def queue(name: str) -> Queue:
 
 def make_app(settings: Settings) -> Celery:
     """Build the Celery app as producers and Flower need it: no torch, no result backend."""
-    app = Celery("rerankq", broker=settings.broker, set_as_current=False)
+    app = Celery("rerankq", broker=kombu_url(settings.broker), set_as_current=False)
     app.conf.update(
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
@@ -50,6 +52,17 @@ def make_app(settings: Settings) -> Celery:
         event_exchange="rerankq.events",
     )
     return app
+
+
+def kombu_url(url: str) -> str:
+    """Write a broker's URL as kombu reads it; only a Unix socket's differs.
+
+    >>> kombu_url("unix:///run/redis.sock?db=3")
+    'redis+socket:///run/redis.sock?virtual_host=3'
+    """
+    if not url.startswith("unix://"):
+        return url
+    return f"redis+socket://{urlsplit(url).path}?virtual_host={database_of(url)}"
 
 
 def _transport_options(url: str) -> dict[str, Any]:
@@ -83,10 +96,11 @@ class Bells:
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._begin()
+        _ALL.add(self)
 
     def _begin(self) -> None:
-        self._pid = os.getpid()
         self._bells: deque[Bell] = deque()
+        self._publishing = threading.Lock()
         self._wanted = threading.Condition()
         self._ringing = 0
         self._closed = False
@@ -94,9 +108,6 @@ class Bells:
 
     def ring(self, bells: Iterable[Bell]) -> None:
         """Ring soon; after :meth:`close` too, by a new thread."""
-        if self._pid != os.getpid():
-            # Forked: the thread stayed with the parent, which rings the bells that we see here.
-            self._begin()
         with self._wanted:
             self._bells.extend(bells)
             if self._bells and (self._thread is None or not self._thread.is_alive()):
@@ -114,8 +125,6 @@ class Bells:
 
     def close(self, timeout_s: float = 5) -> None:
         """Ring what is left, for at most *timeout_s*, and stop."""
-        if self._pid != os.getpid():
-            return
         atexit.unregister(self.close)
         thread = self._thread
         if thread is not None:
@@ -127,11 +136,13 @@ class Bells:
         self._app.close()
 
     def _run(self) -> None:
-        connection = self._app.connection_for_write()
+        with self._publishing:
+            connection = self._app.connection_for_write()
         while batch := self._next():
             for pause_s in (0.2, 1, 3, 10, None):
                 try:
-                    self._publish(batch, connection)
+                    with self._publishing:
+                        self._publish(batch, connection)
                     break
                 except Exception as error:  # noqa: BLE001  # whatever the broker's library raises, the job is safe
                     connection.release()
@@ -170,3 +181,30 @@ class Bells:
                     kwargsrepr="{}",
                     retry=False,
                 )
+
+
+# Seconds that a fork waits for a batch of bells that is on its way.
+FORK_WAITS_S = 1.0
+
+_ALL: weakref.WeakSet[Bells] = weakref.WeakSet()
+_held: list[threading.Lock] = []
+
+
+def _before_fork() -> None:
+    """Let no ringing be under way: a child would inherit the locks of the moment, the import system's among them."""
+    _held.extend(bells._publishing for bells in list(_ALL) if bells._publishing.acquire(timeout=FORK_WAITS_S))
+
+
+def _after_fork() -> None:
+    while _held:
+        _held.pop().release()
+
+
+def _after_fork_in_child() -> None:
+    """Begin anew: the thread stayed with the parent, which rings the bells that came along."""
+    _held.clear()
+    for bells in list(_ALL):
+        bells._begin()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

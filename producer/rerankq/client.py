@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import ctypes
 import math
 import os
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -105,7 +108,10 @@ def outcome(look: Look) -> Ranking | RerankqError:
         return look.ranking
     if status.state in {"unknown", "done"}:
         return JobUnknown(f"job {status.job_id} is not known: never submitted, forgotten, or past its time to live")
-    kind = getattr(errors, look.error_type, JobFailed)
+    kind = getattr(errors, look.error_type, None)
+    # A worker of another version may know errors that we do not.
+    if not (isinstance(kind, type) and issubclass(kind, RerankqError)):
+        kind = JobFailed
     return kind(f"job {status.job_id}: {status.error or status.state}")
 
 
@@ -300,8 +306,7 @@ class AsyncClient:
         **job_fields: Any,
     ) -> Ranking:
         """Submit and wait; chunks may be plain strings. Raises what :meth:`submit` and :meth:`result` raise."""
-        job = RerankJob.model_validate({"query": query, "chunks": chunks, **job_fields})
-        return await self.result(await self.submit(job), timeout)
+        return await self.result(await self.submit({"query": query, "chunks": chunks, **job_fields}), timeout)
 
     async def workers(self) -> list[WorkerInfo]:
         """List the workers that give signs of life."""
@@ -386,7 +391,7 @@ class AsyncClient:
                 model,
                 self._workers,
                 listed=[catalogue.canonical(name, self.settings.conf_dir) for name in self.settings.models],
-                default=self.settings.default_model or self.settings.model,
+                default=catalogue.canonical(self.settings.default_model or self.settings.model, self.settings.conf_dir),
                 live_s=live_for(self.settings.lease_s),
             )
         return self._places[model]
@@ -414,10 +419,14 @@ class Client:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
+        self._begin()
+        _OPEN.add(self)
+
+    def _begin(self) -> None:
         self._inner = AsyncClient(self.settings)
         self._starting = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = os.getpid()
+        self._thread: threading.Thread | None = None
 
     def submit(self, job: Job) -> str:
         """Enqueue one job, given as a model, a mapping or JSON; answer its id.
@@ -425,7 +434,7 @@ class Client:
         Raises:
             JobRejected, JobTooLarge, QueueFull, ModelUnknown: and nothing was accepted.
         """
-        return self._run(self._client.submit(job))
+        return self._run(self._inner.submit(job))
 
     def submit_many(self, jobs: Iterable[Job]) -> list[str]:
         """Enqueue many jobs, a few hundred a round trip; answer their ids in order.
@@ -434,7 +443,7 @@ class Client:
             JobRejected, JobTooLarge, QueueFull, ModelUnknown, BrokerUnavailable: ``accepted`` on the error holds the
                 ids accepted until then.
         """
-        submission = self._client.submission()
+        submission = self._inner.submission()
         source = iter(jobs)
         # Iterated here: a slow source must not hold up the thread that serves everyone.
         while some := list(islice(source, SUBMIT_AT_ONCE)):
@@ -447,7 +456,7 @@ class Client:
         Raises:
             JobTimedOut, JobFailed, JobExpired, JobCancelled, JobDead, JobUnknown
         """
-        return self._run(self._client.result(job_id, timeout))
+        return self._run(self._inner.result(job_id, timeout))
 
     def as_completed(
         self, job_ids: Iterable[str], timeout: float | None = None
@@ -457,7 +466,7 @@ class Client:
         Raises:
             JobTimedOut: if some have not ended by then.
         """
-        endings = self._client.as_completed(job_ids, timeout)
+        endings = self._inner.as_completed(job_ids, timeout)
         try:
             while True:
                 try:
@@ -471,7 +480,7 @@ class Client:
 
     def status(self, job_id: str) -> JobStatus:
         """Say where a job stands; a job that is not there has the state ``unknown``."""
-        return self._run(self._client.status(job_id))
+        return self._run(self._inner.status(job_id))
 
     def cancel(self, job_id: str) -> State:
         """Cancel a job for everyone who submitted the same content; answer its state now.
@@ -479,11 +488,11 @@ class Client:
         Raises:
             JobUnknown: if there is no such job.
         """
-        return self._run(self._client.cancel(job_id))
+        return self._run(self._inner.cancel(job_id))
 
     def forget(self, *job_ids: str) -> None:
         """Drop what is stored of ended jobs; those that have not ended, and dead ones, stay."""
-        self._run(self._client.forget(*job_ids))
+        self._run(self._inner.forget(*job_ids))
 
     def rerank(
         self,
@@ -493,20 +502,21 @@ class Client:
         **job_fields: Any,
     ) -> Ranking:
         """Submit and wait; chunks may be plain strings. Raises what :meth:`submit` and :meth:`result` raise."""
-        return self._run(self._client.rerank(query, chunks, timeout, **job_fields))
+        return self._run(self._inner.rerank(query, chunks, timeout, **job_fields))
 
     def workers(self) -> list[WorkerInfo]:
         """List the workers that give signs of life."""
-        return self._run(self._client.workers())
+        return self._run(self._inner.workers())
 
     def close(self) -> None:
         """Ring what is left to ring and close the connections; whoever still waits gets a BrokerUnavailable."""
         with self._starting:
             loop, self._loop = self._loop, None
-        if loop is not None and self._pid == os.getpid():
+            thread, self._thread = self._thread, None
+        if loop is not None and thread is not None:
             asyncio.run_coroutine_threadsafe(_wind_up(self._inner), loop).result()
             loop.call_soon_threadsafe(loop.stop)
-            self._thread.join()
+            thread.join()
             loop.close()
 
     def __enter__(self) -> Self:
@@ -516,16 +526,6 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def _client(self) -> AsyncClient:
-        if self._pid != os.getpid():
-            # Forked: threads and connections stayed with the parent. What came with us is kept, not closed: closing
-            # would take the parent's sockets out of the parent's event loop.
-            _LEFT_BY_PARENTS.append((self._inner, self._loop))
-            self._inner, self._loop, self._pid = AsyncClient(self.settings), None, os.getpid()
-            self._starting = threading.Lock()
-        return self._inner
 
     def _run(self, work: Awaitable[T]) -> T:
         with self._starting:
@@ -548,7 +548,28 @@ class Client:
         return asyncio.run_coroutine_threadsafe(_as_coroutine(work), self._loop)
 
 
-_LEFT_BY_PARENTS: list[object] = []
+# Clients to be closed at the end of the process, and to begin anew in a forked child.
+_OPEN: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for client in list(_OPEN):
+        client.close()
+
+
+def _begin_anew() -> None:
+    """Leave to the parent what is the parent's: thread, event loop and connections.
+
+    Finalisers would take the parent's sockets out of the event loop's epoll, which both processes share, and the
+    parent would wait for ever. So these objects stay alive to the very end: a reference too many, on purpose.
+    """
+    for client in list(_OPEN):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((client._inner, client._loop)))
+        client._begin()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _announce(ended: asyncio.Queue[str], job_id: str, _: asyncio.Future[Look]) -> None:

@@ -15,7 +15,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,11 +147,15 @@ class Worker:
                 ranking = self._rank(claim, work)
                 # Before the next suspect is let in: a death from then on is that one's.
                 state = self._tell(calls.complete(job_id, claim.fence, ranking, self.terms))
-        except (EngineDied, EngineClosed) as error:
-            # Not the job's fault: another worker, or this one after its restart, will rank it.
-            self._tell(calls.hand_back([(job_id, claim.fence)]))
-            if isinstance(error, EngineDied):
-                self._shut_down(error)
+        except EngineDied as error:
+            # One of the jobs on the device may have done it. Their leases lapse, and they come back under suspicion:
+            # handed back, a job that kills the device would go round for ever.
+            self._shut_down(error)
+            raise Ignore(f"job {job_id} left to its lease: {error}") from error
+        except (EngineClosed, BrokerUnavailable, QueueFull) as error:
+            # Not the job's fault: another worker, or this one when it is back, will rank it.
+            with suppress(RerankqError):
+                self.ledger.ask(calls.hand_back([(job_id, claim.fence)]))
             raise Ignore(f"job {job_id} handed back: {error}") from error
         except Exception as error:
             self._failed(claim, error)
@@ -178,7 +182,7 @@ class Worker:
             return
         with self.gate.alone():
             work.go_on()
-            if not self.ledger.ask(calls.isolate(claim.id, claim.fence, self.id)):
+            if not self._tell(calls.isolate(claim.id, claim.fence, self.id)):
                 raise JobCancelled("no longer ours")
             yield
 
@@ -237,11 +241,11 @@ class Worker:
 
 
 # What Flower shows of a job that had ended before its doorbell was heard.
-ENDINGS: dict[str, RerankqError] = {
-    "expired": errors.JobExpired("not started before its deadline"),
-    "dead": errors.JobDead("set aside: it killed its worker again and again"),
-    "cancelled": errors.JobCancelled("cancelled before it began"),
-    "failed": errors.JobFailed("failed before"),
+ENDINGS: dict[str, tuple[type[RerankqError], str]] = {
+    "expired": (errors.JobExpired, "not started before its deadline"),
+    "dead": (errors.JobDead, "set aside: it killed its worker again and again"),
+    "cancelled": (errors.JobCancelled, "cancelled before it began"),
+    "failed": (errors.JobFailed, "failed before"),
 }
 
 
@@ -255,7 +259,8 @@ def second_bell(state: State) -> str:
     if state == "running":
         raise Ignore("it is running already")
     if state in ENDINGS:
-        raise ENDINGS[state]
+        kind, words = ENDINGS[state]
+        raise kind(words)
     return f"nothing to do: {state}"
 
 

@@ -86,7 +86,11 @@ def source(script: str) -> tuple[str, str]:
 def connect(url: str) -> redis.Redis:
     """Open a pool of connections for the ledger; connects on first use."""
     pool = redis.BlockingConnectionPool.from_url(
-        url, max_connections=CONNECTIONS, timeout=ANSWER_S, retry=Retry(_backoff(), TRIES, (LostConnection,)), **_SOCKET
+        url,
+        max_connections=CONNECTIONS,
+        timeout=ANSWER_S,
+        retry=Retry(_backoff(), TRIES, (LostConnection,)),
+        **_socket(url),
     )
     return redis.Redis.from_pool(pool)
 
@@ -98,17 +102,15 @@ def connect_async(url: str, *, tries: int = TRIES) -> redis.asyncio.Redis:
         max_connections=CONNECTIONS // 4,
         timeout=None,
         retry=AsyncRetry(_backoff(), tries, (LostConnection,)),
-        **_SOCKET,
+        **_socket(url),
     )
     return redis.asyncio.Redis.from_pool(pool)
 
 
-_SOCKET: dict[str, Any] = {
-    "socket_connect_timeout": CONNECT_S,
-    "socket_timeout": ANSWER_S,
-    "health_check_interval": 30,
-    "socket_keepalive": True,
-}
+def _socket(url: str) -> dict[str, Any]:
+    options = {"socket_connect_timeout": CONNECT_S, "socket_timeout": ANSWER_S, "health_check_interval": 30}
+    # redis-py's connection to a Unix socket knows no keepalive.
+    return options if url.startswith("unix:") else {**options, "socket_keepalive": True}
 
 
 def _backoff() -> ExponentialWithJitterBackoff:

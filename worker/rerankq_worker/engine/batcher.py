@@ -373,10 +373,16 @@ class Batcher:
 
     def _judge(self, shared: SharedPair, error: Exception) -> None:
         """Fail a pair that failed alone, unless it is the device that fails."""
+        with self._lock:
+            # For the watchdog: a device that is gone may never answer this either.
+            self._tally.batch_started, self._tally.batch_predicted_s = self._clock(), 0.0
         try:
             self._engine.warm_up()
         except Exception as second:
             raise RuntimeError(f"a pair fails alone ({error}), and so does a warm-up ({second})") from second
+        finally:
+            with self._lock:
+                self._tally.batch_started = self._tally.batch_predicted_s = None
         logger.error("a pair of %d tokens fails even alone: %s", shared.length, error)
         with self._lock:
             self._tally.failed_pairs += 1
