@@ -315,10 +315,7 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Ring what is left to ring and close the connections; whoever still waits gets a BrokerUnavailable."""
-        if self._loop is asyncio.get_running_loop():
-            await self._ears.close()
-            await self._ledger.redis.aclose()
-            self._loop = None
+        await self._disconnect()
         await asyncio.to_thread(self._bells.close)
 
     async def __aenter__(self) -> Self:
@@ -326,6 +323,12 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+    async def _disconnect(self) -> None:
+        if self._loop is asyncio.get_running_loop():
+            self._loop = None
+            await self._ears.close()
+            await self._ledger.redis.aclose()
 
     def _here(self) -> tuple[AsyncLedger, Ears]:
         # Connections belong to the loop that made them; a client that outlives its loop starts afresh.
@@ -518,6 +521,8 @@ class Client:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
+        # Not by the event loop: when the process ends, it can no longer hand work to other threads.
+        self._inner._bells.close()
 
     def __enter__(self) -> Self:
         return self
@@ -583,7 +588,7 @@ async def _as_coroutine(work: Awaitable[T]) -> T:
 
 async def _wind_up(client: AsyncClient) -> None:
     """Close, and leave nothing behind in this event loop."""
-    await client.aclose()
+    await client._disconnect()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

@@ -282,6 +282,11 @@ class BothLedgers(RuleBasedStateMachine):
         fitting = [name for name, job in self.twin.jobs.items() if job.state in states]
         return st.one_of(ids, *[st.sampled_from(fitting)] * 3) if fitting else ids
 
+    @rule(shape=shapes, first=st.integers(0, 1))
+    def flood(self, shape: SimpleNamespace, first: int) -> None:
+        for name in IDS[first::2]:
+            self.submit(name, shape)
+
     @rule(name=ids, shape=shapes)
     def submit(self, name: str, shape: SimpleNamespace) -> None:
         # A tenant and the number of pairs are part of the content: they follow from it.

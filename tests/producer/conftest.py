@@ -1,0 +1,123 @@
+"""A stand-in for workers, and a Redis that can be taken away, for tests of the producer's side."""
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from rerankq.client import terms_of
+from rerankq.contract import ModelName, RankedChunk, Ranking, job_of
+from rerankq.ledger import Claim, Ledger, calls, connect
+from rerankq.settings import Settings
+
+
+class StandIn:
+    """Plays the worker: claims jobs and says how they ended, when a test wants it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.terms = terms_of(settings)
+        self.ledger = Ledger(connect(settings.ledger))
+        self.redis = self.ledger.redis
+
+    def claim(self, job_id: str) -> Claim:
+        claim = self.ledger.ask(calls.claim(job_id, "stand-in", self.terms))
+        assert isinstance(claim, Claim), claim
+        return claim
+
+    def finish(self, *job_ids: str) -> None:
+        claims = self.ledger.ask_all([calls.claim(one, "stand-in", self.terms) for one in job_ids])
+        ends = [calls.complete(one.id, one.fence, ranking_of(one), self.terms) for one in claims]
+        assert set(self.ledger.ask_all(ends)) <= {"done"}
+
+    def fail(self, job_id: str, why: str, error_type: str = "JobFailed") -> None:
+        call = calls.fail(job_id, self.claim(job_id).fence, error_type, why, self.terms)
+        assert self.ledger.ask(call) == "failed"
+
+    def register(self, model: str, fingerprint: str = "f", suffix: str = "", **more: object) -> None:
+        queues = [f"rerankq.{priority}{suffix}" for priority in ("interactive", "bulk")]
+        info = {"model": model, "fingerprint": fingerprint, "queues": queues, **more}
+        self.ledger.ask(calls.beat(f"worker of {model}", json.dumps(info), gone_after_s=60))
+
+    def state(self, job_id: str) -> str:
+        return self.ledger.ask(calls.look(job_id, self.terms)).status.state
+
+
+def ranking_of(claim: Claim) -> Ranking:
+    """The chunks in their own order."""
+    job = job_of(claim.payload)
+    return Ranking(
+        job_id=claim.id,
+        model=ModelName(name="stand-in", fingerprint="f"),
+        chunks=[
+            RankedChunk(id=chunk.id or str(at), index=at, rank=at + 1, score=1 / (at + 1))
+            for at, chunk in enumerate(job.chunks)
+        ],
+    )
+
+
+@pytest.fixture
+def settings(redis_url: str) -> Settings:
+    return Settings(broker_url=redis_url)
+
+
+@pytest.fixture
+def worker(settings: Settings) -> Iterator[StandIn]:
+    stand_in = StandIn(settings)
+    yield stand_in
+    stand_in.redis.close()
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    """Wait for a condition that other threads or processes make true."""
+
+    def wait(holds: Callable[[], object], seconds: float = 30) -> None:
+        ends = time.monotonic() + seconds
+        while not holds():
+            if time.monotonic() > ends:
+                pytest.fail("did not come true in time")
+            time.sleep(0.01)
+
+    return wait
+
+
+class RestartableRedis:
+    """A server that comes back on its port with all it held."""
+
+    def __init__(self, binary: Path, folder: Path) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            self.port = found.getsockname()[1]
+        self._command = [str(binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        self._command += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        with redis.Redis(port=self.port) as connection:
+            ends = time.monotonic() + 20
+            while time.monotonic() < ends:
+                try:
+                    connection.ping()
+                except redis.ConnectionError:
+                    time.sleep(0.02)
+                else:
+                    return
+        pytest.fail("redis-server did not start")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def restartable_redis(redis_binary_each_version: Path, tmp_path: Path) -> Iterator[RestartableRedis]:
+    server = RestartableRedis(redis_binary_each_version, tmp_path)
+    yield server
+    server.kill()

@@ -1,0 +1,491 @@
+"""The blocking client against a real Redis; a stand-in plays the worker."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import redis
+
+import rerankq
+from rerankq import Chunk, Client, RerankJob
+from rerankq.client import SUBMIT_AT_ONCE
+from rerankq.ledger import AsyncLedger
+from rerankq.settings import Settings
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    with Client(settings) as client:
+        yield client
+
+
+def job(number: int, **fields) -> RerankJob:
+    return RerankJob(query=f"question {number}", chunks=[f"answer {number}", "another"], **fields)
+
+
+def jobs(count: int, **fields) -> list[RerankJob]:
+    return [job(number, **fields) for number in range(count)]
+
+
+def threads_of_ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("rerankq", "asyncio"))]
+
+
+# The way of a job
+
+
+def test_a_job_goes_in_and_its_ranking_comes_out(client: Client, worker):
+    job_id = client.submit(job(1))
+    assert client.status(job_id).state == "queued"
+    assert client.status(job_id).pairs_total == 2
+    worker.finish(job_id)
+    ranking = client.result(job_id, timeout=20)
+    assert [chunk.index for chunk in ranking.chunks] == [0, 1]
+    status = client.status(job_id)
+    assert (status.state, status.pairs_done, status.attempts) == ("done", 2, 1)
+    assert status.submitted_at <= status.started_at <= status.ended_at
+    client.forget(job_id)
+    assert client.status(job_id).state == "unknown"
+
+
+@pytest.mark.parametrize("form", [lambda one: one, lambda one: one.model_dump(), lambda one: one.model_dump_json()])
+def test_a_job_may_be_a_model_a_mapping_or_json_and_is_the_same_job(client: Client, form: Callable):
+    assert client.submit(form(job(1))) == client.submit(job(1))
+
+
+def test_rerank_takes_plain_strings_and_waits(client: Client, worker, wait_until: Callable):
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(client.rerank, "why?", ["because", Chunk(text="so", id="second")], 20, tenant="t")
+        wait_until(lambda: worker.redis.zcard("rerankq:rung:rerankq.interactive:t"))
+        worker.finish(worker.redis.zrange("rerankq:rung:rerankq.interactive:t", 0, -1)[0].decode())
+        assert [chunk.id for chunk in waiting.result().chunks] == ["0", "second"]
+
+
+def test_each_way_to_end_is_an_error_of_its_own(client: Client, worker):
+    failed, cancelled, expired, dead, own = (client.submit(one) for one in jobs(5))
+    worker.fail(failed, "the model said no")
+    client.cancel(cancelled)
+    worker.redis.hset(f"rerankq:job:{expired}", "deadline", "1.0")
+    worker.redis.hset(f"rerankq:job:{dead}", mapping={"state": "dead", "error_type": "JobDead", "error": "it kills"})
+    worker.fail(own, "chunks: too odd", "JobRejected")
+    ends = {
+        failed: (rerankq.JobFailed, "the model said no"),
+        cancelled: (rerankq.JobCancelled, "cancelled"),
+        expired: (rerankq.JobExpired, "deadline passed"),
+        dead: (rerankq.JobDead, "it kills"),
+        own: (rerankq.JobRejected, "too odd"),
+        "never-submitted": (rerankq.JobUnknown, "not known"),
+    }
+    for job_id, (kind, words) in ends.items():
+        with pytest.raises(kind, match=words) as caught:
+            client.result(job_id, timeout=20)
+        assert type(caught.value) is kind
+        assert job_id in str(caught.value)
+    got = dict(client.as_completed(ends, timeout=20))
+    assert {job_id: type(error) for job_id, error in got.items()} == {one: kind for one, (kind, _) in ends.items()}
+
+
+def test_a_failure_of_a_kind_that_this_version_does_not_know_is_a_job_failed(client: Client, worker):
+    job_id = client.submit(job(1))
+    worker.fail(job_id, "odd", "Sequence")
+    with pytest.raises(rerankq.JobFailed, match="odd"):
+        client.result(job_id, timeout=20)
+
+
+def test_waiting_ends_after_its_timeout_and_the_job_goes_on(client: Client, worker):
+    job_id = client.submit(job(1))
+    with pytest.raises(rerankq.JobTimedOut, match=job_id):
+        client.result(job_id, timeout=0.05)
+    with pytest.raises(rerankq.JobTimedOut):
+        client.result(job_id, timeout=0)
+    worker.finish(job_id)
+    assert client.result(job_id, timeout=20).job_id == job_id
+
+
+def test_what_is_done_already_is_answered_by_a_generous_reading_even_without_time_to_wait(client: Client, worker):
+    job_id = client.submit(job(1))
+    worker.finish(job_id)
+    assert client.result(job_id, timeout=20).job_id == job_id
+    assert client.result(job_id).job_id == job_id
+
+
+def test_cancelling_says_how_the_job_stands_and_knows_unknown_jobs(client: Client, worker):
+    queued, running, done = (client.submit(one) for one in jobs(3))
+    worker.claim(running)
+    worker.finish(done)
+    assert [client.cancel(one) for one in (queued, running, done)] == ["cancelled", "cancelled", "done"]
+    with pytest.raises(rerankq.JobUnknown):
+        client.cancel("nobody")
+
+
+def test_forgetting_leaves_what_has_not_ended(client: Client, worker):
+    queued, done = (client.submit(one) for one in jobs(2))
+    worker.finish(done)
+    client.forget(queued, done, "nobody")
+    client.forget()
+    assert [client.status(one).state for one in (queued, done)] == ["queued", "unknown"]
+
+
+# as_completed
+
+
+def test_jobs_come_in_order_of_completion_each_once(client: Client, worker):
+    ids = client.submit_many(jobs(6))
+    coming = client.as_completed([*ids, *ids, "nobody"], timeout=20)
+    first, error = next(coming)
+    assert (first, type(error)) == ("nobody", rerankq.JobUnknown)
+    for job_id in reversed(ids):
+        worker.finish(job_id)
+        one, ranking = next(coming)
+        assert (one, ranking.job_id) == (job_id, job_id)
+    assert list(coming) == []
+    assert list(client.as_completed([])) == []
+
+
+def test_as_completed_says_when_time_is_over_and_keeps_what_came_before(client: Client, worker):
+    done, waiting = (client.submit(one) for one in jobs(2))
+    worker.finish(done)
+    coming = client.as_completed([done, waiting], timeout=1)
+    assert next(coming)[0] == done
+    with pytest.raises(rerankq.JobTimedOut, match="1 jobs"):
+        next(coming)
+
+
+def test_one_who_stops_listening_midway_leaves_no_subscription(client: Client, worker, wait_until: Callable):
+    ids = client.submit_many(jobs(20))
+    worker.finish(ids[3])
+    coming = client.as_completed(ids)
+    assert next(coming)[0] == ids[3]
+    assert len(worker.redis.pubsub_channels("*:job:*")) > 1
+    del coming
+    gc.collect()
+    wait_until(lambda: not worker.redis.pubsub_channels("*:job:*"))
+
+
+# Bulk submission
+
+
+def test_bulk_submission_takes_a_round_trip_per_few_hundred_jobs(
+    client: Client, worker, monkeypatch: pytest.MonkeyPatch
+):
+    trips = []
+    ask_all = AsyncLedger.ask_all
+
+    async def counted(self, wanted):
+        trips.append(len(wanted))
+        return await ask_all(self, wanted)
+
+    monkeypatch.setattr(AsyncLedger, "ask_all", counted)
+    ids = client.submit_many(jobs(1_000))
+    assert len(set(ids)) == 1_000
+    assert trips == [SUBMIT_AT_ONCE] * (1_000 // SUBMIT_AT_ONCE) + [1_000 % SUBMIT_AT_ONCE]
+    assert worker.redis.hget("rerankq:backlog", "*") == b"2000"
+
+
+def test_ids_come_in_the_order_of_the_jobs_and_equal_jobs_have_equal_ids(client: Client):
+    ids = client.submit_many([job(1), job(2, id="mine"), job(1), job(3)])
+    assert ids == [client.submit(job(1)), "mine", ids[0], client.submit(job(3))]
+
+
+def test_a_malformed_job_midway_is_named_and_the_jobs_before_it_are_accepted(client: Client):
+    good = jobs(700)
+    with pytest.raises(rerankq.JobRejected, match="query") as caught:
+        client.submit_many([*good[:500], {"query": " ", "chunks": ["x"]}, *good[500:]])
+    assert caught.value.accepted == client.submit_many(good[:500])
+    assert client.status(client.submit_many(good[:501])[-1]).state == "queued"
+
+
+def test_a_full_backlog_midway_carries_what_was_accepted_and_when_to_try_again(redis_url: str, worker):
+    worker.register("m", pairs_per_s=10)
+    with Client(Settings(broker_url=redis_url, max_queued_pairs=900)) as client:
+        with pytest.raises(rerankq.QueueFull) as caught:
+            client.submit_many(jobs(1_000))
+        assert len(caught.value.accepted) == 450
+        assert 1 <= caught.value.retry_after_s <= 60
+        assert caught.value.retryable
+        assert {client.status(one).state for one in caught.value.accepted[-3:]} == {"queued"}
+
+
+def test_an_outage_midway_carries_what_was_accepted(client: Client, monkeypatch: pytest.MonkeyPatch):
+    ask_all, asked = AsyncLedger.ask_all, []
+
+    async def breaks(self, wanted):
+        asked.append(wanted)
+        if len(asked) == 3:
+            raise rerankq.BrokerUnavailable("gone")
+        return await ask_all(self, wanted)
+
+    monkeypatch.setattr(AsyncLedger, "ask_all", breaks)
+    with pytest.raises(rerankq.BrokerUnavailable) as caught:
+        client.submit_many(jobs(2_000))
+    assert len(caught.value.accepted) == 2 * SUBMIT_AT_ONCE
+
+
+def test_the_source_of_a_bulk_submission_may_use_the_client_itself(client: Client):
+    def chained() -> Iterator[RerankJob]:
+        for number in range(3):
+            before = client.submit(job(number))
+            yield RerankJob(query=f"after {before}", chunks=["x"])
+
+    assert len(client.submit_many(chained())) == 3
+
+
+def test_an_error_of_the_source_passes_through(client: Client):
+    def broken() -> Iterator[RerankJob]:
+        yield from jobs(400)
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError):
+        client.submit_many(broken())
+    assert client.status(client.submit(job(0))).state == "queued"
+
+
+def test_a_slow_source_does_not_keep_others_from_their_results(client: Client, worker):
+    done = client.submit(job(99))
+    worker.finish(done)
+    go_on = threading.Event()
+
+    def slow() -> Iterator[RerankJob]:
+        yield job(1)
+        assert go_on.wait(30)
+        yield job(2)
+
+    with ThreadPoolExecutor() as pool:
+        submitting = pool.submit(client.submit_many, slow())
+        assert client.result(done, timeout=20).job_id == done
+        go_on.set()
+        assert len(submitting.result()) == 2
+
+
+# Models and limits
+
+
+def test_an_unknown_model_is_refused_and_one_that_just_registered_is_found(client: Client, worker):
+    with pytest.raises(rerankq.ModelUnknown, match="other/model"):
+        client.submit(job(1, model="other/model"))
+    worker.register("other/model", suffix=".other-model", aliases=["other"])
+    job_id = client.submit(job(1, model="other/model"))
+    assert worker.redis.hget(f"rerankq:job:{job_id}", "queue") == b"rerankq.interactive.other-model"
+    assert worker.redis.hget(f"rerankq:job:{client.submit(job(2, model='other'))}", "model") == b"other/model"
+    assert [one.model for one in client.workers()] == ["other/model"]
+
+
+def test_other_weights_of_the_same_model_give_other_ids(client: Client, worker, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rerankq.client.BELIEVE_S", 0)
+    worker.register("m", fingerprint="old")
+    before = client.submit(job(1))
+    worker.register("m", fingerprint="new")
+    assert client.submit(job(1)) != before
+
+
+def test_the_same_own_id_with_other_content_is_rejected(client: Client):
+    client.submit(job(1, id="mine"))
+    assert client.submit(job(1, id="mine", priority="bulk", deadline_s=5)) == "mine"
+    with pytest.raises(rerankq.JobRejected, match="mine") as caught:
+        client.submit(job(2, id="mine"))
+    assert caught.value.field == "id"
+
+
+def test_limits_are_checked_before_the_work_of_reading_a_job_is_done(redis_url: str, monkeypatch: pytest.MonkeyPatch):
+    def never(*_: object) -> None:
+        pytest.fail("read a job that is too large by its looks")
+
+    monkeypatch.setattr("rerankq.client.parse_job", never)
+    with Client(Settings(broker_url=redis_url, max_job_bytes=1_000)) as client:
+        for large in ({"query": "q", "chunks": ["x"] * 100_000}, json.dumps({"query": "q" * 4_000, "chunks": ["x"]})):
+            with pytest.raises(rerankq.JobTooLarge, match="at most"):
+                client.submit(large)
+
+
+def test_a_full_server_is_a_queue_full_with_a_time_to_try_again(client: Client, worker):
+    worker.redis.config_set("maxmemory", worker.redis.info("memory")["used_memory"])
+    try:
+        with pytest.raises(rerankq.QueueFull, match="% full") as caught:
+            client.submit_many(jobs(10))
+        assert caught.value.retry_after_s > 0
+        assert caught.value.accepted == []
+    finally:
+        worker.redis.config_set("maxmemory", 0)
+    assert len(client.submit_many(jobs(10))) == 10
+
+
+# Settings, outages
+
+
+def test_a_client_without_a_url_says_how_to_set_one(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RERANKQ_BROKER_URL", raising=False)
+    with pytest.raises(rerankq.BrokerUnavailable, match=r"RERANKQ_BROKER_URL.*redis://"):
+        Client()
+
+
+def test_a_ledger_that_is_not_there_is_said_at_once_by_all_that_ask_it():
+    with Client(Settings(broker_url="redis://127.0.0.1:1/0")) as client:
+        for ask in (
+            lambda: client.submit(job(1)),
+            lambda: client.result("a"),
+            lambda: list(client.as_completed(["a", "b"])),
+            lambda: client.status("a"),
+            lambda: client.cancel("a"),
+            lambda: client.forget("a"),
+        ):
+            with pytest.raises(rerankq.BrokerUnavailable):
+                ask()
+
+
+def test_a_broker_that_is_down_never_fails_a_submission(redis_url: str, worker):
+    settings = Settings(broker_url="redis://127.0.0.1:1/0", ledger_url=f"{redis_url[:-1]}1")
+    client = Client(settings)
+    job_id = client.submit(job(1))
+    assert worker.state(job_id) == "queued"
+    started = time.monotonic()
+    client._inner._bells.close(timeout_s=0.1)
+    client.close()
+    assert time.monotonic() - started < 30
+
+
+def test_a_doorbell_names_the_job_and_says_little_else(client: Client, worker, wait_until: Callable, redis_url: str):
+    job_id = client.submit(RerankJob(query="what is secret?", chunks=["the secret itself"]))
+    broker = redis.Redis.from_url(redis_url)
+    wait_until(lambda: broker.llen("rerankq:rerankq.interactive"))
+    message = json.loads(broker.lindex("rerankq:rerankq.interactive", 0))
+    assert message["headers"]["id"] == job_id
+    assert message["headers"]["argsrepr"].startswith('"what is secret?" 1 chunk, ')
+    assert "secret itself" not in str(message)
+    assert len(broker.lindex("rerankq:rerankq.interactive", 0)) < 2_000
+    broker.close()
+
+
+# Threads, processes, endings
+
+
+def test_many_threads_share_a_client(client: Client, worker):
+    def way(number: int) -> str:
+        job_id = client.submit(job(number))
+        worker.finish(job_id)
+        return client.result(job_id, timeout=30).job_id
+
+    with ThreadPoolExecutor(16) as pool:
+        assert len(set(pool.map(way, range(200)))) == 200
+
+
+def test_closing_leaves_no_thread_and_a_closed_client_can_be_used_again(settings: Settings, worker):
+    before = threads_of_ours()
+    client = Client(settings)
+    for number in range(2):
+        job_id = client.submit(job(number))
+        worker.finish(job_id)
+        client.result(job_id, timeout=20)
+        assert len(threads_of_ours()) > len(before)
+        client.close()
+        client.close()
+        assert threads_of_ours() == before
+
+
+def test_closing_tells_those_who_wait(settings: Settings, wait_until: Callable, worker):
+    client = Client(settings)
+    job_id = client.submit(job(1))
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(client.result, job_id), pool.submit(list, client.as_completed([job_id]))]
+        wait_until(lambda: worker.redis.pubsub_channels("*:job:*"))
+        wait_until(lambda: sum(len(each) for each in client._inner._ears._waiters.values()) == 2)
+        client.close()
+        for one in waiting:
+            with pytest.raises(rerankq.BrokerUnavailable, match="closed"):
+                one.result(20)
+
+
+def test_what_is_left_of_as_completed_after_closing_does_no_harm(settings: Settings, worker):
+    with Client(settings) as client:
+        ids = client.submit_many(jobs(3))
+        worker.finish(ids[0])
+        coming = client.as_completed(ids)
+        next(coming)
+    before = threads_of_ours()
+    del coming
+    gc.collect()
+    assert threads_of_ours() == before
+
+
+def test_ctrl_c_while_waiting_stops_the_waiting(client: Client, wait_until: Callable):
+    job_id = client.submit(job(1))
+    ears = client._inner._ears
+
+    def interrupt() -> None:
+        wait_until(lambda: job_id in ears._waiters)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    helper = threading.Thread(target=interrupt)
+    helper.start()
+    with pytest.raises(KeyboardInterrupt):
+        client.result(job_id)
+    helper.join()
+    wait_until(lambda: job_id not in ears._waiters)
+
+
+SCRIPT = """
+import sys
+from rerankq import Client, RerankJob
+client = Client()
+print(client.submit(RerankJob(query="q", chunks=["x"])))
+{more}
+"""
+
+
+def run_script(redis_url: str, more: str = "") -> subprocess.CompletedProcess[str]:
+    code = SCRIPT.format(more=textwrap.dedent(more))
+    environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url, "PYTHONDEVMODE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_script_that_submits_and_ends_has_rung(redis_url: str, worker):
+    ended = run_script(redis_url)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    with redis.Redis.from_url(redis_url) as broker:
+        assert broker.llen("rerankq:rerankq.interactive") == 1
+    assert worker.state(ended.stdout.strip()) == "queued"
+
+
+def test_a_forked_child_has_a_client_of_its_own_and_the_parents_goes_on(redis_url: str, worker, wait_until: Callable):
+    more = """
+    import os
+    pid = os.fork()
+    job = RerankJob(query="child" if pid == 0 else "parent", chunks=["x"])
+    job_id = client.submit(job)
+    assert client.status(job_id).state == "queued"
+    client.cancel(job_id)
+    try:
+        client.result(job_id, timeout=20)
+    except Exception as error:
+        assert type(error).__name__ == "JobCancelled", error
+    if pid == 0:
+        client.close()
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    # What the child did to the sockets that it inherited must not have reached ours.
+    assert client.status(job_id).state == "cancelled"
+    again = client.submit(RerankJob(query="after the child", chunks=["x"]))
+    client.cancel(again)
+    client.close()
+    """
+    ended = run_script(redis_url, more)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
+    with redis.Redis.from_url(redis_url) as broker:
+        assert broker.llen("rerankq:rerankq.interactive") == 4, "one bell each: before, child, parent, after"
+
+
+def test_importing_is_light():
+    code = "import sys, rerankq; assert not {'numpy', 'torch', 'typer', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
