@@ -20,7 +20,19 @@ from typing import Any, Self, TypeVar
 
 from . import catalogue, errors
 from .broker import Bells, make_app
-from .contract import Chunk, JobStatus, Ranking, RerankJob, State, digest, job_id, label_of, parse_job, payload_of
+from .contract import (
+    ENDED,
+    Chunk,
+    JobStatus,
+    Ranking,
+    RerankJob,
+    State,
+    digest,
+    job_id,
+    label_of,
+    parse_job,
+    payload_of,
+)
 from .errors import JobFailed, JobRejected, JobTimedOut, JobTooLarge, JobUnknown, ModelUnknown, QueueFull, RerankqError
 from .ledger import AsyncLedger, Bell, Entry, Look, Terms, WorkerInfo, breathe, calls, connect_async
 from .placing import Place, find_place, queue_name
@@ -113,6 +125,12 @@ def outcome(look: Look) -> Ranking | RerankqError:
     if not (isinstance(kind, type) and issubclass(kind, RerankqError)):
         kind = JobFailed
     return kind(f"job {status.job_id}: {status.error or status.state}")
+
+
+def _or_raise(found: Ranking | RerankqError) -> Ranking:
+    if isinstance(found, RerankqError):
+        raise found
+    return found
 
 
 def _ending(future: asyncio.Future[Look]) -> Ranking | RerankqError:
@@ -233,18 +251,23 @@ class AsyncClient:
         Raises:
             JobTimedOut, JobFailed, JobExpired, JobCancelled, JobDead, JobUnknown
         """
-        ears = self._here()[1]
+        if not isinstance(job_id, str):
+            raise JobUnknown(f"a job's id is a string, not {job_id!r}")
+        ledger, ears = self._here()
         future = ears.expect(job_id)
         try:
             async with asyncio.timeout(timeout):
                 found = outcome(await future)
         except TimeoutError:
+            # However short the timeout: a job that has ended is answered.
+            look = await ledger.ask(calls.look(job_id, self.terms, with_ranking=True))
+            found = outcome(look)
+            if look.status.state in ENDED:
+                return _or_raise(found)
             raise JobTimedOut(f"job {job_id}: no ranking within {timeout} s; it may still come") from None
         finally:
             ears.drop(job_id, future)
-        if isinstance(found, RerankqError):
-            raise found
-        return found
+        return _or_raise(found)
 
     async def as_completed(
         self,

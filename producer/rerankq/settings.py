@@ -47,7 +47,7 @@ class Settings(BaseSettings):
         "auto", description="auto = bfloat16 on GPUs and on CPUs with AMX, else float32."
     )
     max_batch_tokens: int | Literal["auto"] = Field("auto", description="Padded tokens per forward pass.")
-    concurrency: int = Field(32, ge=3, le=1024, description="Jobs in flight per worker.")
+    concurrency: int = Field(32, ge=1, le=1024, description="Jobs in flight per worker.")
     lease_s: float = Field(8, gt=0, description="Seconds without a sign of life after which a job is handed on.")
     max_attempts: int = Field(3, ge=1, description="Deaths of a worker, alone with a job, that set the job aside.")
     ring_window: int = Field(256, ge=1, description="Doorbells out at a time, per queue and tenant.")
@@ -74,6 +74,10 @@ class Settings(BaseSettings):
     def _known_scheme(cls, value: str | None) -> str | None:
         if value is not None and urlsplit(value).scheme not in {"redis", "rediss", "unix", "amqp", "amqps"}:
             msg = "expected a URL that begins with redis://, rediss://, unix:// or amqp://"
+            raise ValueError(msg)
+        # Reading the port is what finds out whether it is a number.
+        if value is not None and urlsplit(value).port == 0:
+            msg = "port 0 is nobody's"
             raise ValueError(msg)
         return value
 

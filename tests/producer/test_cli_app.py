@@ -39,7 +39,7 @@ def test_without_a_url_it_is_said_how_to_set_one(run, command):
 
 
 def test_all_wrong_settings_are_said_together(run):
-    done = run("status", "x", RERANKQ_CONCURRENCY="1", RERANKQ_DTYPE="float8", RERANKQ_BROKER_URL="http://x")
+    done = run("status", "x", RERANKQ_CONCURRENCY="0", RERANKQ_DTYPE="float8", RERANKQ_BROKER_URL="http://x")
     assert done.exit_code == 2
     assert {line.split(":")[1].strip() for line in done.stderr.splitlines()} == {
         "RERANKQ_CONCURRENCY",

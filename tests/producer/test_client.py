@@ -489,3 +489,16 @@ def test_a_forked_child_has_a_client_of_its_own_and_the_parents_goes_on(redis_ur
 def test_importing_is_light():
     code = "import sys, rerankq; assert not {'numpy', 'torch', 'typer', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_ended_job_is_answered_however_short_the_timeout(client: Client, worker):
+    job_id = client.submit(job(1))
+    with pytest.raises(rerankq.JobTimedOut):
+        client.result(job_id, timeout=0)
+    worker.finish(job_id)
+    assert len(client.result(job_id, timeout=0).chunks) == 2
+
+
+def test_an_id_that_is_none_is_unknown_at_once(client: Client):
+    with pytest.raises(rerankq.JobUnknown, match="None"):
+        client.result(None)

@@ -240,3 +240,11 @@ def test_a_chunk_without_content_is_an_error():
 def test_no_chunks_give_empty_arrays():
     assert [len(part) for part in ragflow.rerank([("tide", 1.0)], [], [1.0], 0.3, 0.7, {"a": 1})] == [0] * 4
     assert [len(part) for part in ragflow.rerank_by_model([("tide", 1.0)], [], [], 0.3, 0.7, {"a": 1})] == [0] * 4
+
+
+def test_arrays_are_taken_as_lists_are():
+    query, vectors, tokens = [0.6, 0.8], [[1.0, 0.0], [0.6, 0.8]], [["moon"], ["tide", "moon"]]
+    as_lists = ragflow.hybrid_similarity(query, vectors, [("moon", 1.0)], tokens, 0.3, 0.7)
+    as_arrays = ragflow.hybrid_similarity(np.array(query), np.array(vectors), [("moon", 1.0)], tokens, 0.3, 0.7)
+    for one, other in zip(as_lists, as_arrays, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -65,6 +65,8 @@ class Worker:
         self.names = {self.model, settings.model, *([folder.name] if folder.is_dir() else [])}
         self.interactive, self.bulk = queues_of(settings)
         self.ledger = Ledger(connect(settings.ledger))
+        # Before minutes of loading a model: a ledger that is not there is a mistake to hear of at once.
+        self.ledger.workers()
         self.bells = Bells(app)
         self.slots = Slots(settings.concurrency)
         # The queues that this worker listens to at present; none while the broker is away.

@@ -207,16 +207,16 @@ def _flat_without_model(chunk: Fields) -> list[str]:
 
 def _words(tokens: str | Sequence[str] | None) -> list[str]:
     """Tokens from either form that RAGFlow stores: a list, or one string with blanks between."""
-    return tokens.split() if isinstance(tokens, str) else list(tokens or ())
+    return tokens.split() if isinstance(tokens, str) else [] if tokens is None else list(tokens)
 
 
 def _entries(keywords: str | Sequence[str] | None) -> list[str]:
     """Each keyword is one token, blanks and all; a bare string is one keyword."""
-    return [keywords] if isinstance(keywords, str) else list(keywords or ())
+    return [keywords] if isinstance(keywords, str) else [] if keywords is None else list(keywords)
 
 
 def _cosines(query: Sequence[float], vectors: Sequence[Sequence[float] | str | None]) -> Floats:
-    if not vectors:
+    if len(vectors) == 0:
         return np.zeros(0)
     rows = np.array([_vector(vector, len(query)) for vector in vectors], dtype=np.float64)
     line = np.array(query, dtype=np.float64)
