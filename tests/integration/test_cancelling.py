@@ -85,9 +85,7 @@ def test_revoking_through_celery_is_cancelling_and_costs_no_slot(
 ):
     # Two slots for bulk: one lost for each revoked job would be the end of it.
     start_worker(**SLOW)
-    ids = client.submit_many(
-        [job(f"bulk-{number}", priority="bulk", chunks=20 if number == 0 else 150) for number in range(8)]
-    )
+    ids = client.submit_many([job(f"bulk-{number}", priority="bulk") for number in range(8)])
     wait_until(lambda: sum(client.status(one).state == "running" for one in ids) == 2)
     running = [one for one in ids if client.status(one).state == "running"]
     for one in ids:
