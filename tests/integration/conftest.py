@@ -136,7 +136,7 @@ class DurableRedis:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
         self._command = [str(binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
-        self._command += ["--appendonly", "yes", "--appendfsync", "everysec", "--save", ""]
+        self._command += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]  # everysec may lose 2 s
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
 
