@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -54,6 +55,29 @@ def _sound(text: str) -> str:
 Text = Annotated[str, AfterValidator(_sound)]
 
 
+# Levels of lists and mappings in metadata: what reads JSON gives up somewhere beyond.
+MAX_DEPTH = 64
+
+
+def _carriable(value: object, depth: int = 0) -> object:
+    if depth > MAX_DEPTH:
+        msg = f"is nested deeper than {MAX_DEPTH} levels"
+        raise ValueError(msg)
+    if isinstance(value, str):
+        _sound(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        msg = f"holds {value}, which JSON cannot carry"
+        raise ValueError(msg)
+    elif isinstance(value, Mapping | list | tuple):
+        for part in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            _carriable(part, depth + 1)
+    return value
+
+
+# pydantic would change what JSON cannot carry without a word; metadata is handed back untouched or not taken.
+Metadata = Annotated[dict[str, JsonValue], BeforeValidator(_carriable)]
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         msg = "must not be blank"
@@ -66,7 +90,7 @@ def _as_chunk(value: object) -> object:
 
 
 def _sorted(mapping: dict[Any, Any]) -> dict[Any, Any]:
-    # The order in which a caller wrote the weights must not change the job's id.
+    # The order in which a caller wrote weights or tags must not change the job's id.
     return dict(sorted(mapping.items()))
 
 
@@ -91,9 +115,9 @@ class Chunk(Record):
     vector_score: float | None = Field(None, description="First-stage similarity; NaN counts as missing.")
     keyword_score: float | None = Field(None, description="First-stage BM25 or the like; NaN counts as missing.")
     pagerank: float = Field(0, ge=0, le=100, allow_inf_nan=False)
-    tags: dict[Text, Finite] = {}
+    tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = {}
     tokens: list[Text] | None = Field(None, description="The caller's own tokenisation of the text, used as given.")
-    metadata: dict[str, JsonValue] = Field({}, description="Handed back untouched.")
+    metadata: Metadata = Field({}, description="Handed back untouched.")
 
     @property
     def model_text(self) -> str:
@@ -149,7 +173,7 @@ class RerankJob(Record):
         Annotated[Fusion, Tag(_NUMBERS)] | Annotated[Text, Tag(_PROFILE)], Discriminator(_kind_of_fusion)
     ] = "default"
     query_tokens: list[tuple[Text, Weight]] | None = Field(None, description="Tokens with weights, used as given.")
-    query_tags: dict[Text, Finite] = {}
+    query_tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = {}
     priority: Priority = "interactive"
     deadline_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="A job not started by then expires.")
     max_length: int | None = Field(None, ge=8, description="Tokens of a pair; at most what the model takes.")
@@ -273,12 +297,12 @@ def payload_of(job: RerankJob) -> bytes:
     """Write the part of a job that decides its ranking, as compact JSON with a fixed order of fields.
 
     Raises:
-        JobRejected: if a chunk's metadata holds a lone surrogate, which no JSON can carry.
+        JobRejected: if it cannot be written as JSON.
     """
     try:
         return job.model_dump_json(exclude=_BESIDE_THE_PAYLOAD, exclude_defaults=True).encode()
     except PydanticSerializationError as error:
-        raise JobRejected(f"cannot be written as JSON: {error}", field="metadata") from None
+        raise JobRejected(f"cannot be written as JSON: {error}") from None
 
 
 def job_of(payload: bytes) -> RerankJob:

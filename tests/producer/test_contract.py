@@ -1,0 +1,451 @@
+"""What crosses a process: what is accepted, what is refused and how that is said, and what names a job."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as runs
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from rerankq import Chunk, Fusion, JobStatus, RankedChunk, Ranking, RerankJob, contract
+from rerankq.client import enter, refuse_too_large
+from rerankq.contract import (
+    ModelName,
+    Normalisation,
+    Record,
+    Signal,
+    TextField,
+    Timings,
+    Usage,
+    digest,
+    job_id,
+    job_of,
+    label_of,
+    parse_job,
+    payload_of,
+)
+from rerankq.errors import JobRejected, JobTooLarge
+from rerankq.placing import Place
+from rerankq.settings import Settings
+
+HERE = Place("m", "weights of m", "")
+SURROGATE = "broken \ud800 text"
+
+
+def with_(**fields: Any) -> dict[str, Any]:
+    return {"query": "why?", "chunks": ["because"], **fields}
+
+
+def id_of(job: RerankJob, weights: str = "w") -> str:
+    return job_id(job, digest(payload_of(job)), model="m", weights=weights)
+
+
+# What is refused, and how
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (with_(query=""), "query"),
+    (with_(query=" \t\n　"), "query"),
+    (with_(query=None), "query"),
+    (with_(query=7), "query"),
+    (with_(query=SURROGATE), "query"),
+    ({"chunks": ["x"]}, "query"),
+    ({"query": "q"}, "chunks"),
+    (with_(chunks=[]), "chunks"),
+    (with_(chunks="one string"), "chunks"),
+    (with_(chunks=[None]), "chunks.0"),
+    (with_(chunks=["good", 7]), "chunks.1"),
+    (with_(chunks=[{"title": "no text"}]), "chunks.0.text"),
+    (with_(chunks=[SURROGATE]), "chunks.0.text"),
+    (with_(chunks=[{"text": "x", "title": SURROGATE}]), "chunks.0.title"),
+    (with_(chunks=[{"text": "x", "keywords": ["fine", SURROGATE]}]), "chunks.0.keywords.1"),
+    (with_(chunks=[{"text": "x", "colour": "red"}]), "chunks.0.colour"),
+    (with_(chunks=[{"text": "x", "pagerank": math.nan}]), "chunks.0.pagerank"),
+    (with_(chunks=[{"text": "x", "pagerank": 101}]), "chunks.0.pagerank"),
+    (with_(chunks=[{"text": "x", "pagerank": -1}]), "chunks.0.pagerank"),
+    (with_(chunks=[{"text": "x", "tags": {"a": math.inf}}]), "chunks.0.tags.a"),
+    (with_(chunks=[{"text": "x", "vector_score": "near"}]), "chunks.0.vector_score"),
+    (with_(chunks=[{"text": "x", "metadata": {"a": object()}}]), "chunks.0.metadata.a"),
+    (with_(colour="red"), "colour"),
+    (with_(id=""), "id"),
+    (with_(id="a b"), "id"),
+    (with_(id="x" * 129), "id"),
+    (with_(id="schräg"), "id"),
+    (with_(id="a\n"), "id"),
+    (with_(tenant="a b"), "tenant"),
+    (with_(tenant="x" * 129), "tenant"),
+    (with_(tenant="a|b"), "tenant"),
+    (with_(tenant="a:b"), "tenant"),
+    (with_(tenant="a\n"), "tenant"),
+    (with_(model=""), "model"),
+    (with_(model=SURROGATE), "model"),
+    (with_(top_k=0), "top_k"),
+    (with_(top_k=2049), "top_k"),
+    (with_(top_k="many"), "top_k"),
+    (with_(min_score=math.nan), "min_score"),
+    (with_(min_score=math.inf), "min_score"),
+    (with_(deadline_s=0), "deadline_s"),
+    (with_(deadline_s=-1), "deadline_s"),
+    (with_(deadline_s=math.inf), "deadline_s"),
+    (with_(max_length=0), "max_length"),
+    (with_(query_max_tokens=0), "query_max_tokens"),
+    (with_(priority="urgent"), "priority"),
+    (with_(cache="never"), "cache"),
+    (with_(long_chunks="drop"), "long_chunks"),
+    (with_(skip_at_or_below=-1), "skip_at_or_below"),
+    (with_(query_tokens=[["a", -1]]), "query_tokens.0.1"),
+    (with_(query_tokens=[["a", math.nan]]), "query_tokens.0.1"),
+    (with_(query_tags={"a": math.nan}), "query_tags.a"),
+    (with_(fusion={"weights": {"model": -1}}), "fusion.weights.model"),
+    (with_(fusion={"weights": {"model": math.nan}}), "fusion.weights.model"),
+    (with_(fusion={"weights": {"model": 0}}), "fusion"),
+    (with_(fusion={"weights": {}}), "fusion.weights"),
+    (with_(fusion={"rrf_k": 0}), "fusion.rrf_k"),
+    (with_(fusion={"colour": "red"}), "fusion.colour"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"), REFUSED, ids=[f"{number}-{place}" for number, (_, place) in enumerate(REFUSED)]
+)
+def test_a_malformed_job_is_rejected_naming_the_place(fields: dict[str, Any], place: str):
+    with pytest.raises(JobRejected) as caught:
+        parse_job(fields)
+    assert caught.value.field == place
+    assert str(caught.value).startswith(f"{place}: ")
+    assert type(caught.value) is JobRejected
+    assert not caught.value.retryable
+    with pytest.raises(JobRejected) as built:
+        RerankJob(**fields)
+    assert str(built.value) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "7",
+        '"a job"',
+        b"\xff",
+        '{"query": "q", "chunks": ["x"]} {}',
+        '{"query": "\\ud800"}',
+        "[" * 9_999,
+    ],
+)
+def test_what_is_no_json_object_is_rejected(text: str | bytes):
+    with pytest.raises(JobRejected):
+        parse_job(text)
+
+
+def test_every_fault_is_named_up_to_five():
+    with pytest.raises(JobRejected) as caught:
+        parse_job({"query": "", "chunks": [], "top_k": 0, "cache": "x", "priority": "x", "tenant": " ", "colour": "x"})
+    said = str(caught.value)
+    assert said.startswith("query: ")
+    assert all(f"; {place}: " in said for place in ("chunks", "top_k", "priority", "cache"))
+    assert said.endswith("(and 2 more)")
+
+
+def test_a_rejection_never_repeats_what_was_sent():
+    with pytest.raises(JobRejected) as caught:
+        parse_job(with_(chunks=[{"text": "the secret itself", "colour": "secret"}], top_k="secret"))
+    assert "secret" not in str(caught.value)
+
+
+def test_nan_in_a_first_stage_score_counts_as_missing():
+    job = parse_job(with_(chunks=[{"text": "x", "vector_score": math.nan, "keyword_score": math.inf}]))
+    (chunk,) = job_of(payload_of(job)).chunks
+    assert (chunk.vector_score, chunk.keyword_score) == (None, None)
+    from_json = parse_job('{"query": "q", "chunks": [{"text": "x", "vector_score": NaN, "keyword_score": -Infinity}]}')
+    assert job_of(payload_of(from_json)).chunks[0].vector_score is None
+    assert b"NaN" not in payload_of(from_json)
+
+
+def nested(depth: int) -> Any:
+    deep: Any = 1
+    for _ in range(depth):
+        deep = [deep]
+    return deep
+
+
+def round_itself() -> list[Any]:
+    turns: list[Any] = []
+    turns.append(turns)
+    return turns
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        *({"a": SURROGATE}, {SURROGATE: 1}, {"a": [[SURROGATE]]}, {"a": {"b": math.nan}}, {"a": [math.inf]}),
+        *({"a": nested(depth)} for depth in (65, 200, 300, 2_000)),
+        {"a": round_itself()},
+    ],
+)
+def test_metadata_that_cannot_be_handed_back_untouched_is_rejected(metadata: dict[str, Any]):
+    with pytest.raises(JobRejected) as caught:
+        parse_job(with_(chunks=[{"text": "x", "metadata": metadata}]))
+    assert caught.value.field == "chunks.0.metadata"
+    assert len(str(caught.value)) < 200
+
+
+def test_metadata_comes_back_as_it_went():
+    metadata = {"z": 1, "a": [None, True, 1.5, 10**30, "三", {"deep": nested(50)}], "": ""}
+    (chunk,) = job_of(payload_of(parse_job(with_(chunks=[{"text": "x", "metadata": metadata}])))).chunks
+    assert chunk.metadata == metadata
+    assert list(chunk.metadata) == list(metadata)
+
+
+# What is too large
+
+
+def test_a_hundred_thousand_chunks_are_too_many():
+    with pytest.raises(JobTooLarge, match="100000 chunks; at most 10000") as caught:
+        enter(parse_job(with_(chunks=["x"] * 100_000)), HERE, Settings())
+    assert caught.value.field == "chunks"
+    assert isinstance(caught.value, JobRejected)
+
+
+def test_a_chunk_of_ten_megabytes_is_taken_and_one_of_twenty_is_not():
+    large = enter(parse_job(with_(chunks=["x" * 10_000_000])), HERE, Settings())
+    assert len(large.payload) > 10_000_000
+    with pytest.raises(JobTooLarge, match="at most 16777216"):
+        enter(parse_job(with_(chunks=["x" * 10_000_000] * 2)), HERE, Settings())
+
+
+def test_bytes_are_counted_as_they_travel_not_as_characters():
+    settings = Settings(max_job_bytes=1_500)
+    enter(parse_job(with_(chunks=["x" * 900])), HERE, settings)
+    with pytest.raises(JobTooLarge):
+        enter(parse_job(with_(chunks=["三" * 900])), HERE, settings)
+
+
+def test_json_that_escapes_everything_is_not_refused_by_its_looks():
+    settings = Settings(max_job_bytes=1_500)
+    for text in ("é" * 600, "三" * 400, "😀" * 300):
+        escaped = json.dumps(with_(chunks=[text]))
+        refuse_too_large(escaped, settings)
+        enter(parse_job(escaped), HERE, settings)
+    with pytest.raises(JobTooLarge):
+        refuse_too_large(" " * 4_501, settings)
+
+
+# What names a job
+
+
+def test_the_order_of_keys_does_not_change_an_id():
+    def turned(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(reversed(mapping.items()))
+
+    fusion = {
+        "weights": {"model": 0.7, "token": 0.3},
+        "normalise": {"model": "sigmoid", "keyword": "minmax"},
+        "boosts": {"title": 2, "keywords": 5},
+    }
+    tags = {"a": 1.0, "b": 2.0}
+    one = with_(chunks=[{"text": "x", "tags": tags}], fusion=fusion, query_tags=tags)
+    other = turned(
+        with_(
+            chunks=[{"tags": turned(tags), "text": "x"}],
+            fusion=turned({key: turned(value) for key, value in fusion.items()}),
+            query_tags=turned(tags),
+        )
+    )
+    assert id_of(parse_job(one)) == id_of(parse_job(other))
+    assert id_of(parse_job(one)) == id_of(parse_job(json.dumps(other)))
+
+
+def test_a_default_said_aloud_does_not_change_an_id():
+    said = {name: field.get_default() for name, field in RerankJob.model_fields.items() if not field.is_required()}
+    assert id_of(parse_job(with_(**said))) == id_of(parse_job(with_()))
+    assert id_of(parse_job(with_(chunks=[{"text": "because", "title": "", "tags": {}}]))) == id_of(parse_job(with_()))
+
+
+@pytest.mark.parametrize("beside", [{"deadline_s": 5.0}, {"priority": "bulk"}])
+def test_patience_and_priority_do_not_change_an_id(beside: dict[str, Any]):
+    assert id_of(parse_job(with_(**beside))) == id_of(parse_job(with_()))
+
+
+OTHER: dict[str, Any] = {
+    "query": "why not?",
+    "chunks": ["because", "so"],
+    "model": "other",
+    "top_k": 5,
+    "min_score": 0.0,
+    "fusion": "rrf",
+    "query_tokens": [["why", 1.0]],
+    "query_tags": {"a": 1.0},
+    "max_length": 256,
+    "query_max_tokens": 64,
+    "long_chunks": "window",
+    "skip_at_or_below": 3,
+    "tenant": "t",
+    "return_text": True,
+}
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_every_field_that_changes_the_ranking_changes_the_id(field: str):
+    assert id_of(parse_job(with_(**{field: OTHER[field]}))) != id_of(parse_job(with_()))
+
+
+def test_no_field_is_forgotten_in_what_names_a_job():
+    assert {*OTHER, "id", "cache", "deadline_s", "priority"} == set(RerankJob.model_fields)
+
+
+def test_the_weights_of_the_model_change_the_id_and_so_does_a_profile_that_was_edited():
+    job = parse_job(with_())
+    assert id_of(job, weights="old") != id_of(job, weights="new")
+    settings = Settings()
+    by_name = enter(parse_job(with_(fusion="model")), HERE, settings)
+    by_numbers = enter(job_of(by_name.payload), HERE, settings)
+    assert by_name.id == by_numbers.id, "the numbers name it, not the profile's name"
+    assert by_name.id != enter(parse_job(with_(fusion="default")), HERE, settings).id
+
+
+def test_no_two_lists_of_texts_run_together():
+    assert id_of(parse_job(with_(chunks=["ab", "c"]))) != id_of(parse_job(with_(chunks=["a", "bc"])))
+    titled = [{"title": "ab", "text": "c"}], [{"title": "a", "text": "b c"}]
+    assert id_of(parse_job(with_(chunks=titled[0]))) != id_of(parse_job(with_(chunks=titled[1])))
+
+
+@pytest.mark.parametrize("cache", ["refresh", "bypass"])
+def test_a_job_that_wants_fresh_scores_has_a_random_id(cache: str):
+    job = parse_job(with_(cache=cache))
+    assert len({id_of(job) for _ in range(100)}) == 100
+    assert id_of(parse_job(with_(cache=cache, id="mine"))) == "mine"
+
+
+def test_an_id_fits_into_the_pattern_of_own_ids():
+    assert parse_job(with_(id=id_of(parse_job(with_())))).id
+    assert parse_job(with_(id="Az09._:-" * 16)).id
+
+
+# Round trips
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Chunk(
+            text="x", title="t", keywords=["k"], questions=["q"], tags={"a": 1}, tokens=["x"], metadata={"a": [None]}
+        ),
+        Fusion(weights={"model": 1, "tags": 0.5}, normalise={"tags": "cosine"}, boosts={"content": 1}, rrf_k=7),
+        RankedChunk(id="a", index=0, rank=1, score=0.5, scores={"model": 0.5}, model_logit=-0.25, span=(0, 5)),
+        Ranking(
+            job_id="j",
+            model=ModelName(name="m", fingerprint="f"),
+            chunks=[RankedChunk(id="a", index=0, rank=1, score=1)],
+            usage=Usage(pairs=1, cached_pairs=1),
+            timings_ms=Timings(total=1.5),
+            skipped=True,
+        ),
+        JobStatus(job_id="j", state="failed", error="why", submitted_at=1.5),
+        RerankJob(
+            **with_(id="mine", deadline_s=5, priority="bulk", fusion=Fusion(method="rrf"), query_tokens=[("a", 1)])
+        ),
+    ],
+    ids=lambda record: type(record).__name__,
+)
+def test_every_record_survives_json_and_is_frozen(record: BaseModel):
+    assert type(record).model_validate_json(record.model_dump_json()) == record
+    assert type(record).model_validate(record.model_dump()) == record
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(record, next(iter(type(record).model_fields)), "changed")
+
+
+def records() -> Iterator[type[Record]]:
+    return (each for each in vars(contract).values() if isinstance(each, type) and issubclass(each, Record))
+
+
+def test_every_record_refuses_unknown_fields():
+    for record in records():
+        assert record.model_config["frozen"]
+        assert record.model_config["extra"] == "forbid"
+
+
+words = st.text(st.characters(codec="utf-8"), max_size=12)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+weights = st.floats(0, 1e6)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | finite | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
+)
+chunks = st.builds(
+    Chunk,
+    text=words,
+    id=words,
+    title=words,
+    keywords=st.lists(words, max_size=2),
+    questions=st.lists(words, max_size=2),
+    vector_score=st.none() | finite,
+    keyword_score=st.none() | finite,
+    pagerank=st.floats(0, 100),
+    tags=st.dictionaries(words, finite, max_size=3),
+    tokens=st.none() | st.lists(words, max_size=3),
+    metadata=st.dictionaries(words, json_values, max_size=3),
+)
+fusions = st.builds(
+    Fusion,
+    method=st.sampled_from(["weighted", "rrf"]),
+    weights=st.dictionaries(st.sampled_from(get_args(Signal)), st.floats(0.1, 10), min_size=1),
+    normalise=st.dictionaries(st.sampled_from(get_args(Signal)), st.sampled_from(get_args(Normalisation))),
+    boosts=st.dictionaries(st.sampled_from(get_args(TextField)), weights),
+    rrf_k=st.integers(1, 100),
+)
+jobs = st.builds(
+    RerankJob,
+    query=words.filter(lambda text: text.strip()),
+    chunks=st.lists(chunks, min_size=1, max_size=4),
+    id=st.none() | st.from_regex(r"\A[A-Za-z0-9._:-]{1,128}\Z"),
+    model=st.none() | words.filter(bool),
+    top_k=st.none() | st.integers(1, 2048),
+    min_score=st.none() | finite,
+    fusion=fusions | st.sampled_from(["default", "rrf"]),
+    query_tokens=st.none() | st.lists(st.tuples(words, weights), max_size=3),
+    query_tags=st.dictionaries(words, finite, max_size=3),
+    priority=st.sampled_from(["interactive", "bulk"]),
+    deadline_s=st.none() | st.floats(0.001, 1e9),
+    max_length=st.none() | st.integers(8, 8192),
+    query_max_tokens=st.integers(1, 512),
+    cache=st.sampled_from(["use", "refresh", "bypass"]),
+    skip_at_or_below=st.integers(0, 10),
+    tenant=st.from_regex(r"\A[A-Za-z0-9._@-]{0,128}\Z"),
+    return_text=st.booleans(),
+)
+
+
+@runs(deadline=None, max_examples=200)
+@given(jobs)
+def test_any_job_survives_its_payload_and_any_way_of_writing_it(job: RerankJob):
+    travelled = job_of(payload_of(job))
+    assert travelled == job.model_copy(update={"id": None, "deadline_s": None, "priority": "interactive"})
+    assert payload_of(travelled) == payload_of(job)
+    assert parse_job(job.model_dump_json()) == job
+    assert parse_job(job.model_dump()) == job
+    assert parse_job(json.dumps(job.model_dump(mode="json"))) == job
+
+
+@runs(deadline=None)
+@given(jobs)
+def test_a_label_is_short_and_holds_nothing_of_the_chunks(job: RerankJob):
+    secret = "secret-" * 3
+    hidden = [Chunk(text=secret, title=secret, metadata={"a": secret}) for _ in job.chunks]
+    label = label_of(job.model_copy(update={"chunks": hidden}), model="m")
+    assert "secret" not in label
+    assert len(label) < 100
+    assert "\n" not in label
+
+
+def test_the_text_that_the_model_reads_is_title_and_text_and_nothing_else():
+    chunk = Chunk(title=" Tides ", text="The moon pulls.\n", keywords=["k"], questions=["q"], tokens=["t"])
+    assert chunk.model_text == "Tides  The moon pulls."
+    assert Chunk(text="x").model_text == "x"
