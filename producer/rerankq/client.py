@@ -34,7 +34,7 @@ from .contract import (
     payload_of,
 )
 from .errors import JobFailed, JobRejected, JobTimedOut, JobTooLarge, JobUnknown, ModelUnknown, QueueFull, RerankqError
-from .ledger import AsyncLedger, Bell, Entry, Look, Terms, WorkerInfo, breathe, calls, connect_async, line
+from .ledger import AsyncLedger, Bell, Entry, Look, Terms, WorkerInfo, breathe, calls, connect_async
 from .placing import Place, find_place, queue_name
 from .settings import Settings
 from .waiting import Ears
@@ -359,7 +359,7 @@ class AsyncClient:
         if self._loop is not loop:
             self._loop = loop
             self._ledger = AsyncLedger(connect_async(self.settings.ledger))
-            self._ears = Ears(self._ledger, partial(line, self.settings.ledger), self.terms)
+            self._ears = Ears(self._ledger, connect_async(self.settings.ledger, tries=0), self.terms)
             self._asking = asyncio.Lock()
         return self._ledger, self._ears
 
