@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -34,7 +34,7 @@ from .contract import (
     payload_of,
 )
 from .errors import JobFailed, JobRejected, JobTimedOut, JobTooLarge, JobUnknown, ModelUnknown, QueueFull, RerankqError
-from .ledger import AsyncLedger, Bell, Entry, Look, Terms, WorkerInfo, breathe, calls, connect_async
+from .ledger import AsyncLedger, Bell, Entry, Look, Terms, WorkerInfo, breathe, calls, connect_async, line
 from .placing import Place, find_place, queue_name
 from .settings import Settings
 from .waiting import Ears
@@ -147,7 +147,7 @@ class Submission:
     """
 
     def __init__(
-        self, enter: Callable[[Job], Awaitable[Entry]], submit: Callable[[list[Entry]], Coroutine[Any, Any, list[str]]]
+        self, enter: Callable[[Job], Awaitable[Entry]], submit: Callable[[list[Entry]], asyncio.Task[list[str]]]
     ) -> None:
         self._enter = enter
         self._submit = submit
@@ -189,14 +189,13 @@ class Submission:
     async def _send(self, entries: list[Entry]) -> None:
         await self._sent()
         if entries:
-            self._sending = asyncio.create_task(self._submit(entries))
-            # If we are cancelled, nobody else looks at how it ended.
-            self._sending.add_done_callback(lambda sending: sending.cancelled() or sending.exception())
+            self._sending = self._submit(entries)
 
     async def _sent(self) -> None:
         sending, self._sending = self._sending, None
         if sending is not None:
-            self._accepted += await sending
+            # Whoever is cancelled leaves it under way: what the ledger has accepted must still be rung for.
+            self._accepted += await asyncio.shield(sending)
 
 
 class AsyncClient:
@@ -217,6 +216,7 @@ class AsyncClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ledger: AsyncLedger
         self._ears: Ears
+        self._under_way: set[asyncio.Task[list[str]]] = set()
         self._asking: asyncio.Lock
         self._asked_at = -math.inf
         self._workers: list[WorkerInfo] = []
@@ -243,7 +243,7 @@ class AsyncClient:
 
     def submission(self) -> Submission:
         """Begin a bulk submission whose jobs come bit by bit."""
-        return Submission(self._enter, self._submit)
+        return Submission(self._enter, self._begin_to_submit)
 
     async def result(self, job_id: str, timeout: float | None = None) -> Ranking:  # noqa: ASYNC109  # the contract's name
         """Wait for a job's ranking, at most *timeout* seconds.
@@ -349,6 +349,8 @@ class AsyncClient:
 
     async def _disconnect(self) -> None:
         if self._loop is asyncio.get_running_loop():
+            if self._under_way:
+                await asyncio.wait(self._under_way)
             self._loop = None
             await self._ears.close()
             await self._ledger.redis.aclose()
@@ -359,14 +361,27 @@ class AsyncClient:
         if self._loop is not loop:
             self._loop = loop
             self._ledger = AsyncLedger(connect_async(self.settings.ledger))
-            self._ears = Ears(self._ledger, connect_async(self.settings.ledger, tries=0), self.terms)
+            self._ears = Ears(self._ledger, partial(line, self.settings.ledger), self.terms)
             self._asking = asyncio.Lock()
+            self._under_way = set()
         return self._ledger, self._ears
 
     async def _enter(self, data: Job) -> Entry:
         refuse_too_large(data, self.settings)
         job = parse_job(data)
         return enter(job, await self._place(job), self.settings)
+
+    def _begin_to_submit(self, entries: list[Entry]) -> asyncio.Task[list[str]]:
+        task = asyncio.create_task(self._submit(entries))
+        self._under_way.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[list[str]]) -> None:
+        self._under_way.discard(task)
+        # Looked at: if its caller was cancelled, nobody else does.
+        if not task.cancelled():
+            task.exception()
 
     async def _submit(self, entries: list[Entry]) -> list[str]:
         answers = await self._here()[0].ask_all([calls.submit(entry, self.terms) for entry in entries])

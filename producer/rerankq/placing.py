@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .contract import Priority
+from .contract import Priority, digest
 from .errors import ModelUnknown
 from .ledger import WorkerInfo
 
@@ -39,7 +39,11 @@ def suffix_of(model: str, default_model: str) -> str:
     if model == default_model:
         return ""
     name = model.rstrip("/").rsplit("/", 1)[-1] if model.startswith(("/", ".", "~")) else model
-    return "." + re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:80]
+    safe = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")
+    if len(safe) > 80 or not name.isascii():
+        # What was cut or cannot be said may be all that tells two models apart.
+        safe = f"{safe[:70]}-{digest(name)[:8]}".lstrip("-")
+    return f".{safe}"
 
 
 def find_place(

@@ -122,7 +122,7 @@ def with_database(url: str, database: int) -> str:
     query = [(key, value) for key, value in parse_qsl(parts.query) if key != "db"]
     if parts.scheme == "unix":
         # urlunsplit drops the empty host of a socket's URL.
-        return f"unix://{parts.path}?{urlencode([*query, ('db', str(database))])}"
+        return f"unix://{parts.netloc}{parts.path}?{urlencode([*query, ('db', str(database))])}"
     return urlunsplit(parts._replace(path=f"/{database}", query=urlencode(query)))
 
 

@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
 
-import redis.asyncio
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import RedisError
 
 from .contract import ENDED
 from .errors import BrokerUnavailable, QueueFull, RerankqError
-from .ledger import AsyncLedger, Look, Terms, calls
+from .ledger import AsyncLedger, Look, Terms, calls, heeded
 
 logger = logging.getLogger("rerankq")
 
@@ -25,6 +26,8 @@ READ_AGAIN_PER_S = 1_000
 READ_AT_ONCE = 64
 # Channels of one command.
 HEAR_AT_ONCE = 500
+# Seconds of silence after a question that make a line a dead one.
+SILENCE_S = 10.0
 # Seconds between tries to reach a ledger that is away.
 TRY_AGAIN_S = 0.5
 
@@ -34,22 +37,21 @@ class Ears:
 
     A job's channel is subscribed to before the job is read, so no ending slips between the two. An outage of the
     ledger only delays: everything is subscribed to and read again.
-
-    *line* is a connection pool of its own, without retries: a connection that was mended behind our back may have
-    lost a subscription.
     """
 
-    def __init__(self, ledger: AsyncLedger, line: redis.asyncio.Redis, terms: Terms) -> None:
+    def __init__(self, ledger: AsyncLedger, dial: Callable[[], AbstractConnection], terms: Terms) -> None:
         self._ledger = ledger
-        self._line = line
+        self._dial = dial
         self._terms = terms
         self._waiters: dict[str, set[asyncio.Future[Look]]] = defaultdict(set)
         self._to_hear: set[str] = set()
         self._to_leave: set[str] = set()
         self._to_read: set[str] = set()
         self._wake = asyncio.Event()
-        self._pubsub: Any = None
+        # Written to by the reading task alone, read from by the listening one.
+        self._line: AbstractConnection | None = None
         self._opened_at = 0.0
+        self._pinged_at: float | None = None
         self._heard_once = False
         self._reading: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
@@ -82,9 +84,10 @@ class Ears:
     async def close(self) -> None:
         """Stop listening; whoever still waits gets a BrokerUnavailable."""
         self._fail_all("the client was closed while waiting")
-        await _stop(self._reading)
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
         await self._hang_up()
-        await self._line.aclose()
 
     def _leave(self, job_id: str) -> None:
         self._waiters.pop(job_id, None)
@@ -103,13 +106,17 @@ class Ears:
                     await self._wake.wait()
             self._wake.clear()
             # By the clock, however busy it is: a job whose word was lost must not wait for a quiet moment.
-            if clock() >= again_at:
+            time_to_ask = clock() >= again_at
+            if time_to_ask:
                 self._to_read |= self._waiters.keys() - self._to_hear
                 again_at = clock() + max(READ_AGAIN_S, len(self._waiters) / READ_AGAIN_PER_S)
             try:
-                await self._mind_the_line()
-                await self._subscribe()
-                await self._read_batches()
+                with heeded():
+                    await self._mind_the_line()
+                    await self._subscribe()
+                    await self._read_batches()
+                    if time_to_ask:
+                        await self._ask_the_line()
                 self._heard_once = True
             except (RedisError, RerankqError, OSError) as error:
                 await self._start_over(error)
@@ -122,22 +129,36 @@ class Ears:
             self._to_hear |= self._waiters.keys()
             # One that breaks as soon as it is opened (a user without rights to our channels) is not opened at once.
             await asyncio.sleep(max(0.0, self._opened_at + TRY_AGAIN_S - clock()))
-        if self._pubsub is None:
+        if self._line is None:
             self._opened_at = clock()
-            self._pubsub = self._line.pubsub()
-            # A subscription of our own: redis-py does not listen on a connection that has none.
-            await self._pubsub.subscribe(f"{self._terms.channel}:ears")
+            self._line = self._dial()
+            await self._line.connect()  # type: ignore[no-untyped-call]  # of redis-py
             self._to_leave.clear()
-            self._listening = asyncio.create_task(self._listen(self._pubsub))
+            self._listening = asyncio.create_task(self._listen(self._line))
             self._listening.add_done_callback(lambda _: self._wake.set())
 
     async def _subscribe(self) -> None:
         hear, self._to_hear = self._to_hear, set()
         leave, self._to_leave = self._to_leave, set()
-        for names, say in ((leave, self._pubsub.unsubscribe), (hear, self._pubsub.subscribe)):
+        for names, command in ((leave, "UNSUBSCRIBE"), (hear, "SUBSCRIBE")):
             channels = [self._channel(job_id) for job_id in names]
             for at in range(0, len(channels), HEAR_AT_ONCE):
-                await say(*channels[at : at + HEAR_AT_ONCE])
+                await self._say(command, *channels[at : at + HEAR_AT_ONCE])
+
+    async def _say(self, *words: str) -> None:
+        # A connection that broke would be opened again by what we say, and nobody would listen to it.
+        if self._line is None or not self._line.is_connected:
+            raise LostConnection("the line broke")
+        await self._line.send_command(*words, check_health=False)
+
+    async def _ask_the_line(self) -> None:
+        """See that somebody is at its other end: a connection can die without a word."""
+        now = asyncio.get_running_loop().time()
+        if self._pinged_at is None:
+            self._pinged_at = now
+            await self._say("PING")
+        elif now - self._pinged_at > SILENCE_S:
+            raise LostConnection("the line is silent")
 
     async def _read_batches(self) -> None:
         while self._to_read:
@@ -159,19 +180,21 @@ class Ears:
                 future.set_result(look)
         self._leave(job_id)
 
-    async def _listen(self, pubsub: Any) -> None:
+    async def _listen(self, line: AbstractConnection) -> None:
         prefix = self._channel("").encode()
-        try:
-            async for message in pubsub.listen():
-                channel = message["channel"]
-                # "subscribe": the confirmation. From here on nothing is missed, so this is the time to read.
-                if message["type"] in {"subscribe", "message"} and channel.startswith(prefix):
-                    job_id = channel.removeprefix(prefix).decode()
-                    if job_id in self._waiters:
-                        self._to_read.add(job_id)
-                        self._wake.set()
-        except (RedisError, OSError) as error:
-            logger.info("lost the ledger's channel, subscribing again: %s", error)
+        while True:
+            try:
+                kind, channel, *_ = await line.read_response()
+            except (RedisError, OSError) as error:
+                logger.info("the line broke, subscribing again: %s", error)
+                return
+            self._pinged_at = None
+            # "subscribe": the confirmation. From here on nothing is missed, so this is the time to read.
+            if kind in {b"subscribe", b"message"}:
+                job_id = channel.removeprefix(prefix).decode()
+                if job_id in self._waiters:
+                    self._to_read.add(job_id)
+                    self._wake.set()
 
     async def _start_over(self, error: Exception) -> None:
         if not self._heard_once:
@@ -195,19 +218,15 @@ class Ears:
             self._fail_all(f"waiting broke off: {error!r}")
 
     async def _hang_up(self) -> None:
-        pubsub, self._pubsub = self._pubsub, None
+        line, self._line, self._pinged_at = self._line, None, None
         listening, self._listening = self._listening, None
-        await _stop(listening)
-        if pubsub is not None:
+        # The line first: we may be cancelled while we wait for the listener.
+        if line is not None:
             with contextlib.suppress(RedisError, OSError):
-                await pubsub.aclose()
+                await line.disconnect(nowait=True)
+        if listening is not None:
+            listening.cancel()
+            await asyncio.wait([listening])
 
     def _channel(self, job_id: str) -> str:
         return f"{self._terms.channel}:job:{job_id}"
-
-
-async def _stop(task: asyncio.Task[None] | None) -> None:
-    # Python 3.11's wait_for, inside redis-py, can swallow a cancellation: ask until it is heard.
-    while task is not None and not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=0.1)

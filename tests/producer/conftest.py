@@ -5,6 +5,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,20 @@ def settings(redis_url: str) -> Settings:
 
 
 @pytest.fixture
-def worker(settings: Settings) -> Iterator[StandIn]:
-    stand_in = StandIn(settings)
-    yield stand_in
-    stand_in.redis.close()
+def make_worker() -> Iterator[Callable[[Settings], StandIn]]:
+    with ExitStack() as stack:
+
+        def make(settings: Settings) -> StandIn:
+            stand_in = StandIn(settings)
+            stack.callback(stand_in.redis.close)
+            return stand_in
+
+        yield make
+
+
+@pytest.fixture
+def worker(make_worker: Callable[[Settings], StandIn], settings: Settings) -> StandIn:
+    return make_worker(settings)
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import redis
 import redis.asyncio
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
@@ -42,6 +43,7 @@ __all__ = [
     "calls",
     "connect",
     "connect_async",
+    "line",
 ]
 
 Answer = TypeVar("Answer")
@@ -95,16 +97,24 @@ def connect(url: str) -> redis.Redis:
     return redis.Redis.from_pool(pool)
 
 
-def connect_async(url: str, *, tries: int = TRIES) -> redis.asyncio.Redis:
+def connect_async(url: str) -> redis.asyncio.Redis:
     """As :func:`connect`, for asyncio."""
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         url,
         max_connections=CONNECTIONS // 4,
         timeout=None,
-        retry=AsyncRetry(_backoff(), tries, (LostConnection,)),
+        retry=AsyncRetry(_backoff(), TRIES, (LostConnection,)),
         **_socket(url),
     )
     return redis.asyncio.Redis.from_pool(pool)
+
+
+def line(url: str) -> AbstractConnection:
+    """Make one connection to listen on: not connected yet, bears any silence, mends nothing unseen."""
+    options = {**_socket(url), "socket_timeout": None, "health_check_interval": 0, "protocol": 2}
+    pool = redis.asyncio.ConnectionPool.from_url(url, retry=AsyncRetry(NoBackoff(), 0), **options)
+    connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # of redis-py
+    return connection
 
 
 def _socket(url: str) -> dict[str, Any]:
@@ -134,6 +144,16 @@ def translated() -> Iterator[None]:
         raise _refusal(error) from error
     except (RedisError, OSError) as error:
         raise BrokerUnavailable(f"the ledger does not answer: {error}") from error
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """Raise a cancellation of this task that was swallowed inside: Python 3.11's wait_for, in redis-py, may do so."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    yield
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 def _refusal(error: Exception) -> RerankqError:
@@ -202,7 +222,7 @@ class AsyncLedger:
     async def ask(self, call: Call[Answer]) -> Answer:
         """Run one call."""
         text, sha = source(call.script)
-        with translated():
+        with heeded(), translated():
             try:
                 return call.read(await self.redis.evalsha(sha, 0, *call.args))
             except NoScriptError:
@@ -210,7 +230,7 @@ class AsyncLedger:
 
     async def ask_all(self, wanted: Sequence[Call[Answer]]) -> list[Answer | RerankqError]:
         """Run calls in one round trip; what was refused or cannot be read stands as an error in its place."""
-        with translated():
+        with heeded(), translated():
             pipe = self.redis.pipeline(transaction=False)
             _fill(pipe, wanted)
             raw = await pipe.execute(raise_on_error=False)
@@ -232,7 +252,7 @@ class AsyncLedger:
 
     async def workers(self) -> list[WorkerInfo]:
         """All registered workers, living and lately gone."""
-        with translated():
+        with heeded(), translated():
             pipe = self.redis.pipeline(transaction=False)
             pipe.time()
             pipe.hgetall("rerankq:workers")

@@ -1,0 +1,139 @@
+"""Doorbells: rung from a thread of their own, in batches; late at worst, never in anybody's way."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import redis
+
+from rerankq import broker
+from rerankq.broker import BULK, INTERACTIVE, TASK, Bells, make_app
+from rerankq.ledger import Bell
+from rerankq.settings import Settings
+
+
+def bells_for(count: int, queue: str = BULK) -> list[Bell]:
+    return [Bell(f"job-{number}", queue, f'"question {number}" 2 chunks, m') for number in range(count)]
+
+
+@pytest.fixture
+def bells(settings: Settings) -> Iterator[Bells]:
+    bells = Bells(make_app(settings))
+    yield bells
+    bells.close(timeout_s=1)
+
+
+@pytest.fixture
+def messages(redis_url: str) -> Iterator[Callable[[str], list[dict]]]:
+    with redis.Redis.from_url(redis_url) as connection:
+        yield lambda queue: [json.loads(raw) for raw in reversed(connection.lrange(f"rerankq:{queue}", 0, -1))]
+
+
+def test_bells_arrive_in_order_as_messages_that_name_jobs(bells: Bells, messages: Callable):
+    bells.ring(bells_for(1_000))
+    assert bells.flush(30)
+    heard = messages(BULK)
+    assert [message["headers"]["id"] for message in heard] == [bell.id for bell in bells_for(1_000)]
+    headers = heard[7]["headers"]
+    assert (headers["task"], headers["argsrepr"], headers["kwargsrepr"]) == (TASK, '"question 7" 2 chunks, m', "{}")
+    assert headers["ignore_result"]
+
+
+def test_each_queue_gets_its_own(bells: Bells, messages: Callable):
+    other = "rerankq.interactive.other-model"
+    bells.ring([*bells_for(2), *bells_for(3, INTERACTIVE), *bells_for(1, other)])
+    assert bells.flush(30)
+    assert [len(messages(queue)) for queue in (BULK, INTERACTIVE, other)] == [2, 3, 1]
+
+
+def test_everything_in_the_broker_begins_with_our_name(bells: Bells, redis_url: str):
+    bells.ring(bells_for(3))
+    assert bells.flush(30)
+    with redis.Redis.from_url(redis_url) as connection:
+        assert all(key.startswith(b"rerankq") for key in connection.keys("*"))
+
+
+def test_a_broker_that_comes_back_hears_what_was_rung_meanwhile(
+    bells: Bells, messages: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    publish, failures = bells._publish, [OSError("away"), ConnectionResetError("away again")]
+
+    def fails_first(*args: object) -> None:
+        if failures:
+            raise failures.pop()
+        publish(*args)
+
+    monkeypatch.setattr(bells, "_publish", fails_first)
+    bells.ring(bells_for(5))
+    assert bells.flush(30)
+    assert len(messages(BULK)) == 5
+    assert not failures
+
+
+def test_bells_that_cannot_be_rung_are_told_once_and_given_up(caplog: pytest.LogCaptureFixture):
+    bells = Bells(make_app(Settings(broker_url="redis://127.0.0.1:1/0")))
+    bells.ring(bells_for(5))
+    assert not bells.flush(0.05), "ringing does not wait for the broker"
+    with bells._wanted:
+        bells._wanted.wait_for(lambda: bells._ringing, 10)
+        # As closing does, but with the thread still ours to look at.
+        thread, bells._closed = bells._thread, True
+        bells._wanted.notify_all()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert caplog.text.count("5 bells not rung, the sweeper will") == 1
+    bells.close()
+
+
+def test_closing_twice_or_without_a_bell_does_nothing_and_ringing_after_it_works(bells: Bells, messages: Callable):
+    bells.ring([])
+    bells.close()
+    bells.close()
+    assert bells._thread is None
+    bells.ring(bells_for(1))
+    bells.close()
+    assert len(messages(BULK)) == 1
+
+
+def test_a_thread_that_died_is_replaced(bells: Bells, messages: Callable):
+    bells._thread = threading.Thread(target=str)
+    bells._thread.start()
+    bells._thread.join()
+    bells.ring(bells_for(2))
+    assert bells.flush(30)
+    assert len(messages(BULK)) == 2
+
+
+def test_many_threads_ring_at_once(bells: Bells, messages: Callable):
+    ringers = [threading.Thread(target=bells.ring, args=([bell],)) for bell in bells_for(64)]
+    for ringer in ringers:
+        ringer.start()
+    for ringer in ringers:
+        ringer.join()
+    assert bells.flush(30)
+    assert {message["headers"]["id"] for message in messages(BULK)} == {bell.id for bell in bells_for(64)}
+
+
+def test_a_broker_that_is_no_redis_gets_no_options_of_redis():
+    app = make_app(Settings(broker_url="amqp://guest@host//", ledger_url="redis://host"))
+    assert app.conf.broker_transport_options == {}
+    redis_options = make_app(Settings(broker_url="redis://host")).conf.broker_transport_options
+    assert redis_options["global_keyprefix"] == "rerankq:"
+
+
+def test_celery_keeps_no_results_and_takes_json_alone(settings: Settings):
+    conf = make_app(settings).conf
+    assert conf.task_ignore_result
+    assert conf.result_backend is None
+    assert conf.accept_content == ["json"]
+
+
+def test_the_app_for_flower_is_built_when_it_is_asked_for(redis_url: str):
+    code = "import sys, rerankq.broker as b; assert b.app.main == 'rerankq'; assert 'torch' not in sys.modules"
+    environment = {"RERANKQ_BROKER_URL": redis_url, "PATH": ""}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = broker.no_such_name

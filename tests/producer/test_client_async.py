@@ -1,0 +1,543 @@
+"""The awaitable client against a real Redis; a stand-in plays the worker."""
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import HealthCheck, given
+from hypothesis import settings as runs
+from hypothesis import strategies as st
+
+import rerankq
+from rerankq import AsyncClient, RerankJob, ledger, waiting
+from rerankq.ledger import AsyncLedger, connect_async, line
+from rerankq.settings import Settings
+from rerankq.waiting import Ears
+
+NEVER_S = 1e6
+
+
+@pytest.fixture
+def only_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No reading but after a word of the ledger: what arrives was pushed."""
+    monkeypatch.setattr(waiting, "READ_AGAIN_S", NEVER_S)
+
+
+def jobs(count: int, **fields: Any) -> list[RerankJob]:
+    return [RerankJob(query=f"question {number}", chunks=["x", "y"], **fields) for number in range(count)]
+
+
+def run(work: Callable[[AsyncClient], Coroutine[Any, Any, Any]], settings: Settings) -> Any:
+    async def main() -> Any:
+        async with AsyncClient(settings) as client, asyncio.timeout(60):
+            return await work(client)
+
+    result = asyncio.run(main())
+    gc.collect()  # a connection that was left open shows in the test that left it
+    return result
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not holds():  # noqa: ASYNC110  # what is waited for happens in Redis
+            await asyncio.sleep(0.005)
+
+
+def scripts_run(worker) -> int:
+    return worker.redis.info("commandstats")["cmdstat_evalsha"]["calls"]
+
+
+def subscribed(worker) -> int:
+    return len(worker.redis.pubsub_channels("*:job:*"))
+
+
+def test_all_methods_await(settings: Settings, worker):
+    async def work(client: AsyncClient) -> None:
+        one, *more = await client.submit_many(jobs(4))
+        assert (await client.status(one)).state == "queued"
+        worker.finish(one, more[0])
+        assert (await client.result(one, timeout=20)).job_id == one
+        assert await client.cancel(more[1]) == "cancelled"
+        got = {job_id: answer async for job_id, answer in client.as_completed(more[:2], timeout=20)}
+        assert [type(got[job_id]).__name__ for job_id in more[:2]] == ["Ranking", "JobCancelled"]
+        await client.forget(one, *more)
+        assert [(await client.status(job_id)).state for job_id in (one, more[2])] == ["unknown", "queued"]
+        reranking = asyncio.create_task(client.rerank("why?", ["because"], tenant="t"))
+        await until(lambda: worker.redis.zcard("rerankq:rung:rerankq.interactive:t"))
+        worker.finish(worker.redis.zrange("rerankq:rung:rerankq.interactive:t", 0, -1)[0].decode())
+        assert len((await reranking).chunks) == 1
+        assert await client.workers() == []
+
+    run(work, settings)
+
+
+# Pushed, and never missed
+
+
+@pytest.mark.usefixtures("only_pushed")
+def test_a_ranking_is_pushed_not_polled_for(settings: Settings, worker):
+    async def work(client: AsyncClient) -> None:
+        (job_id,) = await client.submit_many(jobs(1))
+        result = asyncio.create_task(client.result(job_id))
+        await until(lambda: subscribed(worker))
+        await asyncio.sleep(0.3)  # long enough for the one reading after the subscription
+        before = scripts_run(worker)
+        await asyncio.sleep(0.3)
+        assert scripts_run(worker) == before, "waiting costs the server nothing"
+        worker.finish(job_id)
+        assert (await result).job_id == job_id
+
+    run(work, settings)
+
+
+MOMENTS = ["before expecting", "before subscribing", "after subscribing", "before reading", "after reading"]
+
+
+@pytest.mark.usefixtures("only_pushed")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_no_ending_slips_between_subscribing_and_reading(
+    settings: Settings, worker, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    ids: list[str] = []
+
+    def now(this: str) -> None:
+        if this == moment and ids:
+            worker.finish(ids.pop())
+
+    def hook(name: str, before: str, after: str) -> None:
+        method = getattr(Ears, name)
+
+        async def hooked(self: Ears) -> None:
+            now(before)
+            await method(self)
+            now(after)
+
+        monkeypatch.setattr(Ears, name, hooked)
+
+    hook("_subscribe", "before subscribing", "after subscribing")
+    hook("_read_batches", "before reading", "after reading")
+
+    async def work(client: AsyncClient) -> None:
+        (job_id,) = await client.submit_many(jobs(1))
+        ids.append(job_id)
+        now("before expecting")
+        assert (await client.result(job_id, timeout=20)).job_id == job_id
+        assert not ids
+
+    run(work, settings)
+
+
+@pytest.mark.usefixtures("only_pushed")
+@runs(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(delays=st.lists(st.integers(0, 40), min_size=1, max_size=40), kills=st.lists(st.integers(0, 40), max_size=3))
+def test_whenever_jobs_end_and_connections_break_every_waiter_is_told(
+    settings: Settings, worker, delays: list[int], kills: list[int]
+):
+    """Delays are in event-loop turns."""
+
+    async def after(turns: int, do: Callable[[], object]) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        do()
+
+    async def work(client: AsyncClient) -> None:
+        worker.redis.flushall()
+        ids = await client.submit_many(jobs(len(delays)))
+        async with asyncio.TaskGroup() as group:
+            results = [group.create_task(client.result(job_id)) for job_id in ids]
+            for job_id, turns in zip(ids, delays, strict=True):
+                group.create_task(after(turns, lambda job_id=job_id: worker.finish(job_id)))
+            for turns in kills:
+                group.create_task(after(turns, lambda: worker.redis.client_kill_filter(_type="pubsub")))
+        assert [result.result().job_id for result in results] == ids
+
+    run(work, settings)
+
+
+@pytest.mark.usefixtures("only_pushed")
+def test_thousands_wait_on_one_connection(settings: Settings, worker):
+    async def work(client: AsyncClient) -> None:
+        ids = await client.submit_many(jobs(3_000))
+        async with asyncio.TaskGroup() as group:
+            results = [group.create_task(client.result(job_id)) for job_id in ids]
+            await until(lambda: subscribed(worker) == 3_000)
+            assert len(worker.redis.client_list(_type="pubsub")) == 1
+            for start in range(0, 3_000, 500):
+                await asyncio.to_thread(worker.finish, *ids[start : start + 500])
+        assert [result.result().job_id for result in results] == ids
+        await until(lambda: not subscribed(worker))
+
+    run(work, settings)
+
+
+@pytest.mark.usefixtures("only_pushed")
+def test_waiters_of_one_job_are_all_told_and_come_and_go_as_they_like(settings: Settings, worker):
+    async def work(client: AsyncClient) -> None:
+        (job_id,) = await client.submit_many(jobs(1))
+        results = [asyncio.create_task(client.result(job_id)) for _ in range(10)]
+        await until(lambda: subscribed(worker))
+        for result in results[:9]:
+            result.cancel()
+            await asyncio.wait([result])
+        assert subscribed(worker) == 1
+        late = asyncio.create_task(client.result(job_id))
+        worker.finish(job_id)
+        assert (await results[9]).job_id == (await late).job_id == job_id
+        # And again, when nobody has waited for a while.
+        assert (await client.result(job_id)).job_id == job_id
+
+    run(work, settings)
+
+
+# Outages
+
+
+@pytest.mark.usefixtures("only_pushed")
+def test_a_killed_subscription_is_taken_up_again(settings: Settings, worker):
+    async def work(client: AsyncClient) -> None:
+        ids = await client.submit_many(jobs(30))
+        results = [asyncio.create_task(client.result(job_id)) for job_id in ids]
+        await until(lambda: subscribed(worker) == 30)
+        for number in range(3):
+            (before,) = [each["id"] for each in worker.redis.client_list(_type="pubsub")]
+            worker.redis.client_kill_filter(_type="pubsub")
+            if number == 1:
+                worker.finish(*ids[:10])  # while nobody listens
+            await until(
+                lambda before=before: (
+                    [each["id"] for each in worker.redis.client_list(_type="pubsub")] not in ([], [before])
+                )
+            )
+        await until(lambda: subscribed(worker) == 20)
+        worker.finish(*ids[10:])
+        assert [ranking.job_id for ranking in await asyncio.gather(*results)] == ids
+
+    run(work, settings)
+
+
+def test_waiters_sit_out_a_restart_of_the_server(restartable_redis, make_worker):
+    settings = Settings(broker_url=restartable_redis.url)
+
+    async def work(client: AsyncClient) -> None:
+        worker = make_worker(settings)
+        ids = await client.submit_many(jobs(50))
+        results = [asyncio.create_task(client.result(job_id)) for job_id in ids]
+        await until(lambda: subscribed(worker) == 50)
+        worker.finish(*ids[:20])
+        await asyncio.to_thread(restartable_redis.kill)
+        await asyncio.sleep(0.6)  # long enough for a try that fails
+        await asyncio.to_thread(restartable_redis.start)
+        await asyncio.to_thread(worker.finish, *ids[20:40])
+        await until(lambda: subscribed(worker) == 10)
+        await asyncio.to_thread(worker.finish, *ids[40:])
+        assert [ranking.job_id for ranking in await asyncio.gather(*results)] == ids
+        # And the client goes on.
+        (one,) = await client.submit_many([RerankJob(query="after", chunks=["x"])])
+        assert (await client.status(one)).state == "queued"
+
+    run(work, settings)
+
+
+def test_a_deadline_passes_without_a_word_of_any_worker(settings: Settings, worker, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(waiting, "READ_AGAIN_S", 0.05)
+
+    async def work(client: AsyncClient) -> None:
+        (job_id,) = await client.submit_many(jobs(1, deadline_s=0.1))
+        with pytest.raises(rerankq.JobExpired):
+            await client.result(job_id)
+
+    run(work, settings)
+
+
+def test_readings_go_on_however_busy_the_client_is(settings: Settings, worker, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(waiting, "READ_AGAIN_S", 0.05)
+
+    async def work(client: AsyncClient) -> None:
+        quiet, *busy = await client.submit_many(jobs(2))
+        ears = client._ears
+        expired = asyncio.create_task(client.result(quiet))
+        await until(lambda: subscribed(worker))
+        worker.redis.hset(f"rerankq:job:{quiet}", "deadline", "1.0")
+        while not expired.done():
+            # Never a moment without something to do.
+            future = ears.expect(busy[0])
+            await asyncio.sleep(0)
+            ears.drop(busy[0], future)
+        with pytest.raises(rerankq.JobExpired):
+            await expired
+
+    run(work, settings)
+
+
+def test_an_idle_subscription_outlives_the_patience_for_answers(
+    settings: Settings, worker, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ledger, "ANSWER_S", 0.1)
+    monkeypatch.setattr(waiting, "READ_AGAIN_S", NEVER_S)
+
+    async def work(client: AsyncClient) -> None:
+        (job_id,) = await client.submit_many(jobs(1))
+        result = asyncio.create_task(client.result(job_id))
+        await until(lambda: subscribed(worker))
+        before = [each["id"] for each in worker.redis.client_list(_type="pubsub")]
+        await asyncio.sleep(0.5)
+        assert [each["id"] for each in worker.redis.client_list(_type="pubsub")] == before
+        worker.finish(job_id)
+        await result
+
+    run(work, settings)
+
+
+def test_a_ranking_that_cannot_be_read_fails_its_own_job_alone(settings: Settings, worker):
+    async def work(client: AsyncClient) -> None:
+        ids = await client.submit_many(jobs(3))
+        worker.finish(*ids)
+        worker.redis.hset(f"rerankq:job:{ids[1]}", "ranking", "{}")
+        answers = await asyncio.gather(*(client.result(one) for one in ids), return_exceptions=True)
+        assert [type(answer).__name__ for answer in answers] == ["Ranking", "JobFailed", "Ranking"]
+        got = {job_id: answer async for job_id, answer in client.as_completed(ids)}
+        assert isinstance(got[ids[1]], rerankq.JobFailed)
+
+    run(work, settings)
+
+
+def test_a_bug_in_reading_is_told_to_those_who_wait(settings: Settings, monkeypatch: pytest.MonkeyPatch):
+    async def broken(self: Ears) -> None:
+        raise ZeroDivisionError
+
+    async def work(client: AsyncClient) -> None:
+        (job_id,) = await client.submit_many(jobs(1))
+        with monkeypatch.context() as patched:
+            patched.setattr(Ears, "_read_batches", broken)
+            with pytest.raises(rerankq.BrokerUnavailable, match="ZeroDivisionError"):
+                await client.result(job_id)
+        with pytest.raises(rerankq.JobTimedOut):  # the next one finds ears that work
+            await client.result(job_id, timeout=0.1)
+
+    run(work, settings)
+
+
+# The event loop
+
+
+@asynccontextmanager
+async def counting_turns() -> AsyncIterator[list[int]]:
+    """Count how often the event loop lets others run."""
+    turns = [0]
+
+    async def count() -> None:
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    counter = asyncio.create_task(count())
+    yield turns
+    counter.cancel()
+
+
+def test_bulk_work_gives_the_event_loop_back_between_any_two_jobs(
+    settings: Settings, worker, monkeypatch: pytest.MonkeyPatch
+):
+    # Without patience at all, each piece of work shows as a turn of the loop.
+    monkeypatch.setattr("rerankq.ledger.WORK_S", 0.0)
+
+    async def work(client: AsyncClient) -> None:
+        await client.submit(jobs(1)[0])
+        async with counting_turns() as turns:
+            ids = await client.submit_many(jobs(400, tenant="bulk"))
+        assert turns[0] >= 400
+        worker.finish(*ids)
+        async with counting_turns() as turns:
+            assert len([one async for one in client.as_completed(ids)]) == 400
+        assert turns[0] >= 400
+
+    run(work, settings)
+
+
+def test_nothing_of_the_client_waits_inside_the_event_loop(settings: Settings, worker, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the ledger takes long to answer, others run meanwhile: none of it is a blocking call."""
+
+    async def work(client: AsyncClient) -> None:
+        ids = await client.submit_many(jobs(3))
+        await client.status(ids[0])
+        for ask in (
+            lambda: client.status(ids[0]),
+            lambda: client.submit(RerankJob(query="more", chunks=["x"])),
+            lambda: client.cancel(ids[1]),
+            lambda: client.forget(ids[2]),
+            client.workers,
+        ):
+            worker.redis.execute_command("CLIENT", "PAUSE", 100, "ALL")
+            async with counting_turns() as turns:
+                await ask()
+            assert turns[0] > 20
+        async with counting_turns() as turns:
+            await client.aclose()
+        assert turns[0] > 1
+
+    run(work, settings)
+
+
+def test_thousands_may_submit_at_once_over_a_few_connections(settings: Settings, worker):
+    async def work(client: AsyncClient) -> None:
+        ids = await asyncio.gather(*(client.submit(one) for one in jobs(2_000)))
+        assert len(set(ids)) == 2_000
+        ours = [each for each in worker.redis.client_list() if each["db"] == worker.redis.client_info()["db"]]
+        assert len(ours) < 25
+
+    run(work, settings)
+
+
+def test_a_client_serves_one_event_loop_after_another(settings: Settings, worker):
+    client = AsyncClient(settings)
+
+    async def way(number: int) -> str:
+        job_id = await client.submit(RerankJob(query=f"loop {number}", chunks=["x"]))
+        worker.finish(job_id)
+        ranking = await client.result(job_id, timeout=20)
+        await client.aclose()
+        return ranking.job_id
+
+    assert asyncio.run(way(1)) != asyncio.run(way(2))
+
+
+# Python complains of connections that were left open, and rightly so.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_client_that_was_left_open_in_one_event_loop_still_serves_the_next(settings: Settings, worker):
+    client = AsyncClient(settings)
+
+    async def way(number: int) -> str:
+        job_id = await client.submit(RerankJob(query=f"loop {number}", chunks=["x"]))
+        waiting_for_ever = asyncio.create_task(client.result((await client.submit_many(jobs(1, id="never")))[0]))
+        worker.finish(job_id)
+        assert (await client.result(job_id, timeout=20)).job_id == job_id
+        assert not waiting_for_ever.done()
+        return job_id
+
+    async def last() -> None:
+        await way(9)
+        await client.aclose()
+
+    assert len({asyncio.run(way(number)) for number in range(8)}) == 8
+    asyncio.run(last())
+    gc.collect()
+
+
+@pytest.mark.parametrize("turns", [0, 1, 5, 20, 60, 150])
+def test_a_cancelled_bulk_submission_stops_and_what_was_accepted_is_rung_for(settings: Settings, worker, turns: int):
+    large = [RerankJob(query=f"question {number}", chunks=["x" * 20_000]) for number in range(2_000)]
+
+    async def work(client: AsyncClient) -> None:
+        submitting = asyncio.create_task(client.submit_many(large))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        submitting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submitting
+
+    run(work, settings)
+    accepted = len(worker.redis.keys("rerankq:job:*"))
+    assert accepted < 2_000
+    with redis.Redis.from_url(settings.broker) as broker:
+        assert broker.llen("rerankq:rerankq.interactive") == min(accepted, settings.ring_window)
+
+
+def test_as_completed_stopped_midway_leaves_nothing_subscribed(settings: Settings, worker):
+    async def work(client: AsyncClient) -> None:
+        ids = await client.submit_many(jobs(10))
+        worker.finish(ids[0])
+        coming = client.as_completed(ids)
+        assert (await anext(coming))[0] == ids[0]
+        await coming.aclose()
+        await until(lambda: not subscribed(worker))
+        assert client._ears._waiters == {}
+
+    run(work, settings)
+
+
+def test_a_ledger_that_was_never_reached_is_said_at_once():
+    async def work(client: AsyncClient) -> None:
+        started = time.monotonic()
+        with pytest.raises(rerankq.BrokerUnavailable, match="does not answer"):
+            await client.result("a")
+        with pytest.raises(rerankq.BrokerUnavailable, match="does not answer"):
+            await anext(client.as_completed(["a"]))
+        assert time.monotonic() - started < 20
+
+    run(work, Settings(broker_url="redis://127.0.0.1:1/0"))
+
+
+def test_ears_close_while_the_server_is_away(settings: Settings):
+    async def main() -> None:
+        away = "redis://127.0.0.1:1/0"
+        ears = Ears(AsyncLedger(connect_async(away)), partial(line, away), rerankq.client.terms_of(settings))
+        future = ears.expect("a")
+        await ears.close()
+        with pytest.raises(rerankq.BrokerUnavailable):
+            await future
+        ears.drop("a", future)
+
+    asyncio.run(main())
+
+
+class DeadLine:
+    """A connection to somebody who is gone without a word: takes everything, answers nothing."""
+
+    is_connected = True
+
+    async def connect(self) -> None: ...
+
+    async def send_command(self, *words: str, check_health: bool) -> None: ...
+
+    async def disconnect(self, *, nowait: bool) -> None: ...
+
+    async def read_response(self) -> None:
+        await asyncio.Event().wait()
+
+
+def test_a_line_that_died_without_a_word_is_noticed(settings: Settings, worker, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(waiting, "READ_AGAIN_S", 0.02)
+    monkeypatch.setattr(waiting, "SILENCE_S", 0.05)
+
+    async def work(client: AsyncClient) -> None:
+        (job_id,) = await client.submit_many(jobs(1))
+        lines = [DeadLine(), DeadLine()]
+        monkeypatch.setattr(client._ears, "_dial", lambda: lines.pop() if lines else line(settings.ledger))
+        result = asyncio.create_task(client.result(job_id))
+        await until(lambda: subscribed(worker))
+        assert not lines
+        worker.finish(job_id)
+        await result
+
+    run(work, settings)
+
+
+def test_a_user_without_rights_to_the_channels_still_gets_the_rankings(
+    settings: Settings, worker, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(waiting, "READ_AGAIN_S", 0.05)
+    worker.redis.acl_setuser(
+        "reader", enabled=True, passwords=["+pw"], keys=["*"], channels=[], commands=["+@all"], reset=True
+    )
+    try:
+        restricted = settings.ledger.replace("redis://:", "redis://reader:").replace(
+            settings.ledger.split("@")[0].rsplit(":", 1)[1], "pw"
+        )
+
+        async def work(client: AsyncClient) -> None:
+            (job_id,) = await client.submit_many(jobs(1))
+            monkeypatch.setattr(client._ears, "_dial", partial(line, restricted))
+            result = asyncio.create_task(client.result(job_id))
+            await asyncio.sleep(0.2)
+            worker.finish(job_id)
+            assert (await result).job_id == job_id
+
+        run(work, settings)
+    finally:
+        worker.redis.acl_deluser("reader")

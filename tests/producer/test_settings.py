@@ -1,0 +1,108 @@
+"""Settings: read once, from the environment or a file, with every mistake told at once."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rerankq.errors import BrokerUnavailable
+from rerankq.settings import Settings, database_of, with_database
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"RERANKQ_{name.upper()}", raising=False)
+
+
+def test_each_field_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch):
+    said = {
+        "RERANKQ_BROKER_URL": "redis://broker:6379/0",
+        "RERANKQ_LEASE_S": "2.5",
+        "RERANKQ_MODELS": "a/b, c ,,d",
+        "RERANKQ_API_KEYS": "one,two",
+        "RERANKQ_MAX_BATCH_TOKENS": "4096",
+        "RERANKQ_DTYPE": "bfloat16",
+        "RERANKQ_CONF_DIR": "/srv/conf",
+    }
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    assert (settings.broker_url, settings.lease_s, settings.models) == ("redis://broker:6379/0", 2.5, ["a/b", "c", "d"])
+    assert (settings.max_batch_tokens, settings.dtype, settings.conf_dir) == (4096, "bfloat16", Path("/srv/conf"))
+    assert settings.api_keys == ["one", "two"]
+    assert "two" not in repr(settings), "keys are secrets"
+
+
+def test_a_file_works_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch):
+    Path(".env").write_text("RERANKQ_LEASE_S=3\nRERANKQ_MODEL=stub\nUNRELATED=1\nRERANKQ_UNKNOWN=1\n")
+    monkeypatch.setenv("RERANKQ_LEASE_S", "4")
+    assert (Settings().lease_s, Settings().model) == (4, "stub")
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RERANKQ_BROKER_URL", "")
+    monkeypatch.setenv("RERANKQ_LEASE_S", "")
+    assert (Settings().broker_url, Settings().lease_s) == (None, 8)
+
+
+def test_all_mistakes_are_told_together(monkeypatch: pytest.MonkeyPatch):
+    wrong = {"LEASE_S": "soon", "CONCURRENCY": "0", "BROKER_URL": "http://x", "DTYPE": "int8", "RING_WINDOW": "0"}
+    for name, value in wrong.items():
+        monkeypatch.setenv(f"RERANKQ_{name}", value)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert {str(fault["loc"][0]).upper() for fault in caught.value.errors()} == set(wrong)
+
+
+def test_every_setting_says_what_it_is():
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+
+
+def test_one_redis_serves_three_roles_in_databases_of_its_own():
+    settings = Settings(broker_url="redis://:pw@host:6379/0")
+    assert settings.broker == "redis://:pw@host:6379/0"
+    assert settings.ledger == "redis://:pw@host:6379/1"
+    assert settings.cache == "redis://:pw@host:6379/2"
+    apart = Settings(broker_url="redis://a", ledger_url="redis://b:1/7", cache_url="redis://c")
+    assert (apart.ledger, apart.cache) == ("redis://b:1/7", "redis://c")
+
+
+def test_a_broker_that_is_no_redis_wants_a_ledger_of_its_own():
+    settings = Settings(broker_url="amqp://guest@host//")
+    for role, name in (("ledger", "RERANKQ_LEDGER_URL"), ("cache", "RERANKQ_CACHE_URL")):
+        with pytest.raises(BrokerUnavailable, match=name):
+            getattr(settings, role)
+
+
+def test_without_a_url_every_role_says_how_to_set_one():
+    for role in ("broker", "ledger", "cache", "channel"):
+        with pytest.raises(BrokerUnavailable, match=r"RERANKQ_BROKER_URL=redis://.*rerankq up"):
+            getattr(Settings(), role)
+
+
+def test_channels_carry_the_deployments_name_because_they_ignore_databases():
+    one = Settings(broker_url="redis://host/0")
+    other = Settings(broker_url="redis://host/0", ledger_url="redis://host/9")
+    assert one.channel == "rerankq:1"
+    assert other.channel == "rerankq:9"
+    assert Settings(broker_url="redis://host", deployment="blue").channel == "rerankq:blue"
+
+
+@pytest.mark.parametrize(
+    ("url", "database", "expected"),
+    [
+        ("redis://host", 1, "redis://host/1"),
+        ("redis://host/?ssl_cert_reqs=none", 1, "redis://host/1?ssl_cert_reqs=none"),
+        ("rediss://user:p%40ss@host:1/3", 2, "rediss://user:p%40ss@host:1/2"),
+        ("redis://host?db=4", 1, "redis://host/1"),
+        ("unix:///run/r.sock", 1, "unix:///run/r.sock?db=1"),
+        ("unix:///run/r.sock?db=4&password=x", 1, "unix:///run/r.sock?password=x&db=1"),
+        ("unix://user:pw@/run/r.sock", 1, "unix://user:pw@/run/r.sock?db=1"),
+    ],
+)
+def test_a_url_is_pointed_at_another_database_and_keeps_the_rest(url: str, database: int, expected: str):
+    assert with_database(url, database) == expected
+    assert database_of(expected) == database
