@@ -175,7 +175,13 @@ class RerankJob(Record):
     query_tokens: list[tuple[Text, Weight]] | None = Field(None, description="Tokens with weights, used as given.")
     query_tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = {}
     priority: Priority = "interactive"
-    deadline_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="A job not started by then expires.")
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds from submission; a job not started by then expires. Once started it never does, "
+        "even where it is queued again because its worker died or was stopped.",
+    )
     max_length: int | None = Field(None, ge=8, description="Tokens of a pair; at most what the model takes.")
     query_max_tokens: int = Field(128, ge=1)
     long_chunks: Literal["truncate", "window"] = "truncate"

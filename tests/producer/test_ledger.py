@@ -307,6 +307,22 @@ def test_a_longer_patience_prolongs_a_job_for_all_and_a_shorter_one_does_not_cut
     assert ledger.redis.zcard("rerankq:deadlines") == 0
 
 
+def test_a_job_that_was_started_in_time_expires_no_more_however_often_it_is_queued_again(ledger: Ledger):
+    submit(ledger, "handed-back", "lapsed", deadline_s=100)
+    ledger.ask(calls.hand_back([("handed-back", claim(ledger, "handed-back").fence)]))
+    claim(ledger, "lapsed")
+    leases_end(ledger)
+    assert sweep(ledger).lapsed == 1
+    assert ledger.redis.zcard("rerankq:deadlines") == 0
+    # Its 100 s are over, as the ledger would know of them.
+    for name in ("handed-back", "lapsed"):
+        assert ledger.redis.hget(f"rerankq:job:{name}", "deadline") == b""
+        # Whoever submits it again with less patience does not bring the deadline back.
+        assert ledger.ask(calls.submit(entry(name, deadline_s=1e-6), TERMS)).state == "queued"
+        assert state(ledger, name) == "queued"
+        assert claim(ledger, name)
+
+
 def test_an_interactive_submission_lifts_a_queued_bulk_job_and_says_to_ring(ledger: Ledger):
     submit(ledger, "a")
     lifted = ledger.ask(calls.submit(entry("a", priority="interactive"), TERMS))
@@ -361,7 +377,7 @@ def test_each_end_is_published_and_a_cancellation_reaches_the_workers(ledger: Le
         (b"tests:job:done", b"done"),
         (b"tests:job:failed", b"failed"),
         (b"tests:job:cancelled", b"cancelled"),
-        (b"tests:cancel", b"stopped"),
+        (b"tests:cancel", b"stopped %d" % taken["stopped"].fence),
         (b"tests:job:stopped", b"cancelled"),
         (b"tests:job:expired", b"expired"),
     ]

@@ -143,6 +143,7 @@ class Twin:
             del self.alone[owner]
         job = self.jobs[name]
         job.state, job.owner, job.rung, job.pairs_done, job.lease_over = "running", owner, False, 0, False
+        job.deadline = None  # started in time
         job.claims += 1
         return job
 
@@ -446,12 +447,10 @@ class BothLedgers(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(self.with_deadline()))
         self.twin.jobs[name].deadline = 0
         self.ledger.redis.hset(f"rerankq:job:{name}", "deadline", "1.0")
-        if self.twin.jobs[name].state == "queued":
-            self.ledger.redis.zadd("rerankq:deadlines", {name: 1.0})
+        self.ledger.redis.zadd("rerankq:deadlines", {name: 1.0})
 
     def with_deadline(self) -> list[str]:
-        alive = {"queued", "running"}
-        return [name for name, job in self.twin.jobs.items() if job.deadline is not None and job.state in alive]
+        return [name for name, job in self.twin.jobs.items() if job.deadline is not None and job.state == "queued"]
 
     @precondition(lambda self: any(job.state in {"done", "failed"} for job in self.twin.jobs.values()))
     @rule(data=st.data())

@@ -139,11 +139,21 @@ def test_a_job_that_ended_while_its_lease_was_being_renewed_stops_no_later_claim
 
 
 def test_cancelling_reaches_held_work_and_no_other(world: World):
-    _, one = world.held("one")
+    claim, one = world.held("one")
     _, other = world.held("other")
-    world.leases.cancel(["one", "never held"])
+    world.leases.cancel([("one", claim.fence), ("never held", 1)])
     assert one.cancelled.is_set()
     assert not other.cancelled.is_set()
+
+
+def test_a_late_cancellation_leaves_a_newer_claim_of_the_same_id_alone(world: World):
+    claim, _ = world.held("a")
+    world.ledger.ask(calls.cancel("a", world.terms))
+    world.leases.release("a", claim.fence)
+    again, new = world.held("a")
+    assert again.fence > claim.fence
+    world.leases.cancel([("a", claim.fence)])
+    assert not new.cancelled.is_set()
 
 
 def test_stopping_answers_what_is_still_held_so_that_it_can_be_handed_back(world: World):

@@ -312,13 +312,13 @@ def test_who_stops_signs_off_and_a_lost_ledger_does_not_hold_it_up(world: World,
 
 class Heard:
     def __init__(self) -> None:
-        self.ids: list[str] = []
+        self.claims: list[tuple[str, int]] = []
         self.changed = threading.Condition()
         self.errors: list[Exception] = []
 
-    def __call__(self, job_ids: list[str]) -> None:
+    def __call__(self, claims: list[tuple[str, int]]) -> None:
         with self.changed:
-            self.ids += job_ids
+            self.claims += claims
             self.changed.notify_all()
         if self.errors:
             raise self.errors.pop()
@@ -327,9 +327,9 @@ class Heard:
         """Say it until it is heard: pub/sub forgets what nobody listened to."""
         channel = f"{world.terms.channel}:cancel"
         for _ in range(WAIT_S * 20):
-            world.ledger.redis.publish(channel, name)
+            world.ledger.redis.publish(channel, f"{name} 7")
             with self.changed:
-                if self.changed.wait_for(lambda: name in self.ids, 0.05):
+                if self.changed.wait_for(lambda: (name, 7) in self.claims, 0.05):
                     return
         pytest.fail("never heard")
 
@@ -347,10 +347,19 @@ def heard(world: World) -> Iterator[Heard]:
 def test_a_cancelled_running_job_is_heard_of(world: World, heard: Heard):
     heard.wait_for(world, "ready")
     world.submit("a")
-    world.claim("a")
+    claim = world.claim("a")
     world.ledger.ask(calls.cancel("a", world.terms))
     with heard.changed:
-        assert heard.changed.wait_for(lambda: "a" in heard.ids, WAIT_S)
+        assert heard.changed.wait_for(lambda: ("a", claim.fence) in heard.claims, WAIT_S)
+
+
+def test_nonsense_on_the_channel_is_passed_over(world: World, heard: Heard, caplog: pytest.LogCaptureFixture):
+    heard.wait_for(world, "before")
+    for said in (b"", b"a", b"a b", b"a 1 2", b"\xff\xfe 1", b"x" * 100_000):
+        world.ledger.redis.publish(f"{world.terms.channel}:cancel", said)
+    heard.wait_for(world, "after")
+    assert {name for name, _ in heard.claims} == {"before", "after"}
+    assert max(map(len, caplog.messages)) < 1_000
 
 
 def test_listening_goes_on_after_the_connection_was_cut(world: World, heard: Heard):

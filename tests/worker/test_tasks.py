@@ -60,6 +60,10 @@ def look(worker: Any, name: str = "a") -> Any:
     return worker.ledger.ask(calls.look(name, worker.terms, with_ranking=True))
 
 
+def fence(worker: Any, name: str = "a") -> int:
+    return int(worker.ledger.redis.hget(f"rerankq:job:{name}", "fence"))
+
+
 def state(worker: Any, name: str = "a") -> str:
     return look(worker, name).status.state
 
@@ -183,7 +187,7 @@ def in_the_middle(worker: Any, monkeypatch: pytest.MonkeyPatch, what: Callable[[
 
 
 def test_a_job_cancelled_while_it_runs_stays_cancelled(worker: Any, monkeypatch: pytest.MonkeyPatch):
-    in_the_middle(worker, monkeypatch, lambda: worker.leases.cancel(["a"]))
+    in_the_middle(worker, monkeypatch, lambda: worker.leases.cancel([("a", fence(worker))]))
     in_the_middle(worker, monkeypatch, lambda: worker.cancel(["a"]))
     with pytest.raises(JobCancelled):
         worker.rerank(submit(worker))

@@ -79,23 +79,22 @@ class Leases:
             if self._held.get(job_id, (None,))[0] == fence:
                 del self._held[job_id]
 
-    def cancel(self, job_ids: Iterable[str]) -> None:
-        """Stop work on these jobs before their next micro-batch."""
+    def cancel(self, held: Iterable[tuple[str, int]]) -> None:
+        """Stop work on these claims, each ``(id, fence)``, before their next micro-batch; a later claim goes on."""
         with self._lock:
-            works = [self._held[job_id][1] for job_id in job_ids if job_id in self._held]
-        for work in works:
-            work.cancel()
+            found = [(self._held.get(job_id), fence) for job_id, fence in held]
+        for claim, fence in found:
+            if claim is not None and claim[0] == fence:
+                claim[1].cancel()
 
     def renew(self) -> None:
         """Renew once; work on jobs that are no longer ours stops."""
         with self._lock:
             held = [(job_id, fence, work.pairs_done) for job_id, (fence, work) in self._held.items()]
         if held:
+            fences = {job_id: fence for job_id, fence, _ in held}
             lost = self._ledger.ask(calls.renew(held, self._terms))
-            still = {job_id: fence for job_id, fence, _ in held}
-            with self._lock:
-                lost = [job_id for job_id in lost if self._held.get(job_id, (None,))[0] == still[job_id]]
-            self.cancel(lost)
+            self.cancel((job_id, fences[job_id]) for job_id in lost)
 
     def _run(self) -> None:
         while not self._stopped.wait(self._terms.lease_s / 3):

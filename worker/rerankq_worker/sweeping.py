@@ -149,9 +149,9 @@ class Sweeper:
 
 
 class CancelListener:
-    """Hears cancellations on the deployment's channel and hands on the jobs' ids."""
+    """Hears cancellations on the deployment's channel and hands on which claims, each ``(id, fence)``, they end."""
 
-    def __init__(self, ledger: Ledger, terms: Terms, cancel: Callable[[list[str]], None]) -> None:
+    def __init__(self, ledger: Ledger, terms: Terms, cancel: Callable[[list[tuple[str, int]]], None]) -> None:
         self._ledger = ledger
         self._channel = f"{terms.channel}:cancel"
         self._cancel = cancel
@@ -177,7 +177,7 @@ class CancelListener:
                 while not self._stopped.is_set():
                     message = pubsub.get_message(timeout=1.0)
                     if message is not None:
-                        self._cancel([message["data"].decode()])
+                        self._hear(message["data"])
             except (RedisError, OSError) as error:
                 logger.info("the channel of cancellations is away: %s", error)
                 self._stopped.wait(1.0)
@@ -187,3 +187,13 @@ class CancelListener:
                 self._stopped.wait(1.0)
             finally:
                 pubsub.close()
+
+    def _hear(self, said: bytes) -> None:
+        try:
+            job_id, fence = said.decode().split()
+            claim = job_id, int(fence)
+        except ValueError:
+            # Anybody who can write to the channel can say anything there.
+            logger.warning("not understood on the channel of cancellations: %.100r", said)
+        else:
+            self._cancel([claim])

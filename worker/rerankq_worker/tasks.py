@@ -112,7 +112,7 @@ class Worker:
                 self.ledger.ask(calls.hand_back(held))
         except RerankqError as error:
             logger.warning("%d jobs not handed back, their leases will lapse: %s", len(held), error)
-        self.leases.cancel(job_id for job_id, _ in held)
+        self.leases.cancel(held)
 
     def stop(self) -> None:
         """Hand back what is still held, sign off, and let the device go."""

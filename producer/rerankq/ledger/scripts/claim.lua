@@ -28,7 +28,9 @@ if not again then
   local fence = math.max(tonumber(job[4]) + 1, math.floor(time * 1000000))
   redis.call('HINCRBY', key, 'claims', 1)
   redis.call('HSET', key, 'state', 'running', 'owner', owner, 'claim', call, 'fence', string.format('%.0f', fence),
-    'started', stamp(time), 'done_pairs', 0)
+    'started', stamp(time), 'done_pairs', 0,
+    -- It has been started in time: queued again after its worker died, it waits for another as long as it takes.
+    'deadline', '')
   redis.call('ZADD', 'rerankq:running', stamp(time + lease_s), id)
 end
 
