@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerankq_worker.batching import GRACE_TOKENS, SLACK, plan, plan_all
+from rerankq_worker.batching import GRACE_TOKENS, LOOK_AHEAD, SLACK, cost, plan, plan_all
 
 lengths_of_pairs = st.lists(st.integers(1, 600), min_size=1, max_size=60)
 
@@ -36,12 +36,9 @@ def within_reach(lengths):
     return max(lengths) <= min(lengths) * (1 + SLACK) + GRACE_TOKENS
 
 
-def best_worth_slowly(lengths, priorities, ages, budget, age_limit):
-    """The most that any run of neighbours with the leader in it is worth, or None if the leader goes alone."""
-    leader = leader_slowly(priorities, ages, age_limit)
-    if lengths[leader] > budget:
-        return leader, None
-    mates = sorted((i for i in range(len(lengths)) if priorities[i] >= priorities[leader]), key=lambda i: lengths[i])
+def best_worth_slowly(lengths, leader, peers, budget):
+    """The most that any run of neighbours among the peers with the leader in it is worth."""
+    mates = sorted(peers, key=lambda i: lengths[i])
     worths = []
     for lo in range(len(mates)):
         for hi in range(lo, len(mates)):
@@ -49,35 +46,93 @@ def best_worth_slowly(lengths, priorities, ages, budget, age_limit):
             sizes = [lengths[i] for i in run]
             if leader in run and max(sizes) * len(run) <= budget and within_reach(sizes):
                 worths.append(worth(sizes))
-    return leader, max(worths)
+    return max(worths)
 
 
-@given(waiting_pairs(), st.integers(1, 3000), st.sampled_from([0.0, 5.0, 10.0, math.inf]))
+def oldest_slowly(lengths, priorities, ages, leader, limits):
+    """Fill up in turn, each priority up to its limit."""
+    batch, used = [leader], lengths[leader]
+    for allowed, limit in limits:
+        line = sorted((i for i in allowed if i != leader), key=lambda i: (-priorities[i], -ages[i], i))
+        looked = 0
+        for i in line:
+            if used + lengths[i] <= limit:
+                batch.append(i)
+                used += lengths[i]
+            else:
+                looked = looked or 1
+            if looked:
+                looked += 1
+            if looked > LOOK_AHEAD:
+                break
+    return batch
+
+
+def groups(priorities, leader, budget, fill_tokens):
+    turn = priorities[leader]
+    everyone = range(len(priorities))
+    return [
+        ([i for i in everyone if priorities[i] == turn], budget),
+        ([i for i in everyone if priorities[i] > turn], budget),
+        ([i for i in everyone if priorities[i] < turn], min(budget, fill_tokens)),
+    ]
+
+
+age_limits = st.sampled_from([0.0, 5.0, 10.0, math.inf])
+fills = st.integers(0, 3000)
+
+
+@given(waiting_pairs(), st.integers(1, 3000), fills, age_limits)
 @settings(max_examples=150, deadline=None)
-def test_the_plan_is_the_best_run_that_the_slow_twin_finds(waiting, budget, age_limit):
+def test_the_plan_is_the_best_run_that_the_slow_twin_finds(waiting, budget, fill_tokens, age_limit):
     lengths, priorities, ages = waiting
-    chosen = plan(lengths, priorities, ages, budget, age_limit=age_limit).tolist()
-    leader, best = best_worth_slowly(lengths, priorities, ages, budget, age_limit)
+    chosen = plan(lengths, priorities, ages, budget, fill_tokens=fill_tokens, age_limit=age_limit).tolist()
+    leader = leader_slowly(priorities, ages, age_limit)
     assert leader in chosen
     assert len(set(chosen)) == len(chosen)
-    if best is None:
+    if lengths[leader] > budget:
         assert chosen == [leader]
         return
+    (peers, _), (higher, _), (lower, lower_limit) = groups(priorities, leader, budget, fill_tokens)
+    own = [lengths[i] for i in chosen if i in peers]
+    assert worth(own) == pytest.approx(best_worth_slowly(lengths, leader, peers, budget))
     sizes = [lengths[i] for i in chosen]
-    assert worth(sizes) == pytest.approx(best)
-    assert max(sizes) * len(sizes) <= budget
+    assert sizes == sorted(sizes)
+    assert cost(sizes) <= budget
     assert within_reach(sizes)
-    assert all(priorities[i] >= priorities[leader] for i in chosen)
+    if set(chosen) & set(lower):
+        assert cost(sizes) <= lower_limit
+    assert max(sizes) == max(own)
+    # Nobody of a higher priority is left behind whom there is room for.
+    left = [lengths[i] for i in higher if i not in chosen and lengths[i] <= max(own)]
+    assert not any(within_reach([n, max(own)]) for n in left) or max(own) * (len(sizes) + 1) > budget
 
 
-@given(lengths_of_pairs, st.integers(1, 2000), st.integers(1, 40))
+@given(waiting_pairs(), st.integers(1, 3000), fills, age_limits)
 @settings(max_examples=150, deadline=None)
-def test_planning_until_nothing_waits_plans_every_pair_exactly_once(lengths, budget, window):
-    batches = list(plan_all(lengths, budget, window=window))
+def test_an_unpadded_plan_is_the_one_of_the_slow_twin(waiting, budget, fill_tokens, age_limit):
+    lengths, priorities, ages = waiting
+    chosen = plan(lengths, priorities, ages, budget, padded=False, fill_tokens=fill_tokens, age_limit=age_limit)
+    leader = leader_slowly(priorities, ages, age_limit)
+    slowly = oldest_slowly(lengths, priorities, ages, leader, groups(priorities, leader, budget, fill_tokens))
+    assert sorted(chosen.tolist()) == sorted(slowly)
+    assert cost([lengths[i] for i in chosen], padded=False) <= budget or chosen.tolist() == [leader]
+
+
+@given(lengths_of_pairs, st.integers(1, 2000), st.integers(1, 40), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_planning_until_nothing_waits_plans_every_pair_exactly_once(lengths, budget, window, padded):
+    batches = list(plan_all(lengths, budget, padded=padded, window=window))
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     for batch in batches:
-        longest = max(lengths[i] for i in batch)
-        assert longest * len(batch) <= budget or len(batch) == 1
+        assert cost([lengths[i] for i in batch], padded=padded) <= budget or len(batch) == 1
+
+
+def test_unpadded_batches_are_full_whatever_the_lengths():
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(160) - 0.32, 0.8, 4000), 10, 512).astype(int)
+    *whole, _ = [lengths[batch].sum() for batch in plan_all(lengths, 4096, padded=False)]
+    # No room is left that the shortest of the next 32 could take; 100 tokens are well over the first decile.
+    assert min(whole) > 4096 - 100
 
 
 @given(waiting_pairs(), st.integers(1, 2000))
@@ -89,11 +144,27 @@ def test_interactive_pairs_go_first_until_bulk_is_overdue(waiting, budget):
         assert {priorities[i] for i in chosen} == {1}
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_bulk_rides_along_where_a_device_takes_as_long_for_less(padded):
+    lengths, priorities, ages = [50, 50, 50, 50, 50], [0, 0, 1, 0, 1], [9, 8, 3, 2, 1]
+    for fill_tokens, riders in {0: 0, 100: 0, 149: 0, 150: 1, 210: 2, 5000: 3}.items():
+        chosen = plan(lengths, priorities, ages, 1000, padded=padded, fill_tokens=fill_tokens).tolist()
+        assert {2, 4} <= set(chosen)
+        assert len(chosen) == 2 + riders
+
+
 def test_the_oldest_overdue_bulk_pair_leads_and_interactive_pairs_may_ride_along():
     chosen = plan([100, 100, 101, 300], [1, 0, 1, 0], [1.0, 9.0, 2.0, 30.0], 1000, age_limit=8.0)
     assert chosen.tolist() == [3]
-    chosen = plan([100, 100, 101], [1, 0, 1], [1.0, 9.0, 2.0], 1000, age_limit=8.0)
+    chosen = plan([100, 100, 99], [1, 0, 1], [1.0, 9.0, 2.0], 1000, age_limit=8.0)
     assert sorted(chosen.tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_when_bulk_leads_bulk_fills_the_batch_first(padded):
+    priorities = [1] * 20 + [0] * 20
+    chosen = plan([50] * 40, priorities, range(40, 0, -1), 500, padded=padded, age_limit=15.0)
+    assert set(chosen.tolist()) == set(range(20, 30))
 
 
 def test_no_pair_waits_for_more_batches_than_pairs_that_came_before_it():

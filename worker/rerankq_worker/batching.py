@@ -1,7 +1,7 @@
 """Which pairs share the next batch: a pure decision over arrays.
 
-A padded batch costs *longest × count* tokens. Whoever owns the device asks for one batch whenever it becomes free, from
-whatever waits at that moment; nothing here waits for company.
+A padded batch costs *longest × count* tokens, a flattened one the sum of its lengths. Whoever owns the device asks for
+one batch whenever it becomes free, from whatever waits at that moment; nothing here waits for company.
 """
 
 from __future__ import annotations
@@ -20,6 +20,20 @@ SLACK = 0.125
 GRACE_TOKENS = 8
 #: Planning looks at this many pairs at a time: enough neighbours in length, about a millisecond at most.
 WINDOW = 8192
+#: Where the next in turn does not fit any more, so many behind it may take the room that is left.
+LOOK_AHEAD = 32
+
+
+def cost(lengths: ArrayLike, *, padded: bool = True) -> int:
+    """Count the tokens that a batch costs: *longest × count* where it is padded, else the sum.
+
+    >>> cost([3, 5]), cost([3, 5], padded=False), cost([])
+    (10, 8, 0)
+    """
+    lengths = np.asarray(lengths)
+    if not lengths.size:
+        return 0
+    return int(lengths.max()) * lengths.size if padded else int(lengths.sum())
 
 
 def plan(
@@ -28,6 +42,8 @@ def plan(
     ages: ArrayLike,
     budget: int,
     *,
+    padded: bool = True,
+    fill_tokens: int = 0,
     age_limit: float = math.inf,
     slack: float = SLACK,
     grace: float = GRACE_TOKENS,
@@ -39,15 +55,20 @@ def plan(
 
     1. One pair leads: the oldest of the highest priority present, unless a pair of a lower priority is as old as
        ``age_limit``; then the oldest of those. The leader is always in the batch, so nothing starves.
-    2. Its mates have the leader's priority or a higher one, and are its neighbours in order of length.
-    3. Longest × count stays within ``budget``. Only a leader that is longer than the budget exceeds it, alone.
-    4. No pair of ``n`` tokens is padded beyond ``n * (1 + slack) + grace``.
-    5. Among those runs of neighbours: the most room used up, counting padding against it.
+    2. Its peers come first, the pairs of its priority: the oldest where batches are not padded; else its neighbours
+       in order of length, of those runs the one with the most room used up, counting padding against it.
+    3. Pairs of a higher priority fill what is left of ``budget``. Pairs of a lower one fill a batch up to
+       ``fill_tokens`` alone: below so many tokens a device takes as long for less, above they would make those wait
+       whose turn it is.
+    4. The batch's ``cost`` stays within ``budget``. Only a leader that is longer than the budget exceeds it, alone.
+    5. No pair of ``n`` tokens is padded beyond ``n * (1 + slack) + grace``.
 
     >>> plan([9, 40, 10, 400, 9], [0, 0, 0, 0, 0], [5, 4, 3, 2, 1], budget=64)
     array([0, 4, 2])
     >>> plan([9, 40, 10, 400, 9], [0, 1, 0, 1, 0], [5, 4, 3, 2, 1], budget=64)
     array([1])
+    >>> plan([9, 40, 10, 400, 9], [0, 1, 0, 1, 0], [5, 4, 3, 2, 1], budget=64, padded=False, fill_tokens=64)
+    array([0, 2, 1])
     >>> plan([], [], [], budget=64)
     array([], dtype=int64)
 
@@ -62,13 +83,25 @@ def plan(
         return np.empty(0, dtype=np.intp)
     if lengths.min() < 1:
         raise ValueError("a pair has at least one token")
+    lengths = lengths.astype(np.int64)
     leader = _leader(priorities, ages, age_limit)
-    eligible = np.flatnonzero(priorities >= priorities[leader])
-    run = _best_run(lengths[eligible], int(np.searchsorted(eligible, leader)), budget, slack, grace)
-    return eligible[run]
+    turn = priorities[leader]
+    peers = np.flatnonzero(priorities == turn)
+    others = ((np.flatnonzero(priorities > turn), budget), (np.flatnonzero(priorities < turn), fill_tokens))
+    if padded:
+        reach = lengths * (1 + slack) + grace
+        batch = peers[_best_run(lengths[peers], int(np.searchsorted(peers, leader)), budget, slack, grace)]
+        for more, limit in others:
+            batch = _with_neighbours(batch, more, lengths, reach, min(limit, budget))
+    else:
+        batch = np.array([leader])
+        for more, limit in ((peers[peers != leader], budget), *others):
+            turns = more[np.lexsort((-ages[more], -priorities[more]))]
+            batch = _with_oldest(batch, turns, lengths, min(limit, budget))
+    return batch[np.argsort(lengths[batch], kind="stable")]
 
 
-def plan_all(lengths: ArrayLike, budget: int, *, window: int = WINDOW) -> Iterator[Positions]:
+def plan_all(lengths: ArrayLike, budget: int, *, padded: bool = True, window: int = WINDOW) -> Iterator[Positions]:
     """Plan batch after batch until every pair had its turn, oldest first, all of one priority.
 
     >>> [batch.tolist() for batch in plan_all([10, 50, 11, 52], budget=110)]
@@ -78,7 +111,7 @@ def plan_all(lengths: ArrayLike, budget: int, *, window: int = WINDOW) -> Iterat
     rest = np.arange(lengths.size)
     while rest.size:
         near = rest[:window]
-        batch = near[plan(lengths[near], np.zeros(near.size, dtype=np.int8), -near, budget)]
+        batch = near[plan(lengths[near], np.zeros(near.size, dtype=np.int8), -near, budget, padded=padded)]
         yield batch
         rest = rest[~np.isin(rest, batch)]
 
@@ -89,9 +122,32 @@ def _leader(priorities: NDArray[np.generic], ages: NDArray[np.float64], age_limi
     return int(np.argmax(np.where(overdue if overdue.any() else first, ages, -np.inf)))
 
 
-def _best_run(lengths: NDArray[np.generic], leader: int, budget: int, slack: float, grace: float) -> Positions:
+def _with_oldest(batch: Positions, turns: Positions, lengths: NDArray[np.int64], limit: int) -> Positions:
+    """Add those whose turn it is while they fit; then, of the next few, those that fit still."""
+    room = limit - int(lengths[batch].sum())
+    whole = int(np.searchsorted(np.cumsum(lengths[turns]), room, side="right"))
+    chosen = turns[:whole].tolist()
+    room -= int(lengths[chosen].sum())
+    for position in turns[whole : whole + LOOK_AHEAD].tolist():
+        if lengths[position] <= room:
+            chosen.append(position)
+            room -= int(lengths[position])
+    return np.concatenate((batch, np.array(chosen, dtype=np.intp)))
+
+
+def _with_neighbours(
+    batch: Positions, more: Positions, lengths: NDArray[np.int64], reach: NDArray[np.float64], limit: int
+) -> Positions:
+    """Add those that are nearest to the batch's longest, and not longer, as many as fit."""
+    longest = int(lengths[batch].max())
+    near = more[(lengths[more] <= longest) & (reach[more] >= longest)]
+    order = np.argsort(-lengths[near], kind="stable")
+    return np.concatenate((batch, near[order[: max(0, limit // longest - batch.size)]]))
+
+
+def _best_run(lengths: NDArray[np.int64], leader: int, budget: int, slack: float, grace: float) -> Positions:
     order = np.argsort(lengths, kind="stable")
-    ranked = lengths[order].astype(np.int64)
+    ranked = lengths[order]
     place = int(np.flatnonzero(order == leader)[0])
     if ranked[place] > budget:
         return order[place : place + 1]

@@ -18,18 +18,21 @@ from .errors import (
     PairFailed,
     TicketCancelled,
 )
-from .protocol import QUERY_MAX_TOKENS, Engine, Logits, TokenisedPair
-from .stub import StubEngine, parse_stub
+from .protocol import QUERY_MAX_TOKENS, Engine, Flight, Landed, Logits, TokenisedPair
+from .stub import AsynchronousStubEngine, StubEngine, parse_stub
 from .ticket import Ticket
 
 __all__ = [
     "QUERY_MAX_TOKENS",
+    "AsynchronousStubEngine",
     "Batcher",
     "BatcherStats",
     "Engine",
     "EngineClosed",
     "EngineDied",
     "EngineError",
+    "Flight",
+    "Landed",
     "Logits",
     "ModelUnusable",
     "PairFailed",

@@ -17,7 +17,7 @@ from .checkpoint import fingerprint, weight_names
 from .cores import available_cores, has_amx_bf16
 from .errors import EngineError, ModelUnusable
 from .pair_tokeniser import PairTokeniser
-from .protocol import QUERY_MAX_TOKENS, Logits, TokenisedPair, checked_length, score_in_batches
+from .protocol import QUERY_MAX_TOKENS, Landed, Logits, TokenisedPair, checked_length, score_in_batches
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class CrossEncoderEngine:
     In a reduced precision the body runs in that type and the last layer in float32, so that logits which differ do
     not fall on the same sixteen bits. One thread at a time may call ``forward``.
     """
+
+    padded = True
 
     def __init__(
         self,
@@ -76,6 +78,10 @@ class CrossEncoderEngine:
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, cut to ``max_length`` tokens; from any thread."""
         return self._tokeniser.pairs(query, chunks, max_length=max_length, query_max_tokens=query_max_tokens)
+
+    def launch(self, batch: Sequence[TokenisedPair]) -> Landed:
+        """Run one padded batch; it is done when this returns."""
+        return Landed(self.forward(batch))
 
     def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
         """Run one padded batch: raw logits, shape ``(len(batch),)``."""

@@ -36,18 +36,49 @@ class TokenisedPair:
         return len(self.ids)
 
 
+class Flight(Protocol):
+    """A batch on its way through the device."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the logits are there already."""
+
+    def logits(self) -> Logits:
+        """Wait for the logits, shape ``(len(batch),)``; raises what the device raised."""
+
+
+class Landed:
+    """The flight of an engine that computes at once: it is over when it begins.
+
+    >>> Landed(np.zeros(2, dtype=np.float32)).logits()
+    array([0., 0.], dtype=float32)
+    """
+
+    done = True
+
+    def __init__(self, logits: Logits) -> None:
+        self._logits = logits
+
+    def logits(self) -> Logits:
+        """Answer the logits."""
+        return self._logits
+
+
 class Engine(Protocol):
     """One model on one device.
 
     ``fingerprint`` names everything of the model that changes a logit: weights, precision ("fp32" or "reduced"),
-    tokeniser and pair template, no activation. ``max_length`` is in tokens. ``forward`` belongs to one thread at a
-    time; ``tokenise`` may be called from any number of threads at once.
+    tokeniser and pair template, no activation. ``max_length`` is in tokens. A batch costs *longest × count* tokens
+    where ``padded``, else the sum of its lengths; ``max_batch_tokens`` is the most that one should cost.
+
+    ``launch`` and ``forward`` belong to one thread at a time; ``tokenise`` may be called from any number at once.
     """
 
     name: str
     fingerprint: str
     max_length: int
     max_batch_tokens: int
+    padded: bool
     dtype: str
     device: str
 
@@ -61,8 +92,14 @@ class Engine(Protocol):
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, cut to ``max_length`` tokens."""
 
+    def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
+        """Start one batch on the device, and return before it is done where the device works by itself.
+
+        A batch may be launched while another is in flight; they land in the order of their launches.
+        """
+
     def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
-        """Run one padded batch on the device: raw logits, shape ``(len(batch),)``."""
+        """Run one batch, ``launch(batch).logits()``: raw logits, shape ``(len(batch),)``."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Logits:
         """Score ``(query, chunk)`` pairs: raw logits, same order, same length."""
@@ -80,7 +117,7 @@ def score_in_batches(engine: Engine, pairs: Sequence[tuple[str, str]]) -> Logits
     for query, run in groupby(pairs, key=lambda pair: pair[0]):
         tokenised += engine.tokenise(query, [chunk for _, chunk in run])
     logits = np.empty(len(tokenised), dtype=np.float32)
-    for batch in plan_all([pair.length for pair in tokenised], engine.max_batch_tokens):
+    for batch in plan_all([pair.length for pair in tokenised], engine.max_batch_tokens, padded=engine.padded):
         logits[batch] = engine.forward([tokenised[position] for position in batch])
     return logits
 

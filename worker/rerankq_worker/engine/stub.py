@@ -7,12 +7,16 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
+from ..batching import cost
 from .errors import ModelUnusable
 from .protocol import (
     QUERY_MAX_TOKENS,
+    Flight,
+    Landed,
     Logits,
     TokenisedPair,
     checked_length,
@@ -20,7 +24,7 @@ from .protocol import (
     score_in_batches,
 )
 
-#: Seconds per padded token: about what a small model takes on a large GPU.
+#: Seconds per token of a batch's cost: about what a small model takes on a large GPU.
 SECONDS_PER_TOKEN = 1e-6
 
 #: Stand-ins for the marks round the query and behind the chunk.
@@ -29,7 +33,7 @@ _SPECIAL_TOKENS = 3
 
 
 class StubEngine:
-    """Sleeps for ``seconds_per_token`` times the padded tokens of a batch and answers hashes as logits.
+    """Sleeps for ``seconds_per_token`` times the tokens that a batch costs, and answers hashes as logits.
 
     Words between white space are tokens. The same query and chunk get the same logit in every process; scores say
     nothing about relevance.
@@ -49,11 +53,13 @@ class StubEngine:
         seconds_per_token: float = SECONDS_PER_TOKEN,
         max_length: int = 512,
         max_batch_tokens: int = 4096,
+        padded: bool = True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.name = name
         self.max_length = max_length
         self.max_batch_tokens = max_batch_tokens
+        self.padded = padded
         self.fingerprint = blake2b(b"rerankq stub 1", digest_size=16).hexdigest()
         self._seconds_per_token = seconds_per_token
         self._sleep = sleep
@@ -78,11 +84,15 @@ class StubEngine:
             pairs.append(TokenisedPair(ids, len(head), query_cut or chunk_cut))
         return pairs
 
+    def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
+        """Run the batch; it is done when this returns."""
+        return Landed(self.forward(batch))
+
     def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
-        """Take the stated time for the padded batch and answer one logit per pair, shape ``(len(batch),)``."""
+        """Take the stated time for the batch and answer one logit per pair, shape ``(len(batch),)``."""
         if batch:
-            self._sleep(self._seconds_per_token * len(batch) * max(pair.length for pair in batch))
-        return np.array([_logit(pair) for pair in batch], dtype=np.float32)
+            self._sleep(self._seconds(batch))
+        return _logits(batch)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Logits:
         """Score ``(query, chunk)`` pairs: same order, same length."""
@@ -93,6 +103,52 @@ class StubEngine:
 
     def release_memory(self) -> None:
         """Nothing is held."""
+
+    def _seconds(self, batch: Sequence[TokenisedPair]) -> float:
+        return self._seconds_per_token * cost([pair.length for pair in batch], padded=self.padded)
+
+
+class AsynchronousStubEngine(StubEngine):
+    """A stub that works by itself, as a GPU does: a launch returns at once, and the batches run one after the other.
+
+    ``clock`` and ``sleep`` are in seconds. ``idle_s`` says how long the device had nothing to do between its first
+    launch and its last.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, **options: Any) -> None:
+        super().__init__(**options)
+        self._clock = clock
+        self._free_at = math.inf
+        self.idle_s = 0.0
+
+    def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
+        """Let the batch begin as soon as those before it are done; its time runs from then."""
+        logits, now = _logits(batch), self._clock()
+        self.idle_s += max(0.0, now - self._free_at)
+        self._free_at = (now if math.isinf(self._free_at) else max(now, self._free_at)) + self._seconds(batch)
+        return _InFlight(logits, self._free_at, self._clock, self._sleep)
+
+    def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
+        """Launch the batch and wait for it."""
+        return self.launch(batch).logits()
+
+
+class _InFlight:
+    """A batch that lands at a time of the clock."""
+
+    def __init__(
+        self, logits: Logits, lands_at: float, clock: Callable[[], float], sleep: Callable[[float], None]
+    ) -> None:
+        self._logits, self._lands_at, self._clock, self._sleep = logits, lands_at, clock, sleep
+
+    @property
+    def done(self) -> bool:
+        return self._clock() >= self._lands_at
+
+    def logits(self) -> Logits:
+        if (left := self._lands_at - self._clock()) > 0:
+            self._sleep(left)
+        return self._logits
 
 
 def parse_stub(model: str) -> float:
@@ -114,6 +170,10 @@ def parse_stub(model: str) -> float:
 def _words(text: str, limit: int) -> tuple[list[int], bool]:
     words = text.split(maxsplit=limit)
     return [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words[:limit]], len(words) > limit
+
+
+def _logits(batch: Sequence[TokenisedPair]) -> Logits:
+    return np.array([_logit(pair) for pair in batch], dtype=np.float32)
 
 
 def _logit(pair: TokenisedPair) -> float:
