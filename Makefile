@@ -4,12 +4,14 @@
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
 TORCH_INDEX ?=
+SEED ?= 1
+JOBS ?= 2000
 BIN := $(VENV)/bin
 STAMP := $(VENV)/rerankq-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench chaos clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +35,9 @@ format: $(STAMP)  ## Put the code into the agreed form.
 
 bench: $(STAMP)  ## Run every benchmark, one after the other.
 	@set -e; for question in benchmarks/*.py; do echo "== $$question"; $(BIN)/python "$$question"; done
+
+chaos: $(STAMP)  ## Kill, hang and cut what runs 2000 jobs (SEED=1 JOBS=2000), and hold every answer against the promise.
+	$(BIN)/python tests/chaos/chaos.py --seed $(SEED) --jobs $(JOBS)
 
 clean:  ## Remove the environment and what the tools left.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

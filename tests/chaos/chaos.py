@@ -1,0 +1,298 @@
+"""Is every accepted job answered, and rightly, while workers, Redis and the network are killed, hung and cut?
+
+    python tests/chaos/chaos.py [--seed 1] [--jobs 2000] [--kills 20] [--fsync everysec] [--json]
+
+Producer processes submit jobs (interactive and bulk, of several tenants, with copies, deadlines, cancellations, one
+tenant's flood and one job that kills its worker) while a schedule made from the seed is carried out. Then every journal
+is held against the rankings that the same jobs get alone. Exit status 1 if a promise of ``docs/reliability.md`` was
+broken. The same seed makes the same jobs and the same blows; what they hit is up to the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+from scene import verdict  # first: it puts gear on the path
+
+from gear.report import keep, machine  # isort: skip
+from gear.workers import forget_settings  # isort: skip
+from scene.actors import Producers, RedisServer, Worker, leftovers
+from scene.alone import rank_alone
+from scene.proxy import Proxy
+from scene.schedule import Blow, Order, Shape, blows, orders, seconds_per_token
+from scene.watching import Orphans, Watch
+
+LOOK_EVERY_S = 0.1
+# How long a blow waits for a worker that holds jobs; and how long all may take after the last blow, beside the leases.
+WAIT_FOR_JOBS_S, PATIENCE_S = 10.0, 240.0
+
+
+class Run:
+    """One run: carries out the schedule, tends the workers, and notes what became of the jobs they held."""
+
+    def __init__(self, server: RedisServer, workers: list[Worker], proxies: list[Proxy], planned: list[Blow]) -> None:
+        self._server = server
+        self._workers = workers
+        self._proxies = proxies
+        self._began = time.monotonic()
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self.watch = Watch(server.url)
+        self.lost: list[Orphans] = []
+        self.redis_deaths: list[float] = []
+        self.cuts: list[tuple[float, float]] = []
+        self.outages: list[tuple[float, float]] = []
+        self.worker_deaths = 0
+        for blow in planned:
+            self._at(blow.at_s, lambda blow=blow: self._strike(blow, self.now() + WAIT_FOR_JOBS_S))
+
+    def now(self) -> float:
+        return time.monotonic() - self._began
+
+    def over(self) -> bool:
+        return not self._due
+
+    def step(self) -> None:
+        """Do what is due, and look round."""
+        while self._due and self._due[0][0] <= self.now():
+            heapq.heappop(self._due)[2]()
+        self.worker_deaths += sum(worker.tend() for worker in self._workers)
+        self.watch.look_after(self.lost)
+        time.sleep(LOOK_EVERY_S)
+
+    def _at(self, at_s: float, act: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (at_s, len(self._due) + id(act), act))
+
+    def _strike(self, blow: Blow, latest: float) -> None:
+        if blow.kind == "redis":
+            self._kill_redis(blow)
+        elif blow.kind == "partition":
+            self._part(blow)
+        elif not self._hit_a_worker(blow, at_any_rate=self.now() >= latest):
+            self._at(self.now() + LOOK_EVERY_S, lambda: self._strike(blow, latest))
+
+    def _hit_a_worker(self, blow: Blow, *, at_any_rate: bool) -> bool:
+        """Hit the worker that the schedule names, or the next one that is up and holds jobs."""
+        for turn in range(len(self._workers)):
+            worker = self._workers[(blow.worker + turn) % len(self._workers)]
+            token = worker.token
+            if worker.hung or not self.watch.is_registered(token):
+                continue
+            held = self.watch.held_by(token)
+            if not held and not at_any_rate:
+                continue
+            at = worker.kill() if blow.kind == "kill" else worker.pause()
+            # Those it held when the blow fell, not those that it ended between our look and the blow.
+            still = self.watch.held_by(token)
+            orphans = Orphans(blow.kind, round(self.now(), 1), at, {one: held.get(one, n) for one, n in still.items()})
+            self.lost.append(orphans)
+            tell(self.now(), f"{'killed' if blow.kind == 'kill' else 'hung'} {worker.name}, {len(still)} jobs running")
+            if blow.kind == "hang":
+                self._at(self.now() + blow.length_s, worker.resume)
+            return True
+        return False
+
+    def _kill_redis(self, blow: Blow) -> None:
+        died = self._server.kill()
+        self.redis_deaths.append(died)
+        tell(self.now(), f"killed redis for {blow.length_s:.1f} s")
+
+        def again() -> None:
+            self._server.start()
+            self.outages.append((died, time.time()))
+
+        self._at(self.now() + blow.length_s, again)
+
+    def _part(self, blow: Blow) -> None:
+        cut = self._proxies if blow.worker is None else [self._proxies[blow.worker]]
+        at = time.time()
+        for proxy in cut:
+            proxy.cut()
+        tell(self.now(), f"cut {len(cut)} workers off for {blow.length_s:.1f} s")
+
+        def heal() -> None:
+            for proxy in cut:
+                proxy.heal()
+            self.cuts.append((at, time.time()))
+
+        self._at(self.now() + blow.length_s, heal)
+
+
+def tell(at_s: float, what: str) -> None:
+    print(f"{at_s:7.1f} s  {what}", file=sys.stderr, flush=True)
+
+
+def write_orders(folder: Path, made: list[Order]) -> None:
+    by_producer = defaultdict(list)
+    for order in made:
+        job = order.job.model_dump(mode="json", exclude_defaults=True)
+        by_producer[order.producer].append(json.dumps(order._asdict() | {"job": job}))
+    for producer, lines in by_producer.items():
+        (folder / f"producer-{producer}.orders").write_text("\n".join(lines), encoding="utf-8")
+
+
+def carry_out(args: argparse.Namespace, shape: Shape, folder: Path) -> dict[str, Any]:
+    made = orders(args.seed, shape)
+    write_orders(folder, made)
+    tell(0, f"{len(made)} jobs; ranking each alone")
+    alone = rank_alone(made, args.model)
+    environment = {
+        "RERANKQ_MODEL": args.model,
+        "RERANKQ_DTYPE": "float32",
+        "RERANKQ_LEASE_S": str(args.lease),
+        "RERANKQ_MAX_ATTEMPTS": str(args.attempts),
+    }
+    with ExitStack() as open_:
+        server = RedisServer(folder, fsync=args.fsync)
+        open_.callback(server.close)
+        proxies = [Proxy(server.port) for _ in range(shape.workers)]
+        for proxy in proxies:
+            open_.callback(proxy.close)
+        workers = []
+        for number, proxy in enumerate(proxies):
+            workers.append(Worker(f"w{number}", f"redis://127.0.0.1:{proxy.port}/0", environment))
+            open_.callback(workers[-1].close)
+        open_.callback(lambda: [worker.wait() for worker in workers])
+        open_.callback(lambda: [worker.ask_to_stop() for worker in workers])
+        watch = Watch(server.url)
+        open_.callback(watch.close)
+        _until(lambda: all(watch.is_registered(worker.token) for worker in workers), 120, workers)
+        urls = environment | {"RERANKQ_BROKER_URL": server.url}
+        patience_s = shape.span_s + PATIENCE_S + 10 * args.lease
+        producers = Producers(folder, urls, starts_at=time.time() + 1, patience_s=patience_s)
+        open_.callback(producers.close)
+        run = Run(server, workers, proxies, blows(args.seed, shape))
+        open_.callback(run.watch.close)
+        while producers.running() or not run.over():
+            run.step()
+        seconds = run.now()
+        tell(seconds, "all is quiet; judging")
+        events = [json.loads(line) for journal in producers.journals() for line in journal.read_text().splitlines()]
+        claims = run.watch.claims({event["id"] for event in events if event["event"] == "accepted"})
+        by_itself = [death for worker in workers for death in worker.died_by_itself]
+    return judge(made, events, alone, run) | {
+        "seconds": round(seconds, 1),
+        "jobs_run_more_than_once": sum(count > 1 for count in claims.values()),
+        "most_claims_of_a_job": max(claims.values()),
+        "deaths_of_workers": run.worker_deaths,
+        "workers_that_ended_by_themselves": by_itself,
+    }
+
+
+def judge(made: list[Order], events: list[dict[str, Any]], alone: dict[int, Any], run: Run) -> dict[str, Any]:
+    by_order = defaultdict(list)
+    for event in events:
+        by_order[event["order"]].append(event)
+    wrong = {
+        order.number: found
+        for order in made
+        if (found := verdict.faults(order, by_order[order.number], alone.get(order.number), run.redis_deaths))
+    }
+    away = [*run.outages, *run.cuts]
+    kills = [one for one in run.lost if one.kind == "kill" and one.claims]
+    clear = [one for one in kills if not any(began - 15 < one.lost_at < ended + 15 for began, ended in away)]
+    return verdict.summary(made, events, run.redis_deaths) | {
+        "kills_of_workers": sum(one.kind == "kill" for one in run.lost),
+        "hangs_of_workers": sum(one.kind == "hang" for one in run.lost),
+        "partitions": len(run.cuts),
+        "jobs_running_when_killed": sum(len(one.claims) for one in kills),
+        "seconds_from_a_kill_until_its_jobs_run_again": verdict.spread(times(kills)),
+        "the_same_with_redis_in_reach_all_the_while": verdict.spread(times(clear)),
+        "jobs_of_hung_workers_run_elsewhere_after_s": verdict.spread(
+            times([one for one in run.lost if one.kind == "hang"])
+        ),
+        "never_run_again": sum(len(one.waiting) for one in run.lost),
+        "wrong": {str(number): found for number, found in wrong.items()},
+    }
+
+
+def times(lost: list[Orphans]) -> list[float]:
+    return [seconds for one in lost for seconds in one.again_s.values()]
+
+
+def _until(holds: Callable[[], bool], seconds: float, workers: list[Worker]) -> None:
+    ends = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > ends:
+            raise RuntimeError("the workers did not start:\n" + "\n".join(worker.said() for worker in workers))
+        time.sleep(0.05)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2_000)
+    parser.add_argument("--span", type=float, help="seconds over which all is spread; default: by the blows")
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--producers", type=int, default=3)
+    parser.add_argument("--chunks", type=int, default=16, help="chunks of a job, on average")
+    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of a worker")
+    parser.add_argument("--hangs", type=int, default=3, help="SIGSTOPs of a worker, longer than a lease")
+    parser.add_argument("--redis-kills", type=int, default=3)
+    parser.add_argument("--partitions", type=int, default=1)
+    parser.add_argument("--lease", type=float, default=8, help="RERANKQ_LEASE_S")
+    parser.add_argument("--attempts", type=int, default=3, help="RERANKQ_MAX_ATTEMPTS")
+    parser.add_argument("--model", default="stub", help="`stub`, as slow as --busy wants it, or `bundled`")
+    parser.add_argument("--busy", type=float, default=0.6, help="share of the run that workers would need undisturbed")
+    parser.add_argument("--fsync", choices=["always", "everysec"], default="everysec")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON and keep no file")
+    args = parser.parse_args()
+    forget_settings()
+    span_s = args.span or 1.25 * args.lease * (args.kills + args.hangs + args.redis_kills + args.partitions)
+    shape = Shape(
+        jobs=args.jobs,
+        span_s=span_s,
+        lease_s=args.lease,
+        workers=args.workers,
+        producers=args.producers,
+        chunks=args.chunks,
+        kills=args.kills,
+        hangs=args.hangs,
+        redis_kills=args.redis_kills,
+        partitions=args.partitions,
+    )
+    if args.model == "stub":
+        args.model = f"stub:{seconds_per_token(shape, args.busy):.2g}"
+    here, before = machine(), {one.pid for one in psutil.Process().children(recursive=True)}
+    folder = Path(tempfile.mkdtemp(prefix="rerankq-chaos-"))
+    try:
+        answer = {"seed": args.seed, "fsync": args.fsync, "model": args.model} | shape._asdict()
+        answer |= carry_out(args, shape, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    answer["processes_left_behind"] = leftovers(before)
+    if args.json:
+        print(json.dumps(answer))
+    else:
+        show(answer)
+        keep("chaos", answer, here, quick=args.jobs < 2_000)
+    return 1 if is_broken(answer) else 0
+
+
+def is_broken(answer: dict[str, Any]) -> bool:
+    return bool(answer["wrong"] or answer["never_run_again"] or answer["processes_left_behind"])
+
+
+def show(answer: dict[str, Any]) -> None:
+    for name, value in answer.items():
+        if name not in {"wrong", "workers_that_ended_by_themselves"}:
+            print(f"{name.replace('_', ' '):62} {value}")
+    for death in answer["workers_that_ended_by_themselves"]:
+        print(f"ended by itself: {death}")
+    for number, found in list(answer["wrong"].items())[:20]:
+        print(f"WRONG: order {number}: {'; '.join(found)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

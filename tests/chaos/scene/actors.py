@@ -1,0 +1,206 @@
+"""The processes of a run: workers under a supervisor, a Redis with an append-only file, producers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import redis
+from gear.workers import POISONABLE, TASKS, python_path
+
+from rerankq.cli import celery_worker
+from rerankq.cli.stack import Part, free_port
+from rerankq.embedded import find_binary
+from rerankq.settings import Settings
+
+# A supervisor that waits a second, as systemd and Docker do, and does not wait longer each time.
+RESTART_S = 1.0
+PRODUCER = (sys.executable, str(Path(__file__).with_name("producing.py")))
+BY_SIGKILL = 128 + signal.SIGKILL
+
+
+class RedisServer:
+    """A server with an append-only file that is killed and started again on its port."""
+
+    def __init__(self, folder: Path, *, fsync: str) -> None:
+        self.port = free_port(0)
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        command = [str(find_binary()), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        command += ["--appendonly", "yes", "--appendfsync", fsync, "--save", "", "--loglevel", "warning"]
+        self._part = Part("redis", command, {}, quiet=True)
+        self.start()
+
+    def start(self) -> None:
+        self._part.start(time.monotonic())
+        with redis.Redis(port=self.port) as connection:
+            for _ in range(1_000):
+                with suppress(redis.RedisError):
+                    if connection.ping():
+                        return
+                time.sleep(0.02)
+        raise RuntimeError(f"redis-server did not start: {self._part.said()}")
+
+    def kill(self) -> float:
+        """SIGKILL; answers when, in seconds since the epoch."""
+        if self._part.pid is not None:
+            os.killpg(self._part.pid, signal.SIGKILL)
+        at = time.time()
+        self._part.kill()
+        return at
+
+    def process(self) -> psutil.Process:
+        return program_of(self._part)
+
+    def close(self) -> None:
+        self._part.ask_to_stop()
+        self._part.wait()
+        self._part.close()
+
+
+class Worker:
+    """A worker process that is started again a second after its death."""
+
+    def __init__(self, name: str, url: str, environment: Mapping[str, str]) -> None:
+        # Killed by the chunk that reads "poison"; otherwise the worker that everybody runs.
+        command = ["poisonable" if word == TASKS else word for word in celery_worker.command(name=name)]
+        settings = Settings(_env_file=None, broker_url=url)
+        variables = {
+            **celery_worker.tuned(os.environ),
+            **celery_worker.environment(settings),
+            "PYTHONPATH": python_path(POISONABLE),
+            **environment,
+        }
+        self.name = name
+        self.hung = False
+        self.died_by_itself: list[str] = []
+        self._part = Part(name, command, variables, quiet=True)
+        self._part.start(time.monotonic())
+        self._again_at: float | None = None
+
+    @property
+    def token(self) -> str:
+        """The part of its id in the ledger that only it has; empty while it is down."""
+        with suppress(psutil.Error, RuntimeError):
+            return f":{self.process().pid}:"
+        return ""
+
+    def process(self) -> psutil.Process:
+        return program_of(self._part)
+
+    def tend(self) -> bool:
+        """Start it again when it is time; answers whether it has died since the last look."""
+        now = time.monotonic()
+        if self._again_at is not None:
+            if now >= self._again_at:
+                self._again_at = None
+                self._part.start(now)
+            return False
+        death = self._part.tend(now)
+        if death is None:
+            return False
+        if death.status != BY_SIGKILL:
+            self.died_by_itself.append(f"{death}: {self._part.said(3)}")
+        self._again_at = now + RESTART_S
+        self.hung = False
+        return True
+
+    def kill(self) -> float:
+        if self._part.pid is not None:
+            os.killpg(self._part.pid, signal.SIGKILL)
+        return time.time()
+
+    def pause(self) -> float:
+        # The program alone: who holds its leash must go on, to end it whatever happens to us.
+        self.process().suspend()
+        self.hung = True
+        return time.time()
+
+    def resume(self) -> None:
+        with suppress(psutil.Error, RuntimeError):
+            self.process().resume()
+        self.hung = False
+
+    def ask_to_stop(self) -> None:
+        self._again_at = None
+        self.resume()
+        self._part.ask_to_stop()
+
+    def wait(self) -> None:
+        self._part.wait()
+
+    def close(self) -> None:
+        self._part.close()
+
+    def said(self) -> str:
+        return self._part.said(40)
+
+
+def program_of(part: Part) -> psutil.Process:
+    """Find a part's program: the child of who holds its leash.
+
+    Raises:
+        RuntimeError: while it is down.
+    """
+    children = psutil.Process(part.pid).children() if part.pid else []
+    if not children:
+        raise RuntimeError(f"{part.name} is down")
+    return children[0]
+
+
+class Producers:
+    """Programs that submit orders and keep journals, gone at the latest when the block ends."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str], *, starts_at: float, patience_s: float) -> None:
+        self._folder = folder
+        self._parts = [
+            Part(
+                path.stem,
+                [*PRODUCER, str(path), str(path.with_suffix(".journal")), str(starts_at), str(patience_s)],
+                environment,
+                quiet=True,
+            )
+            for path in sorted(folder.glob("producer-*.orders"))
+        ]
+        for part in self._parts:
+            part.start(time.monotonic())
+
+    def running(self) -> int:
+        """Count those that are not through with their orders.
+
+        Raises:
+            RuntimeError: if one has failed.
+        """
+        count = 0
+        for part in self._parts:
+            if part.pid is None:
+                continue
+            death = part.tend(time.monotonic())
+            if death is None:
+                count += 1
+            elif death.status:
+                raise RuntimeError(f"{death}\n{part.said()}")
+            else:
+                part.kill()
+        return count
+
+    def said(self) -> str:
+        return "\n".join(filter(None, (part.said(5) for part in self._parts)))
+
+    def journals(self) -> Iterator[Path]:
+        yield from sorted(self._folder.glob("producer-*.journal"))
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+
+
+def leftovers(before: set[int]) -> list[str]:
+    """Name the processes that this one has left running, its children's children too."""
+    alive = [one for one in psutil.Process().children(recursive=True) if one.pid not in before]
+    return [" ".join(one.cmdline())[:120] for one in alive if one.status() != psutil.STATUS_ZOMBIE]
