@@ -23,6 +23,7 @@ from .broker import Bells, make_app
 from .contract import (
     ENDED,
     Chunk,
+    DeadJob,
     JobStatus,
     Ranking,
     RerankJob,
@@ -321,6 +322,43 @@ class AsyncClient:
             if isinstance(answer, RerankqError):
                 raise answer
 
+    async def dead(self) -> list[DeadJob]:
+        """List the jobs that killed their workers and were set aside, the longest dead first, without payloads."""
+        ledger = self._here()[0]
+        found: list[DeadJob] = []
+        ids = await ledger.ask(calls.dead())
+        for at in range(0, len(ids), SUBMIT_AT_ONCE):
+            for answer in await ledger.ask_all([calls.record(one) for one in ids[at : at + SUBMIT_AT_ONCE]]):
+                if isinstance(answer, RerankqError):
+                    raise answer
+                if isinstance(answer, DeadJob):
+                    found.append(answer)
+        return found
+
+    async def dead_job(self, job_id: str, *, payload: bool = False) -> DeadJob:
+        """Say why a dead job is dead; with its texts, if *payload*.
+
+        Raises:
+            JobUnknown: if it is not a dead job.
+        """
+        found = await self._here()[0].ask(calls.record(job_id, with_payload=payload))
+        if not isinstance(found, DeadJob):
+            raise JobUnknown(f"job {job_id} is not dead: {found}")
+        return found
+
+    async def retry(self, job_id: str) -> State:
+        """Queue a dead job again, without attempts, to be taken alone; answer its state now.
+
+        A job that is not dead stays as it is: submit it again.
+        """
+        answer = await self._here()[0].ask(calls.retry(job_id, self.terms))
+        self._bells.ring([answer.bell] if answer.bell else [])
+        return answer.state
+
+    async def drop(self, job_id: str) -> State:
+        """Forget a dead job: its id is free again. Answer the state that it was in; a job that is not dead stays."""
+        return await self._here()[0].ask(calls.forget(job_id, self.terms, dead=True))
+
     async def rerank(
         self,
         query: str,
@@ -534,6 +572,29 @@ class Client:
     def forget(self, *job_ids: str) -> None:
         """Drop what is stored of ended jobs; those that have not ended, and dead ones, stay."""
         self._run(self._inner.forget(*job_ids))
+
+    def dead(self) -> list[DeadJob]:
+        """List the jobs that killed their workers and were set aside, the longest dead first, without payloads."""
+        return self._run(self._inner.dead())
+
+    def dead_job(self, job_id: str, *, payload: bool = False) -> DeadJob:
+        """Say why a dead job is dead; with its texts, if *payload*.
+
+        Raises:
+            JobUnknown: if it is not a dead job.
+        """
+        return self._run(self._inner.dead_job(job_id, payload=payload))
+
+    def retry(self, job_id: str) -> State:
+        """Queue a dead job again, without attempts, to be taken alone; answer its state now.
+
+        A job that is not dead stays as it is: submit it again.
+        """
+        return self._run(self._inner.retry(job_id))
+
+    def drop(self, job_id: str) -> State:
+        """Forget a dead job: its id is free again. Answer the state that it was in; a job that is not dead stays."""
+        return self._run(self._inner.drop(job_id))
 
     def rerank(
         self,

@@ -268,6 +268,30 @@ class JobStatus(Record):
     error: str | None = None
 
 
+class JobEvent(Record):
+    """What befell a job: ``alone`` and ``claimed`` by a worker, ``lease-over``, ``handed-back``, ``retried``."""
+
+    at: float = Field(description="Seconds since the epoch by the ledger's clock.")
+    event: str
+    worker: str = ""
+
+
+class DeadJob(Record):
+    """A job that was set aside because its worker died of it. Times are seconds since the epoch."""
+
+    job_id: str
+    queue: str
+    tenant: str
+    label: str = Field(description="The query's first words, the number of chunks, the model.")
+    pairs: int
+    deaths: int = Field(description="Of workers, alone with it.")
+    submitted_at: float | None
+    died_at: float | None
+    error: str
+    history: list[JobEvent]
+    payload: str | None = Field(None, description="The job as JSON, texts and all, where it was asked for.")
+
+
 def rejection(error: ValidationError) -> JobRejected:
     """Say a validation error in one line: each field with what was expected, the first five."""
     faults = error.errors(include_url=False, include_input=False, include_context=False)

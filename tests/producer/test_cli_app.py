@@ -31,7 +31,10 @@ def test_the_version_is_said(run):
     assert run("--version").stdout == f"{rerankq.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [["worker"], ["submit", "-"], ["result", "x"], ["status", "x"], ["cancel", "x"]])
+@pytest.mark.parametrize(
+    "command",
+    [["worker"], ["submit", "-"], ["result", "x"], ["status", "x"], ["cancel", "x"], ["dead", "list"]],
+)
 def test_without_a_url_it_is_said_how_to_set_one(run, command):
     done = run(*command)
     assert done.exit_code == 2
@@ -133,4 +136,14 @@ def test_every_command_has_a_help_and_loads_no_torch():
         "import json; print(json.dumps(sorted(commands)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == ["cancel", "demo", "rescore", "result", "status", "submit", "up", "worker"]
+    assert json.loads(done.stdout) == [
+        "cancel",
+        "dead",
+        "demo",
+        "rescore",
+        "result",
+        "status",
+        "submit",
+        "up",
+        "worker",
+    ]

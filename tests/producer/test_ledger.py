@@ -183,10 +183,73 @@ def test_a_dead_job_keeps_its_payload_and_its_history(ledger: Ledger):
     job = ledger.redis.hgetall("rerankq:job:poison")
     assert (job[b"state"], job[b"payload"]) == (b"dead", b"the payload")
     events = [line.split(b" ", 1)[1] for line in job[b"history"].splitlines()]
-    assert events == [b"alone w0", b"lease-over w0", b"alone w1", b"lease-over w1"]
+    assert events == [b"alone w0", b"lease-over w0", b"claimed w1", b"alone w1", b"lease-over w1"]
     assert ledger.redis.zrange("rerankq:dead", 0, -1) == [b"poison"]
     assert ledger.ask(calls.forget("poison", TERMS)) == "dead"
     assert ledger.redis.exists("rerankq:job:poison")
+
+
+def killed(ledger: Ledger, name: str) -> None:
+    """Claimed, alone, dead: until the job is."""
+    for number in range(TERMS.max_attempts):
+        taken = claim(ledger, name, f"w{number}")
+        ledger.ask(calls.isolate(name, taken.fence, f"w{number}"))
+        leases_end(ledger)
+        sweep(ledger)
+    assert state(ledger, name) == "dead"
+
+
+def test_a_dead_job_that_is_tried_again_has_all_its_attempts_and_stays_a_suspect(ledger: Ledger):
+    submit(ledger, "poison", pairs=5, payload=b"the payload")
+    killed(ledger, "poison")
+    answer = ledger.ask(calls.retry("poison", TERMS))
+    assert answer == calls.Retrial("queued", calls.Bell("poison", BULK, "label of poison"))
+    look = ledger.ask(calls.look("poison", TERMS))
+    status = look.status
+    assert (status.state, status.attempts, status.error, status.started_at, status.ended_at) == (
+        *("queued", 0, None, None, None),
+    )
+    assert ledger.ask(calls.retry("poison", TERMS)) == calls.Retrial("queued", None), "it is rung for once"
+    assert ledger.redis.hget("rerankq:backlog", "*") == b"5"
+    killed(ledger, "poison")
+    found = ledger.ask(calls.record("poison"))
+    assert [event.event for event in found.history].count("lease-over") == 2 * TERMS.max_attempts
+    assert ("retried", "") in {(event.event, event.worker) for event in found.history}
+
+
+def test_a_dead_job_is_listed_until_it_is_dropped_and_then_its_id_is_free(ledger: Ledger):
+    submit(ledger, "first", "second", payload=b"the payload")
+    for name in ("first", "second"):
+        killed(ledger, name)
+    assert ledger.ask(calls.dead()) == ["first", "second"]
+    assert ledger.ask(calls.dead(1, 1)) == ["second"]
+    assert ledger.ask(calls.forget("first", TERMS)) == "dead"
+    assert ledger.ask(calls.record("first")).payload is None, "texts are shown only where they are asked for"
+    assert ledger.ask(calls.record("first", with_payload=True)).payload == "the payload"
+    assert ledger.ask(calls.forget("first", TERMS, dead=True)) == "dead"
+    assert ledger.ask(calls.dead()) == ["second"]
+    assert ledger.ask(calls.record("first")) == "unknown"
+    submit(ledger, "first", content="other")
+    # One whose record was removed by other hands than ours leaves the list when it is dropped.
+    ledger.redis.delete("rerankq:job:second")
+    assert ledger.ask(calls.forget("second", TERMS, dead=True)) == "unknown"
+    assert ledger.ask(calls.dead()) == []
+
+
+def test_only_a_dead_job_is_tried_again(ledger: Ledger):
+    submit(ledger, "queued", "running", "cancelled", "late", deadline_s=100)
+    claim(ledger, "running")
+    ledger.ask(calls.cancel("cancelled", TERMS))
+    ledger.redis.hset("rerankq:job:late", "deadline", "1.0")
+    for name, found in {
+        "queued": "queued",
+        "running": "running",
+        "cancelled": "cancelled",
+        "late": "expired",
+        "none": "unknown",
+    }.items():
+        assert ledger.ask(calls.retry(name, TERMS)) == calls.Retrial(found, None)
+        assert state(ledger, name) == found
 
 
 def test_a_history_is_bounded(ledger: Ledger):

@@ -198,11 +198,20 @@ class Twin:
         self.end(self.jobs[name], "cancelled", "JobCancelled")
         return "cancelled"
 
-    def forget(self, name: str) -> str:
+    def forget(self, name: str, *, dead: bool) -> str:
         state = self.state(name)
-        if state in {"done", "failed", "expired", "cancelled"}:
+        if state in ({"dead"} if dead else {"done", "failed", "expired", "cancelled"}):
             del self.jobs[name]
         return state
+
+    def retry(self, name: str) -> tuple[str, bool]:
+        state = self.state(name)
+        if state != "dead":
+            return state, False
+        job = self.jobs[name]
+        self.queue_again(job, suspect=True)
+        job.claims, job.deaths, job.pairs_done, job.error_type = 0, 0, 0, ""
+        return "queued", self.may_ring(name)
 
     def sweep(self, *, judge: bool, lost: set[str]) -> tuple[int, int, int, int]:
         lapsed = dead = 0
@@ -365,10 +374,29 @@ class BothLedgers(RuleBasedStateMachine):
         name = data.draw(self.names("queued", "running"))
         assert self.ask(calls.cancel(name, TERMS)) == self.twin.cancel(name)
 
-    @rule(data=st.data())
-    def forget(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), dead=st.booleans())
+    def forget(self, data: st.DataObject, dead: bool) -> None:
         name = data.draw(self.names(*ENDED))
-        assert self.ask(calls.forget(name, TERMS)) == self.twin.forget(name)
+        assert self.ask(calls.forget(name, TERMS, dead=dead)) == self.twin.forget(name, dead=dead)
+
+    @rule(data=st.data())
+    def retry(self, data: st.DataObject) -> None:
+        name = data.draw(self.names("dead"))
+        answer = self.ask(calls.retry(name, TERMS))
+        assert (answer.state, answer.bell is not None) == self.twin.retry(name)
+        if answer.bell is not None:
+            assert answer.bell == calls.Bell(name, self.twin.jobs[name].queue, f"label of {name}")
+
+    @rule(data=st.data())
+    def look_into(self, data: st.DataObject) -> None:
+        name = data.draw(self.names("dead"))
+        found, job = self.ask(calls.record(name, with_payload=True)), self.twin.jobs.get(name)
+        if job is None or job.state != "dead":
+            assert found == (job.state if job else "unknown")
+        else:
+            assert (found.queue, found.tenant, found.pairs, found.deaths) == (*job.line, job.pairs, job.deaths)
+            assert (found.payload, found.label) == (job.payload.decode(), f"label of {name}")
+            assert found.history[-1].event == "lease-over"
 
     @rule(name=ids)
     def look(self, name: str) -> None:
@@ -512,7 +540,7 @@ class BothLedgers(RuleBasedStateMachine):
             return {name for name, job in self.twin.jobs.items() if job.state in states}
 
         assert members("rerankq:running") == those("running")
-        assert members("rerankq:dead") == those("dead")
+        assert members("rerankq:dead") == those("dead") == set(self.ask(calls.dead()))
         deadlines = {name for name, job in self.twin.jobs.items() if job.deadline is not None}
         assert members("rerankq:deadlines") == those("queued") & deadlines
         alone = {owner.decode(): name.decode() for owner, name in self.ledger.redis.hgetall("rerankq:alone").items()}

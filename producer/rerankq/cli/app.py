@@ -17,17 +17,16 @@ from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from .. import Client, Ranking, RerankqError, __version__
-from ..settings import HOW_TO_SET_A_URL, Settings
-from . import celery_worker, show
+from ..settings import Settings
+from . import celery_worker, dead, show
 from . import demo as demonstration
 from . import rescore as rescoring
 from . import stack as stacks
 from . import submit as submitting
 from .flow import Flow
 from .inputs import InputFault
+from .options import FAILED, WRONG, JobId, Json, Model, connected, settings_with
 
-FAILED = 1
-WRONG = 2
 # By custom 128 + the signal's number.
 INTERRUPTED = 130
 TERMINATED = 143
@@ -67,14 +66,7 @@ app = typer.Typer(
     help="Asynchronous batch reranking. Begin with: rerankq demo",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="A catalogue name, a hub name, a folder, 'bundled' or 'stub'. Default: RERANKQ_MODEL."
-    ),
-]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as submit printed it.")]
+app.add_typer(dead.app, name="dead")
 
 
 def _version(wanted: bool) -> None:
@@ -95,7 +87,7 @@ def root(
 @app.command()
 def demo(as_json: Json = False) -> None:
     """Show what reranking does: a Redis and a worker of its own, a few questions, their order before and after."""
-    settings = _settings(model="bundled", default_model="", models=[])
+    settings = settings_with(model="bundled", default_model="", models=[])
     with show.PairBar() as bar:
         bar.say("starting Redis and a worker")
         done = demonstration.run(settings)
@@ -115,7 +107,7 @@ def up(
     port = stacks.free_port(flower_port) if stacks.flower_is_installed() else None
     flower = f"http://127.0.0.1:{port}" if port else None
     with (
-        stacks.Stack(_settings(model=model), flower_port=port, quiet=False, tell=show.say) as stack,
+        stacks.Stack(settings_with(model=model), flower_port=port, quiet=False, tell=show.say) as stack,
         Client(stack.settings) as client,
     ):
         if not as_json:
@@ -141,7 +133,7 @@ def worker(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Celery's banner, and a line per job.")] = False,
 ) -> None:
     """Run a worker: celery -A rerankq_worker.tasks worker, with the right options and environment."""
-    settings = _connected(model=model, concurrency=concurrency)
+    settings = connected(model=model, concurrency=concurrency)
     environment = celery_worker.tuned(os.environ) | celery_worker.environment(settings)
     command = celery_worker.command(name=name, verbose=verbose)
     # Replaced, not wrapped: signals and the exit status are the worker's own.
@@ -159,7 +151,7 @@ def submit(
     come and lines that are none are passed over. Either way such lines are named and the exit status is 2.
     A job that fails has, with --wait, a JSON line with "line", "error_type" and "error"; the exit status is 1.
     """
-    settings = _connected()
+    settings = connected()
     reader = submitting.Reader(jobs, show.say, max_bytes=_longest_line(settings))
     if submitting.can_be_read_twice(jobs):
         reader.check()
@@ -180,14 +172,14 @@ def result(
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds to wait; default: as long as it takes.")] = None,
 ) -> None:
     """Wait for a job's ranking and print it as a line of JSON."""
-    with Client(_connected()) as client:
+    with Client(connected()) as client:
         show.print_json(client.result(job, timeout).model_dump(mode="json"))
 
 
 @app.command()
 def status(job: JobId, as_json: Json = False) -> None:
     """Say where a job stands. An unknown job: exit status 1."""
-    with Client(_connected()) as client:
+    with Client(connected()) as client:
         found = client.status(job)
     if as_json:
         show.print_json(found.model_dump(mode="json"))
@@ -200,7 +192,7 @@ def status(job: JobId, as_json: Json = False) -> None:
 @app.command()
 def cancel(job: JobId, as_json: Json = False) -> None:
     """Cancel a job for everyone who submitted the same content, and print its state. Had it ended: exit status 1."""
-    with Client(_connected()) as client:
+    with Client(connected()) as client:
         state = client.cancel(job)
     if as_json:
         show.print_json({"job_id": job, "state": state})
@@ -234,7 +226,7 @@ def rescore(  # noqa: PLR0917 - typer reads them as options
     plan = rescoring.Plan(queries, corpus, run, output, depth, fusion, qrels, model)
     with show.PairBar() as bar:
         try:
-            report = rescoring.rescore(plan, _settings(), bar, restart=restart)
+            report = rescoring.rescore(plan, settings_with(), bar, restart=restart)
         except (KeyboardInterrupt, RerankqError):
             if plan.part.exists():
                 show.say(
@@ -275,18 +267,6 @@ def _print_rankings(flow: Flow[str], reader: submitting.Reader) -> int:
             show.print_json(submitting.as_record(place, outcome))
             failed += not isinstance(outcome, Ranking)
     return failed
-
-
-def _settings(**given: Any) -> Settings:
-    """Read the environment's settings, and over them the options that were given."""
-    return Settings(**{name: value for name, value in given.items() if value is not None})
-
-
-def _connected(**given: Any) -> Settings:
-    settings = _settings(**given)
-    if not settings.broker_url:
-        raise InputFault(HOW_TO_SET_A_URL)
-    return settings
 
 
 def _longest_line(settings: Settings) -> int:

@@ -26,7 +26,7 @@ from redis.retry import Retry
 
 from ..errors import BrokerUnavailable, QueueFull, RerankqError
 from . import calls
-from .calls import Acceptance, Bell, Call, Claim, Entry, Look, Swept, Terms
+from .calls import Acceptance, Bell, Call, Claim, Entry, Look, Retrial, Swept, Terms
 
 __all__ = [
     "Acceptance",
@@ -37,6 +37,7 @@ __all__ = [
     "Entry",
     "Ledger",
     "Look",
+    "Retrial",
     "Swept",
     "Terms",
     "WorkerInfo",

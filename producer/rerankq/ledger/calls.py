@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from ..contract import JobStatus, Priority, Ranking, State
+from ..contract import DeadJob, JobEvent, JobStatus, Priority, Ranking, State
 from ..errors import JobFailed
 
 Answer_co = TypeVar("Answer_co", covariant=True)
@@ -94,6 +94,13 @@ class Look(NamedTuple):
     status: JobStatus
     error_type: str
     ranking: Ranking | None
+
+
+class Retrial(NamedTuple):
+    """What became of a dead job that was to be queued again: its state now, and the bell to ring for it, if any."""
+
+    state: State
+    bell: Bell | None
 
 
 class Swept(NamedTuple):
@@ -199,9 +206,48 @@ def look(job_id: str, terms: Terms, *, with_ranking: bool = False) -> Call[Look]
     return Call("look", (job_id, *_end(terms), int(with_ranking)), read)
 
 
-def forget(job_id: str, terms: Terms) -> Call[State]:
-    """Drop what is stored of an ended job; answers the state that it was in."""
-    return Call("forget", (job_id, *_end(terms)), _state)
+def forget(job_id: str, terms: Terms, *, dead: bool = False) -> Call[State]:
+    """Drop what is stored of a job that ended but is not dead, or (*dead*) that is; answers the state it was in."""
+    return Call("forget", (job_id, *_end(terms), int(dead)), _state)
+
+
+def dead(first: int = 0, last: int = -1) -> Call[list[str]]:
+    """List the ids of dead jobs by their places in line, the longest dead first; -1 is the last place."""
+    return Call("dead", (first, last), lambda answer: [_text(job_id) for job_id in _list(answer)])
+
+
+def record(job_id: str, *, with_payload: bool = False) -> Call[DeadJob | State]:
+    """Read all that is kept of a dead job; answers the state of one that is not dead."""
+
+    def read(answer: object) -> DeadJob | State:
+        state, queue, tenant, label, pairs, deaths, created, ended, error, history, payload = _list(answer)
+        if _text(state) != "dead":
+            return _state(state or b"unknown")
+        return DeadJob(
+            job_id=job_id,
+            queue=_text(queue),
+            tenant=_text(tenant),
+            label=_text(label),
+            pairs=_int(pairs),
+            deaths=_int(deaths),
+            submitted_at=_time(created),
+            died_at=_time(ended),
+            error=_text(error),
+            history=[_event(line) for line in _text(history).splitlines()],
+            payload=_text(payload) or None,
+        )
+
+    return Call("record", (job_id, int(with_payload)), read)
+
+
+def retry(job_id: str, terms: Terms) -> Call[Retrial]:
+    """Queue a dead job again: no attempts, its history kept."""
+
+    def read(answer: object) -> Retrial:
+        state, ring, queue, label = _list(answer)
+        return Retrial(_state(state), Bell(job_id, _text(queue), _text(label)) if ring else None)
+
+    return Call("retry", (job_id, *_end(terms), terms.ring_window), read)
 
 
 def sweep(
@@ -237,6 +283,12 @@ def _ranking(job_id: str, text: bytes) -> Ranking:
     except ValidationError as error:
         msg = f"job {job_id}: its ranking was written by another version of rerankq than reads it: {error}"
         raise JobFailed(msg) from None
+
+
+def _event(line: str) -> JobEvent:
+    when, _, rest = line.partition(" ")
+    event, _, worker = rest.partition(" ")
+    return JobEvent(at=float(when), event=event, worker=worker)
 
 
 def _end(terms: Terms) -> tuple[int, str]:

@@ -26,7 +26,7 @@ if not again then
   -- By the clock, so that it rises even where the count was lost: over forgetting, submitting again, and a ledger
   -- restored from an older copy no late twin's fence fits again.
   local fence = math.max(tonumber(job[4]) + 1, math.floor(time * 1000000))
-  redis.call('HINCRBY', key, 'claims', 1)
+  if redis.call('HINCRBY', key, 'claims', 1) > 1 then note(key, 'claimed', owner) end
   redis.call('HSET', key, 'state', 'running', 'owner', owner, 'claim', call, 'fence', string.format('%.0f', fence),
     'started', stamp(time), 'done_pairs', 0,
     -- It has been started in time: queued again after its worker died, it waits for another as long as it takes.

@@ -1,6 +1,11 @@
--- id ttl channel | Drop what is stored of an ended job; a dead one stays for whoever looks into it. Answers its state.
-local state = settle(ARGV[1], ARGV[2], ARGV[3])
-if state == 'done' or state == 'failed' or state == 'expired' or state == 'cancelled' then
-  redis.call('UNLINK', job_key(ARGV[1]))
+-- id ttl channel dead
+-- Drop what is stored of a job that ended and, unless dead = 1, is not dead; or, if dead = 1, of one that is.
+-- Answers the state that it was in.
+local id, dead = ARGV[1], ARGV[4] == '1'
+local state = settle(id, ARGV[2], ARGV[3])
+if dead then redis.call('ZREM', 'rerankq:dead', id) end
+if dead and state == 'dead' or not dead and
+  (state == 'done' or state == 'failed' or state == 'expired' or state == 'cancelled') then
+  redis.call('UNLINK', job_key(id))
 end
 return state

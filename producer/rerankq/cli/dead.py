@@ -1,0 +1,124 @@
+"""Jobs that killed their workers: see them, try them again, drop them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .. import Client
+from ..contract import DeadJob
+from .inputs import InputFault
+from .options import FAILED, JobId, Json, connected
+from .show import print_json
+
+app = typer.Typer(
+    no_args_is_help=True, help="Jobs that killed their workers: list | show ID | retry ID... | drop ID..."
+)
+
+DROPPED = "dropped"
+
+JobIds = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="The jobs' ids, as the list prints them.")]
+All = Annotated[bool, typer.Option("--all", help="All that are dead now.")]
+
+
+@app.command("list")
+def list_dead(as_json: Json = False) -> None:
+    """List the dead jobs, the longest dead first; no chunk's text. JSON: a line for each."""
+    with Client(connected()) as client:
+        found = client.dead()
+    if as_json:
+        for job in found:
+            print_json(_record(job))
+    elif found:
+        Console(highlight=False).print(_table(found, time.time()), soft_wrap=True)
+    else:
+        print("no job is dead")
+
+
+@app.command()
+def show(
+    job: JobId,
+    payload: Annotated[bool, typer.Option("--payload", help="Print the job itself too, with all its texts.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say why a job is dead and what befell it. A job that is not dead: exit status 1."""
+    with Client(connected()) as client:
+        found = client.dead_job(job, payload=payload)
+    if as_json:
+        print_json(_record(found, payload=payload))
+        return
+    print(f"{found.job_id}  {_plain(found.label)}  queue {found.queue}, tenant {found.tenant or '(none)'}")
+    print(found.error)
+    for event in found.history:
+        print(f"{_clock(event.at)}  {event.event}  {event.worker}".rstrip())
+    if payload:
+        print(found.payload or "")
+
+
+@app.command()
+def retry(jobs: JobIds = None, every: All = False, as_json: Json = False) -> None:
+    """Queue dead jobs again; each is taken alone. Prints their states. One that was not dead: exit status 1."""
+    with Client(connected()) as client:
+        ids = _chosen(client, jobs, every=every)
+        states = {job: client.retry(job) for job in ids}
+    _tell(states, as_json=as_json, done="queued")
+
+
+@app.command()
+def drop(jobs: JobIds = None, every: All = False, as_json: Json = False) -> None:
+    """Forget dead jobs: their ids are free again. Prints their states. One that was not dead stays: exit status 1."""
+    with Client(connected()) as client:
+        ids = _chosen(client, jobs, every=every)
+        states = {job: client.drop(job) for job in ids}
+    _tell({job: DROPPED if state == "dead" else state for job, state in states.items()}, as_json=as_json, done=DROPPED)
+
+
+def _chosen(client: Client, jobs: Sequence[str] | None, *, every: bool) -> list[str]:
+    if bool(jobs) == every:
+        raise InputFault("expected the jobs' ids, or --all")
+    return [job.job_id for job in client.dead()] if every else list(dict.fromkeys(jobs or ()))
+
+
+def _tell(states: Mapping[str, str], *, as_json: bool, done: str) -> None:
+    for job, state in states.items():
+        if as_json:
+            print_json({"job_id": job, "state": state})
+        else:
+            print(f"{job}  {state}")
+    if any(state != done for state in states.values()):
+        raise typer.Exit(FAILED)
+
+
+def _record(job: DeadJob, *, payload: bool = False) -> dict[str, Any]:
+    record = job.model_dump(mode="json", exclude=None if payload else {"payload"})
+    if payload and job.payload is not None:
+        with suppress(ValueError):  # what killed a worker need not be JSON
+            record["payload"] = json.loads(job.payload)
+    return record
+
+
+def _table(jobs: Sequence[DeadJob], now: float) -> Table:
+    table = Table("id", "died", "deaths", "pairs", "tenant", "job", box=None, pad_edge=False)
+    for job in jobs:
+        died = f"{max(0.0, now - job.died_at):,.0f} s ago" if job.died_at is not None else ""
+        # As Text: in a plain string rich would obey what stands in brackets.
+        table.add_row(*map(Text, (job.job_id, died, str(job.deaths), str(job.pairs), job.tenant, _plain(job.label))))
+    return table
+
+
+def _clock(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S.%fZ")
+
+
+def _plain(text: str) -> str:
+    # A query's words may hold what a terminal obeys.
+    return "".join(letter if letter.isprintable() else "�" for letter in text)

@@ -1,0 +1,16 @@
+-- id ttl channel window
+-- Queue a dead job again, its deaths forgiven, its history kept. Answers {state, ring, queue, label}; a job that is not
+-- dead stays as it is.
+begin_freeing()
+local id, ttl, channel, window = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local key = job_key(id)
+local state = settle(id, ttl, channel)
+if state ~= 'dead' then return {state, 0, '', ''} end
+redis.call('ZREM', 'rerankq:dead', id)
+redis.call('HDEL', key, 'started', 'ended', 'error_type', 'error')
+redis.call('HSET', key, 'claims', 0, 'deaths', 0, 'done_pairs', 0)
+note(key, 'retried', '')
+-- Still a suspect: if it kills again, it does so alone.
+queue_again(key, id, 1)
+local job = redis.call('HMGET', key, 'queue', 'tenant', 'label')
+return {'queued', may_ring(id, job[1], job[2], window), job[1], job[3]}

@@ -1,0 +1,132 @@
+"""Dead jobs on the command line and through the client: named, explained, tried again, dropped."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from rerankq import Client, JobDead, JobUnknown, RerankJob
+from rerankq.cli.app import app
+from rerankq.ledger import calls
+from rerankq.settings import Settings
+
+SECRET = "a chunk that nobody shall read by the way"
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    with Client(settings) as client:
+        yield client
+
+
+@pytest.fixture
+def run(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., Result]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RERANKQ_BROKER_URL", settings.broker)
+    return lambda *arguments: CliRunner().invoke(app, ["dead", *arguments])
+
+
+@pytest.fixture
+def killed(client: Client, worker: Any) -> Callable[..., str]:
+    """Submit a job and let it kill its workers until it is dead."""
+
+    def kill(name: str, query: str = "what kills?") -> str:
+        client.submit(RerankJob(id=name, query=query, chunks=[SECRET], tenant="t"))
+        for _ in range(worker.terms.max_attempts):
+            claim = worker.claim(name)
+            worker.ledger.ask(calls.isolate(name, claim.fence, "stand-in"))
+            worker.redis.zadd("rerankq:running", {name: 1})
+            worker.redis.delete("rerankq:sweeper")
+            worker.ledger.ask(calls.sweep("s", worker.terms, judge=True, free_since={}))
+        assert worker.state(name) == "dead"
+        return name
+
+    return kill
+
+
+def lines(done: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_list_names_the_dead_and_shows_no_text(run: Callable, killed: Callable):
+    assert run("list").stdout == "no job is dead\n"
+    assert run("list", "--json").stdout == ""
+    for name in ("first", "second"):
+        killed(name)
+    told = run("list").stdout
+    assert told.index("first") < told.index("second")
+    assert "what kills?" in told
+    found = lines(run("list", "--json"))
+    assert [(job["job_id"], job["deaths"], job["pairs"], job["tenant"]) for job in found] == [
+        ("first", 3, 1, "t"),
+        ("second", 3, 1, "t"),
+    ]
+    assert SECRET not in told + run("list", "--json").stdout
+
+
+def test_what_befell_a_job_is_shown_and_its_texts_only_where_they_are_asked_for(run: Callable, killed: Callable):
+    killed("poison")
+    told = run("show", "poison").stdout
+    assert "its worker died 3 times while alone with it" in told
+    assert told.count("alone") == 4, "three times in the history, once in the reason"
+    assert told.count("lease-over  stand-in") == 3
+    assert SECRET not in told + run("show", "poison", "--json").stdout
+    assert SECRET in run("show", "poison", "--payload").stdout
+    (found,) = lines(run("show", "poison", "--payload", "--json"))
+    assert found["payload"]["chunks"] == [{"text": SECRET}]
+    assert [event["event"] for event in found["history"]][:3] == ["alone", "lease-over", "claimed"]
+
+
+def test_a_job_that_is_tried_again_is_rung_for_and_can_be_ranked(
+    run: Callable, killed: Callable, client: Client, worker: Any
+):
+    killed("poison")
+    with pytest.raises(JobDead):
+        client.result("poison", timeout=5)
+    done = run("retry", "poison")
+    assert (done.exit_code, done.stdout) == (0, "poison  queued\n")
+    claim = worker.claim("poison")
+    assert claim.suspect, "it is taken alone"
+    worker.ledger.ask(calls.hand_back([("poison", claim.fence)]))
+    worker.finish("poison")
+    assert client.result("poison", timeout=5).job_id == "poison"
+    again = run("retry", "poison", "--json")
+    assert (again.exit_code, lines(again)) == (1, [{"job_id": "poison", "state": "done"}])
+
+
+def test_a_dropped_job_is_gone_and_one_that_is_not_dead_stays(run: Callable, killed: Callable, client: Client):
+    killed("poison")
+    client.submit(RerankJob(id="alive", query="q", chunks=["c"]))
+    done = run("drop", "poison", "alive", "nobody")
+    assert (done.exit_code, done.stdout) == (1, "poison  dropped\nalive  queued\nnobody  unknown\n")
+    assert client.status("alive").state == "queued"
+    with pytest.raises(JobUnknown, match="not dead: unknown"):
+        client.dead_job("poison")
+    assert run("show", "poison").exit_code == 1
+
+
+@pytest.mark.parametrize(("command", "state"), [("retry", "queued"), ("drop", "dropped")])
+def test_all_that_are_dead_may_be_meant(run: Callable, killed: Callable, client: Client, command: str, state: str):
+    names = [killed(f"poison-{number}") for number in range(3)]
+    done = run(command, "--all", "--json")
+    assert (done.exit_code, lines(done)) == (0, [{"job_id": name, "state": state} for name in names])
+    assert client.dead() == []
+    assert run(command, "--all").exit_code == 0, "none is dead: nothing to do"
+
+
+@pytest.mark.parametrize("command", ["retry", "drop"])
+def test_neither_ids_nor_all_or_both_is_a_wrong_command(run: Callable, command: str):
+    for arguments in ([], ["x", "--all"]):
+        done = run(command, *arguments)
+        assert done.exit_code == 2
+        assert "--all" in done.stderr
+
+
+def test_words_of_a_query_obey_no_terminal(run: Callable, killed: Callable):
+    killed("poison", query="[red]x[/red] \x9b31m \x1b[31m y")
+    for told in (run("list").stdout, run("show", "poison").stdout):
+        assert "[red]x[/red]" in told
+        assert not {"\x9b", "\x1b"} & set(told)
