@@ -3,15 +3,12 @@
 import gzip
 import json
 import os
-import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from sentence_transformers import CrossEncoder
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -27,7 +24,6 @@ from transformers import (
 
 from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable
-from rerankq_worker.engine.pair_tokeniser import PairTokeniser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLED = REPOSITORY / "models" / "minilm-l6-rerank"
@@ -245,176 +241,6 @@ def test_scores_come_in_the_order_of_the_pairs_whatever_their_batches(bundled):
 
 def test_nothing_to_score_gives_nothing(bundled):
     assert bundled.score([]).shape == bundled.forward([]).shape == (0,)
-
-
-# -- token ids -----------------------------------------------------------------------------------------------------
-
-ALPHABET = st.characters(exclude_categories=["Cs"])
-any_text = st.one_of(
-    st.text(ALPHABET, max_size=80),
-    st.lists(st.sampled_from(" ".join(TEXTS).split()), max_size=30).map(" ".join),
-    st.sampled_from(["", " ", "\n\t ", "[SEP]", "a [MASK] b", "<s> x </s>", "e\u0301", "\u0301", "▁", "##ing"]),
-)
-
-
-@pytest.fixture(scope="module")
-def tokenisers(folders):
-    """Ours, and a second copy of each to hold it against."""
-    files = {
-        **{family: folders[family] / "tokenizer.json" for family in FAMILIES},
-        "bundled": BUNDLED / "tokenizer.json",
-    }
-    made = {}
-    for name, file in files.items():
-        whole = Tokenizer.from_file(str(file))
-        whole.no_truncation()
-        whole.no_padding()
-        made[name] = PairTokeniser(Tokenizer.from_file(str(file)), max_length=64), whole
-    return made
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
-@given(query=any_text, chunk=any_text)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_joined_ids_equal_the_tokenisers_own_wherever_the_query_is_not_cut(tokenisers, name, query, chunk):
-    ours, whole = tokenisers[name]
-    specials = whole.num_special_tokens_to_add(is_pair=True)
-    room = 64 - specials
-    if len(whole.encode(query, add_special_tokens=False).ids) > room // 2:
-        return
-    expected = whole.encode(query, chunk)
-    fits = len(expected.ids) <= 64
-    pair = ours.pairs(query, [chunk])[0]
-    assert pair.truncated is not fits
-    if fits:
-        ids, types = expected.ids, expected.type_ids
-    else:
-        whole.enable_truncation(64, strategy="longest_first")
-        cut = whole.encode(query, chunk)
-        whole.no_truncation()
-        ids, types = cut.ids, cut.type_ids
-    assert pair.ids.tolist() == ids
-    assert (np.arange(pair.length) >= pair.second_from).astype(int).tolist() == types
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
-def test_a_long_query_keeps_half_the_room_at_most_and_the_chunk_gets_the_rest(tokenisers, name):
-    ours, whole = tokenisers[name]
-    query, chunk = TEXTS[8], TEXTS[0] * 3
-    ids = {text: whole.encode(text, add_special_tokens=False).ids for text in (query, chunk)}
-    marks = ours.template
-    for max_length, budget in ((64, 128), (64, 5), (40, 128)):
-        room = max_length - marks.special_tokens
-        kept = min(budget, room // 2)
-        pair = ours.pairs(query, [chunk], max_length=max_length, query_max_tokens=budget)[0]
-        read = ids[query][:kept], ids[chunk][: room - kept]
-        assert pair.ids.tolist() == [*marks.before, *read[0], *marks.between, *read[1], *marks.after]
-        assert pair.truncated
-        assert pair.length == max_length
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
-def test_a_cut_query_flags_every_pair_even_where_the_chunk_is_whole(tokenisers, name):
-    ours, _ = tokenisers[name]
-    assert [pair.truncated for pair in ours.pairs("word " * 100, ["tiny", ""])] == [True, True]
-    assert [pair.truncated for pair in ours.pairs("word", ["tiny", ""])] == [False, False]
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_reading_only_the_head_of_a_huge_chunk_changes_no_id(tokenisers, name, text):
-    ours, whole = tokenisers[name]
-    huge = text * (60_000 // len(text))
-    room = 64 - ours.template.special_tokens
-    asked = whole.encode("query", add_special_tokens=False).ids
-    expected = whole.encode(huge, add_special_tokens=False).ids[: room - len(asked)]
-    pair = ours.pairs("query", [huge])[0]
-    begin = len(ours.template.before) + len(asked) + len(ours.template.between)
-    assert pair.ids.tolist()[begin : pair.length - len(ours.template.after)] == expected
-    assert pair.truncated
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
-def test_a_cut_in_the_middle_of_an_endless_word_changes_no_id(tokenisers, name):
-    ours, whole = tokenisers[name]
-    for letters in range(600, 740, 5):
-        huge = f"{'x' * letters} " * 200
-        pair = ours.pairs("", [huge])[0]
-        kept = pair.ids.tolist()[ours.template.special_tokens - len(ours.template.after) :]
-        room = 64 - ours.template.special_tokens
-        assert kept[:room] == whole.encode(huge, add_special_tokens=False).ids[:room]
-
-
-class CountingTokenizer:
-    """Stands for the tokeniser and counts the characters that it is given."""
-
-    def __init__(self, tokenizer):
-        self.inner = tokenizer
-        self.characters = 0
-
-    def encode_batch_fast(self, texts, **options):
-        self.characters += sum(map(len, texts))
-        return self.inner.encode_batch_fast(texts, **options)
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-
-@pytest.mark.parametrize("text", ["word and ", "a", " ", "汉字", "\U00012000"])
-def test_a_chunk_of_ten_million_characters_is_not_read_through(text):
-    counting = CountingTokenizer(Tokenizer.from_file(str(BUNDLED / "tokenizer.json")))
-    ours = PairTokeniser(counting, max_length=512)
-    counting.characters = 0
-    pairs = ours.pairs("query", [text * (10_000_000 // len(text)), "small"])
-    assert counting.characters < 400_000
-    assert [pair.truncated for pair in pairs] == [True, False]
-
-
-def test_lone_surrogates_read_as_replacement_characters(tokenisers):
-    for ours, _ in tokenisers.values():
-        broken = ours.pairs("a \ud800 b", ["\udfffc", "\ud83d"])
-        mended = ours.pairs("a \ufffd b", ["\ufffdc", "\ufffd"])
-        assert [pair.ids.tolist() for pair in broken] == [pair.ids.tolist() for pair in mended]
-
-
-def test_thirty_two_threads_tokenise_at_once_without_a_mistake(tokenisers):
-    ours, _ = tokenisers["bundled"]
-    expected = [pair.ids.tolist() for pair in ours.pairs(QUERY, TEXTS)]
-    wrong = []
-
-    def work(number):
-        length = 30 + number % 3 * 10
-        for _ in range(5):
-            if [pair.ids.tolist() for pair in ours.pairs(QUERY, TEXTS)] != expected:
-                wrong.append(number)
-            if max(pair.length for pair in ours.pairs(QUERY, TEXTS, max_length=length)) > length:
-                wrong.append(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(32)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [({"max_length": 4}, "no room"), ({"max_length": 65}, "more than"), ({"query_max_tokens": 0}, "at least 1")],
-)
-def test_lengths_that_make_no_pair_are_refused(tokenisers, options, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        tokenisers["bundled"][0].pairs("q", ["c"], **options)
-
-
-def test_a_tokeniser_that_does_more_than_a_template_is_refused():
-    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
-    specials = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A", pair="[CLS] $B [SEP] $A", special_tokens=specials
-    )
-    with pytest.raises(ModelUnusable, match="query before the chunk"):
-        PairTokeniser(tokenizer, max_length=64)
 
 
 # -- loading -------------------------------------------------------------------------------------------------------

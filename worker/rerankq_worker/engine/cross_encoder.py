@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from .checkpoint import fingerprint, weight_names
 from .cores import available_cores, has_amx_bf16
 from .errors import EngineError, ModelUnusable
-from .pair_tokeniser import PairTokeniser
+from .pair_tokeniser import special_token_pairs
 from .protocol import QUERY_MAX_TOKENS, Landed, Logits, TokenisedPair, checked_length, score_in_batches
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ class CrossEncoderEngine:
         model = _load(folder, name, where, kind)
         self._model = model
         self._device = where
-        self._tokeniser = PairTokeniser(_fast_tokeniser(model, name), max_length=_readable_length(model, max_length))
+        self._tokeniser = special_token_pairs(
+            _fast_tokeniser(model, name), max_length=_readable_length(model, max_length)
+        )
         self._pad = int(model.tokenizer.pad_token_id or 0)
         self._wants_types = "token_type_ids" in model.tokenizer.model_input_names
         self.name = name
@@ -75,9 +77,12 @@ class CrossEncoderEngine:
         *,
         max_length: int | None = None,
         query_max_tokens: int = QUERY_MAX_TOKENS,
+        hashes: Sequence[bytes] | None = None,
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, cut to ``max_length`` tokens; from any thread."""
-        return self._tokeniser.pairs(query, chunks, max_length=max_length, query_max_tokens=query_max_tokens)
+        return self._tokeniser.pairs(
+            query, chunks, max_length=max_length, query_max_tokens=query_max_tokens, hashes=hashes
+        )
 
     def launch(self, batch: Sequence[TokenisedPair]) -> Landed:
         """Run one padded batch; it is done when this returns."""

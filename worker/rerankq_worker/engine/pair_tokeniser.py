@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
-import os
-import re
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from .errors import ModelUnusable
 from .protocol import QUERY_MAX_TOKENS, TokenisedPair, checked_length, room_for
+from .text_reading import KNOWN_BYTES, ChunkReader, encode_heads
+from .token_ids import FirstIds
 
-# Unset, the tokenisers switch their threads off after a fork and say so on standard error at every one.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+logger = logging.getLogger(__name__)
 
-#: Characters of a long text that are encoded at first, per token kept; enough for nearly every language.
-_CHARACTERS_PER_TOKEN = 16
-#: How often four times as much is tried when a text gives few tokens for its characters.
-_ENLARGEMENTS = 2
-#: So many tokens before a cut may come out differently from those of the whole text; none of them is kept. WordPiece
-#: needs most: up to a hundred letters of a word give as many tokens, and more of the same word give a single one.
-_MARGIN_TOKENS = 128
-#: A cut moves back to white space if there is some within so many characters.
-_BOUNDARY_CHARACTERS = 512
-
-_SURROGATES = re.compile("[\ud800-\udfff]")
 _PROBES = (("probe", "another one"), ("Wie groß?", "Größer: 你好, 世界!"), ("a b c", ""), ("", "d"))
+
+
+class Tokeniser(Protocol):
+    """Makes pairs of token ids out of a query and chunks, from any number of threads at once.
+
+    ``joins`` says that chunks are read apart and their ids remembered; else every pair is encoded anew, which costs
+    a hundred times as much where the chunks are known.
+    """
+
+    max_length: int
+    joins: bool
+
+    @property
+    def template(self) -> object:
+        """Name how pairs are put together; equal where pairs are."""
+
+    def pairs(
+        self,
+        query: str,
+        chunks: Sequence[str],
+        *,
+        max_length: int | None = None,
+        query_max_tokens: int = QUERY_MAX_TOKENS,
+        hashes: Sequence[bytes] | None = None,
+    ) -> list[TokenisedPair]:
+        """Pair the query with each chunk, in order, as model input of at most ``max_length`` tokens.
+
+        The query is cut to ``query_max_tokens`` or half of the room beside the special tokens, whichever is less, the
+        chunk to what is left. ``hashes``, one per chunk, are those of the chunks' texts if they are known already. Of
+        a very long chunk no more is read than gives the tokens that are kept; where hundreds of characters make one
+        token throughout (a megabyte without white space), the rest counts as cut.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +76,17 @@ class PairTokeniser:
 
     The tokeniser becomes ours: its saved truncation and padding are switched off here, and it is never changed again,
     so that any number of threads may encode at once. Raises ModelUnusable where pairs are not made by a template of
-    special tokens round two separately encoded texts.
+    special tokens round the query and then the chunk.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, max_length: int) -> None:
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._tokenizer = tokenizer
+    joins = True
+
+    def __init__(self, tokenizer: Tokenizer, *, max_length: int, known_bytes: int = KNOWN_BYTES) -> None:
+        self._tokenizer = _as_it_is(tokenizer)
         self.max_length = max_length
         self.template = _derive_template(tokenizer)
+        longest = max(1, max_length - self.template.special_tokens)
+        self._chunks = ChunkReader(tokenizer, longest=longest, known_bytes=known_bytes)
         for query, chunk in _PROBES:
             self._verify(query, chunk)
 
@@ -72,56 +97,133 @@ class PairTokeniser:
         *,
         max_length: int | None = None,
         query_max_tokens: int = QUERY_MAX_TOKENS,
+        hashes: Sequence[bytes] | None = None,
     ) -> list[TokenisedPair]:
-        """Pair the query with each chunk, in order.
-
-        The query is cut to ``query_max_tokens`` or half of the room beside the special tokens, whichever is less, the
-        chunk to what is left. Of a very long chunk no more is read than gives the tokens that are kept; where
-        hundreds of characters make one token throughout (a megabyte without white space), the rest counts as cut.
-        """
-        template = self.template
-        room = room_for(checked_length(max_length, self.max_length), template.special_tokens, query_max_tokens)
-        asked, query_cut = self._first_ids([query], room.query)[0]
-        head = np.array([*template.before, *asked, *template.between], dtype=np.int32)
-        tail = np.array(template.after, dtype=np.int32)
-        pairs = []
-        for read, chunk_cut in self._first_ids(chunks, room.for_chunk(len(asked))):
-            ids = np.concatenate((head, np.array(read, dtype=np.int32), tail))
-            second_from = len(head) if template.two_segments else len(ids)
-            pairs.append(TokenisedPair(ids, second_from, query_cut or chunk_cut))
-        return pairs
-
-    def _first_ids(self, texts: Sequence[str], count: int) -> list[tuple[list[int], bool]]:
-        """Encode texts without special tokens: the first ``count`` ids of each, and whether there was more."""
-        found: list[tuple[list[int], bool]] = [([], False)] * len(texts)
-        open_positions = list(range(len(texts)))
-        limit = _CHARACTERS_PER_TOKEN * (count + _MARGIN_TOKENS)
-        for last in [False] * _ENLARGEMENTS + [True]:
-            heads = [_head(texts[position], limit) for position in open_positions]
-            encodings = self._tokenizer.encode_batch_fast([_sound(head) for head in heads], add_special_tokens=False)
-            unsettled = []
-            for position, head, encoding in zip(open_positions, heads, encodings, strict=True):
-                ids, shortened = encoding.ids, len(head) < len(texts[position])
-                if shortened and not last and len(ids) < count + _MARGIN_TOKENS:
-                    unsettled.append(position)
-                else:
-                    found[position] = ids[:count], shortened or len(ids) > count
-            if not unsettled:
-                break
-            open_positions, limit = unsettled, limit * 4
-        return found
+        """Pair the query with each chunk, in order; chunks that are remembered cost a hundredth of the others."""
+        marks = self.template
+        room = room_for(checked_length(max_length, self.max_length), marks.special_tokens, query_max_tokens)
+        [(encoding, shortened)] = encode_heads(self._tokenizer, [query], room.query)
+        asked = encoding.ids[: room.query]
+        head = [*marks.before, *asked, *marks.between]
+        return join(
+            head,
+            self._chunks.read(chunks, room.total, hashes=hashes),
+            marks.after,
+            room=room.for_chunk(len(asked)),
+            dtype=self._chunks.dtype,
+            second_from=len(head) if marks.two_segments else None,
+            query_cut=shortened or len(encoding) > room.query,
+        )
 
     def _verify(self, query: str, chunk: str) -> None:
         whole = self._tokenizer.encode(query, chunk)
-        types = np.array(whole.type_ids, dtype=bool)
-        pair = self.pairs(query, [chunk])[0] if len(whole.ids) <= self.max_length else None
-        if pair is None:
+        if len(whole) > self.max_length:
             return
-        if whole.ids != pair.ids.tolist() or not np.array_equal(types, np.arange(pair.length) >= pair.second_from):
+        [pair] = self.pairs(query, [chunk])
+        types = np.arange(pair.length) >= pair.second_from
+        if whole.ids != pair.ids.tolist() or whole.type_ids != types.astype(int).tolist():
             raise ModelUnusable(
                 "this model's tokeniser does more to a pair than put special tokens round its two texts; "
                 f"tried on {query!r} and {chunk!r}"
             )
+
+
+class WholePairs:
+    """Leaves every pair to the tokeniser's own post-processing: for pairs that are not made by a plain template.
+
+    Query and chunk are cut before, by the same rule. Raises ModelUnusable where the two segments of a pair do not
+    follow each other.
+    """
+
+    joins = False
+
+    def __init__(self, tokenizer: Tokenizer, *, max_length: int) -> None:
+        self._tokenizer = _as_it_is(tokenizer)
+        self.max_length = max_length
+        probe = tokenizer.encode(*_PROBES[0])
+        self.template = f"whole pairs, such as {probe.ids} {probe.type_ids}"
+        sides = [tokenizer.encode(text, add_special_tokens=False) for text in _PROBES[0]]
+        self._special_tokens = len(probe) - sum(map(len, sides))
+        if self._special_tokens != tokenizer.num_special_tokens_to_add(True):
+            raise ModelUnusable("this model's tokeniser does not read pairs of one query and one chunk")
+        if probe.type_ids != sorted(probe.type_ids):
+            raise ModelUnusable("this model's tokeniser mixes the segments of a pair")
+
+    def pairs(
+        self,
+        query: str,
+        chunks: Sequence[str],
+        *,
+        max_length: int | None = None,
+        query_max_tokens: int = QUERY_MAX_TOKENS,
+        hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
+    ) -> list[TokenisedPair]:
+        """Pair the query with each chunk, in order, each pair anew."""
+        room = room_for(checked_length(max_length, self.max_length), self._special_tokens, query_max_tokens)
+        [asked] = encode_heads(self._tokenizer, [query], room.query)
+        query_cut = _cut(asked, room.query)
+        left = room.for_chunk(len(asked[0]))
+        pairs = []
+        for read in encode_heads(self._tokenizer, chunks, left):
+            chunk_cut = _cut(read, left)
+            whole = self._tokenizer.post_process(asked[0], read[0])
+            second_from = len(whole) - sum(whole.type_ids)
+            pairs.append(TokenisedPair(np.array(whole.ids, np.int32), second_from, query_cut or chunk_cut))
+        return pairs
+
+
+def special_token_pairs(tokenizer: Tokenizer, *, max_length: int, known_bytes: int = KNOWN_BYTES) -> Tokeniser:
+    """Take the fast way to pairs if it is right for this tokeniser, else the slow one, and say so."""
+    try:
+        return PairTokeniser(tokenizer, max_length=max_length, known_bytes=known_bytes)
+    except ModelUnusable as reason:
+        logger.warning("pairs are encoded whole, and no chunk's token ids are remembered: %s", reason)
+        return WholePairs(tokenizer, max_length=max_length)
+
+
+def join(
+    head: Sequence[int],
+    chunks: Sequence[FirstIds],
+    tail: Sequence[int],
+    *,
+    room: int,
+    dtype: np.dtype[Any],
+    second_from: int | None,
+    query_cut: bool,
+) -> list[TokenisedPair]:
+    """Put each chunk's first ``room`` ids between head and tail; the pairs are slices of one array.
+
+    Without a second segment ``second_from`` is None.
+    """
+    most, width = room * dtype.itemsize, dtype.itemsize
+    opening, ending = np.array(head, dtype).tobytes(), np.array(tail, dtype).tobytes()
+    kept = [first.ids if len(first.ids) <= most else first.ids[:most] for first in chunks]
+    flat = _widened([piece for ids in kept for piece in (opening, ids, ending)], dtype)
+    pairs, begin = [], 0
+    for first, ids in zip(chunks, kept, strict=True):
+        end = begin + (len(opening) + len(ids) + len(ending)) // width
+        cut = query_cut or not first.whole or len(ids) < len(first.ids)
+        pairs.append(TokenisedPair(flat[begin:end], end - begin if second_from is None else second_from, cut))
+        begin = end
+    return pairs
+
+
+def _widened(pieces: Sequence[bytes], dtype: np.dtype[Any]) -> NDArray[np.int32]:
+    return np.frombuffer(b"".join(pieces), dtype).astype(np.int32)
+
+
+def _as_it_is(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _cut(read: tuple[Encoding, bool], count: int) -> bool:
+    """Cut an encoding in place; tell whether anything is missing."""
+    encoding, shortened = read
+    longer = len(encoding) > count
+    encoding.truncate(count)
+    return shortened or longer
 
 
 def _derive_template(tokenizer: Tokenizer) -> Template:
@@ -143,21 +245,3 @@ def _derive_template(tokenizer: Tokenizer) -> Template:
 
 def _last(sides: Sequence[int | None], side: int) -> int:
     return len(sides) - 1 - sides[::-1].index(side)
-
-
-def _head(text: str, limit: int) -> str:
-    """Cut a text to at most ``limit`` characters, before white space where there is some near.
-
-    >>> _head("one two three", 9), _head("unbroken", 4), _head("short", 9)
-    ('one two', 'unbr', 'short')
-    """
-    if len(text) <= limit:
-        return text
-    near = max(0, limit - _BOUNDARY_CHARACTERS)
-    boundary = max(text.rfind(space, near, limit) for space in " \n\t\u3000")
-    return text[: boundary if boundary > 0 else limit]
-
-
-def _sound(text: str) -> str:
-    """Replace lone surrogates, which have no UTF-8, by U+FFFD."""
-    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)

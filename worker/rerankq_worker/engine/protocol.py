@@ -89,8 +89,13 @@ class Engine(Protocol):
         *,
         max_length: int | None = None,
         query_max_tokens: int = QUERY_MAX_TOKENS,
+        hashes: Sequence[bytes] | None = None,
     ) -> list[TokenisedPair]:
-        """Pair the query with each chunk, in order, cut to ``max_length`` tokens."""
+        """Pair the query with each chunk, in order, cut to ``max_length`` tokens.
+
+        ``hashes``, one per chunk, are those of the chunks' texts where the caller knows them: equal where the texts
+        are equal, and only there.
+        """
 
     def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
         """Start one batch on the device, and return before it is done where the device works by itself.

@@ -71,6 +71,7 @@ class StubEngine:
         *,
         max_length: int | None = None,
         query_max_tokens: int = QUERY_MAX_TOKENS,
+        hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order; words are tokens."""
         room = room_for(checked_length(max_length, self.max_length), _SPECIAL_TOKENS, query_max_tokens)

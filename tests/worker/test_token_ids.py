@@ -1,0 +1,83 @@
+"""Remembered token ids stay within their bytes, and the least recently used go first."""
+
+import os
+import threading
+import tracemalloc
+
+from rerankq_worker.engine.token_ids import FirstIds, KnownIds
+
+
+def entries(names, size=100):
+    return {name.encode().ljust(16, b"."): FirstIds(os.urandom(size), True) for name in names}
+
+
+def names(known, asked):
+    return "".join(key[:1].decode() for key in known.find(entries(asked)))
+
+
+def bytes_of_one(size=100):
+    known = KnownIds(1 << 30)
+    known.keep(entries("a", size))
+    return known.held_bytes
+
+
+def test_the_least_recently_used_go_first():
+    known = KnownIds(3 * bytes_of_one())
+    known.keep(entries("abc"))
+    known.find(entries("a"))
+    known.keep(entries("d"))
+    assert names(known, "abcd") == "acd"
+    known.keep(entries("a"))
+    known.keep(entries("ef"))
+    assert names(known, "abcdef") == "aef"
+
+
+def test_what_is_replaced_is_not_counted_twice():
+    known = KnownIds(1 << 30)
+    known.keep(entries("ab"))
+    known.keep(entries("a", 700))
+    known.keep(entries("a", 100))
+    assert known.held_bytes == 2 * bytes_of_one()
+
+
+def test_an_entry_larger_than_everything_is_left_out_and_drives_nothing_out():
+    known = KnownIds(2 * bytes_of_one())
+    known.keep(entries("ab"))
+    known.keep(entries("c", 5_000))
+    assert names(known, "abc") == "ab"
+    assert KnownIds(0).find(entries("a")) == {}
+
+
+def test_the_bytes_counted_cover_the_bytes_taken():
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        known = KnownIds(2_000_000)
+        for _ in range(5_000):
+            known.keep({os.urandom(16): FirstIds(os.urandom(600), True)})
+        taken = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert known.held_bytes <= 2_000_000
+    assert 0.8 * known.held_bytes < taken < 1.02 * known.held_bytes
+
+
+def test_many_threads_lose_no_count():
+    known = KnownIds(40 * bytes_of_one())
+    wrong = []
+
+    def work(seed):
+        mine = entries([chr(97 + (seed * 7 + step) % 26) for step in range(13)])
+        for _ in range(200):
+            known.keep(mine)
+            found = known.find(mine)
+            if any(len(first.ids) != 100 for first in found.values()):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert known.held_bytes == len(known) * bytes_of_one()
