@@ -24,6 +24,7 @@ from .errors import (
     ModelUnknown,
     QueueFull,
     RerankqError,
+    SettingsInvalid,
 )
 
 __version__ = "0.1.0"
@@ -49,5 +50,6 @@ __all__ = [
     "Ranking",
     "RerankJob",
     "RerankqError",
+    "SettingsInvalid",
     "__version__",
 ]

@@ -72,7 +72,10 @@ def refuse_too_large(data: Job, settings: Settings) -> None:
 
     Raises:
         JobTooLarge: if it cannot be a job within ``MAX_CHUNKS`` and ``MAX_JOB_BYTES``.
+        JobRejected: if it is nothing that a job could be read from.
     """
+    if not isinstance(data, RerankJob | Mapping | str | bytes):
+        raise JobRejected(f"expected a RerankJob, a mapping or JSON, not {type(data).__name__}", field="job")
     if isinstance(data, str | bytes):
         # JSON that escapes all but ASCII takes three bytes for one of UTF-8, at most: six for the two of an é.
         if len(data) > 3 * settings.max_job_bytes:

@@ -1,6 +1,7 @@
 """What can go wrong, as types.
 
 RerankqError
+├── SettingsInvalid      a setting is wrong; says all that are, by their environment variables
 ├── BrokerUnavailable    Redis cannot be reached; retry later
 ├── JobRejected          the job is not well formed; do not retry
 │   └── JobTooLarge      the job is over a limit; send less
@@ -32,6 +33,10 @@ class RerankqError(Exception):
     def __init__(self, message: str, *, accepted: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.accepted = list(accepted)
+
+
+class SettingsInvalid(RerankqError):
+    """Raised when settings cannot be as they are; a line of the message for each, with its environment variable."""
 
 
 class BrokerUnavailable(RerankqError):

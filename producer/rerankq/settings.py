@@ -5,14 +5,15 @@ Inner code takes plain arguments and never looks at the environment.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from .errors import BrokerUnavailable
+from .errors import BrokerUnavailable, SettingsInvalid
 
 HOW_TO_SET_A_URL = (
     "RERANKQ_BROKER_URL is not set. Point it at a Redis, e.g. RERANKQ_BROKER_URL=redis://localhost:6379/0; "
@@ -20,15 +21,25 @@ HOW_TO_SET_A_URL = (
 )
 
 
+REDIS = frozenset({"redis", "rediss", "unix"})
+AMQP = frozenset({"amqp", "amqps"})
+
+
 class Settings(BaseSettings):
-    """Everything that a deployment can set; each field is the environment variable ``RERANKQ_<FIELD>``."""
+    """Everything that a deployment can set; each field is the environment variable ``RERANKQ_<FIELD>``.
+
+    Raises:
+        SettingsInvalid: naming every variable that is wrong, and what was expected.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="RERANKQ_", env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True
     )
 
     broker_url: str | None = Field(None, description="Doorbells: redis://, rediss://, unix:// or amqp://.")
-    ledger_url: str | None = Field(None, description="Jobs and rankings; default: database 1 of a Redis broker.")
+    ledger_url: str | None = Field(
+        None, validate_default=True, description="Jobs and rankings; default: database 1 of a Redis broker."
+    )
     cache_url: str | None = Field(None, description="Scores; default: database 2 of a Redis broker.")
     deployment: str = Field(
         "", pattern=r"^[A-Za-z0-9._-]*$", description="Name in pub/sub channels; default: the ledger's database number."
@@ -71,15 +82,34 @@ class Settings(BaseSettings):
 
     @field_validator("broker_url", "ledger_url", "cache_url")
     @classmethod
-    def _known_scheme(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in {"redis", "rediss", "unix", "amqp", "amqps"}:
-            msg = "expected a URL that begins with redis://, rediss://, unix:// or amqp://"
+    def _known_scheme(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        if urlsplit(value).scheme not in (REDIS | AMQP if info.field_name == "broker_url" else REDIS):
+            others = " or amqp://" if info.field_name == "broker_url" else ""
+            msg = f"expected a URL that begins with redis://, rediss://, unix://{others}"
             raise ValueError(msg)
         # Reading the port is what finds out whether it is a number.
-        if value is not None and urlsplit(value).port == 0:
+        if urlsplit(value).port == 0:
             msg = "port 0 is nobody's"
             raise ValueError(msg)
         return value
+
+    @field_validator("ledger_url")
+    @classmethod
+    def _a_ledger_somewhere(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and urlsplit(info.data.get("broker_url") or "").scheme in AMQP:
+            msg = "is not set, and the broker is not a Redis that could serve this role too"
+            raise ValueError(msg)
+        return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_all_mistakes(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise SettingsInvalid("\n".join(_mistakes(error))) from None
 
     @property
     def broker(self) -> str:
@@ -91,23 +121,26 @@ class Settings(BaseSettings):
     @property
     def ledger(self) -> str:
         """The ledger's URL."""
-        return self.ledger_url or self._beside_the_broker("LEDGER_URL", 1)
+        return self.ledger_url or with_database(self.broker, 1)
 
     @property
     def cache(self) -> str:
-        """The score cache's URL."""
-        return self.cache_url or self._beside_the_broker("CACHE_URL", 2)
+        """The score cache's URL; beside the ledger where the broker is not a Redis."""
+        beside = self.ledger if urlsplit(self.broker).scheme in AMQP else self.broker
+        return self.cache_url or with_database(beside, 2)
 
     @property
     def channel(self) -> str:
         """The prefix of pub/sub channels: pub/sub ignores database numbers, so it carries the deployment's name."""
         return f"rerankq:{self.deployment or database_of(self.ledger)}"
 
-    def _beside_the_broker(self, name: str, database: int) -> str:
-        if urlsplit(self.broker).scheme.startswith("amqp"):
-            msg = f"RERANKQ_{name} is not set, and the broker is not a Redis that could serve this role too."
-            raise BrokerUnavailable(msg)
-        return with_database(self.broker, database)
+
+def _mistakes(error: ValidationError) -> Iterator[str]:
+    # Without what was given: URLs hold passwords.
+    for mistake in error.errors(include_url=False, include_input=False, include_context=False):
+        field = ".".join(str(part) for part in mistake["loc"][:1]).upper()
+        said = mistake["msg"].removeprefix("Value error, ")
+        yield f"RERANKQ_{field}: {said}" if field else said
 
 
 def with_database(url: str, database: int) -> str:

@@ -105,6 +105,18 @@ def test_a_wrong_file_of_rescore_is_said_with_file_line_and_field(run, tmp_path)
     assert done.stderr == "rerankq: q:2: text: is missing\n"
 
 
+def test_a_rescore_that_did_nothing_says_nothing_of_what_is_done(run, tmp_path):
+    (tmp_path / "q").write_text('{"_id": "1", "text": "a"}\n')
+    (tmp_path / "c").write_text('{"_id": "d", "text": "a"}\n')
+    (tmp_path / "r").write_text("1 Q0 d 1 0.5 x\n")
+    files = ("--queries", "q", "--corpus", "c", "--run", "r", "--output", "out")
+    done = run("rescore", *files, RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
+    assert done.exit_code == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("rerankq: the ledger does not answer")
+    assert not (tmp_path / "out.part").exists()
+
+
 def test_the_worker_is_celery_with_our_settings(run, monkeypatch):
     started = []
     monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))

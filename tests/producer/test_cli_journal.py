@@ -33,6 +33,14 @@ def test_answers_are_read_back_as_they_were_written(path):
         assert journal.answer("q3") == answer("q3")
 
 
+def test_a_journal_with_nothing_in_it_is_not_left_behind(path):
+    fill(path)
+    assert not path.exists()
+    fill(path, "q1")
+    fill(path)
+    assert path.exists(), "an earlier start's answers are in it"
+
+
 def test_a_journal_cut_at_any_byte_goes_on_with_the_whole_answers(path):
     fill(path, "q1", "q2")
     whole = path.read_bytes()

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 import rerankq
-from rerankq import Chunk, Client, RerankJob
+from rerankq import Chunk, Client, JobRejected, RerankJob
 from rerankq.client import SUBMIT_AT_ONCE
 from rerankq.ledger import AsyncLedger
 from rerankq.settings import Settings
@@ -489,6 +489,12 @@ def test_a_forked_child_has_a_client_of_its_own_and_the_parents_goes_on(redis_ur
 def test_importing_is_light():
     code = "import sys, rerankq; assert not {'numpy', 'torch', 'typer', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("nonsense", [3, None, [], object(), {"query", "chunks"}])
+def test_what_cannot_be_a_job_is_rejected_in_words(client: Client, nonsense: object):
+    with pytest.raises(JobRejected, match="expected a RerankJob, a mapping or JSON, not"):
+        client.submit(nonsense)
 
 
 def test_an_ended_job_is_answered_however_short_the_timeout(client: Client, worker):

@@ -11,6 +11,7 @@ from rerankq import errors
 from rerankq.errors import JobRejected, QueueFull, RerankqError
 
 STATUS = {
+    "SettingsInvalid": (500, False),
     "BrokerUnavailable": (503, True),
     "JobRejected": (422, False),
     "JobTooLarge": (413, False),

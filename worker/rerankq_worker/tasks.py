@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from celery import bootsteps, signals
-from celery.exceptions import CPendingDeprecationWarning, Ignore
+from celery.exceptions import CPendingDeprecationWarning, Ignore, SecurityWarning
 from celery.worker.consumer import Consumer
 from celery.worker.control import control_command, inspect_command
 from kombu.common import ignore_errors
-from pydantic import ValidationError
 
 from rerankq import catalogue, errors
 from rerankq.broker import BULK, INTERACTIVE, TASK, Bells, make_app, queue
@@ -406,11 +405,13 @@ class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
 
 # It advises on late acknowledgements, of which there are none here, and would do so at every loss of the broker.
 warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
+# It warns of root, for messages might bring code: none does, JSON alone is read. Containers often run as root.
+warnings.filterwarnings("ignore", category=SecurityWarning)
 
 try:
     settings = Settings()
     app = make_app(settings)
-except (ValidationError, BrokerUnavailable) as error:
+except RerankqError as error:
     # This module is a program: its reader is a person at a terminal.
     sys.exit(f"the worker cannot start: {error}")
 app.conf.update(

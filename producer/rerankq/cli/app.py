@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from .. import Client, Ranking, RerankqError, __version__
+from .. import Client, Ranking, RerankqError, SettingsInvalid, __version__
 from ..settings import Settings
 from . import celery_worker, dead, show
 from . import demo as demonstration
@@ -46,8 +45,8 @@ class SpeakingGroup(TyperGroup):
                 return super().invoke(ctx)
             except InputFault as fault:
                 _end(str(fault), WRONG)
-            except ValidationError as error:
-                _end("\n".join(_mistakes(error)), WRONG)
+            except SettingsInvalid as error:
+                _end(str(error), WRONG)
             except RerankqError as error:
                 _end(str(error), FAILED)
             except Terminated:
@@ -272,12 +271,6 @@ def _print_rankings(flow: Flow[str], reader: submitting.Reader) -> int:
 def _longest_line(settings: Settings) -> int:
     # JSON may write a character of three bytes in six, and a job's limit is counted without such escapes.
     return 4 * settings.max_job_bytes
-
-
-def _mistakes(error: ValidationError) -> Iterator[str]:
-    for mistake in error.errors(include_url=False):
-        field = ".".join(str(part) for part in mistake["loc"])
-        yield f"RERANKQ_{field.upper()}: {mistake['msg']}" if field else mistake["msg"]
 
 
 def _end(text: str, status: int) -> NoReturn:

@@ -89,7 +89,9 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file; it stays."""
+        """Close the file; it stays if there is anything in it."""
+        if not self._places:
+            self.remove()
         self._file.close()
 
     def __enter__(self) -> Self:
