@@ -1,13 +1,16 @@
 """One engine thread, many tickets: who is computed when, once, and what happens when something fails."""
 
+import math
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from rerankq_worker.engine import (
+    AsynchronousStubEngine,
     Batcher,
     EngineClosed,
     EngineDied,
@@ -52,6 +55,43 @@ class ScriptedEngine(StubEngine):
         assert self.entered.acquire(timeout=PATIENCE_S)
 
 
+class FlyingEngine(ScriptedEngine):
+    """The same on a device that works by itself: the script is followed on a thread of the device."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.device_thread = ThreadPoolExecutor(1)
+
+        self.out = self.most_out = 0
+        self.launched = threading.Semaphore(0)
+
+    def launch(self, batch):
+        self.out += 1
+        self.most_out = max(self.most_out, self.out)
+        self.launched.release()
+        return InFlight(self, self.device_thread.submit(self.forward, batch))
+
+
+class InFlight:
+    def __init__(self, engine, future):
+        self.engine, self.future = engine, future
+
+    @property
+    def done(self):
+        return self.future.done()
+
+    def logits(self):
+        try:
+            return self.future.result(PATIENCE_S)
+        finally:
+            self.engine.out -= 1
+
+
+@pytest.fixture(params=[ScriptedEngine, FlyingEngine], ids=["computes at once", "works by itself"])
+def make_engine(request):
+    return request.param
+
+
 @pytest.fixture
 def started():
     """Make batchers that are closed whatever the test does."""
@@ -75,11 +115,16 @@ def computed(engine):
     return Counter(pair.ids.tobytes() for batch in engine.batches for pair in batch)
 
 
+def has_word(engine, word):
+    marker = engine.tokenise(word, [""])[0].ids[1]
+    return lambda pair: marker in pair.ids.tolist()
+
+
 CHUNKS = [f"chunk {'word ' * (number % 17)}number {number}" for number in range(60)]
 
 
-def test_every_ticket_gets_the_scores_of_its_own_pairs_in_order(started):
-    engine = ScriptedEngine()
+def test_every_ticket_gets_the_scores_of_its_own_pairs_in_order(started, make_engine):
+    engine = make_engine()
     batcher = started(engine, max_batch_tokens=64)
     tickets = {query: batcher.submit(engine.tokenise(query, CHUNKS)) for query in ("one", "two words", "three of them")}
     for query, ticket in tickets.items():
@@ -89,8 +134,8 @@ def test_every_ticket_gets_the_scores_of_its_own_pairs_in_order(started):
         assert ticket.done_pairs == ticket.pairs == len(CHUNKS)
 
 
-def test_many_threads_at_once_get_their_own_scores(started):
-    engine = ScriptedEngine()
+def test_many_threads_at_once_get_their_own_scores(started, make_engine):
+    engine = make_engine()
     batcher = started(engine, max_batch_tokens=256)
     wrong = []
 
@@ -116,8 +161,8 @@ def test_many_threads_at_once_get_their_own_scores(started):
     assert batcher._in_flight == {}
 
 
-def test_pairs_of_many_tickets_share_batches(started):
-    engine = ScriptedEngine(held=True)
+def test_pairs_of_many_tickets_share_batches(started, make_engine):
+    engine = make_engine(held=True)
     batcher = started(engine, max_batch_tokens=4096)
     batcher.submit(engine.tokenise("first", ["goes alone"]))
     engine.wait_until_busy()
@@ -128,16 +173,16 @@ def test_pairs_of_many_tickets_share_batches(started):
     assert [len(batch) for batch in engine.batches] == [1, 20]
 
 
-def test_no_batch_exceeds_the_budget_unless_one_pair_does(started):
-    engine = ScriptedEngine()
+def test_no_batch_exceeds_the_budget_unless_one_pair_does(started, make_engine):
+    engine = make_engine()
     batcher = started(engine, max_batch_tokens=40)
     batcher.submit(engine.tokenise("q", [*CHUNKS, "long " * 100])).result(PATIENCE_S)
     for batch in engine.batches:
         assert len(batch) * max(pair.length for pair in batch) <= 40 or len(batch) == 1
 
 
-def test_nothing_to_score_is_done_at_once(started):
-    ticket = started(ScriptedEngine()).submit([])
+def test_nothing_to_score_is_done_at_once(started, make_engine):
+    ticket = started(make_engine()).submit([])
     assert ticket.done
     assert ticket.result(0).shape == (0,)
 
@@ -145,8 +190,8 @@ def test_nothing_to_score_is_done_at_once(started):
 # -- coalescing ----------------------------------------------------------------------------------------------------
 
 
-def test_pairs_with_equal_keys_in_flight_are_computed_once(started):
-    engine = ScriptedEngine(held=True)
+def test_pairs_with_equal_keys_in_flight_are_computed_once(started, make_engine):
+    engine = make_engine(held=True)
     batcher = started(engine)
     pairs = engine.tokenise("q", CHUNKS)
     tickets = [batcher.submit(pairs, keys=keys_of(CHUNKS)) for _ in range(3)]
@@ -158,8 +203,8 @@ def test_pairs_with_equal_keys_in_flight_are_computed_once(started):
     assert batcher.stats().joined_pairs == 2 * len(CHUNKS)
 
 
-def test_a_pair_already_on_the_device_can_still_be_joined(started):
-    engine = ScriptedEngine(held=True)
+def test_a_pair_already_on_the_device_can_still_be_joined(started, make_engine):
+    engine = make_engine(held=True)
     batcher = started(engine)
     pairs = engine.tokenise("q", ["c"])
     first = batcher.submit(pairs, keys=[b"k"])
@@ -170,8 +215,8 @@ def test_a_pair_already_on_the_device_can_still_be_joined(started):
     assert len(engine.batches) == 1
 
 
-def test_pairs_without_keys_never_join(started):
-    engine = ScriptedEngine(held=True)
+def test_pairs_without_keys_never_join(started, make_engine):
+    engine = make_engine(held=True)
     batcher = started(engine)
     pairs = engine.tokenise("q", ["c"])
     tickets = [batcher.submit(pairs, keys=keys) for keys in (None, [None], [b"k"], [b"k"])]
@@ -181,16 +226,16 @@ def test_pairs_without_keys_never_join(started):
     assert sum(computed(engine).values()) == 3
 
 
-def test_one_submission_may_name_the_same_pair_twice(started):
-    engine = ScriptedEngine()
+def test_one_submission_may_name_the_same_pair_twice(started, make_engine):
+    engine = make_engine()
     pairs = engine.tokenise("q", ["c", "d", "c"])
     logits = started(engine).submit(pairs, keys=[b"c", b"d", b"c"]).result(PATIENCE_S)
     np.testing.assert_array_equal(logits, StubEngine.forward(engine, pairs))
     assert set(computed(engine).values()) == {1}
 
 
-def test_a_key_is_forgotten_once_computed(started):
-    engine = ScriptedEngine()
+def test_a_key_is_forgotten_once_computed(started, make_engine):
+    engine = make_engine()
     batcher = started(engine)
     pairs = engine.tokenise("q", ["c"])
     for _ in range(2):
@@ -199,8 +244,8 @@ def test_a_key_is_forgotten_once_computed(started):
     assert batcher._in_flight == {}
 
 
-def test_the_owners_cancellation_passes_a_shared_pair_on(started):
-    engine = ScriptedEngine(held=True)
+def test_the_owners_cancellation_passes_a_shared_pair_on(started, make_engine):
+    engine = make_engine(held=True)
     batcher = started(engine)
     blocker = batcher.submit(engine.tokenise("q", ["blocks the device"]))
     engine.wait_until_busy()
@@ -217,9 +262,9 @@ def test_the_owners_cancellation_passes_a_shared_pair_on(started):
     assert sum(computed(engine).values()) == 11
 
 
-def test_an_interactive_waiter_lifts_a_bulk_pair_and_lets_it_sink_when_it_leaves(started):
-    engine = ScriptedEngine(held=True)
-    batcher = started(engine, max_batch_tokens=8)
+def test_an_interactive_waiter_lifts_a_bulk_pair_and_lets_it_sink_when_it_leaves(started, make_engine):
+    engine = make_engine(held=True)
+    batcher = started(engine, max_batch_tokens=8, clock=lambda: 0.0)
     batcher.submit(engine.tokenise("q", ["blocks"]))
     engine.wait_until_busy()
     chunks = ["aa aa", "bb bb", "cc cc"]
@@ -237,8 +282,8 @@ def test_an_interactive_waiter_lifts_a_bulk_pair_and_lets_it_sink_when_it_leaves
 # -- cancelling ----------------------------------------------------------------------------------------------------
 
 
-def test_a_cancelled_ticket_stops_before_its_next_micro_batch(started):
-    engine = ScriptedEngine(held=True)
+def test_a_cancelled_ticket_stops_before_its_next_micro_batch(started, make_engine):
+    engine = make_engine(held=True)
     batcher = started(engine, max_batch_tokens=8)
     ticket = batcher.submit(engine.tokenise("q", [f"chunk {n}" for n in range(50)]))
     engine.wait_until_busy()
@@ -249,12 +294,13 @@ def test_a_cancelled_ticket_stops_before_its_next_micro_batch(started):
         ticket.result(0)
     after = batcher.submit(engine.tokenise("q", ["after"]))
     after.result(PATIENCE_S)
-    assert len(engine.batches) == 2
+    # One may have been launched ahead already.
+    assert 2 <= len(engine.batches) <= (2 if make_engine is ScriptedEngine else 3)
     assert batcher.stats().waiting_pairs == 0
 
 
-def test_cancelling_twice_or_too_late_changes_nothing(started):
-    engine = ScriptedEngine()
+def test_cancelling_twice_or_too_late_changes_nothing(started, make_engine):
+    engine = make_engine()
     ticket = started(engine).submit(engine.tokenise("q", ["c"]))
     logits = ticket.result(PATIENCE_S)
     ticket.cancel()
@@ -262,8 +308,8 @@ def test_cancelling_twice_or_too_late_changes_nothing(started):
     assert ticket.result(0) is logits
 
 
-def test_a_result_not_there_in_time_can_be_asked_for_again(started):
-    engine = ScriptedEngine(held=True)
+def test_a_result_not_there_in_time_can_be_asked_for_again(started, make_engine):
+    engine = make_engine(held=True)
     ticket = started(engine).submit(engine.tokenise("q", ["c"]))
     with pytest.raises(TimeoutError, match="0 of 1 pairs"):
         ticket.result(timeout=0.01)
@@ -274,9 +320,9 @@ def test_a_result_not_there_in_time_can_be_asked_for_again(started):
 # -- priorities ----------------------------------------------------------------------------------------------------
 
 
-def test_interactive_pairs_go_before_bulk_that_came_earlier(started):
-    engine = ScriptedEngine(held=True)
-    batcher = started(engine, max_batch_tokens=16)
+def test_interactive_pairs_go_before_bulk_that_came_earlier(started, make_engine):
+    engine = make_engine(held=True)
+    batcher = started(engine, max_batch_tokens=16, clock=lambda: 0.0)
     batcher.submit(engine.tokenise("q", ["blocks"]))
     engine.wait_until_busy()
     bulk = batcher.submit(engine.tokenise("q", [f"bulk {n}" for n in range(40)]), priority="bulk")
@@ -317,16 +363,169 @@ def test_bulk_keeps_its_share_under_a_flood_of_interactive_pairs(started):
     assert shares[0] == pytest.approx(0.25, abs=0.08)
 
 
+# -- flights -------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_batch_is_launched_while_the_device_runs_the_present_one_and_no_third(started):
+    engine = FlyingEngine(held=True)
+    batcher = started(engine, max_batch_tokens=32)
+    ticket = batcher.submit(engine.tokenise("q", CHUNKS))
+    for _ in range(2):
+        assert engine.launched.acquire(timeout=PATIENCE_S)
+    assert engine.batches == []
+    engine.gate.set()
+    ticket.result(PATIENCE_S)
+    assert engine.most_out == 2
+    assert len(engine.batches) > 4
+
+
+def test_an_engine_that_computes_at_once_delivers_before_it_goes_on(started):
+    engine = ScriptedEngine()
+    ticket, seen = None, []
+    engine.fails = lambda _: seen.append(ticket.done_pairs if ticket else 0)
+    engine.gate.clear()
+    ticket = started(engine, max_batch_tokens=10).submit(engine.tokenise("q", ["same"] * 6))
+    engine.gate.set()
+    ticket.result(PATIENCE_S)
+    assert seen == [0, 2, 4]
+
+
+def test_a_batch_that_fails_in_flight_harms_neither_the_one_before_nor_the_one_after(started):
+    engine = FlyingEngine(held=True)
+    bad = has_word(engine, "poison")
+    engine.fails = lambda batch: ValueError("cannot read this") if any(map(bad, batch)) else None
+    batcher = started(engine, max_batch_tokens=12)
+    chunks = ["one", "two", "poison", "three", "four", "five", "six"]
+    keys = keys_of(chunks)
+    pairs = engine.tokenise("q", chunks)
+    tickets = [batcher.submit([pair], keys=[key]) for pair, key in zip(pairs, keys, strict=True)]
+    engine.gate.set()
+    for chunk, pair, ticket in zip(chunks, pairs, tickets, strict=True):
+        if chunk == "poison":
+            with pytest.raises(PairFailed):
+                ticket.result(PATIENCE_S)
+        else:
+            assert ticket.result(PATIENCE_S) == StubEngine.forward(engine, [pair])
+    assert max(count for ids, count in computed(engine).items() if ids != pairs[2].ids.tobytes()) <= 2
+
+
+def test_a_launch_that_fails_is_found_out_when_the_batch_before_it_has_landed(started):
+    class Refusing(FlyingEngine):
+        def launch(self, batch):
+            if len(batch) > 2:
+                raise MemoryError
+            return super().launch(batch)
+
+    engine = Refusing()
+    batcher = started(engine, max_batch_tokens=32)
+    logits = batcher.submit(engine.tokenise("q", CHUNKS)).result(PATIENCE_S)
+    np.testing.assert_array_equal(logits, StubEngine.forward(engine, engine.tokenise("q", CHUNKS)))
+    assert batcher.stats().out_of_memory
+    assert batcher.stats().alive
+
+
+def test_closing_lands_what_is_in_flight(started):
+    engine = FlyingEngine(held=True)
+    batcher = started(engine, max_batch_tokens=16)
+    ticket = batcher.submit(engine.tokenise("q", CHUNKS))
+    for _ in range(2):
+        assert engine.launched.acquire(timeout=PATIENCE_S)
+    engine.gate.set()
+    batcher.close(timeout=PATIENCE_S)
+    assert ticket.result(0).shape == (len(CHUNKS),)
+    assert engine.out == 0
+    assert batcher.stats().batch_started is None
+
+
+class Simulation:
+    """A device, a batcher and a clock that moves when one of them waits; things happen at their times."""
+
+    def __init__(self, started, *, seconds_per_token=0.001, max_batch_tokens=50, **options):
+        self.now = 0.0
+        self.due = []
+        self.engine = AsynchronousStubEngine(
+            seconds_per_token=seconds_per_token, clock=lambda: self.now, sleep=self.sleep, padded=False
+        )
+        self.engine.gate = threading.Event()
+        self.batcher = started(self.engine, max_batch_tokens=max_batch_tokens, clock=lambda: self.now, **options)
+        self.batcher._hurry = self
+
+    def sleep(self, seconds):
+        ends = self.now + seconds
+        while self.due and self.due[0][0] <= ends:
+            self.now, happen = self.due.pop(0)
+            happen()
+        self.now = ends
+
+    def wait(self, seconds):
+        self.batcher._lock.release()
+        self.sleep(seconds)
+        self.batcher._lock.acquire()
+
+    def notify(self):
+        pass
+
+    def pairs(self, count):
+        return self.engine.tokenise("q", ["five"] * count)
+
+
+# A batch of ten pairs takes 0.05 s; an interactive pair alone 0.005 s. Bulk never ends.
+@pytest.mark.parametrize(("lead_s", "longest", "shortest"), [(0.01, 0.05 + 0.01, 0.01), (math.inf, 2 * 0.05, 0.05)])
+def test_an_interactive_pair_waits_for_the_batch_on_the_device_and_what_was_launched_ahead(
+    started, lead_s, longest, shortest
+):
+    simulation = Simulation(started, lead_s=lead_s, fill_tokens=0)
+    waits = []
+
+    def urgent():
+        came = simulation.now
+        ticket = simulation.batcher.submit(simulation.pairs(1))
+        ticket.add_done_callback(lambda _: waits.append(simulation.now - came))
+
+    simulation.due = [(1.0 + 0.1537 * number, urgent) for number in range(100)]
+    simulation.batcher.submit(simulation.pairs(5000), priority="bulk").result(PATIENCE_S)
+    assert len(waits) == 100
+    # A look at the flight every 2 ms is part of it.
+    assert max(waits) <= longest + 0.005 + 0.002
+    assert min(waits) >= shortest
+    assert simulation.engine.idle_s == pytest.approx(0, abs=1e-9)
+
+
+def test_bulk_keeps_its_share_of_a_device_that_works_by_itself(started):
+    simulation = Simulation(started, bulk_share=0.2)
+    shares, over = [], threading.Event()
+
+    def both_come():
+        bulk = simulation.batcher.submit(simulation.pairs(4000), priority="bulk")
+        flood = simulation.batcher.submit(simulation.pairs(4000))
+
+        def flood_ends(_):
+            shares.append(bulk.done_pairs / (bulk.done_pairs + 4000))
+            over.set()
+
+        flood.add_done_callback(flood_ends)
+
+    simulation.due = [(0.001, both_come)]
+    simulation.batcher.submit(simulation.pairs(1))
+    assert over.wait(PATIENCE_S)
+    assert shares[0] == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_seconds_in_which_something_is_in_flight_are_counted_once(started):
+    simulation = Simulation(started)
+    simulation.batcher.submit(simulation.pairs(1000)).result(PATIENCE_S)
+    simulation.batcher.close(timeout=PATIENCE_S)
+    stats = simulation.batcher.stats()
+    assert stats.busy_s == pytest.approx(simulation.now)
+    assert stats.padded_tokens == stats.tokens == 5000
+    assert simulation.now == pytest.approx(5.0)
+
+
 # -- failures ------------------------------------------------------------------------------------------------------
 
 
-def has_word(engine, word):
-    marker = engine.tokenise(word, [""])[0].ids[1]
-    return lambda pair: marker in pair.ids.tolist()
-
-
-def test_one_bad_pair_fails_its_own_ticket_and_no_neighbour(started):
-    engine = ScriptedEngine(held=True)
+def test_one_bad_pair_fails_its_own_ticket_and_no_neighbour(started, make_engine):
+    engine = make_engine(held=True)
     bad = has_word(engine, "poison")
     engine.fails = lambda batch: ValueError("cannot read this") if any(map(bad, batch)) else None
     batcher = started(engine, max_batch_tokens=4096)
@@ -347,8 +546,8 @@ def test_one_bad_pair_fails_its_own_ticket_and_no_neighbour(started):
     assert stats.out_of_memory == 0
 
 
-def test_a_ticket_cancelled_while_its_batch_fails_is_not_tried_again_in_halves(started):
-    engine = ScriptedEngine(held=True)
+def test_a_ticket_cancelled_while_its_batch_fails_is_not_tried_again_in_halves(started, make_engine):
+    engine = make_engine(held=True)
     batcher = started(engine)
     batcher.submit(engine.tokenise("q", ["blocks"]))
     engine.wait_until_busy()
@@ -368,8 +567,8 @@ def test_a_ticket_cancelled_while_its_batch_fails_is_not_tried_again_in_halves(s
     assert not unwanted & {pair.ids.tobytes() for batch in engine.batches[2:] for pair in batch}
 
 
-def test_everyone_who_waits_for_a_bad_pair_hears_of_it(started):
-    engine = ScriptedEngine(held=True)
+def test_everyone_who_waits_for_a_bad_pair_hears_of_it(started, make_engine):
+    engine = make_engine(held=True)
     bad = has_word(engine, "poison")
     engine.fails = lambda batch: ValueError("bad") if any(map(bad, batch)) else None
     batcher = started(engine)
@@ -386,8 +585,8 @@ def test_everyone_who_waits_for_a_bad_pair_hears_of_it(started):
     "error",
     [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("can't allocate memory")],
 )
-def test_out_of_memory_halves_the_batch_and_goes_on_with_smaller_ones(started, error):
-    engine = ScriptedEngine(held=True)
+def test_out_of_memory_halves_the_batch_and_goes_on_with_smaller_ones(started, make_engine, error):
+    engine = make_engine(held=True)
     engine.fails = lambda batch: error if len(batch) * max(pair.length for pair in batch) > 100 else None
     batcher = started(engine, max_batch_tokens=800)
     chunks = [f"chunk number {n}" for n in range(300)]
@@ -396,13 +595,13 @@ def test_out_of_memory_halves_the_batch_and_goes_on_with_smaller_ones(started, e
     np.testing.assert_array_equal(ticket.result(PATIENCE_S), StubEngine.forward(engine, engine.tokenise("q", chunks)))
     stats = batcher.stats()
     assert 50 <= stats.batch_tokens <= 100
-    assert stats.out_of_memory == 3
+    assert 3 <= stats.out_of_memory <= (3 if make_engine is ScriptedEngine else 5)
     assert engine.released == stats.out_of_memory
     assert stats.failed_pairs == 0
 
 
-def test_a_pair_that_does_not_fit_even_alone_fails_and_the_engine_lives(started):
-    engine = ScriptedEngine()
+def test_a_pair_that_does_not_fit_even_alone_fails_and_the_engine_lives(started, make_engine):
+    engine = make_engine()
     engine.fails = lambda batch: MemoryError() if max(pair.length for pair in batch) > 100 else None
     batcher = started(engine)
     with pytest.raises(PairFailed):
@@ -410,8 +609,8 @@ def test_a_pair_that_does_not_fit_even_alone_fails_and_the_engine_lives(started)
     assert batcher.submit(engine.tokenise("q", ["short"])).result(PATIENCE_S).shape == (1,)
 
 
-def test_a_device_that_does_not_even_warm_up_fails_everyone_with_engine_died(started):
-    engine = ScriptedEngine(held=True)
+def test_a_device_that_does_not_even_warm_up_fails_everyone_with_engine_died(started, make_engine):
+    engine = make_engine(held=True)
     engine.fails = lambda batch: RuntimeError("illegal memory access")
     batcher = started(engine)
     tickets = [batcher.submit(engine.tokenise("q", CHUNKS), priority=p) for p in ("bulk", "interactive", "bulk")]
@@ -425,8 +624,8 @@ def test_a_device_that_does_not_even_warm_up_fails_everyone_with_engine_died(sta
     assert not batcher.stats().alive
 
 
-def test_the_end_of_the_thread_itself_fails_everyone_at_once(started):
-    engine = ScriptedEngine(held=True)
+def test_the_end_of_the_thread_itself_fails_everyone_at_once(started, make_engine):
+    engine = make_engine(held=True)
     engine.fails = lambda batch: SystemExit()
     batcher = started(engine)
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
@@ -453,8 +652,8 @@ def test_logits_that_are_no_numbers_are_handed_on_as_they_are(started):
 # -- waiting and watching ------------------------------------------------------------------------------------------
 
 
-def test_progress_can_be_waited_for_without_polling(started):
-    engine = ScriptedEngine()
+def test_progress_can_be_waited_for_without_polling(started, make_engine):
+    engine = make_engine()
     batches = []
     batcher = started(engine, max_batch_tokens=32, on_progress=lambda: batches.append(1))
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
@@ -468,8 +667,8 @@ def test_progress_can_be_waited_for_without_polling(started):
     assert len(batches) == batcher.stats().batches == len(engine.batches)
 
 
-def test_callbacks_come_once_and_a_broken_one_harms_nobody(started, caplog):
-    engine = ScriptedEngine(held=True)
+def test_callbacks_come_once_and_a_broken_one_harms_nobody(started, make_engine, caplog):
+    engine = make_engine(held=True)
     batcher = started(engine)
     ticket, other = (batcher.submit(engine.tokenise("q", [chunk])) for chunk in ("a", "b"))
     called = []
@@ -507,8 +706,8 @@ def test_the_snapshot_says_what_runs_and_how_long_it_should_take(started):
 # -- closing -------------------------------------------------------------------------------------------------------
 
 
-def test_closing_drains_what_waits_and_refuses_what_comes(started):
-    engine = ScriptedEngine(held=True)
+def test_closing_drains_what_waits_and_refuses_what_comes(started, make_engine):
+    engine = make_engine(held=True)
     batcher = started(engine, max_batch_tokens=32)
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
     engine.gate.set()
@@ -518,8 +717,8 @@ def test_closing_drains_what_waits_and_refuses_what_comes(started):
         batcher.submit(engine.tokenise("q", ["late"]))
 
 
-def test_closing_without_draining_fails_what_waits(started):
-    engine = ScriptedEngine(held=True)
+def test_closing_without_draining_fails_what_waits(started, make_engine):
+    engine = make_engine(held=True)
     batcher = started(engine, max_batch_tokens=32)
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
     engine.wait_until_busy()
@@ -528,7 +727,7 @@ def test_closing_without_draining_fails_what_waits(started):
         ticket.result(0)
     engine.gate.set()
     batcher.close(timeout=PATIENCE_S)
-    assert len(engine.batches) == 1
+    assert 1 <= len(engine.batches) <= (1 if make_engine is ScriptedEngine else 2)
 
 
 @pytest.mark.parametrize(
@@ -546,8 +745,8 @@ def test_a_batcher_that_makes_no_sense_is_refused(options):
         Batcher(StubEngine(), **options)
 
 
-def test_a_long_line_is_left_and_joined_at_any_place(started):
-    engine = ScriptedEngine(held=True)
+def test_a_long_line_is_left_and_joined_at_any_place(started, make_engine):
+    engine = make_engine(held=True)
     batcher = started(engine, max_batch_tokens=512)
     batcher.submit(engine.tokenise("q", ["blocks"]))
     engine.wait_until_busy()
@@ -558,7 +757,8 @@ def test_a_long_line_is_left_and_joined_at_any_place(started):
     for ticket in tickets[::3]:
         ticket.cancel()
     tickets.append(batcher.submit(engine.tokenise("query9", chunks)))
-    assert batcher.stats().waiting_pairs == 7 * 700
+    launched_ahead = 0 if make_engine is ScriptedEngine else 512 // 5
+    assert 7 * 700 - launched_ahead <= batcher.stats().waiting_pairs <= 7 * 700
     engine.gate.set()
     for n, ticket in enumerate(tickets):
         if n in {0, 3, 6}:

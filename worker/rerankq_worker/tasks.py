@@ -395,6 +395,8 @@ class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
                 "dtype": worker.engine.dtype,
                 "batches": stats.batches,
                 "pairs": stats.pairs,
+                "tokens": stats.tokens,
+                "padded_tokens": stats.padded_tokens,
                 "pairs_per_batch": round(stats.pairs / stats.batches, 1) if stats.batches else 0,
                 "padding": round(stats.padding, 4),
                 "busy_s": round(stats.busy_s, 1),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .batcher import Batcher, BatcherStats
+from .batcher import Batcher
 from .checkpoint import find_checkpoint
 from .cores import allocator_environment, available_cores
 from .errors import (
@@ -20,6 +20,7 @@ from .errors import (
 )
 from .protocol import QUERY_MAX_TOKENS, Engine, Flight, Landed, Logits, TokenisedPair
 from .stub import AsynchronousStubEngine, StubEngine, parse_stub
+from .tally import BatcherStats
 from .ticket import Ticket
 
 __all__ = [

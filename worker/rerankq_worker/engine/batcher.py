@@ -7,16 +7,15 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-import numpy as np
-
-from ..batching import WINDOW, plan
+from ..batching import WINDOW, cost, plan
 from .errors import EngineClosed, EngineDied, EngineError, PairFailed, is_out_of_memory
-from .pace import Budget, Pace
+from .flights import Flights, Landing
+from .pace import Budget, BulkTurn
 from .protocol import Engine, TokenisedPair
+from .tally import BatcherStats, Tally
 from .ticket import SharedPair, Ticket
 from .waiting import BULK, INTERACTIVE, NOWHERE, WaitingPairs
 
@@ -27,60 +26,24 @@ _PRIORITIES = {"interactive": INTERACTIVE, "bulk": BULK}
 _CLOSED = "the engine was closed"
 
 
-@dataclass(frozen=True, slots=True)
-class BatcherStats:
-    """What the batcher did since it began, and what it does now.
-
-    ``tokens`` are real, ``padded_tokens`` computed; ``busy_s`` is time inside the engine. While a batch runs,
-    ``batch_started`` is its start on the batcher's clock and ``batch_predicted_s`` what its padded tokens should take
-    (0 while nothing was measured); both are None in between. ``last_progress`` is when the last batch ended.
-    """
-
-    batches: int
-    pairs: int
-    joined_pairs: int
-    failed_pairs: int
-    tokens: int
-    padded_tokens: int
-    out_of_memory: int
-    busy_s: float
-    waiting_pairs: int
-    tickets: int
-    batch_tokens: int
-    batch_started: float | None
-    batch_predicted_s: float | None
-    last_progress: float
-    alive: bool
-
-    @property
-    def padding(self) -> float:
-        """Tokens computed ÷ real tokens; 1 before the first batch."""
-        return self.padded_tokens / self.tokens if self.tokens else 1.0
-
-
-@dataclass(slots=True)
-class _Tally:
-    """The counters behind BatcherStats, changed under the batcher's lock."""
-
-    last_progress: float
-    batches: int = 0
-    pairs: int = 0
-    joined_pairs: int = 0
-    failed_pairs: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    out_of_memory: int = 0
-    busy_s: float = 0.0
-    batch_started: float | None = None
-    batch_predicted_s: float | None = None
+#: A batch is launched ahead so many seconds before the device should be free: a few turns of the interpreter's lock,
+#: for which this thread may have to wait. Earlier would only make pairs wait that are more urgent and come meanwhile.
+LEAD_S = 0.01
+#: While it is too early, whether the device is done all the same is looked at so often, in seconds; it is not worth a
+#: sleep when less is left than the second figure.
+_GLANCE_S, _NAP_S = 0.002, 0.0002
 
 
 class Batcher:
     """Takes tokenised pairs from any thread, and gives each ticket its logits.
 
-    Its one thread asks ``batching.plan`` for a batch whenever the device is free. Interactive pairs go first; bulk
-    keeps ``bulk_share`` of the device's time however many interactive pairs wait. Pairs with the same key are
-    computed once while in flight.
+    Its one thread asks ``batching.plan`` for a batch shortly before the device is free (``lead_s`` seconds), and
+    launches it before it gives out the results of the one before: never more than one ahead. An engine that computes
+    at once is asked for one batch after the other.
+
+    Interactive pairs go first; bulk keeps ``bulk_share`` of the device's time however many of them wait, and fills
+    their batches up to ``fill_tokens`` (default: a quarter of the budget). An interactive pair so waits for the batch
+    on the device and at most one more. Pairs with the same key are computed once while in flight.
 
     A batch that does not fit into memory is halved, and the budget stays lower for a while. A batch that fails
     otherwise is halved too, until the pair is found that fails alone: it fails the tickets that wait for it, and no
@@ -96,6 +59,8 @@ class Batcher:
         *,
         max_batch_tokens: int | None = None,
         bulk_share: float = 0.2,
+        fill_tokens: int | None = None,
+        lead_s: float = LEAD_S,
         window: int = WINDOW // 2,
         on_progress: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -107,21 +72,24 @@ class Batcher:
             raise ValueError(f"a budget of {full} tokens holds no pair")
         self._engine = engine
         self._patience = (1 - bulk_share) / bulk_share
+        self._fill_tokens = full // 4 if fill_tokens is None else fill_tokens
+        self._lead_s = lead_s
         self._window = window
         self._on_progress = on_progress
         self._clock = clock
 
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
+        self._hurry = threading.Condition(self._lock)
         self._waiting: WaitingPairs[SharedPair] = WaitingPairs()
         self._in_flight: dict[bytes, SharedPair] = {}
         self._tickets: set[Ticket] = set()
         self._budget = Budget(full, full)
-        self._pace = Pace()
-        self._bulk_served = -math.inf
+        self._flights = Flights(engine, clock)
+        self._bulk_turn = BulkTurn(bulk_share)
         self._closing = False
         self._death: str | None = None
-        self._tally = _Tally(last_progress=clock())
+        self._tally = Tally(last_progress=clock())
 
         self._thread = threading.Thread(target=self._run, name="rerankq-engine", daemon=True)
         self._thread.start()
@@ -170,6 +138,7 @@ class Batcher:
         """Take a snapshot."""
         with self._lock:
             tally = self._tally
+            started, predicted = self._flights.oldest or (None, None)
             return BatcherStats(
                 batches=tally.batches,
                 pairs=tally.pairs,
@@ -182,8 +151,8 @@ class Batcher:
                 waiting_pairs=len(self._waiting),
                 tickets=len(self._tickets),
                 batch_tokens=self._budget.now,
-                batch_started=tally.batch_started,
-                batch_predicted_s=tally.batch_predicted_s,
+                batch_started=started,
+                batch_predicted_s=predicted,
                 last_progress=tally.last_progress,
                 alive=self._death is None and self._thread.is_alive(),
             )
@@ -196,6 +165,7 @@ class Batcher:
         with self._lock:
             self._closing = True
             self._work.notify()
+            self._hurry.notify()
         if not drain:
             self._end_everyone(EngineClosed, _CLOSED)
         if self._thread is not threading.current_thread():
@@ -259,90 +229,135 @@ class Batcher:
 
     def _run(self) -> None:
         try:
-            while batch := self._next_batch():
-                self._compute(batch)
+            while self._step():
+                pass
         except BaseException as error:
             # Nobody is above this thread, and its tickets must hear of its end, whatever it is.
             logger.exception("the engine's thread ends")
             with self._lock:
                 self._death = f"the engine died: {error!r}"
+                self._flights.oldest = None
             self._end_everyone(EngineDied, self._death)
 
+    def _step(self) -> bool:
+        """Launch a batch and land those before it; False when closed and nothing is left."""
+        flights = self._flights
+        if batch := self._next_batch():
+            flights.launch(batch, self._cost(batch))
+        elif not flights:
+            return False
+        # One stays in the air, unless there is nothing to launch after it, or it has landed already.
+        keep = 1 if batch and not flights.all_done else 0
+        failed = []
+        while len(flights) > keep:
+            landing = flights.land()
+            self._count(landing)
+            if landing.failure is None:
+                self._deliver(landing)
+            else:
+                # What failed is tried again with nothing else on the device.
+                failed.append(landing)
+                keep = 0
+        for landing in failed:
+            self._recover(landing)
+        return True
+
     def _next_batch(self) -> list[SharedPair]:
-        """Wait for work and choose from it; empty when closed and nothing is left."""
+        """Choose from what waits; waits for work, unless a batch is in flight: then empty where there is none."""
         with self._lock:
+            self._hold()
             while not len(self._waiting):
-                if self._closing:
+                if self._closing or self._flights:
                     return []
                 self._work.wait()
-            window = self._waiting.window(self._window)
-            # Bulk counts its age from its last turn: what is wanted is a share, not that a backlog goes first.
-            since = np.where(window.priorities == BULK, np.maximum(window.arrived, self._bulk_served), window.arrived)
-            budget = self._budget.now
-            chosen = plan(
-                window.lengths,
-                window.priorities,
-                self._clock() - since,
-                budget,
-                age_limit=self._patience * self._pace.predict(budget) or math.inf,
-            )
-            return self._waiting.take(window.places[chosen].tolist())
+            return self._choose()
 
-    def _compute(self, batch: list[SharedPair]) -> None:
-        """Compute a batch, in halves where it does not go as a whole."""
-        parts = [batch]
-        while parts:
-            part = self._still_wanted(parts.pop())
-            if not part:
-                continue
-            if len(part) == 1:
-                if (error := self._attempt(part)) is not None:
-                    self._judge(part[0], error)
-            # What one half taught holds for the other: nothing is tried above a budget lowered meanwhile.
-            elif _padded(part) > self._budget.now or self._attempt(part) is not None:
-                middle = len(part) // 2
-                parts += [part[middle:], part[:middle]]
+    def _hold(self) -> None:
+        """Wait until the device is about to be free."""
+        while not self._closing and (early := self._flights.free_in() - self._lead_s) > _NAP_S:
+            self._hurry.wait(min(early, _GLANCE_S))
 
-    def _still_wanted(self, part: list[SharedPair]) -> list[SharedPair]:
+    def _choose(self) -> list[SharedPair]:
+        window, now, budget = self._waiting.window(self._window), self._clock(), self._budget.now
+        ages = now - window.arrived
+        pace = self._flights.pace
+        # What is wanted is a share, not that a backlog goes first: old as they are, bulk pairs wait for their turn.
+        age_limit = math.inf if now < self._bulk_turn.due_at else self._patience * pace.predict(budget) or math.inf
+        chosen = plan(
+            window.lengths,
+            window.priorities,
+            ages,
+            budget,
+            padded=self._engine.padded,
+            fill_tokens=self._fill_tokens,
+            age_limit=age_limit,
+        )
+        bulk = window.priorities == BULK
+        if bulk.all() or (ages[bulk] >= age_limit).any():
+            share = window.lengths[chosen[bulk[chosen]]].sum() / window.lengths[chosen].sum()
+            cost_of_bulk = share * cost(window.lengths[chosen], padded=self._engine.padded)
+            self._bulk_turn = self._bulk_turn.after(now, pace.predict(cost_of_bulk))
+        return self._waiting.take(window.places[chosen].tolist())
+
+    def _cost(self, pairs: Sequence[SharedPair]) -> int:
+        return cost([shared.length for shared in pairs], padded=self._engine.padded)
+
+    def _recover(self, landing: Landing) -> None:
+        """Compute in halves what failed as a whole, down to the pair that fails alone."""
+        self._note_failure(landing)
+        pairs, failure = landing.pairs, landing.failure
+        if len(pairs) == 1:
+            self._judge(pairs[0], failure)
+            return
+        middle = len(pairs) // 2
+        for half in (pairs[:middle], pairs[middle:]):
+            self._try_again(half)
+
+    def _try_again(self, pairs: list[SharedPair]) -> None:
         with self._lock:
-            return [shared for shared in part if shared.waiters]
-
-    def _attempt(self, part: list[SharedPair]) -> Exception | None:
-        """Run one micro-batch and deliver it; returns what went wrong."""
-        padded = _padded(part)
-        with self._lock:
-            self._tally.batch_predicted_s = self._pace.predict(padded)
-            self._tally.batch_started = started = self._clock()
-        try:
-            logits = np.asarray(self._engine.forward([shared.pair for shared in part]), dtype=np.float32)
-            if logits.shape != (len(part),):
-                raise RuntimeError(f"{len(part)} pairs went in, and logits of shape {logits.shape} came out")  # noqa: TRY301
-        except Exception as error:  # noqa: BLE001 - whatever it is, the neighbours go on and the waiters hear of it
-            failure = error
+            wanted = [shared for shared in pairs if shared.waiters]
+        if not wanted:
+            return
+        middle = len(wanted) // 2
+        # What one half taught holds for the other: nothing is tried above a budget lowered meanwhile.
+        if middle and self._cost(wanted) > self._budget.now:
+            self._try_again(wanted[:middle])
+            self._try_again(wanted[middle:])
+            return
+        self._flights.launch(wanted, self._cost(wanted))
+        landing = self._flights.land()
+        self._count(landing)
+        if landing.failure is None:
+            self._deliver(landing)
         else:
-            self._deliver(part, logits.tolist(), padded, self._clock() - started)
-            return None
-        finally:
-            with self._lock:
-                self._tally.batch_started = self._tally.batch_predicted_s = None
-        self._note_failure(failure, padded)
-        return failure
+            self._recover(landing)
 
-    def _note_failure(self, failure: Exception, padded: int) -> None:
-        # The traceback's frames hold the batch's tensors, and what is tried next needs their memory.
-        failure.__traceback__ = None
-        if not is_out_of_memory(failure):
+    def _note_failure(self, landing: Landing) -> None:
+        if landing.failure is None or not is_out_of_memory(landing.failure):
             return
         with self._lock:
             self._tally.out_of_memory += 1
-            self._budget = self._budget.after_out_of_memory(padded)
-            logger.warning("out of memory at %d padded tokens; batches of %d for a while", padded, self._budget.now)
+            self._budget = self._budget.after_out_of_memory(landing.cost)
+            logger.warning("out of memory at %d tokens; batches of %d for a while", landing.cost, self._budget.now)
         self._engine.release_memory()
 
-    def _deliver(self, part: list[SharedPair], logits: list[float], padded: int, seconds: float) -> None:
+    def _count(self, landing: Landing) -> None:
+        with self._lock:
+            tally = self._tally
+            tally.busy_s += landing.seconds
+            if landing.failure is not None:
+                return
+            tally.batches += 1
+            tally.pairs += len(landing.pairs)
+            tally.tokens += sum(shared.length for shared in landing.pairs)
+            tally.padded_tokens += landing.cost
+            tally.last_progress = self._clock()
+            self._budget = self._budget.after_success()
+
+    def _deliver(self, landing: Landing) -> None:
         with self._lock:
             touched = set()
-            for shared, logit in zip(part, logits, strict=True):
+            for shared, logit in zip(landing.pairs, landing.logits, strict=True):
                 self._forget(shared)
                 for ticket, index in shared.waiters:
                     ticket.deliver(index, logit)
@@ -352,37 +367,18 @@ class Batcher:
                 ticket.notify()
             for ticket in ended:
                 self._release(ticket, None)
-            self._account(part, padded, seconds)
         for ticket in ended:
             ticket.announce()
         if self._on_progress is not None:
             self._on_progress()
 
-    def _account(self, part: list[SharedPair], padded: int, seconds: float) -> None:
-        tally, now = self._tally, self._clock()
-        tally.batches += 1
-        tally.pairs += len(part)
-        tally.tokens += sum(shared.length for shared in part)
-        tally.padded_tokens += padded
-        tally.busy_s += seconds
-        tally.last_progress = now
-        self._pace = self._pace.after(padded, seconds)
-        self._budget = self._budget.after_success()
-        if any(shared.priority == BULK for shared in part):
-            self._bulk_served = now
-
-    def _judge(self, shared: SharedPair, error: Exception) -> None:
+    def _judge(self, shared: SharedPair, error: Exception | None) -> None:
         """Fail a pair that failed alone, unless it is the device that fails."""
-        with self._lock:
-            # For the watchdog: a device that is gone may never answer this either.
-            self._tally.batch_started, self._tally.batch_predicted_s = self._clock(), 0.0
-        try:
-            self._engine.warm_up()
-        except Exception as second:
-            raise RuntimeError(f"a pair fails alone ({error}), and so does a warm-up ({second})") from second
-        finally:
-            with self._lock:
-                self._tally.batch_started = self._tally.batch_predicted_s = None
+        with self._flights.unpredicted():
+            try:
+                self._engine.warm_up()
+            except Exception as second:
+                raise RuntimeError(f"a pair fails alone ({error}), and so does a warm-up ({second})") from second
         logger.error("a pair of %d tokens fails even alone: %s", shared.length, error)
         with self._lock:
             self._tally.failed_pairs += 1
@@ -392,7 +388,3 @@ class Batcher:
                 self._release(ticket, PairFailed(f"a pair of {shared.length} tokens cannot be scored: {error}"))
         for ticket in ended:
             ticket.announce()
-
-
-def _padded(part: list[SharedPair]) -> int:
-    return len(part) * max(shared.length for shared in part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 #: Weight of everything measured before, against one new batch.
@@ -12,13 +13,13 @@ _CALM_BATCHES = 64
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds per padded token, from recent batches; the older, the less they count."""
+    """Seconds per token of a batch's cost, from recent batches; the older, the less they count."""
 
     seconds: float = 0.0
     tokens: float = 0.0
 
     def after(self, tokens: int, seconds: float) -> Pace:
-        """Learn from a batch of so many padded tokens.
+        """Learn from a batch that cost so many tokens.
 
         >>> Pace().after(1000, 2.0).predict(500)
         1.0
@@ -26,13 +27,13 @@ class Pace:
         return Pace(_MEMORY * self.seconds + seconds, _MEMORY * self.tokens + tokens)
 
     def predict(self, tokens: int) -> float:
-        """Seconds that a batch of so many padded tokens takes; 0 while nothing was measured."""
+        """Seconds that a batch takes which costs so many tokens; 0 while nothing was measured."""
         return self.seconds / self.tokens * tokens if self.tokens else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Padded tokens per batch: ``full`` as configured, ``now`` what the device's memory holds at present.
+    """Tokens that a batch may cost: ``full`` as configured, ``now`` what the device's memory holds at present.
 
     >>> Budget(4096, 4096).after_out_of_memory(3000)
     Budget(full=4096, now=1500, calm=0)
@@ -43,7 +44,7 @@ class Budget:
     calm: int = 0
 
     def after_out_of_memory(self, tokens: int) -> Budget:
-        """Halve: a batch of so many padded tokens did not fit."""
+        """Halve: a batch that costs so many tokens did not fit."""
         return Budget(self.full, max(1, min(self.now, tokens // 2)))
 
     def after_success(self) -> Budget:
@@ -53,3 +54,25 @@ class Budget:
         if self.calm + 1 < _CALM_BATCHES:
             return replace(self, calm=self.calm + 1)
         return Budget(self.full, min(self.full, self.now * 2))
+
+
+@dataclass(frozen=True, slots=True)
+class BulkTurn:
+    """When bulk may lead a batch although interactive pairs wait: it keeps ``share`` of the device's time.
+
+    >>> turn = BulkTurn(share=0.2).after(now=0.0, seconds=1.0)
+    >>> turn.due_at, turn.after(now=5.5, seconds=1.0).due_at
+    (4.0, 9.5)
+    """
+
+    share: float
+    due_at: float = -math.inf
+
+    def after(self, now: float, seconds: float) -> BulkTurn:
+        """Note a turn of bulk, which takes so many seconds of the device from now on.
+
+        A little lateness is made up for, so that the share holds; a turn taken early, while nobody else waited, is not
+        held against it.
+        """
+        due_at = min(max(self.due_at, now - seconds), now)
+        return replace(self, due_at=due_at + seconds / self.share)
