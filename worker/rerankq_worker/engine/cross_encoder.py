@@ -1,4 +1,4 @@
-"""A sentence-transformers cross-encoder on one device, through torch, in padded batches."""
+"""A sentence-transformers cross-encoder on one device, through torch."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sentence_transformers import CrossEncoder
-from transformers.utils import logging as transformers_logging
+from sentence_transformers.cross_encoder.modules.logit_score import LogitScore
 
-from .checkpoint import fingerprint, weight_names
-from .cores import available_cores, has_amx_bf16
-from .errors import EngineError, ModelUnusable
+from .checkpoint import fingerprint
+from .cores import available_cores
+from .device import choose_device, choose_dtype
+from .first_token import shorten
+from .forms import Form, form_of
+from .loading import fast_tokeniser, load_model, readable_length
 from .pair_tokeniser import special_token_pairs
-from .protocol import QUERY_MAX_TOKENS, Landed, Logits, TokenisedPair, checked_length, score_in_batches
+from .passes import FlattenedPass, Inputs, PaddedPass, Pass, WholeModel
+from .protocol import QUERY_MAX_TOKENS, Flight, Landed, Logits, TokenisedPair, score_in_batches
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-#: Padded tokens per batch. On a CPU tokens per second hardly change from 512 to 4096 (measured, 22 M parameters), and
+#: Tokens per batch. On a CPU tokens per second hardly change from 512 to 4096 (measured, 22 M parameters), and
 #: the smaller the batch, the sooner an interactive pair gets its turn; a GPU needs many to be busy.
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ACCELERATOR = 32_768
+#: Two ways through a model may differ by this much: rounding, in float32 and in the reduced precisions.
+_SAME = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
+_PROBE = ("which way is shorter?", ["one", "the other, with a few words more", "a third " * 40])
 
 
 class CrossEncoderEngine:
     """Scores pairs with a cross-encoder of one label; raw logits whatever activation the checkpoint asks for.
 
-    In a reduced precision the body runs in that type and the last layer in float32, so that logits which differ do
-    not fall on the same sixteen bits. One thread at a time may call ``forward``.
+    Batches are flattened, so that nothing is computed for padding, where the model's family allows it and a probe
+    gives the same logits either way; else they are padded. ``padded`` asks for one of the two. In a reduced precision
+    the body runs in that type and the last layer in float32. One thread at a time may call ``launch`` or ``forward``.
     """
-
-    padded = True
 
     def __init__(
         self,
@@ -48,27 +50,28 @@ class CrossEncoderEngine:
         max_length: int | None = None,
         max_batch_tokens: int | None = None,
         threads: int | None = None,
+        padded: bool | None = None,
     ) -> None:
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
         if where.type == "cpu":
             torch.set_num_threads(threads or available_cores())
-        model = _load(folder, name, where, kind)
-        self._model = model
+        model = load_model(folder, name, where, kind)
         self._device = where
         self._tokeniser = special_token_pairs(
-            _fast_tokeniser(model, name), max_length=_readable_length(model, max_length)
+            fast_tokeniser(model, name), max_length=readable_length(model, max_length)
         )
-        self._pad = int(model.tokenizer.pad_token_id or 0)
-        self._wants_types = "token_type_ids" in model.tokenizer.model_input_names
+        with_types = "token_type_ids" in model.tokenizer.model_input_names
         self.name = name
         self.max_length = self._tokeniser.max_length
         self.max_batch_tokens = max_batch_tokens or _BATCH_TOKENS.get(where.type, _BATCH_TOKENS_ACCELERATOR)
         self.dtype = str(kind).removeprefix("torch.")
         self.device = str(where)
         precision = "fp32" if kind is torch.float32 else "reduced"
-        template = f"{self._tokeniser.template} types={self._wants_types}"
+        template = f"{self._tokeniser.template} types={with_types}"
         self.fingerprint = fingerprint(folder, precision=precision, template=template)
+        self._run = self._choose_pass(model, padded, with_types=with_types)
+        self.padded = self._run.padded
 
     def tokenise(
         self,
@@ -84,18 +87,17 @@ class CrossEncoderEngine:
             query, chunks, max_length=max_length, query_max_tokens=query_max_tokens, hashes=hashes
         )
 
-    def launch(self, batch: Sequence[TokenisedPair]) -> Landed:
-        """Run one padded batch; it is done when this returns."""
-        return Landed(self.forward(batch))
+    def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
+        """Start one batch; a CUDA device goes on with it by itself."""
+        if not batch:
+            return Landed(np.empty(0, dtype=np.float32))
+        with torch.inference_mode():
+            logits = self._run(batch)
+            return CudaFlight(logits) if logits.is_cuda else Landed(logits.cpu().numpy())
 
     def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
-        """Run one padded batch: raw logits, shape ``(len(batch),)``."""
-        if not batch:
-            return np.empty(0, dtype=np.float32)
-        inputs = {name: torch.from_numpy(values).to(self._device) for name, values in self._padded(batch).items()}
-        with torch.inference_mode():
-            logits: torch.Tensor = self._model(inputs)["scores"]
-            return logits.reshape(len(batch)).float().cpu().numpy()
+        """Run one batch: raw logits, shape ``(len(batch),)``."""
+        return self.launch(batch).logits()
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Logits:
         """Score ``(query, chunk)`` pairs: raw logits, same order, same length."""
@@ -110,112 +112,58 @@ class CrossEncoderEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _padded(self, batch: Sequence[TokenisedPair]) -> dict[str, NDArray[np.int64]]:
-        lengths = np.array([pair.length for pair in batch])
-        columns = np.arange(lengths.max())
-        real = columns < lengths[:, None]
-        ids = np.full(real.shape, self._pad, dtype=np.int64)
-        ids[real] = np.concatenate([pair.ids for pair in batch])
-        inputs = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
-        if self._wants_types:
-            second = columns >= np.array([pair.second_from for pair in batch])[:, None]
-            inputs["token_type_ids"] = (second & real).astype(np.int64)
-        return inputs
+    def _choose_pass(self, model: Any, padded: bool | None, *, with_types: bool) -> Pass:
+        inputs = Inputs(self._device, pad=int(model.tokenizer.pad_token_id or 0), with_types=with_types)
+        says = model[-1] if isinstance(model[-1], LogitScore) else None
+        body = model[0].auto_model
+        form = form_of(body, (says.true_token_id, says.false_token_id) if says is not None else None)
+        # Whatever follows the transformer (pooling, a layer of its own) is known to the whole model alone.
+        if form is None or len(model) != (2 if says is not None else 1):
+            return WholeModel(model, inputs)
+        if form.place == "first":
+            shorten(getattr(body, form.backbone))
+        across = PaddedPass(body, form, inputs)
+        # On CUDA the kernel for unpadded pairs knows the reduced precisions only.
+        if padded or (self._device.type == "cuda" and self.dtype == "float32"):
+            return across
+        return self._flattened_or(across, body, form, inputs)
+
+    def _flattened_or(self, across: PaddedPass, body: Any, form: Form, inputs: Inputs) -> Pass:
+        """Take the flattened pass where a probe shows that it agrees with the padded one."""
+        query, chunks = _PROBE
+        probe = self.tokenise(query, chunks)
+        before = body.config._attn_implementation
+        with torch.inference_mode():
+            expected = across(probe)
+            try:
+                flattened = FlattenedPass(body, form, inputs)
+                difference = (flattened(probe) - expected).abs().max().item()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the padded way is open
+                why = repr(error)
+            else:
+                if difference <= _SAME[getattr(torch, self.dtype)]:
+                    return flattened
+                why = f"its logits differ by {difference:.2g}"
+        body.set_attn_implementation(before)
+        logger.warning("model %s runs padded: flattened, %s", self.name, why)
+        return across
 
 
-def choose_device(device: str) -> torch.device:
-    """Take the named device, or a CUDA device if there is one, else the CPU; raises EngineError if it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise EngineError(f"device {device!r} is not usable here: {error}") from error
-    return chosen
+class CudaFlight:
+    """Logits on their way from a CUDA device, copied while it goes on with the next batch."""
 
+    def __init__(self, logits: torch.Tensor) -> None:
+        self._host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+        self._host.copy_(logits, non_blocking=True)
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record()
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Take the named type, or bfloat16 where the device computes it several times faster, else float32."""
-    if dtype != "auto":
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
-        return _DTYPES[dtype]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and has_amx_bf16()
-    return torch.bfloat16 if fast else torch.float32
+    @property
+    def done(self) -> bool:
+        """Whether the logits are there already."""
+        return bool(self._arrived.query())  # type: ignore[no-untyped-call]
 
-
-def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    transformers_logging.disable_progress_bar()
-    try:
-        model = CrossEncoder(
-            str(folder),
-            device=str(device),
-            trust_remote_code=False,
-            local_files_only=True,
-            activation_fn=torch.nn.Identity(),
-            model_kwargs={"use_safetensors": True, "dtype": dtype},
-        )
-    except Exception as error:
-        raise ModelUnusable(f"model {name!r} does not load as a cross-encoder: {error}") from error
-    model.eval()
-    head = _head(model, name)
-    if not _is_stored(folder, head):
-        raise ModelUnusable(f"model {name!r} has no trained weights for its last layer: not a reranker")
-    if dtype is not torch.float32:
-        _run_in_float32(model.get_submodule(head))
-    return model
-
-
-def _head(model: Any, name: str) -> str:
-    """Find the layer that makes the one logit, by its path."""
-    if model.num_labels != 1:
-        raise ModelUnusable(f"model {name!r} gives {model.num_labels} scores per pair; a reranker gives one")
-    linear = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, torch.nn.Linear))
-    heads = [path for path, layer in linear if layer.out_features == 1]
-    if not heads:
-        raise ModelUnusable(
-            f"model {name!r} has no layer with one output; decoders that say yes or no are not supported"
-        )
-    return str(heads[-1])
-
-
-def _is_stored(folder: Path, head: str) -> bool:
-    """Tell whether the layer's weight is in the checkpoint; loaders fill a missing one with noise, and only warn.
-
-    Stored names may lack leading parts of the layer's path, never its end.
-    """
-    end = head.rpartition(".")[2] + ".weight"
-    return any(stored == end or stored.endswith("." + end) for stored in weight_names(folder))
-
-
-def _run_in_float32(layer: torch.nn.Module) -> None:
-    layer.float()
-    layer.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
-
-
-def _fast_tokeniser(model: Any, name: str) -> Any:
-    tokenizer = model.tokenizer
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelUnusable(f"model {name!r} has no tokenizer.json: only fast tokenisers are supported")
-    return tokenizer.backend_tokenizer
-
-
-def _readable_length(model: Any, asked: int | None) -> int:
-    """Take the least of what the tokeniser states, the position table holds, and the caller asks, in tokens."""
-    stated = [length for length in (model.max_seq_length, _positions(model)) if length]
-    if not stated:
-        raise ModelUnusable("this model states no maximum length; give one")
-    return checked_length(asked, min(stated))
-
-
-def _positions(model: Any) -> int | None:
-    for layer_name, layer in model.named_modules():
-        if layer_name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
-            # Models of the RoBERTa family count positions from behind the padding's own.
-            reserved = 0 if layer.padding_idx is None else layer.padding_idx + 1
-            return int(layer.num_embeddings) - reserved
-    return None
+    def logits(self) -> Logits:
+        """Wait for the logits."""
+        self._arrived.synchronize()
+        return self._host.numpy()

@@ -1,0 +1,92 @@
+"""What the families of models have in common, as a table: a backbone, a place that is read, a head that scores it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Place = Literal["first", "last", "mean"]
+Head = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a model makes a logit out of the hidden states of its backbone.
+
+    The hidden states at ``place`` of each pair, shape (pairs, hidden), go through ``head(model, states)``, which gives
+    logits of shape (pairs,) or (pairs, 1). ``position_offset`` is the first token's position; where
+    ``skips_padding_ids``, a token with the padding's id in the text is given the padding's position, and is not
+    counted. ``causal`` backbones look back only.
+    """
+
+    backbone: str
+    place: Place
+    head: Head
+    position_offset: int = 0
+    skips_padding_ids: bool = False
+    causal: bool = False
+
+
+def form_of(model: Any, yes_or_no: tuple[int, int | None] | None = None) -> Form | None:
+    """Find the form of a transformers model; None where only its own forward pass knows.
+
+    ``yes_or_no`` are the ids of the tokens whose logits a decoder is asked for, the second one's taken off the first's.
+    """
+    if yes_or_no is not None:
+        return _decoder(model, *yes_or_no)
+    make = _FORMS.get(type(model).__name__)
+    return make(model) if make is not None else None
+
+
+def _bert(_: Any) -> Form:
+    return Form("bert", "first", lambda model, states: model.classifier(model.bert.pooler(states[:, None])))
+
+
+def _roberta(model: Any) -> Form:
+    # Positions start behind the padding's own.
+    return Form(
+        "roberta",
+        "first",
+        lambda model, states: model.classifier(states[:, None]),
+        position_offset=model.config.pad_token_id + 1,
+        skips_padding_ids=True,
+    )
+
+
+def _gte(_: Any) -> Form:
+    return Form("gte", "first", lambda model, states: model.classifier(model.gte.pooler(states[:, None])))
+
+
+def _modernbert(model: Any) -> Form:
+    place: Place = "mean" if model.config.classifier_pooling == "mean" else "first"
+    return Form("model", place, lambda model, states: model.classifier(model.drop(model.head(states))))
+
+
+def _scored_at_the_end(_: Any) -> Form:
+    return Form("model", "last", lambda model, states: model.score(states), causal=True)
+
+
+_FORMS: dict[str, Callable[[Any], Form]] = {
+    "BertForSequenceClassification": _bert,
+    "RobertaForSequenceClassification": _roberta,
+    "XLMRobertaForSequenceClassification": _roberta,
+    "CamembertForSequenceClassification": _roberta,
+    "GteForSequenceClassification": _gte,
+    "ModernBertForSequenceClassification": _modernbert,
+    "LlamaForSequenceClassification": _scored_at_the_end,
+    "Qwen2ForSequenceClassification": _scored_at_the_end,
+    "Qwen3ForSequenceClassification": _scored_at_the_end,
+}
+_DECODERS = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+
+
+def _decoder(model: Any, yes: int, no: int | None) -> Form | None:
+    if type(model).__name__ not in _DECODERS:
+        return None
+    # Two rows of the vocabulary's layer are all that is asked for: their difference, once, in float32.
+    rows = model.lm_head.weight.detach()
+    asked = rows[yes].float() - (rows[no].float() if no is not None else 0)
+    return Form("model", "last", lambda _, states: states.float() @ asked, causal=True)

@@ -1,0 +1,168 @@
+"""One batch through a model: padded to its longest pair, or flattened into one row without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from .attention import FLATTENED, Layout, attend_for_transformers, runs_of
+from .forms import Form
+from .protocol import TokenisedPair
+
+Integers = NDArray[np.int64]
+
+
+class Pass(Protocol):
+    """A way through a model.
+
+    Called with a batch, it answers raw logits, shape ``(len(batch),)``, on the device, which may still be at work.
+    """
+
+    padded: bool
+
+    def __call__(self, batch: Sequence[TokenisedPair]) -> torch.Tensor:
+        """Run one batch that is not empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """How batches are written for a model: the padding's id, and whether its second segment is marked."""
+
+    device: torch.device
+    pad: int
+    with_types: bool
+
+
+class WholeModel:
+    """Through the model's own forward pass, padded: for models of which nothing more is known."""
+
+    padded = True
+
+    def __init__(self, model: Any, inputs: Inputs) -> None:
+        self._model = model
+        self._inputs = inputs
+
+    def __call__(self, batch: Sequence[TokenisedPair]) -> torch.Tensor:
+        """Run one batch."""
+        logits: torch.Tensor = self._model(padded(batch, self._inputs))["scores"]
+        return logits.reshape(len(batch)).float()
+
+
+class PaddedPass:
+    """Through the backbone, padded on the right, then the place that is read through the model's own head."""
+
+    padded = True
+
+    def __init__(self, model: Any, form: Form, inputs: Inputs) -> None:
+        self._model = model
+        self._backbone = getattr(model, form.backbone)
+        self._form = form
+        self._inputs = inputs
+
+    def __call__(self, batch: Sequence[TokenisedPair]) -> torch.Tensor:
+        """Run one batch."""
+        inputs = padded(batch, self._inputs)
+        options = {"use_cache": False} if self._form.causal else {}
+        states = self._backbone(**inputs, **options).last_hidden_state
+        read = self._read(states, inputs["attention_mask"])
+        return self._form.head(self._model, read).reshape(len(batch)).float()
+
+    def _read(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self._form.place == "first":
+            return states[:, 0]
+        lengths = mask.sum(1)
+        if self._form.place == "last":
+            return states[torch.arange(len(states), device=states.device), lengths - 1]
+        return (states * mask[..., None]).sum(1) / lengths[:, None]
+
+
+class FlattenedPass:
+    """Through the backbone in one row of tokens: no padding from the embedding to the head.
+
+    The model belongs to this pass from then on: its attention reads the layout that comes with each batch.
+    """
+
+    padded = False
+
+    def __init__(self, model: Any, form: Form, inputs: Inputs) -> None:
+        AttentionInterface.register(FLATTENED, attend_for_transformers)
+        # What may attend to what is in the layout; a mask of tokens by tokens would cost more than the model.
+        AttentionMaskInterface.register(FLATTENED, lambda *_, **__: None)
+        model.set_attn_implementation(FLATTENED)
+        self._model = model
+        self._backbone = getattr(model, form.backbone)
+        self._form = form
+        self._inputs = inputs
+
+    def __call__(self, batch: Sequence[TokenisedPair]) -> torch.Tensor:
+        """Run one batch."""
+        lengths = np.array([pair.length for pair in batch], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        layout = self._layout(lengths, ends)
+        ids = np.concatenate([pair.ids for pair in batch], dtype=np.int64)
+        inputs = {"input_ids": ids, "position_ids": self._positions(ids, lengths, ends)}
+        if self._inputs.with_types:
+            inputs["token_type_ids"] = _types(batch, lengths, ends)
+        options = {"use_cache": False} if self._form.causal else {}
+        row = {name: sent(values[None], self._inputs.device) for name, values in inputs.items()}
+        states = self._backbone(**row, **options, layout=layout).last_hidden_state[0]
+        return self._form.head(self._model, self._read(states, layout)).reshape(len(batch)).float()
+
+    def _layout(self, lengths: Integers, ends: Integers) -> Layout:
+        bounds = sent(np.concatenate(([0], ends)).astype(np.int32), self._inputs.device)
+        runs = runs_of(lengths.tolist()) if self._inputs.device.type != "cuda" else ()
+        return Layout(bounds[:-1].long(), bounds, int(lengths.max()), runs)
+
+    def _positions(self, ids: Integers, lengths: Integers, ends: Integers) -> Integers:
+        """Count from the start of each pair."""
+        counted = np.arange(ids.size)
+        if not self._form.skips_padding_ids:
+            return counted - np.repeat(ends - lengths, lengths) + self._form.position_offset
+        real = ids != self._inputs.pad
+        before = np.concatenate(([0], np.cumsum(real)))
+        nth = before[:-1] - np.repeat(before[ends - lengths], lengths)
+        return np.where(real, nth + self._form.position_offset, self._inputs.pad)
+
+    def _read(self, states: torch.Tensor, layout: Layout) -> torch.Tensor:
+        if len(states) == len(layout.first):
+            # A shortened last layer gives the first tokens alone; pairs of one token each are their own first and last.
+            return states
+        if self._form.place == "first":
+            return states[layout.first]
+        if self._form.place == "last":
+            return states[layout.bounds[1:].long() - 1]
+        lengths = layout.bounds.diff()
+        return torch.segment_reduce(states.float(), "mean", lengths=lengths.long()).to(states.dtype)
+
+
+def padded(batch: Sequence[TokenisedPair], how: Inputs) -> dict[str, torch.Tensor]:
+    """Write a batch as tensors of shape (pairs, longest), filled up on the right."""
+    lengths = np.array([pair.length for pair in batch])
+    columns = np.arange(lengths.max())
+    real = columns < lengths[:, None]
+    ids = np.full(real.shape, how.pad, dtype=np.int64)
+    ids[real] = np.concatenate([pair.ids for pair in batch])
+    inputs = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
+    if how.with_types:
+        second = columns >= np.array([pair.second_from for pair in batch])[:, None]
+        inputs["token_type_ids"] = (second & real).astype(np.int64)
+    return {name: sent(values, how.device) for name, values in inputs.items()}
+
+
+def sent(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Send an array to the device; a CUDA device fetches it by itself, from memory that stays in its place."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _types(batch: Sequence[TokenisedPair], lengths: Integers, ends: Integers) -> Integers:
+    second = np.repeat(ends - lengths + np.array([pair.second_from for pair in batch]), lengths)
+    return (np.arange(ends[-1]) >= second).astype(np.int64)
