@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -24,6 +26,7 @@ from transformers import (
 
 from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable
+from rerankq_worker.engine.passes import FlattenedPass
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLED = REPOSITORY / "models" / "minilm-l6-rerank"
@@ -46,11 +49,13 @@ SPECIALS = {
     "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
     "xlm-r": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
     "modernbert": ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"],
+    "deberta": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
 }
 NAMED = {
     "bert": {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
     "xlm-r": {"unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"},
     "modernbert": {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
+    "deberta": {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
 }
 FAMILIES = sorted(SPECIALS)
 
@@ -65,7 +70,7 @@ def template(tokenizer, first, last, pair):
 
 def tokenizer_of(family):
     specials = SPECIALS[family]
-    if family == "bert":
+    if family in {"bert", "deberta"}:
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -95,7 +100,7 @@ def tokenizer_of(family):
         template(tokenizer, "<s>", "</s>", "<s> $A </s> </s> $B </s>")
         if family == "xlm-r"
         else template(tokenizer, "[CLS]", "[SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
-        if family == "bert"
+        if family in {"bert", "deberta"}
         else template(tokenizer, "[CLS]", "[SEP]", "[CLS] $A [SEP] $B [SEP]")
     )
     return tokenizer
@@ -112,6 +117,9 @@ def model_of(family, tokenizer, labels=1):
         "num_labels": labels,
         "initializer_range": 0.3,
     }
+    if family == "deberta":
+        relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+        return DebertaV2ForSequenceClassification(DebertaV2Config(**sizes, **relative, max_position_embeddings=96))
     if family == "bert":
         return BertForSequenceClassification(BertConfig(**sizes, max_position_embeddings=96, pad_token_id=0))
     if family == "xlm-r":
@@ -129,7 +137,7 @@ def save_checkpoint(folder, family, *, labels=1, max_length=96):
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_length,
-        model_input_names=["input_ids", "attention_mask"] + ["token_type_ids"] * (family == "bert"),
+        model_input_names=["input_ids", "attention_mask"] + ["token_type_ids"] * (family in {"bert", "deberta"}),
         **NAMED[family],
     )
     model_of(family, tokenizer, labels).eval().save_pretrained(folder)
@@ -203,6 +211,34 @@ def test_logits_of_the_bundled_model_on_real_text_equal_those_of_predict(bundled
     ours, theirs = bundled.score(pairs), predicted(peers["bundled"], pairs)
     assert np.ptp(theirs) > 1
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_what_can_run_without_padding_does(engines, bundled):
+    padded = {family: engine.padded for family, engine in engines.items()}
+    assert padded == {"bert": False, "modernbert": False, "xlm-r": False, "deberta": True}
+    assert bundled.padded is False
+
+
+def test_padding_can_be_asked_for_and_changes_no_logit(bundled):
+    asked = engine.load(str(BUNDLED), padded=True)
+    pairs = real_pairs(12)
+    assert asked.padded
+    assert asked.fingerprint == bundled.fingerprint
+    np.testing.assert_allclose(asked.score(pairs), bundled.score(pairs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", [lambda out: out * 1.5, lambda out: 1 / 0])
+def test_a_model_whose_logits_change_without_padding_runs_padded_and_says_so(
+    folders, engines, monkeypatch, caplog, fault
+):
+    pairs = [(QUERY, text) for text in TEXTS]
+    expected = engines["bert"].score(pairs)
+    honest = FlattenedPass.__call__
+    monkeypatch.setattr(FlattenedPass, "__call__", lambda self, batch: fault(honest(self, batch)))
+    wary = engine.load(str(folders["bert"]), dtype="float32")
+    assert wary.padded
+    assert "runs padded" in caplog.text
+    np.testing.assert_allclose(wary.score(pairs), expected, rtol=0, atol=1e-5)
 
 
 def test_logits_are_raw_although_the_checkpoint_asks_for_a_sigmoid(bundled):

@@ -55,14 +55,16 @@ def load(
     max_length: int | None = None,
     max_batch_tokens: int | str = "auto",
     threads: int | None = None,
+    padded: bool | None = None,
 ) -> Engine:
     """Load a model and run it once, so that the first job pays no start-up cost.
 
     ``model`` is ``stub`` or ``stub:SECONDS_PER_TOKEN``, ``bundled``, a local folder, or a name on the Hugging Face
     hub: any sentence-transformers ``CrossEncoder`` checkpoint with one label and weights in safetensors. ``dtype`` is
     ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 on CUDA and on CPUs that multiply it in tiles (AMX),
-    else float32. ``max_length`` is in tokens and may lower the model's own; ``max_batch_tokens`` are padded tokens per
-    batch. ``threads`` (default: every core available) counts on a CPU alone, for the whole process. On Linux a CPU
+    else float32. ``max_length`` is in tokens and may lower the model's own; ``max_batch_tokens`` are those of a batch,
+    padding included. ``padded`` (default: only where nothing else is possible) pads the pairs of a batch to equal
+    length. ``threads`` (default: every core available) counts on a CPU alone, for the whole process. On Linux a CPU
     engine gains from ``allocator_environment()``, which only a parent process can set.
 
     Raises ModelUnusable, saying what was tried, EngineError for a device that is not there, and ValueError.
@@ -73,7 +75,9 @@ def load(
     engine = (
         _load_stub(model, max_length, budget)
         if model.partition(":")[0] == "stub"
-        else _load_cross_encoder(model, budget, device=device, dtype=dtype, max_length=max_length, threads=threads)
+        else _load_cross_encoder(
+            model, budget, device=device, dtype=dtype, max_length=max_length, threads=threads, padded=padded
+        )
     )
     engine.warm_up()
     return engine

@@ -17,6 +17,10 @@ from .protocol import TokenisedPair
 
 Integers = NDArray[np.int64]
 
+AttentionInterface.register(FLATTENED, attend_for_transformers)
+# What may attend to what is in the layout; a mask of tokens by tokens would cost more than the model.
+AttentionMaskInterface.register(FLATTENED, lambda *_, **__: None)
+
 
 class Pass(Protocol):
     """A way through a model.
@@ -91,9 +95,6 @@ class FlattenedPass:
     padded = False
 
     def __init__(self, model: Any, form: Form, inputs: Inputs) -> None:
-        AttentionInterface.register(FLATTENED, attend_for_transformers)
-        # What may attend to what is in the layout; a mask of tokens by tokens would cost more than the model.
-        AttentionMaskInterface.register(FLATTENED, lambda *_, **__: None)
         model.set_attn_implementation(FLATTENED)
         self._model = model
         self._backbone = getattr(model, form.backbone)

@@ -1,0 +1,175 @@
+"""Every way through a model gives the logit that the pair gets alone, from the model's own forward pass."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rerankq_worker.engine.attention import runs_of
+from rerankq_worker.engine.first_token import FirstTokenLayer, shorten
+from rerankq_worker.engine.forms import form_of
+from rerankq_worker.engine.passes import FlattenedPass, Inputs, PaddedPass
+from rerankq_worker.engine.protocol import TokenisedPair
+
+WORDS = 200
+WINDOW = 16  # tokens on both sides together; most pairs here are longer
+YES, NO = 17, 23
+CPU = torch.device("cpu")
+
+#: Drawn wide: with the usual weights a tiny model answers nearly the same logit to everything.
+SIZES = {
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "initializer_range": 0.3,
+    "num_labels": 1,
+    "max_position_embeddings": 128,
+}
+SHARED_KEYS = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+
+
+class Family(NamedTuple):
+    kind: str
+    options: dict[str, Any]
+    types: bool = False
+    yes_or_no: tuple[int, int | None] | None = None
+    pad: int = 0
+
+
+FAMILIES = {
+    "bert": Family("BertForSequenceClassification", {"pad_token_id": 0}, types=True),
+    "bert without segments": Family("BertForSequenceClassification", {"pad_token_id": 0}),
+    "roberta": Family("RobertaForSequenceClassification", {"pad_token_id": 1}, pad=1),
+    "xlm-r": Family("XLMRobertaForSequenceClassification", {"pad_token_id": 1}, pad=1),
+    "camembert": Family("CamembertForSequenceClassification", {"pad_token_id": 1}, pad=1),
+    "gte": Family("GteForSequenceClassification", {"pad_token_id": 0}),
+    "modernbert": Family(
+        "ModernBertForSequenceClassification", {"local_attention": WINDOW, "initializer_cutoff_factor": 9.0}
+    ),
+    "modernbert, mean": Family(
+        "ModernBertForSequenceClassification",
+        {"local_attention": WINDOW, "initializer_cutoff_factor": 9.0, "classifier_pooling": "mean"},
+    ),
+    "llama": Family("LlamaForSequenceClassification", SHARED_KEYS),
+    "qwen2": Family("Qwen2ForSequenceClassification", SHARED_KEYS),
+    "qwen3": Family("Qwen3ForSequenceClassification", SHARED_KEYS),
+    "qwen3, yes or no": Family("Qwen3ForCausalLM", SHARED_KEYS, yes_or_no=(YES, NO)),
+    "qwen3, yes alone": Family("Qwen3ForCausalLM", SHARED_KEYS, yes_or_no=(YES, None)),
+}
+
+
+def model_of(family: Family) -> Any:
+    torch.manual_seed(3)
+    kind = getattr(transformers, family.kind)
+    sizes = SIZES if family.yes_or_no is None else {**SIZES, "num_labels": 2}
+    ids = {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+    modern = family.kind.startswith("ModernBert")
+    options = {"pad_token_id": 0, **ids, **family.options} if modern else family.options
+    return kind(kind.config_class(**sizes, **options)).eval()
+
+
+def alone(family: Family, model: Any, pair: TokenisedPair) -> float:
+    """The slow twin: one pair, no padding, transformers' own forward pass."""
+    ids = torch.from_numpy(pair.ids.astype(np.int64))[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family.types:
+        inputs["token_type_ids"] = (torch.arange(pair.length) >= pair.second_from).long()[None]
+    logits = model(**inputs).logits
+    if family.yes_or_no is None:
+        return logits.item()
+    yes, no = family.yes_or_no
+    return (logits[0, -1, yes] - (logits[0, -1, no] if no is not None else 0)).item()
+
+
+def pairs_of(lengths: list[int], seed: int = 5, lowest: int = 4) -> list[TokenisedPair]:
+    chance = np.random.default_rng(seed)
+    return [
+        TokenisedPair(chance.integers(lowest, WORDS, length, dtype=np.int32), int(chance.integers(1, length)), False)
+        for length in lengths
+    ]
+
+
+@pytest.fixture(scope="module")
+def run() -> Callable[[str, type, list[TokenisedPair]], tuple[np.ndarray, np.ndarray]]:
+    """Run a batch through a pass of a family; answers its logits and those of each pair alone."""
+    made: dict[tuple[str, type], Any] = {}
+
+    def make(name: str, kind: type) -> Any:
+        family = FAMILIES[name]
+        model = model_of(family)
+        form = form_of(model, family.yes_or_no)
+        assert form is not None
+        if form.place == "first":
+            shorten(getattr(model, form.backbone))
+        return kind(model, form, Inputs(CPU, pad=family.pad, with_types=family.types))
+
+    twins = {name: model_of(family) for name, family in FAMILIES.items()}
+
+    def run(name: str, kind: type, batch: list[TokenisedPair]) -> tuple[np.ndarray, np.ndarray]:
+        if (name, kind) not in made:
+            made[name, kind] = make(name, kind)
+        with torch.inference_mode():
+            expected = [alone(FAMILIES[name], twins[name], pair) for pair in batch]
+            return made[name, kind](batch).numpy(), np.array(expected)
+
+    return run
+
+
+LENGTHS = [[17, 90, 90, 64, 33, 2, 110], [9], [40, 40, 40], [2, 2], [100, 3]]
+
+
+@pytest.mark.parametrize("kind", [FlattenedPass, PaddedPass])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_those_of_each_pair_alone(run, name, kind):
+    for lengths in LENGTHS:
+        logits, expected = run(name, kind, pairs_of(lengths))
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    assert np.ptp(expected) > 0.05, "pairs that differ must not all score alike, or this compares nothing"
+
+
+@pytest.mark.parametrize("name", ["bert", "xlm-r", "modernbert", "qwen3"])
+@given(lengths=st.lists(st.integers(2, 120), min_size=1, max_size=9), seed=st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+def test_flattened_logits_equal_padded_ones_whatever_the_lengths(run, name, lengths, seed):
+    batch = pairs_of(lengths, seed)
+    np.testing.assert_allclose(run(name, FlattenedPass, batch)[0], run(name, PaddedPass, batch)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["roberta", "xlm-r"])
+def test_the_paddings_own_token_in_a_text_has_no_position_flattened_either(run, name):
+    (pair,) = pairs_of([40])
+    pair.ids[[7, 8, 30]] = FAMILIES[name].pad
+    # The model takes the padding's id in a text for padding when it counts positions; its mask does not.
+    logits, expected = run(name, FlattenedPass, [pair, *pairs_of([12], seed=6)])
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "reduced"), [("bert", True), ("xlm-r", True), ("modernbert", False), ("gte", False)])
+def test_the_last_layer_of_bert_like_models_computes_the_first_token_alone(name, reduced):
+    model = model_of(FAMILIES[name])
+    backbone = getattr(model, form_of(model).backbone)
+    assert shorten(backbone) is reduced
+    assert shorten(backbone) is False, "not twice"
+    assert any(isinstance(layer, FirstTokenLayer) for layer in backbone.modules()) is reduced
+
+
+def test_a_family_that_is_not_known_has_no_form():
+    assert form_of(torch.nn.Linear(2, 1)) is None
+    assert form_of(model_of(FAMILIES["qwen3"]), (YES, NO)) is None, "a classifier is not asked for yes or no"
+
+
+@given(st.lists(st.integers(1, 5), max_size=30))
+def test_runs_cover_every_pair_in_order(lengths):
+    runs = runs_of(lengths)
+    assert [length for _, pairs, length in runs for _ in range(pairs)] == lengths
+    assert [start for start, _, _ in runs] == np.cumsum([0, *(pairs * length for _, pairs, length in runs)])[
+        :-1
+    ].tolist()
