@@ -268,6 +268,8 @@ def test_flower_starts_from_the_light_app_and_asks_for_the_password(flower):
     assert status_of(f"{flower}/tasks") == 401
     assert status_of(f"{flower}/tasks", password="wrong") == 401
     assert status_of(f"{flower}/tasks", password="secret") == 200
+    for path in ("/api/tasks", "/api/workers", "/workers", "/broker"):
+        assert status_of(flower + path) == 401, path
 
 
 def eventually(fact, *, within_s: float = 60) -> bool:

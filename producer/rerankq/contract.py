@@ -336,8 +336,12 @@ def payload_of(job: RerankJob) -> bytes:
 
 
 def job_of(payload: bytes) -> RerankJob:
-    """Read back what :func:`payload_of` wrote."""
-    return RerankJob.model_validate_json(payload)
+    """Read back what :func:`payload_of` wrote.
+
+    Raises:
+        JobRejected: if it is not a well-formed job; what it holds is not quoted.
+    """
+    return parse_job(payload)
 
 
 def digest(*parts: str | bytes) -> str:

@@ -36,11 +36,12 @@ class Settings(BaseSettings):
         env_prefix="RERANKQ_", env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True
     )
 
-    broker_url: str | None = Field(None, description="Doorbells: redis://, rediss://, unix:// or amqp://.")
+    # URLs hold passwords, so that a printed Settings does not show them.
+    broker_url: str | None = Field(None, repr=False, description="Doorbells: redis://, rediss://, unix:// or amqp://.")
     ledger_url: str | None = Field(
-        None, validate_default=True, description="Jobs and rankings; default: database 1 of a Redis broker."
+        None, repr=False, validate_default=True, description="Jobs and rankings; default: database 1 of a Redis broker."
     )
-    cache_url: str | None = Field(None, description="Scores; default: database 2 of a Redis broker.")
+    cache_url: str | None = Field(None, repr=False, description="Scores; default: database 2 of a Redis broker.")
     deployment: str = Field(
         "", pattern=r"^[A-Za-z0-9._-]*$", description="Name in pub/sub channels; default: the ledger's database number."
     )
@@ -157,6 +158,19 @@ def with_database(url: str, database: int) -> str:
         # urlunsplit drops the empty host of a socket's URL.
         return f"unix://{parts.netloc}{parts.path}?{urlencode([*query, ('db', str(database))])}"
     return urlunsplit(parts._replace(path=f"/{database}", query=urlencode(query)))
+
+
+def masked(url: str) -> str:
+    """Write a URL so that it can be shown: without its password and without its options.
+
+    >>> masked("rediss://me:secret@host:6379/0?ssl_ca_certs=x"), masked("redis://host"), masked("unix:///run/r.sock?db=1")
+    ('rediss://me:***@host:6379/0', 'redis://host', 'unix:///run/r.sock')
+    """
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if at:
+        user = user.partition(":")[0] + ":***"
+    return f"{parts.scheme}://{user}{at}{host}{parts.path}"
 
 
 def database_of(url: str) -> int:

@@ -26,11 +26,12 @@ collect_ignore = ["poisonable.py"]
 class RunningWorker:
     """A `celery worker` process in a session of its own."""
 
-    def __init__(self, url: str, app: str, **env: str) -> None:
+    def __init__(self, url: str, app: str, *, debug: bool = False, **env: str) -> None:
         self.log = Path(tempfile.mkstemp(prefix="rerankq-worker-", suffix=".log")[1])
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RERANKQ_")}
         environment |= {"RERANKQ_BROKER_URL": url, "RERANKQ_MODEL": "stub", "PYTHONPATH": str(HERE), **env}
-        self._command = [sys.executable, "-m", "celery", "-A", app, "worker", "-l", "WARNING", "-n", f"{id(self)}@%h"]
+        self._command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{id(self)}@%h"]
+        self._command += ["-l", "DEBUG" if debug else "WARNING"]
         self._environment = environment
         self.start()
 
@@ -69,8 +70,8 @@ def start_worker(redis_url: str) -> Iterator[Callable[..., RunningWorker]]:
     """Start workers; those that still run when the test is over are stopped."""
     running: list[RunningWorker] = []
 
-    def start(app: str = "rerankq_worker.tasks", url: str = redis_url, *, ready: bool = True, **env: str):
-        worker = RunningWorker(url, app, **env)
+    def start(app: str = "rerankq_worker.tasks", url: str = redis_url, *, ready=True, debug=False, **env: str):
+        worker = RunningWorker(url, app, debug=debug, **env)
         running.append(worker)
         if ready:
             wait_for_workers(url, worker)

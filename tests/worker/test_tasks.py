@@ -16,7 +16,7 @@ from celery.exceptions import Ignore
 from rerankq import JobCancelled, JobDead, JobExpired, RerankJob
 from rerankq.broker import make_app
 from rerankq.client import enter
-from rerankq.errors import BrokerUnavailable, ModelUnknown
+from rerankq.errors import BrokerUnavailable, JobRejected, JobTooLarge, ModelUnknown
 from rerankq.ledger import calls
 from rerankq.placing import Place
 from rerankq.settings import Settings
@@ -135,6 +135,27 @@ def test_a_payload_that_no_job_can_be_read_from_fails_its_job(worker: Any, paylo
     with pytest.raises(Exception, match=r"."):
         worker.rerank("a")
     assert state(worker) == "failed"
+
+
+def test_a_payload_over_the_limit_is_refused_before_it_is_parsed(worker: Any, monkeypatch: pytest.MonkeyPatch, program):
+    submit(worker, chunks=("long " * 30,))
+    worker.settings = worker.settings.model_copy(update={"max_job_bytes": 100})
+    monkeypatch.setattr(program, "job_of", lambda payload: pytest.fail("it was parsed"))
+    with pytest.raises(JobTooLarge, match="at most 100"):
+        worker.rerank("a")
+    assert look(worker).error_type == "JobTooLarge"
+
+
+def test_what_a_payload_holds_is_not_quoted_when_it_cannot_be_read(worker: Any, caplog: pytest.LogCaptureFixture):
+    for payload in (b"Sphinx of black quartz", b'{"query": "Sphinx", "chunks": {"Sphinx": 1}}', b'["Sphinx"'):
+        submit(worker)
+        worker.ledger.redis.hset("rerankq:job:a", "payload", payload)
+        with pytest.raises(JobRejected):
+            worker.rerank("a")
+        assert "Sphinx" not in look(worker).status.error
+        worker.ledger.ask(calls.forget("a", worker.terms))
+    assert "failed" in caplog.text
+    assert "Sphinx" not in caplog.text
 
 
 def test_a_suspect_has_the_device_alone_and_the_ledger_knows_it(worker: Any, monkeypatch: pytest.MonkeyPatch):

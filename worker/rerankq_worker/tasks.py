@@ -168,6 +168,10 @@ class Worker:
         return summary(ranking)
 
     def _rank(self, claim: Claim, work: Work) -> Ranking:
+        # Before it is parsed: the ledger holds what anybody wrote who may write there.
+        if len(claim.payload) > self.settings.max_job_bytes:
+            said = f"{len(claim.payload)} bytes as JSON; this worker takes at most {self.settings.max_job_bytes}"
+            raise errors.JobTooLarge(said, field="job")
         job = job_of(claim.payload)
         if job.model is not None and catalogue.canonical(job.model, self.settings.conf_dir) not in self.names:
             # The deployment's default model was changed while the job waited in its queue.
