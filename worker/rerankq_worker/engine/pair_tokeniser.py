@@ -57,13 +57,15 @@ class Tokeniser(Protocol):
 class Template:
     """What stands before the query, between it and the chunk, and behind the chunk, as special token ids.
 
-    ``two_segments`` says that the chunk and what follows it are marked as the second segment.
+    ``two_segments`` says that the chunk and what follows it are marked as the second segment. ``query_prompt`` is text
+    that becomes part of every query.
     """
 
     before: tuple[int, ...]
     between: tuple[int, ...]
     after: tuple[int, ...]
     two_segments: bool
+    query_prompt: str = ""
 
     @property
     def special_tokens(self) -> int:
@@ -81,10 +83,12 @@ class PairTokeniser:
 
     joins = True
 
-    def __init__(self, tokenizer: Tokenizer, *, max_length: int, known_bytes: int = KNOWN_BYTES) -> None:
-        self._tokenizer = _as_it_is(tokenizer)
+    def __init__(
+        self, tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "", known_bytes: int = KNOWN_BYTES
+    ) -> None:
+        self._tokenizer = as_it_is(tokenizer)
         self.max_length = max_length
-        self.template = _derive_template(tokenizer)
+        self.template = _derive_template(tokenizer, query_prompt)
         longest = max(1, max_length - self.template.special_tokens)
         self._chunks = ChunkReader(tokenizer, longest=longest, known_bytes=known_bytes)
         for query, chunk in _PROBES:
@@ -102,7 +106,7 @@ class PairTokeniser:
         """Pair the query with each chunk, in order; chunks that are remembered cost a hundredth of the others."""
         marks = self.template
         room = room_for(checked_length(max_length, self.max_length), marks.special_tokens, query_max_tokens)
-        [(encoding, shortened)] = encode_heads(self._tokenizer, [query], room.query)
+        [(encoding, shortened)] = encode_heads(self._tokenizer, [marks.query_prompt + query], room.query)
         asked = encoding.ids[: room.query]
         head = [*marks.before, *asked, *marks.between]
         return join(
@@ -116,7 +120,7 @@ class PairTokeniser:
         )
 
     def _verify(self, query: str, chunk: str) -> None:
-        whole = self._tokenizer.encode(query, chunk)
+        whole = self._tokenizer.encode(self.template.query_prompt + query, chunk)
         if len(whole) > self.max_length:
             return
         [pair] = self.pairs(query, [chunk])
@@ -137,11 +141,12 @@ class WholePairs:
 
     joins = False
 
-    def __init__(self, tokenizer: Tokenizer, *, max_length: int) -> None:
-        self._tokenizer = _as_it_is(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "") -> None:
+        self._tokenizer = as_it_is(tokenizer)
         self.max_length = max_length
+        self._query_prompt = query_prompt
         probe = tokenizer.encode(*_PROBES[0])
-        self.template = f"whole pairs, such as {probe.ids} {probe.type_ids}"
+        self.template = f"whole pairs, such as {probe.ids} {probe.type_ids}, queries after {query_prompt!r}"
         sides = [tokenizer.encode(text, add_special_tokens=False) for text in _PROBES[0]]
         self._special_tokens = len(probe) - sum(map(len, sides))
         if self._special_tokens != tokenizer.num_special_tokens_to_add(True):
@@ -160,7 +165,7 @@ class WholePairs:
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, each pair anew."""
         room = room_for(checked_length(max_length, self.max_length), self._special_tokens, query_max_tokens)
-        [asked] = encode_heads(self._tokenizer, [query], room.query)
+        [asked] = encode_heads(self._tokenizer, [self._query_prompt + query], room.query)
         query_cut = _cut(asked, room.query)
         left = room.for_chunk(len(asked[0]))
         pairs = []
@@ -172,13 +177,18 @@ class WholePairs:
         return pairs
 
 
-def special_token_pairs(tokenizer: Tokenizer, *, max_length: int, known_bytes: int = KNOWN_BYTES) -> Tokeniser:
-    """Take the fast way to pairs if it is right for this tokeniser, else the slow one, and say so."""
+def special_token_pairs(
+    tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "", known_bytes: int = KNOWN_BYTES
+) -> Tokeniser:
+    """Take the fast way to pairs if it is right for this tokeniser, else the slow one, and say so.
+
+    ``query_prompt`` is put before every query.
+    """
     try:
-        return PairTokeniser(tokenizer, max_length=max_length, known_bytes=known_bytes)
+        return PairTokeniser(tokenizer, max_length=max_length, query_prompt=query_prompt, known_bytes=known_bytes)
     except ModelUnusable as reason:
         logger.warning("pairs are encoded whole, and no chunk's token ids are remembered: %s", reason)
-        return WholePairs(tokenizer, max_length=max_length)
+        return WholePairs(tokenizer, max_length=max_length, query_prompt=query_prompt)
 
 
 def join(
@@ -212,7 +222,8 @@ def _widened(pieces: Sequence[bytes], dtype: np.dtype[Any]) -> NDArray[np.int32]
     return np.frombuffer(b"".join(pieces), dtype).astype(np.int32)
 
 
-def _as_it_is(tokenizer: Tokenizer) -> Tokenizer:
+def as_it_is(tokenizer: Tokenizer) -> Tokenizer:
+    """Switch off the truncation and the padding that a tokeniser may have been saved with."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -226,7 +237,7 @@ def _cut(read: tuple[Encoding, bool], count: int) -> bool:
     return shortened or longer
 
 
-def _derive_template(tokenizer: Tokenizer) -> Template:
+def _derive_template(tokenizer: Tokenizer, query_prompt: str) -> Template:
     probe: Encoding = tokenizer.encode(*_PROBES[0])
     sides, ids = probe.sequence_ids, probe.ids
     if sides.count(0) == 0 or sides.count(1) == 0:
@@ -240,6 +251,7 @@ def _derive_template(tokenizer: Tokenizer) -> Template:
         between=tuple(ids[query.stop : chunk.start]),
         after=tuple(ids[chunk.stop :]),
         two_segments=probe.type_ids[chunk.start] == 1,
+        query_prompt=query_prompt,
     )
 
 

@@ -1,0 +1,252 @@
+"""Pairs in a chat template: ids equal to those of the whole text, joined where that is safe, else encoded whole."""
+
+import logging
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from rerankq_worker.engine import ModelUnusable
+from rerankq_worker.engine.chat_pairs import ChatPairs, WholeChats, rendered_pairs
+from rerankq_worker.engine.rendering import Rendering, carries_pairs, find_rendering, qwen3
+
+QWEN3 = qwen3()
+TEXTS = [
+    "Aspirin reduces fever, pain and inflammation in adults.",
+    "The capital of France is Paris; its population was 2,102,650 in 2023.\n\nIt lies on the Seine.",
+    "深度学习模型在检索任务中表现出色。重排序器读取查询与段落。",
+    "Größere Straßen führen über Brücken: naïve café façade!",
+    "def score(pairs):\n\treturn [model(q, c) for q, c in pairs]  # O(n)",
+    "emoji 👩‍👩‍👧‍👦 and ﬁ ligatures, हिन्दी और العربية\r\n",
+]
+QUERY = "which drug reduces fever?"
+MARKS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+#: Where tokenisers of the Qwen family cut a text into words.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def trained(tokenizer, texts, **options):
+    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, **options)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(mark, special="think" not in mark, normalized=False) for mark in MARKS])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [QWEN3(QUERY, text) for text in TEXTS] * 3
+    return trained(tokenizer, texts, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    """Merges across words: spaces are letters like others."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=False, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    texts = [QWEN3(QUERY, text).replace(" ", "▁") for text in TEXTS] * 3
+    return trained(tokenizer, texts, special_tokens=["<unk>"])
+
+
+def ids_of(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def listed(pairs):
+    return [(pair.ids.tolist(), pair.second_from, pair.truncated) for pair in pairs]
+
+
+any_text = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
+    st.lists(st.sampled_from([*" ".join(TEXTS).split(), " ", "\n", "\n\n", ":", "?", "<|im_end|>"]), max_size=25).map(
+        "".join
+    ),
+)
+by_property = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@given(query=any_text, chunk=any_text)
+@by_property
+def test_joined_ids_equal_those_of_the_whole_text(qwen, query, chunk):
+    ours = known_pairs(qwen)
+    [pair] = ours.pairs(query, [chunk])
+    assert pair.ids.tolist() == ids_of(qwen, QWEN3(query, chunk))
+    assert (pair.second_from, pair.truncated) == (pair.length, False)
+
+
+@given(
+    query=st.sampled_from(["", "q", "fever?", "pain\n", " 痛"]),
+    begin=any_text,
+    words=st.lists(st.sampled_from(" ".join(TEXTS).split()), min_size=30, max_size=60),
+    kept=st.integers(12, 30),
+)
+@by_property
+def test_a_chunk_too_long_is_cut_before_the_fixed_end_and_nowhere_else(qwen, query, begin, words, kept):
+    chunk = begin + " ".join(words)
+    whole, end = ids_of(qwen, QWEN3(query, chunk)), ids_of(qwen, QWEN3.after)
+    length = len(ids_of(qwen, QWEN3(query, ""))) + kept
+    [pair] = known_pairs(qwen).pairs(query, [chunk], max_length=length)
+    assert pair.ids.tolist() == whole[: length - len(end)] + end
+    assert pair.truncated
+
+
+MADE = {}
+
+
+def known_pairs(tokenizer):
+    """One that goes on remembering from example to example."""
+    return MADE.setdefault(id(tokenizer), ChatPairs(tokenizer, QWEN3, max_length=1024))
+
+
+@pytest.mark.parametrize(("max_length", "query_max_tokens"), [(200, 128), (200, 4), (150, 128)])
+def test_a_long_query_keeps_half_the_room_at_most_and_the_chunk_gets_the_rest(qwen, max_length, query_max_tokens):
+    # Without a chunk the space before it is a token of its own.
+    room = max_length - len(ids_of(qwen, QWEN3("", ""))) + 1
+    limit = min(query_max_tokens, room // 2)
+    query, chunk = "fever pain and adults " * 40, TEXTS[1] * 20
+    [pair] = known_pairs(qwen).pairs(query, [chunk], max_length=max_length, query_max_tokens=query_max_tokens)
+    text = qwen.decode(pair.ids.tolist(), skip_special_tokens=False)
+    begin, end = text.index("<Query>: ") + 9, text.rindex("\n<Document>: ")
+    kept = text[begin:end]
+    assert query.startswith(kept)
+    assert limit - 2 <= len(ids_of(qwen, " " + kept)) <= limit
+    assert text[end + 13 :].startswith(TEXTS[1][:20])
+    assert text.endswith(QWEN3.after)
+    assert (pair.length, pair.truncated) == (max_length, True)
+
+
+def test_a_chunk_begins_where_tokens_never_run_together(qwen):
+    ours = rendered_pairs(qwen, QWEN3, max_length=512)
+    assert ours.joins
+    # A space belongs to the word behind it: were it left with the query, every chunk's first token would be another.
+    assert ids_of(qwen, ": which") != ids_of(qwen, ": ") + ids_of(qwen, "which")
+
+
+def test_chunks_are_remembered_from_query_to_query(qwen):
+    ours = ChatPairs(qwen, QWEN3, max_length=512)
+    first = ours.pairs(QUERY, TEXTS)
+    calls = []
+    ours._chunks._tokenizer = Recording(qwen, calls)
+    again = ours.pairs("another one", [*TEXTS, "a new one"])
+    assert calls == [[" a new one"]]
+    assert [pair.ids[-1] for pair in first] == [pair.ids[-1] for pair in again[:-1]]
+    assert [pair.ids.tolist() for pair in again] == [
+        ids_of(qwen, QWEN3("another one", text)) for text in [*TEXTS, "a new one"]
+    ]
+
+
+class Recording:
+    def __init__(self, tokenizer, calls):
+        self.tokenizer, self.calls = tokenizer, calls
+
+    def encode_batch_fast(self, texts, **options):
+        self.calls.append(texts)
+        return self.tokenizer.encode_batch_fast(texts, **options)
+
+
+def test_of_an_endless_chunk_and_query_only_the_beginning_is_read(qwen):
+    endless = "word and another " * 600_000
+    [pair] = known_pairs(qwen).pairs(endless, [endless])
+    assert (pair.length, pair.truncated) == (1024, True)
+
+
+# -- encoded whole -------------------------------------------------------------------------------------------------
+
+
+@given(query=any_text, chunk=any_text)
+@settings(by_property, max_examples=50)
+def test_whole_chats_equal_joined_ones_wherever_nothing_is_cut(qwen, query, chunk):
+    whole = WholeChats(qwen, QWEN3, max_length=1024)
+    assert listed(whole.pairs(query, [chunk])) == listed(known_pairs(qwen).pairs(query, [chunk]))
+
+
+def test_a_tokeniser_that_merges_across_words_is_given_whole_texts_and_it_says_so(gemma, caplog):
+    with caplog.at_level(logging.WARNING):
+        ours = rendered_pairs(gemma, QWEN3, max_length=512)
+    assert not ours.joins
+    assert "run together" in caplog.text
+    assert [pair.ids.tolist() for pair in ours.pairs(QUERY, TEXTS)] == [
+        ids_of(gemma, QWEN3(QUERY, text)) for text in TEXTS
+    ]
+
+
+def test_whole_texts_are_cut_by_the_same_rule(gemma):
+    ours = rendered_pairs(gemma, QWEN3, max_length=512)
+    empty = len(ids_of(gemma, QWEN3("", "")))
+    query, chunk = "fever pain and adults " * 10, TEXTS[0] * 10
+    [long] = ours.pairs(query, [chunk], max_length=empty + 40, query_max_tokens=128)
+    text = gemma.decode(long.ids.tolist(), skip_special_tokens=False)
+    asked, _, read = text.partition("<Query>: ")[2].partition("\n<Document>: ")
+    assert query.startswith(asked)
+    assert 15 <= len(ids_of(gemma, asked)) <= 20
+    assert (chunk + QWEN3.after).startswith(read.removesuffix(QWEN3.after))
+    assert text.endswith(QWEN3.after)
+    assert empty + 30 < long.length <= empty + 40
+    assert long.truncated
+    assert [pair.truncated for pair in ours.pairs("q", ["short", chunk * 50])] == [False, True]
+
+
+def test_no_room_is_a_clear_error(qwen, gemma):
+    for ours in (known_pairs(qwen), rendered_pairs(gemma, QWEN3, max_length=512)):
+        with pytest.raises(ValueError, match="no room"):
+            ours.pairs("q", ["c"], max_length=20)
+
+
+# -- renderings ----------------------------------------------------------------------------------------------------
+
+
+def test_a_template_that_trims_is_found_out(qwen):
+    trimming = find_rendering(lambda query, chunk: QWEN3(query.strip(), chunk.strip()))
+    assert trimming == Rendering(QWEN3.before, QWEN3.between, QWEN3.after, trims=True)
+    ours = ChatPairs(qwen, trimming, max_length=512)
+    pairs = ours.pairs("  q\n", ["\n text ", "text"])
+    assert [pair.ids.tolist() for pair in pairs] == [ids_of(qwen, QWEN3("q", "text"))] * 2
+
+
+@pytest.mark.parametrize(
+    "render",
+    [
+        lambda query, chunk: f"{chunk} answers {query}",
+        lambda query, chunk: f"{query} {chunk} {query}",
+        lambda query, chunk: f"{query.lower()}: {chunk.replace('  ', ' ')}",
+    ],
+)
+def test_a_template_that_does_more_than_frame_two_texts_is_rendered_for_every_pair(qwen, caplog, render):
+    with pytest.raises(ModelUnusable, match="more than"):
+        find_rendering(render)
+    ours = rendered_pairs(qwen, render, max_length=512)
+    assert not ours.joins
+    assert "more than" in caplog.text
+    assert [pair.ids.tolist() for pair in ours.pairs(QUERY, TEXTS)] == [
+        ids_of(qwen, render(QUERY, text)) for text in TEXTS
+    ]
+
+
+def test_templates_differ_by_name_where_pairs_differ(qwen, gemma):
+    made = [
+        rendered_pairs(tokenizer, render, max_length=512)
+        for tokenizer in (qwen, gemma)
+        for render in (QWEN3, qwen3("Find what contradicts the claim"))
+    ]
+    assert len({str(one.template) for one in made}) == 4
+
+
+def test_a_template_without_a_place_for_both_texts_carries_no_pairs():
+    def refuses(query, chunk):
+        raise TypeError("no such role")
+
+    assert carries_pairs(QWEN3)
+    assert not carries_pairs(lambda query, chunk: query)
+    assert not carries_pairs(refuses)

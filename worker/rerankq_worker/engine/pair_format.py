@@ -1,0 +1,84 @@
+"""Which format a checkpoint's pairs have: special tokens round two texts, or one text out of a chat template."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from .chat_pairs import rendered_pairs
+from .errors import ModelUnusable
+from .pair_tokeniser import Tokeniser, special_token_pairs
+from .rendering import Render, carries_pairs, qwen3
+from .text_reading import KNOWN_BYTES
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("auto", "pair", "qwen3")
+
+#: Tokens that Qwen3's own format is made of.
+_QWEN3_MARKS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+#: What a saved configuration may ask of the renderer that is about the tokens made of its text.
+_NOT_FOR_RENDERING = {
+    "max_length", "padding", "restore_suffix", "return_dict", "return_tensors", "tokenize", "truncation",
+}  # fmt: skip
+
+
+def pair_tokeniser_for(
+    model: Any,
+    *,
+    max_length: int,
+    pair_format: str = "auto",
+    instruction: str | None = None,
+    known_bytes: int = KNOWN_BYTES,
+) -> Tokeniser:
+    """Make the tokeniser of pairs for a loaded sentence-transformers ``CrossEncoder``.
+
+    ``auto`` does what sentence-transformers does: it renders the checkpoint's chat template where that has a place for
+    a query and a document, else encodes the two texts as a pair. Where it would refuse, a model that knows the tokens
+    of Qwen3's format gets that one. ``pair`` and ``qwen3`` take these without looking. ``instruction`` replaces
+    the prompt that the checkpoint was saved with; before pairs of texts it is put in front of the query.
+
+    Raises ModelUnusable where no format is known, and ValueError for an unknown name.
+    """
+    if pair_format not in FORMATS:
+        raise ValueError(f"pair_format {pair_format!r} is none of {', '.join(FORMATS)}")
+    tokenizer = model.tokenizer.backend_tokenizer
+    prompt = instruction or model.prompts.get(model.default_prompt_name) or ""
+    render = _render_of(model, prompt) if pair_format == "auto" else None
+    if pair_format == "qwen3" or (render and not carries_pairs(render)):
+        render = _qwen3_of(tokenizer, instruction)
+    if render:
+        return rendered_pairs(tokenizer, render, max_length=max_length, known_bytes=known_bytes)
+    return special_token_pairs(tokenizer, max_length=max_length, query_prompt=prompt, known_bytes=known_bytes)
+
+
+def _render_of(model: Any, prompt: str) -> Render | None:
+    """Take the checkpoint's chat template, or None where pairs are two texts."""
+    reader = model[0]
+    if "message" not in reader.modality_config:
+        return None
+    structured = reader.modality_config["message"].get("format") == "structured"
+    asked = reader.processing_kwargs.get("chat_template", {})
+    options = {name: value for name, value in asked.items() if name not in _NOT_FOR_RENDERING}
+
+    def render(query: str, chunk: str) -> str:
+        texts = {"system": prompt, "query": query, "document": chunk}
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if structured else text}
+            for role, text in texts.items()
+            if text or role != "system"
+        ]
+        return str(reader.processor.apply_chat_template(messages, tokenize=False, **options))
+
+    return render
+
+
+def _qwen3_of(tokenizer: Any, instruction: str | None) -> Render:
+    lacking = [mark for mark in _QWEN3_MARKS if tokenizer.token_to_id(mark) is None]
+    if lacking:
+        raise ModelUnusable(
+            "this model's chat template has no place for the roles 'query' and 'document', and its tokeniser does not "
+            f"know {' '.join(lacking)}, which Qwen3's format is made of"
+        )
+    logger.info("pairs are put together in the format of Qwen3-Reranker")
+    return qwen3(instruction)
