@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
+from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable
 from rerankq_worker.engine.chat_pairs import ChatPairs
 from rerankq_worker.engine.pair_format import pair_tokeniser_for
@@ -85,6 +87,7 @@ def decoder(folder, chat, *, marks=MARKS, kind=Qwen3ForCausalLM):
         head_dim=8,
         max_position_embeddings=512,
         num_labels=1,
+        initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id,
     )
     kind(config).save_pretrained(folder)
@@ -218,3 +221,23 @@ def test_a_saved_configuration_reaches_the_template(tmp_path):
     assert pair.ids.tolist() == expected[0]
     assert pair.ids[-1] == peer.tokenizer.convert_tokens_to_ids("<think>")
     assert pair.ids.dtype == np.int32
+
+
+def test_a_tokeniser_without_fast_encoding_is_refused():
+    slow = SimpleNamespace(tokenizer=SimpleNamespace(is_fast=False))
+    with pytest.raises(ModelUnusable, match=r"no tokenizer\.json"):
+        pair_tokeniser_for(slow, max_length=256)
+
+
+@pytest.mark.parametrize("kind", [Qwen3ForCausalLM, Qwen3ForSequenceClassification])
+def test_a_decoder_scores_as_sentence_transformers_scores_it(tmp_path, kind):
+    folder = decoder(tmp_path, RERANKER_CHAT, kind=kind)
+    chunks = [text for text in TEXTS if text]
+    expected = loaded(folder, model_kwargs={"dtype": torch.float32}).predict(
+        [(QUERY, text) for text in chunks], activation_fn=torch.nn.Identity(), show_progress_bar=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = engine.load(str(folder), dtype="float32", threads=1)
+    assert np.ptp(expected) > 1e-3
+    np.testing.assert_allclose(ours.score([(QUERY, text) for text in chunks]), expected, atol=1e-5)

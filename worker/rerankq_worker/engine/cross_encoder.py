@@ -16,8 +16,8 @@ from .cores import available_cores
 from .device import choose_device, choose_dtype
 from .first_token import shorten
 from .forms import Form, form_of
-from .loading import fast_tokeniser, load_model, readable_length
-from .pair_tokeniser import special_token_pairs
+from .loading import load_model, readable_length
+from .pair_format import pair_tokeniser_for
 from .passes import FlattenedPass, Inputs, PaddedPass, Pass, WholeModel
 from .protocol import QUERY_MAX_TOKENS, Flight, Landed, Logits, TokenisedPair, score_in_batches
 
@@ -58,9 +58,7 @@ class CrossEncoderEngine:
             torch.set_num_threads(threads or available_cores())
         model = load_model(folder, name, where, kind)
         self._device = where
-        self._tokeniser = special_token_pairs(
-            fast_tokeniser(model, name), max_length=readable_length(model, max_length)
-        )
+        self._tokeniser = pair_tokeniser_for(model, max_length=readable_length(model, max_length))
         with_types = "token_type_ids" in model.tokenizer.model_input_names
         self.name = name
         self.max_length = self._tokeniser.max_length

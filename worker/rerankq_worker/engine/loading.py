@@ -48,14 +48,6 @@ def load_model(folder: Path, name: str, device: torch.device, dtype: torch.dtype
     return model
 
 
-def fast_tokeniser(model: Any, name: str) -> Any:
-    """Answer the model's tokeniser of the tokenizers library; raises ModelUnusable where it has none."""
-    tokenizer = model.tokenizer
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelUnusable(f"model {name!r} has no tokenizer.json: only fast tokenisers are supported")
-    return tokenizer.backend_tokenizer
-
-
 def readable_length(model: Any, asked: int | None) -> int:
     """Take the least of what the tokeniser states, the position table holds, and the caller asks, in tokens."""
     stated = [length for length in (model.max_seq_length, _positions(model)) if length]

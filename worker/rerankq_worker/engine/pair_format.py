@@ -42,6 +42,8 @@ def pair_tokeniser_for(
     """
     if pair_format not in FORMATS:
         raise ValueError(f"pair_format {pair_format!r} is none of {', '.join(FORMATS)}")
+    if not getattr(model.tokenizer, "is_fast", False):
+        raise ModelUnusable("this model has no tokenizer.json: only fast tokenisers are supported")
     tokenizer = model.tokenizer.backend_tokenizer
     prompt = instruction or model.prompts.get(model.default_prompt_name) or ""
     render = _render_of(model, prompt) if pair_format == "auto" else None
