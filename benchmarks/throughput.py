@@ -1,16 +1,17 @@
 """How many pairs per second do bulk jobs get, beside the usual ways to score the same pairs?
 
-    python benchmarks/throughput.py [--jobs 12] [--chunks 50] [--rounds 5] [--dtype float32] [--quick]
+    python benchmarks/throughput.py [--jobs 3] [--chunks 50] [--rounds 3] [--dtype float32] [--infinity ENV] [--quick]
 
-Claims with the SciFact abstracts that BM25 found for them. Four ways, each in a process of its own, taking turns in
-every round over jobs that none has seen:
+Claims with the SciFact abstracts that BM25 found for them. Each way in a process of its own, taking turns in every
+round over jobs that none has seen:
 
 - rerankq: bulk jobs through an embedded Redis and one worker, our defaults, no score known;
 - the usual task: a Celery worker whose task calls CrossEncoder.predict per job (usual_way.py);
 - one predict: a single call of CrossEncoder.predict over the pairs of all jobs, no queue;
-- the engine: ours, called directly over the pairs of all jobs, no queue.
+- the engine: ours, called directly over the pairs of all jobs, no queue;
+- infinity: infinity_emb over HTTP, where --infinity names a virtual environment that has it, all jobs asked at once.
 
-Every round compares all logits and orders. --dtype is ours alone; the usual ways run in float32.
+Every round compares all logits and orders. --dtype is ours alone (and not judged); the usual ways run in float32.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gear.checks import farthest, in_order, logits_of, order_of
-from gear.report import keep, machine, spread
+from gear.infinity import infinity, program_of, version_of
+from gear.plot import bars
+from gear.report import keep, machine, show, spread
 from gear.rooms import Logits, Room, engine_room, predict, predict_room, score
 from gear.texts import DATA, Question, need, questions
-from gear.workers import deployment, kept_running, python_path, until
+from gear.workers import deployment, engine_figures, kept_running, python_path, until
 
 from rerankq import Client, Ranking
 from rerankq.cli.stack import Part
 from rerankq.embedded import EmbeddedRedis
 
 OURS, TASK, PREDICT, ENGINE = "rerankq", "the usual task", "one predict", "the engine"
+INFINITY = "infinity over HTTP"
 # Two libraries' float32 over batches of other shapes; what reduced precision may differ by is not judged here.
 TOLERANCE = 1e-4
 PATIENCE_S = 1800
@@ -103,18 +107,14 @@ def agree(answers: dict[str, Logits], rankings: list[Ranking]) -> float:
     return distance
 
 
-def measure(args: argparse.Namespace) -> dict[str, object]:
-    asked = questions(args.data, "scifact", count=args.jobs * args.rounds + 2, depth=args.chunks)
-    warm, asked = asked[:2], asked[2:]
-    rankings: list[Ranking] = []
+@contextmanager
+def all_ways(args: argparse.Namespace, rankings: list[Ranking]) -> Iterator[tuple[dict[str, Way], Client]]:
+    """Start them all; what ours ranked last is left in *rankings*."""
 
     def ours(some: Sequence[Question]) -> Logits:
         rankings[:] = through_rerankq(client, some)
         return [logits_of(ranking) for ranking in rankings]
 
-    pace: dict[str, list[float]] = {}
-    tokens: list[float] = []
-    distances = []
     with ExitStack() as running:
         client, _ = running.enter_context(deployment(dtype=args.dtype))
         ways: dict[str, Way] = {
@@ -123,29 +123,54 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             PREDICT: without_queue(running.enter_context(predict_room()), predict),
             ENGINE: without_queue(running.enter_context(engine_room(args.dtype)), score),
         }
+        if args.infinity:
+            ways[INFINITY] = running.enter_context(infinity(args.infinity))
+        yield ways, client
+
+
+def in_turns(ways: dict[str, Way], number: int, some: Sequence[Question]) -> tuple[dict[str, Logits], dict[str, float]]:
+    """Let each way score the same jobs; answers the logits and the seconds of each."""
+    answers, seconds = {}, {}
+    # Whoever goes first in one round goes last in the next: drift of the machine hits all alike.
+    first = number % len(ways)
+    for name in [*list(ways)[first:], *list(ways)[:first]]:
+        began = time.perf_counter()
+        answers[name] = ways[name](some)
+        seconds[name] = time.perf_counter() - began
+    return answers, seconds
+
+
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    asked = questions(args.data, "scifact", count=args.jobs * args.rounds + 1, depth=args.chunks)
+    # One batch and a bit: what runs for the first time is not counted.
+    warm, asked = [Question(asked[0].query, asked[0].chunks[:10])], asked[1:]
+    rankings: list[Ranking] = []
+    pace: dict[str, list[float]] = {}
+    tokens: list[float] = []
+    distances = []
+    with all_ways(args, rankings) as (ways, client):
         for way in ways.values():
             way(warm)
         for number in range(args.rounds):
-            some = asked[number * args.jobs : (number + 1) * args.jobs]
-            answers = {}
-            # Whoever goes first in one round goes last in the next: drift of the machine hits all alike.
-            for name in [*list(ways)[number % len(ways) :], *list(ways)[: number % len(ways)]]:
-                began = time.perf_counter()
-                answers[name] = ways[name](some)
-                pace.setdefault(name, []).append(args.jobs * args.chunks / (time.perf_counter() - began))
+            answers, seconds = in_turns(ways, number, asked[number * args.jobs : (number + 1) * args.jobs])
+            for name in ways:
+                pace.setdefault(name, []).append(args.jobs * args.chunks / seconds[name])
             tokens += [ranking.usage.tokens / ranking.usage.pairs for ranking in rankings]
             if args.dtype == "float32":
                 distances.append(agree(answers, rankings))
             said = ", ".join(f"{name} {pace[name][-1]:.1f}" for name in ways)
             print(f"round {number + 1} of {args.rounds}, pairs/s: {said}", flush=True)
+        (worker,) = engine_figures(client.settings).values()
     medians = {name: statistics.median(values) for name, values in pace.items()}
+    others = [name for name in pace if name != OURS]
     return {
+        "engine": worker,
         "pairs_per_second": {name: spread(values) for name, values in pace.items()},
         "tokens_per_pair": round(statistics.mean(tokens), 1),
-        "ratios": {f"rerankq ÷ {name}": round(medians[OURS] / medians[name], 3) for name in (TASK, PREDICT, ENGINE)},
+        "ratios": {f"rerankq ÷ {name}": round(medians[OURS] / medians[name], 3) for name in others},
         "ratios_by_round": {
             f"rerankq ÷ {name}": [round(one / other, 3) for one, other in zip(pace[OURS], pace[name], strict=True)]
-            for name in (TASK, PREDICT, ENGINE)
+            for name in others
         },
         "greatest_distance_of_logits": max(distances, default=None),
     }
@@ -154,11 +179,12 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--jobs", type=int, default=12, help="a round")
+    parser.add_argument("--jobs", type=int, default=3, help="a round")
     parser.add_argument("--chunks", type=int, default=50, help="a job")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16"], help="ours")
     parser.add_argument("--usual-pool", default="solo", choices=["solo", "threads", "prefork"])
+    parser.add_argument("--infinity", type=Path, help="a virtual environment with infinity_emb[server,torch] in it")
     parser.add_argument("--quick", action="store_true", help="3 jobs of 10 chunks, 2 rounds")
     args = parser.parse_args()
     if args.quick:
@@ -166,18 +192,21 @@ def main() -> int:
     need(args.data, "scifact")
     here = machine()
     asked = {name: getattr(args, name) for name in ("jobs", "chunks", "rounds", "dtype", "usual_pool")}
+    if args.infinity:
+        program_of(args.infinity)
+        asked["infinity"] = version_of(args.infinity)
     try:
         answer = measure(args)
     except Disagreement as error:
         print(f"WRONG: {error}")
         return 1
-    for name, ratio in answer["ratios"].items():  # type: ignore[attr-defined]
-        print(f"{name}: {ratio}")
+    show(answer["ratios"])  # type: ignore[arg-type]
     if answer["greatest_distance_of_logits"] is not None:
-        print(f"logits of all four ways within {answer['greatest_distance_of_logits']:.1e}")
-    keep(
-        "throughput" if args.dtype == "float32" else f"throughput.{args.dtype}", asked | answer, here, quick=args.quick
-    )
+        print(f"logits of all ways within {answer['greatest_distance_of_logits']:.1e}")
+    medians = {name: figure["median"] for name, figure in answer["pairs_per_second"].items()}  # type: ignore[attr-defined]
+    title = f"Pairs scored per second, {args.chunks} SciFact abstracts a job (ours: {args.dtype}, others: float32)"
+    name = "throughput" if args.dtype == "float32" else f"throughput.{args.dtype}"
+    keep(name, asked | answer, here, quick=args.quick, plot=bars(title, medians, unit="pairs/s"))
     return 0
 
 

@@ -35,19 +35,19 @@ def python_path(folder: Path) -> str:
 
 @contextmanager
 def deployment(
-    *, workers: int = 1, dtype: str = "float32", app: str = TASKS, **environment: str
+    *, workers: int = 1, model: str = "bundled", dtype: str = "float32", app: str = TASKS, **environment: str
 ) -> Iterator[tuple[Client, list[Part]]]:
-    """Run an embedded Redis with workers of the bundled model, and a client, for as long as a ``with`` block.
+    """Run an embedded Redis with workers of a model, and a client, for as long as a ``with`` block.
 
     ``environment`` reaches the workers. They are ready when the block begins.
     """
     forget_settings()
     with ExitStack() as running:
         redis = running.enter_context(EmbeddedRedis())
-        settings = settings_for(redis.url, Settings(_env_file=None, model="bundled"))
+        settings = settings_for(redis.url, Settings(_env_file=None, model=model))
         client = running.enter_context(Client(settings))
         parts = [
-            running.enter_context(kept_running(_worker(settings, f"w{n}", dtype, app, environment)))
+            running.enter_context(kept_running(worker_part(settings, f"w{n}", dtype=dtype, app=app, **environment)))
             for n in range(workers)
         ]
         until(lambda: len(client.workers()) >= workers, parts, seconds=180)
@@ -93,7 +93,8 @@ def engine_figures(settings: Settings) -> dict[str, dict[str, Any]]:
     return {name: stats["engine"] for name, stats in said.items()}
 
 
-def _worker(settings: Settings, name: str, dtype: str, app: str, environment: dict[str, str]) -> Part:
+def worker_part(settings: Settings, name: str, *, dtype: str = "float32", app: str = TASKS, **environment: str) -> Part:
+    """Make a worker of a deployment, not started yet."""
     command = [app if word == TASKS else word for word in celery_worker.command(name=name)]
     variables = {
         **celery_worker.tuned(os.environ),

@@ -1,0 +1,207 @@
+"""What does a job cost the ledger and the queue when 1 000 to 1 000 000 wait?
+
+    python benchmarks/depth.py [--depths 1000 10000 100000 1000000] [--probes 2000] [--worker-s 5] [--quick]
+
+An own Redis without persistence, minimal jobs of one pair, one tenant. At every depth: jobs are submitted, taken off
+the backlog, claimed, completed and forgotten, and the ledger is swept, by the calls that clients and workers make, 100
+a round trip. Two clocks: the caller's, and Redis's own for its scripts (``INFO commandstats``), which says what the
+server does for each. Then one worker with a stub engine that takes no time ranks from the backlog for some seconds: its
+jobs per second, through Celery's doorbells. Memory of Redis per waiting job is told as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+from typing import Any, TypeVar
+
+import psutil
+from gear.plot import curves
+from gear.report import keep, machine, show
+from gear.workers import forget_settings, kept_running, until, worker_part
+
+from rerankq.cli.stack import settings_for
+from rerankq.client import enter, terms_of
+from rerankq.contract import ModelName, RankedChunk, Ranking, RerankJob
+from rerankq.embedded import EmbeddedRedis
+from rerankq.ledger import Call, Claim, Entry, Ledger, calls, connect
+from rerankq.placing import Place
+from rerankq.settings import Settings
+
+AT_ONCE = 100
+MODEL, QUEUES = "stub:0", ["rerankq.bulk"]
+JOB = RerankJob(query="how deep is the sea?", chunks=["Its mean depth is about 3700 metres."], priority="bulk")
+# Far above what a minimal job takes (measured: 1.1 KB); a depth that does not fit is left out.
+BYTES_PER_JOB = 2_000
+SWEEPS = 10
+Answer = TypeVar("Answer")
+
+
+class Backlog:
+    """A ledger, and as many waiting jobs in it as wanted."""
+
+    def __init__(self, settings: Settings) -> None:
+        # No room for bells: as for every job that joins a backlog, and none is out that nobody hears.
+        self.terms = terms_of(settings)._replace(ring_window=0)
+        self.ledger = Ledger(connect(settings.ledger))
+        self.redis = self.ledger.redis
+        self._entry = enter(JOB, Place(MODEL, "", ""), settings)
+        self._numbers = count()
+
+    def entries(self, jobs: int) -> list[Entry]:
+        return [self._entry._replace(id=f"job-{next(self._numbers)}") for _ in range(jobs)]
+
+    def ask(self, wanted: Iterable[Call[Answer]]) -> list[Answer]:
+        """Ask calls, so many a round trip; raises what was refused."""
+        answers: list[Answer] = []
+        for some in _in_parts(wanted):
+            for answer in self.ledger.ask_all(some):
+                if isinstance(answer, Exception):
+                    raise answer
+                answers.append(answer)
+        return answers
+
+    def waiting(self) -> int:
+        return int(self.redis.hget("rerankq:backlog", "*") or 0)
+
+    def fill(self, depth: int) -> None:
+        self.ask(calls.submit(entry, self.terms) for entry in self.entries(depth - self.waiting()))
+
+    def memory(self) -> int:
+        return int(self.redis.info("memory")["used_memory"])
+
+
+def _in_parts(wanted: Iterable[Call[Answer]]) -> Iterator[Sequence[Call[Answer]]]:
+    rest = iter(wanted)
+    while some := [one for one, _ in zip(rest, range(AT_ONCE), strict=False)]:
+        yield some
+
+
+def timed(backlog: Backlog, work: Callable[[], Sequence[Answer]]) -> tuple[Sequence[Answer], dict[str, float]]:
+    """Do some work; answers what it gives, and microseconds per answer by both clocks."""
+    backlog.redis.config_resetstat()
+    began = time.perf_counter()
+    answers = work()
+    seconds = time.perf_counter() - began
+    server = backlog.redis.info("commandstats").get("cmdstat_evalsha", {"usec": 0})["usec"]
+    return answers, {
+        "caller_us": round(seconds / len(answers) * 1e6, 1),
+        "server_us": round(server / len(answers), 1),
+    }
+
+
+def ranking_of(job_id: str) -> Ranking:
+    chunk = RankedChunk(id="0", index=0, rank=1, score=1.0, model_logit=1.0)
+    return Ranking(job_id=job_id, model=ModelName(name=MODEL, fingerprint="f"), chunks=[chunk])
+
+
+def rung(backlog: Backlog, jobs: int) -> list[str]:
+    """Take jobs off the backlog as sweepers do: a window at a time, oldest first."""
+    ids: list[str] = []
+    while len(ids) < jobs:
+        bells = backlog.ledger.ask(calls.ring_on(QUEUES, backlog.terms._replace(ring_window=10**9), most=256))
+        ids += [bell.id for bell in bells]
+    return ids
+
+
+def probe(backlog: Backlog, probes: int) -> dict[str, dict[str, float]]:
+    """Put so many jobs through all that happens to a job; microseconds per job and step."""
+    terms, ask = backlog.terms, backlog.ask
+    steps: dict[str, dict[str, float]] = {}
+    entries = backlog.entries(probes)
+    _, steps["submit"] = timed(backlog, lambda: ask(calls.submit(entry, terms) for entry in entries))
+    ids, steps["ring on"] = timed(backlog, lambda: rung(backlog, probes))
+    claims, steps["claim"] = timed(backlog, lambda: ask(calls.claim(one, "bench", terms) for one in ids))
+    held = [claim for claim in claims if isinstance(claim, Claim)]
+    rankings = {claim.id: ranking_of(claim.id) for claim in held}
+    _, steps["complete"] = timed(
+        backlog, lambda: ask(calls.complete(one.id, one.fence, rankings[one.id], terms) for one in held)
+    )
+    _, steps["forget"] = timed(backlog, lambda: ask(calls.forget(one.id, terms) for one in held))
+    sweeps = [
+        timed(backlog, lambda: [backlog.ledger.ask(calls.sweep("bench", terms, judge=True, free_since={}))])[1]
+        for _ in range(SWEEPS)
+    ]
+    steps["sweep"] = {clock: statistics.median(one[clock] for one in sweeps) for clock in sweeps[0]}
+    if len(held) != len(ids):
+        raise RuntimeError(f"{len(ids) - len(held)} jobs of the backlog could not be claimed")
+    return steps
+
+
+def worker_pace(backlog: Backlog, settings: Settings, seconds: float) -> float:
+    """Jobs per second that one worker ranks from the backlog, once it is under way."""
+    before = backlog.waiting()
+    with kept_running(worker_part(settings, "w0")) as part:
+        until(lambda: backlog.waiting() < before - 50, [part], seconds=60)
+        began, at_first = time.perf_counter(), backlog.waiting()
+        time.sleep(min(seconds, 0.5))
+        # So long, or until little is left: an empty queue would tell of nothing.
+        while time.perf_counter() - began < seconds and backlog.waiting() > at_first / 2:
+            time.sleep(0.05)
+        return round((at_first - backlog.waiting()) / (time.perf_counter() - began), 1)
+
+
+def measure(depths: Sequence[int], probes: int, worker_s: float) -> dict[int, dict[str, Any]]:
+    forget_settings()
+    found: dict[int, dict[str, Any]] = {}
+    with EmbeddedRedis() as redis:
+        settings = settings_for(redis.url, Settings(_env_file=None, model=MODEL))
+        backlog = Backlog(settings)
+        empty = backlog.memory()
+        probe(backlog, 200)
+        for depth in depths:
+            free = psutil.virtual_memory().available
+            if depth * BYTES_PER_JOB > free:
+                print(f"left out: {depth} jobs would need more than the {free >> 20} MiB of memory that are free")
+                continue
+            backlog.fill(depth)
+            memory = (backlog.memory() - empty) / backlog.waiting()
+            found[depth] = {"bytes_per_job": round(memory), "steps": probe(backlog, probes)}
+            if worker_s:
+                found[depth]["worker_jobs_per_second"] = worker_pace(backlog, settings, worker_s)
+            print(f"{depth} waiting: {found[depth]}", flush=True)
+    return found
+
+
+def ratios(found: dict[int, dict[str, Any]]) -> dict[str, float]:
+    """Each step's cost at the greatest depth ÷ that at the least: 1 is flat."""
+    least, most = min(found), max(found)
+    steps = {
+        f"{step}, {clock.removesuffix('_us')}'s clock": found[most]["steps"][step][clock] / cost
+        for step, costs in found[least]["steps"].items()
+        for clock, cost in costs.items()
+    }
+    paces = [found[depth].get("worker_jobs_per_second") for depth in (least, most)]
+    whole = {"worker, seconds per job": paces[0] / paces[1]} if all(paces) else {}
+    return {f"{name}: at {most} ÷ at {least}": round(ratio, 2) for name, ratio in (steps | whole).items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--depths", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--probes", type=int, default=2000, help="jobs put through every step, at each depth")
+    parser.add_argument("--worker-s", type=float, default=5, help="seconds for the worker at each depth; 0 = none")
+    parser.add_argument("--quick", action="store_true", help="1 000 and 10 000, 300 probes, 2 s")
+    args = parser.parse_args()
+    if args.quick:
+        args.depths, args.probes, args.worker_s = [1_000, 10_000], 300, 2
+    here = machine()
+    found = measure(sorted(args.depths), args.probes, args.worker_s)
+    if not found:
+        return 2
+    answer = {"probes": args.probes, "by_depth": found, "ratios": ratios(found)}
+    show(answer["ratios"])
+    lines = {
+        step: [(n, one["steps"][step]["server_us"]) for n, one in found.items()] for step in found[min(found)]["steps"]
+    }
+    plot = curves("The ledger's cost of a job, on the server", lines, across="jobs waiting", up="µs")
+    keep("depth", answer, here, quick=args.quick, plot=plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
