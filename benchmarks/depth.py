@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from itertools import count, islice
 from typing import Any, TypeVar
 
 import psutil
@@ -35,8 +35,8 @@ from rerankq.settings import Settings
 AT_ONCE = 100
 MODEL, QUEUES = "stub:0", ["rerankq.bulk"]
 JOB = RerankJob(query="how deep is the sea?", chunks=["Its mean depth is about 3700 metres."], priority="bulk")
-# Far above what a minimal job takes (measured: 1.1 KB); a depth that does not fit is left out.
-BYTES_PER_JOB = 2_000
+# Far above what a minimal job takes (measured: 2.0 KB); a depth that does not fit is left out.
+BYTES_PER_JOB = 4_000
 SWEEPS = 10
 Answer = TypeVar("Answer")
 
@@ -77,7 +77,7 @@ class Backlog:
 
 def _in_parts(wanted: Iterable[Call[Answer]]) -> Iterator[Sequence[Call[Answer]]]:
     rest = iter(wanted)
-    while some := [one for one, _ in zip(rest, range(AT_ONCE), strict=False)]:
+    while some := list(islice(rest, AT_ONCE)):
         yield some
 
 
@@ -103,7 +103,10 @@ def rung(backlog: Backlog, jobs: int) -> list[str]:
     """Take jobs off the backlog as sweepers do: a window at a time, oldest first."""
     ids: list[str] = []
     while len(ids) < jobs:
-        bells = backlog.ledger.ask(calls.ring_on(QUEUES, backlog.terms._replace(ring_window=10**9), most=256))
+        most = min(256, jobs - len(ids))
+        bells = backlog.ledger.ask(calls.ring_on(QUEUES, backlog.terms._replace(ring_window=10**9), most=most))
+        if not bells:
+            raise RuntimeError(f"the backlog gave {len(ids)} jobs, not {jobs}")
         ids += [bell.id for bell in bells]
     return ids
 
@@ -132,17 +135,23 @@ def probe(backlog: Backlog, probes: int) -> dict[str, dict[str, float]]:
     return steps
 
 
-def worker_pace(backlog: Backlog, settings: Settings, seconds: float) -> float:
-    """Jobs per second that one worker ranks from the backlog, once it is under way."""
+def worker_pace(backlog: Backlog, settings: Settings, seconds: float) -> dict[str, float]:
+    """Jobs per second that one worker ranks from the backlog, once it is under way, and its CPU time for each."""
     before = backlog.waiting()
     with kept_running(worker_part(settings, "w0")) as part:
         until(lambda: backlog.waiting() < before - 50, [part], seconds=60)
-        began, at_first = time.perf_counter(), backlog.waiting()
-        time.sleep(min(seconds, 0.5))
+        (process,) = psutil.Process(part.pid).children()
+        began, at_first, cpu = time.perf_counter(), backlog.waiting(), _cpu_s(process)
         # So long, or until little is left: an empty queue would tell of nothing.
-        while time.perf_counter() - began < seconds and backlog.waiting() > at_first / 2:
+        while (passed := time.perf_counter() - began) < seconds and backlog.waiting() > at_first / 2:
             time.sleep(0.05)
-        return round((at_first - backlog.waiting()) / (time.perf_counter() - began), 1)
+        jobs = at_first - backlog.waiting()
+        return {"jobs_per_second": round(jobs / passed, 1), "cpu_us": round((_cpu_s(process) - cpu) / jobs * 1e6)}
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def measure(depths: Sequence[int], probes: int, worker_s: float) -> dict[int, dict[str, Any]]:
@@ -162,7 +171,7 @@ def measure(depths: Sequence[int], probes: int, worker_s: float) -> dict[int, di
             memory = (backlog.memory() - empty) / backlog.waiting()
             found[depth] = {"bytes_per_job": round(memory), "steps": probe(backlog, probes)}
             if worker_s:
-                found[depth]["worker_jobs_per_second"] = worker_pace(backlog, settings, worker_s)
+                found[depth]["worker"] = worker_pace(backlog, settings, worker_s)
             print(f"{depth} waiting: {found[depth]}", flush=True)
     return found
 
@@ -175,8 +184,11 @@ def ratios(found: dict[int, dict[str, Any]]) -> dict[str, float]:
         for step, costs in found[least]["steps"].items()
         for clock, cost in costs.items()
     }
-    paces = [found[depth].get("worker_jobs_per_second") for depth in (least, most)]
-    whole = {"worker, seconds per job": paces[0] / paces[1]} if all(paces) else {}
+    workers = [found[depth].get("worker") for depth in (least, most)]
+    whole = {}
+    if all(workers):
+        whole["a worker, its CPU time"] = workers[1]["cpu_us"] / workers[0]["cpu_us"]
+        whole["a worker, time per job"] = workers[0]["jobs_per_second"] / workers[1]["jobs_per_second"]
     return {f"{name}: at {most} ÷ at {least}": round(ratio, 2) for name, ratio in (steps | whole).items()}
 
 
