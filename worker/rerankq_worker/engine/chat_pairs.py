@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from .errors import ModelUnusable
-from .pair_tokeniser import Tokeniser, as_it_is, join
+from .pair_tokeniser import as_it_is, join
 from .protocol import QUERY_MAX_TOKENS, TokenisedPair, checked_length, room_for
-from .rendering import CHUNK, PROBES, QUERY, Render, Rendering, find_rendering
+from .rendering import CHUNK, PROBES, QUERY, Rendering
 from .text_reading import KNOWN_BYTES, ChunkReader, characters_for, head_of, sound
-
-logger = logging.getLogger(__name__)
 
 
 class ChatPairs:
@@ -98,71 +94,6 @@ class ChatPairs:
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-class WholeChats:
-    """Encodes the rendered text of every pair: right for every template, and slow."""
-
-    joins = False
-
-    def __init__(self, tokenizer: Tokenizer, render: Render, *, max_length: int) -> None:
-        self._tokenizer = as_it_is(tokenizer)
-        self._render = render
-        self.max_length = max_length
-        self.template = f"whole chats, such as {render(QUERY, CHUNK)!r}"
-        self._special_tokens = len(self._ids(render("", "")))
-
-    def pairs(
-        self,
-        query: str,
-        chunks: Sequence[str],
-        *,
-        max_length: int | None = None,
-        query_max_tokens: int = QUERY_MAX_TOKENS,
-        hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
-    ) -> list[TokenisedPair]:
-        """Pair the query with each chunk, in order, each pair anew."""
-        length = checked_length(max_length, self.max_length)
-        room = room_for(length, self._special_tokens, query_max_tokens)
-        text = sound(query)
-        asked = head_of(text, characters_for(room.query))
-        asked = self._shorter(asked, max(0, self._count(asked) - room.query))
-        return [self._pair(asked, chunk, length, query_cut=len(asked) < len(text)) for chunk in chunks]
-
-    def _pair(self, query: str, chunk: str, length: int, *, query_cut: bool) -> TokenisedPair:
-        text = sound(chunk)
-        shown = head_of(text, characters_for(length))
-        ids = self._ids(self._render(query, shown))
-        while len(ids) > length:
-            if not shown:
-                raise ValueError(f"max_length {length} leaves no room for a chunk beside this query")
-            shown = self._shorter(shown, len(ids) - length)
-            ids = self._ids(self._render(query, shown))
-        return TokenisedPair(np.array(ids, np.int32), len(ids), query_cut or len(shown) < len(text))
-
-    def _shorter(self, text: str, tokens: int) -> str:
-        """Cut so many tokens, or a little more, off the end of a text."""
-        if not tokens:
-            return text
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
-        return text[: offsets[-tokens][0]] if tokens < len(offsets) else ""
-
-    def _count(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def rendered_pairs(
-    tokenizer: Tokenizer, render: Render, *, max_length: int, known_bytes: int = KNOWN_BYTES
-) -> Tokeniser:
-    """Take the fast way to rendered pairs if it is right for this tokeniser, else the slow one, and say so."""
-    try:
-        return ChatPairs(tokenizer, find_rendering(render), max_length=max_length, known_bytes=known_bytes)
-    except ModelUnusable as reason:
-        logger.warning("pairs are encoded whole, and no chunk's token ids are remembered: %s", reason)
-        return WholeChats(tokenizer, render, max_length=max_length)
 
 
 def _cuts(tokenizer: Tokenizer, left: str, right: str) -> bool:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .chat_pairs import rendered_pairs
+from tokenizers import Tokenizer
+
+from .chat_pairs import ChatPairs
 from .errors import ModelUnusable
-from .pair_tokeniser import Tokeniser, special_token_pairs
-from .rendering import Render, carries_pairs, qwen3
+from .pair_tokeniser import PairTokeniser, Tokeniser
+from .rendering import Render, carries_pairs, find_rendering, qwen3
 from .text_reading import KNOWN_BYTES
+from .whole_pairs import WholeChats, WholePairs
 
 logger = logging.getLogger(__name__)
+
+_SLOW = "pairs are encoded whole, and no chunk's token ids are remembered: %s"
 
 FORMATS = ("auto", "pair", "qwen3")
 
@@ -54,6 +59,31 @@ def pair_tokeniser_for(
     return special_token_pairs(tokenizer, max_length=max_length, query_prompt=prompt, known_bytes=known_bytes)
 
 
+def special_token_pairs(
+    tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "", known_bytes: int = KNOWN_BYTES
+) -> Tokeniser:
+    """Take the fast way to pairs if it is right for this tokeniser, else the slow one, and say so.
+
+    ``query_prompt`` is put before every query.
+    """
+    try:
+        return PairTokeniser(tokenizer, max_length=max_length, query_prompt=query_prompt, known_bytes=known_bytes)
+    except ModelUnusable as reason:
+        logger.warning(_SLOW, reason)
+        return WholePairs(tokenizer, max_length=max_length, query_prompt=query_prompt)
+
+
+def rendered_pairs(
+    tokenizer: Tokenizer, render: Render, *, max_length: int, known_bytes: int = KNOWN_BYTES
+) -> Tokeniser:
+    """Take the fast way to rendered pairs if it is right for this tokeniser, else the slow one, and say so."""
+    try:
+        return ChatPairs(tokenizer, find_rendering(render), max_length=max_length, known_bytes=known_bytes)
+    except ModelUnusable as reason:
+        logger.warning(_SLOW, reason)
+        return WholeChats(tokenizer, render, max_length=max_length)
+
+
 def _render_of(model: Any, prompt: str) -> Render | None:
     """Take the checkpoint's chat template, or None where pairs are two texts."""
     reader = model[0]
@@ -75,7 +105,7 @@ def _render_of(model: Any, prompt: str) -> Render | None:
     return render
 
 
-def _qwen3_of(tokenizer: Any, instruction: str | None) -> Render:
+def _qwen3_of(tokenizer: Tokenizer, instruction: str | None) -> Render:
     lacking = [mark for mark in _QWEN3_MARKS if tokenizer.token_to_id(mark) is None]
     if lacking:
         raise ModelUnusable(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,9 +15,8 @@ from .protocol import QUERY_MAX_TOKENS, TokenisedPair, checked_length, room_for
 from .text_reading import KNOWN_BYTES, ChunkReader, encode_heads
 from .token_ids import FirstIds
 
-logger = logging.getLogger(__name__)
-
-_PROBES = (("probe", "another one"), ("Wie groß?", "Größer: 你好, 世界!"), ("a b c", ""), ("", "d"))
+#: Queries and chunks of scripts and lengths that templates may treat differently.
+PROBES = (("probe", "another one"), ("Wie groß?", "Größer: 你好, 世界!"), ("a b c", ""), ("", "d"))
 
 
 class Tokeniser(Protocol):
@@ -91,7 +89,7 @@ class PairTokeniser:
         self.template = _derive_template(tokenizer, query_prompt)
         longest = max(1, max_length - self.template.special_tokens)
         self._chunks = ChunkReader(tokenizer, longest=longest, known_bytes=known_bytes)
-        for query, chunk in _PROBES:
+        for query, chunk in PROBES:
             self._verify(query, chunk)
 
     def pairs(
@@ -132,65 +130,6 @@ class PairTokeniser:
             )
 
 
-class WholePairs:
-    """Leaves every pair to the tokeniser's own post-processing: for pairs that are not made by a plain template.
-
-    Query and chunk are cut before, by the same rule. Raises ModelUnusable where the two segments of a pair do not
-    follow each other.
-    """
-
-    joins = False
-
-    def __init__(self, tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "") -> None:
-        self._tokenizer = as_it_is(tokenizer)
-        self.max_length = max_length
-        self._query_prompt = query_prompt
-        probe = tokenizer.encode(*_PROBES[0])
-        self.template = f"whole pairs, such as {probe.ids} {probe.type_ids}, queries after {query_prompt!r}"
-        sides = [tokenizer.encode(text, add_special_tokens=False) for text in _PROBES[0]]
-        self._special_tokens = len(probe) - sum(map(len, sides))
-        if self._special_tokens != tokenizer.num_special_tokens_to_add(True):
-            raise ModelUnusable("this model's tokeniser does not read pairs of one query and one chunk")
-        if probe.type_ids != sorted(probe.type_ids):
-            raise ModelUnusable("this model's tokeniser mixes the segments of a pair")
-
-    def pairs(
-        self,
-        query: str,
-        chunks: Sequence[str],
-        *,
-        max_length: int | None = None,
-        query_max_tokens: int = QUERY_MAX_TOKENS,
-        hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
-    ) -> list[TokenisedPair]:
-        """Pair the query with each chunk, in order, each pair anew."""
-        room = room_for(checked_length(max_length, self.max_length), self._special_tokens, query_max_tokens)
-        [asked] = encode_heads(self._tokenizer, [self._query_prompt + query], room.query)
-        query_cut = _cut(asked, room.query)
-        left = room.for_chunk(len(asked[0]))
-        pairs = []
-        for read in encode_heads(self._tokenizer, chunks, left):
-            chunk_cut = _cut(read, left)
-            whole = self._tokenizer.post_process(asked[0], read[0])
-            second_from = len(whole) - sum(whole.type_ids)
-            pairs.append(TokenisedPair(np.array(whole.ids, np.int32), second_from, query_cut or chunk_cut))
-        return pairs
-
-
-def special_token_pairs(
-    tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "", known_bytes: int = KNOWN_BYTES
-) -> Tokeniser:
-    """Take the fast way to pairs if it is right for this tokeniser, else the slow one, and say so.
-
-    ``query_prompt`` is put before every query.
-    """
-    try:
-        return PairTokeniser(tokenizer, max_length=max_length, query_prompt=query_prompt, known_bytes=known_bytes)
-    except ModelUnusable as reason:
-        logger.warning("pairs are encoded whole, and no chunk's token ids are remembered: %s", reason)
-        return WholePairs(tokenizer, max_length=max_length, query_prompt=query_prompt)
-
-
 def join(
     head: Sequence[int],
     chunks: Sequence[FirstIds],
@@ -229,16 +168,8 @@ def as_it_is(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _cut(read: tuple[Encoding, bool], count: int) -> bool:
-    """Cut an encoding in place; tell whether anything is missing."""
-    encoding, shortened = read
-    longer = len(encoding) > count
-    encoding.truncate(count)
-    return shortened or longer
-
-
 def _derive_template(tokenizer: Tokenizer, query_prompt: str) -> Template:
-    probe: Encoding = tokenizer.encode(*_PROBES[0])
+    probe: Encoding = tokenizer.encode(*PROBES[0])
     sides, ids = probe.sequence_ids, probe.ids
     if sides.count(0) == 0 or sides.count(1) == 0:
         raise ModelUnusable("this model's tokeniser does not read pairs")
