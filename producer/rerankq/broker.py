@@ -25,9 +25,9 @@ INTERACTIVE = "rerankq.interactive"
 BULK = "rerankq.bulk"
 
 
-def queue(name: str) -> Queue:
-    """Make a queue of ours, routed by its name."""
-    return Queue(name, exchange=Exchange("rerankq", type="direct"), routing_key=name)
+def queue(name: str, *, no_ack: bool = False) -> Queue:
+    """Make a queue of ours, routed by its name; *no_ack* for whoever listens to it without acknowledging."""
+    return Queue(name, exchange=Exchange("rerankq", type="direct"), routing_key=name, no_ack=no_ack)
 
 
 def make_app(settings: Settings) -> Celery:

@@ -43,6 +43,9 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _sound(text: str) -> str:
+    # Strings know whether they are ASCII; encoding a text to find out costs as much as all other checks of a chunk.
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -110,14 +113,15 @@ class Chunk(Record):
     text: Text
     id: Text = Field("", description="The caller's name for it; empty = its position in the job.")
     title: Text = ""
-    keywords: list[Text] = []
-    questions: list[Text] = []
+    # Factories throughout: pydantic copies a default that could be changed with the slow ``copy.deepcopy``.
+    keywords: list[Text] = Field(default_factory=list)
+    questions: list[Text] = Field(default_factory=list)
     vector_score: float | None = Field(None, description="First-stage similarity; NaN counts as missing.")
     keyword_score: float | None = Field(None, description="First-stage BM25 or the like; NaN counts as missing.")
     pagerank: float = Field(0, ge=0, le=100, allow_inf_nan=False)
-    tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = {}
+    tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = Field(default_factory=dict)
     tokens: list[Text] | None = Field(None, description="The caller's own tokenisation of the text, used as given.")
-    metadata: Metadata = Field({}, description="Handed back untouched.")
+    metadata: Metadata = Field(default_factory=dict, description="Handed back untouched.")
 
     @property
     def model_text(self) -> str:
@@ -206,16 +210,18 @@ class RankedChunk(Record):
     index: int = Field(description="Position in the job, from 0.")
     rank: int = Field(description="Place in the ranking, from 1.")
     score: float = Field(description="Fused.")
-    scores: dict[str, float] = Field({}, description="Every signal by name, normalised; missing ones are left out.")
+    scores: dict[str, float] = Field(
+        default_factory=dict, description="Every signal by name, normalised; missing ones are left out."
+    )
     model_logit: float | None = Field(None, description="Raw; None where the chunk was not scored.")
-    missing: list[str] = []
+    missing: list[str] = Field(default_factory=list)
     truncated: bool = False
     cached: bool = False
     span: tuple[int, int] | None = Field(
         None, description="Start and end in characters of the window that scored best."
     )
     text: str | None = None
-    metadata: dict[str, JsonValue] = {}
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class ModelName(Record):

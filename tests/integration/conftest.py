@@ -29,7 +29,9 @@ class RunningWorker:
     def __init__(self, url: str, app: str, *, debug: bool = False, **env: str) -> None:
         self.log = Path(tempfile.mkstemp(prefix="rerankq-worker-", suffix=".log")[1])
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RERANKQ_")}
-        environment |= {"RERANKQ_BROKER_URL": url, "RERANKQ_MODEL": "stub", "PYTHONPATH": str(HERE), **env}
+        # Ours before what the tests themselves were told: both run the same code.
+        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment |= {"RERANKQ_BROKER_URL": url, "RERANKQ_MODEL": "stub", "PYTHONPATH": path, **env}
         self._command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{id(self)}@%h"]
         self._command += ["-l", "DEBUG" if debug else "WARNING"]
         self._environment = environment

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from rerankq import Client, ModelUnknown, Ranking
 from rerankq.broker import INTERACTIVE, TASK, make_app, queue
@@ -58,9 +61,9 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker_with_one_line(redis_url: 
     ("env", "words"),
     [
         ({}, "RERANKQ_BROKER_URL is not set"),
-        ({"RERANKQ_BROKER_URL": "amqp://nowhere"}, "RERANKQ_LEDGER_URL is not set"),
+        ({"RERANKQ_BROKER_URL": "amqp://nowhere"}, "RERANKQ_LEDGER_URL: is not set"),
         ({"RERANKQ_BROKER_URL": "redis://127.0.0.1:1/0", "RERANKQ_MODEL": "stub"}, "does not answer"),
-        ({"RERANKQ_BROKER_URL": "redis://x", "RERANKQ_CONCURRENCY": "1", "RERANKQ_LEASE_S": "0"}, "lease_s"),
+        ({"RERANKQ_BROKER_URL": "redis://x", "RERANKQ_CONCURRENCY": "1", "RERANKQ_LEASE_S": "0"}, "RERANKQ_LEASE_S: "),
     ],
 )
 def test_settings_that_cannot_work_are_said_without_a_traceback(tmp_path: Path, env: dict[str, str], words: str):
@@ -117,3 +120,37 @@ def test_bells_that_make_no_sense_cost_no_slot_and_hurt_nobody(client: Client, s
     ids = [client.submit({"query": f"q {number}", "chunks": ["x"]}) for number in range(20)]
     assert all(isinstance(one, Ranking) for _, one in client.as_completed(ids, timeout=40))
     assert worker.process.poll() is None
+
+
+def test_every_job_shows_in_the_events_and_no_bell_is_written_down_on_redis(
+    client: Client, start_worker: Callable, celery: Any, redis_url: str
+):
+    start_worker()
+    kinds = ("task-received", "task-started", "task-succeeded")
+    seen: Counter[tuple[str, str]] = Counter()
+    ids = [f"job-{number}" for number in range(60)]
+    everything = {(kind, one) for kind in kinds for one in ids}
+
+    ends = time.monotonic() + 30
+
+    def see(event: dict[str, Any]) -> None:
+        # Heartbeats come as well, so this is asked every other second at least.
+        if event["type"] in kinds:
+            seen[event["type"], event["uuid"]] += 1
+        receiver.should_stop = seen.keys() >= everything or time.monotonic() > ends
+
+    with celery.connection_for_read() as connection, redis.Redis.from_url(redis_url) as broker:
+        receiver = celery.events.Receiver(connection, handlers={"*": see})
+        broker.config_set("slowlog-max-len", 100_000)
+        broker.config_set("slowlog-log-slower-than", 0)
+        try:
+            with receiver.consumer_context():
+                client.submit_many([{"id": one, "query": "q", "chunks": ["x"]} for one in ids])
+                receiver.capture(limit=None, timeout=30)
+        finally:
+            broker.config_set("slowlog-log-slower-than", -1)
+        commands = [entry["command"] for entry in broker.slowlog_get(-1)]
+    assert seen == Counter(everything), "each of them once"
+    assert any(b"rerankq.bulk" in one or b"rerankq.interactive" in one for one in commands), "this does see commands"
+    written = [one for one in commands if b"unacked" in one and one.split()[0] in {b"ZADD", b"HSET", b"ZREM", b"HDEL"}]
+    assert written == []

@@ -355,6 +355,28 @@ def test_slots_follow_what_celery_says(worker: Any, program: Any):
     assert worker.slots.taken == 0
 
 
+def test_events_wait_for_each_other_and_a_timer_that_was_lost_is_made_again(program: Any, monkeypatch):
+    asked: list[Any] = []
+    hub = SimpleNamespace(call_soon=lambda ask: ask(), call_later=lambda delay, _: asked.append(delay))
+    consumer = object.__new__(program.SafeConsumer)
+    consumer.hub = hub
+    now = 100.0
+    with monkeypatch.context() as patched:
+        patched.setattr(program.time, "monotonic", lambda: now)
+        for _ in range(10):
+            consumer.on_send_event_buffered()
+        assert asked == [program.EVENTS_EVERY_S]
+        now += program.EVENTS_EVERY_S  # the timer never rang: its connection was lost
+        consumer.on_send_event_buffered()
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("broker", "no_ack"), [("redis://x/0", True), ("unix:///x", True), ("amqp://x", False)])
+def test_bells_are_acknowledged_where_a_broker_would_else_send_them_all(program: Any, monkeypatch, broker, no_ack):
+    monkeypatch.setattr(program, "settings", Settings(broker_url=broker, ledger_url="redis://x/1"))
+    assert program.heard("rerankq.bulk").no_ack is no_ack
+
+
 def test_whoever_makes_room_wakes_the_consumer(worker: Any, program: Any, monkeypatch: pytest.MonkeyPatch):
     woken: list[Any] = []
     consumer = SimpleNamespace(call_soon=woken.append, pool=Pool(program), task_consumer=None)

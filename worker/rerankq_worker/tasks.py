@@ -6,6 +6,7 @@ Run as ``celery -A rerankq_worker.tasks worker``, or ``rerankq worker``.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from celery import bootsteps, signals
 from celery.exceptions import CPendingDeprecationWarning, Ignore, SecurityWarning
 from celery.worker.consumer import Consumer
 from celery.worker.control import control_command, inspect_command
+from kombu import Queue
 from kombu.common import ignore_errors
 
 from rerankq import catalogue, errors
@@ -50,6 +52,8 @@ Answer = TypeVar("Answer")
 DEVICE_HANGS = 70
 # Seconds between tries to tell the ledger how a job ended.
 TELL_AGAIN_S = 1.0
+# Seconds for which events wait for each other.
+EVENTS_EVERY_S = 0.05
 
 
 class Worker:
@@ -287,12 +291,42 @@ def queues_of(settings: Settings) -> tuple[str, str]:
     return INTERACTIVE + suffix, BULK + suffix
 
 
+def heard(name: str) -> Queue:
+    """Make a queue as a worker listens to it.
+
+    On Redis without acknowledgements: kombu would write each bell down and cross it out again, which
+    costs more than ranking a job whose pairs are all known; a bell that dies with its worker is noticed by the sweeper
+    anyway. RabbitMQ would then send all bells at once.
+    """
+    return queue(name, no_ack=not settings.broker.startswith("amqp"))
+
+
 class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
-    """Keeps the connection's pools when the broker is lost.
+    """Keeps the connection's pools when the broker is lost, and sends events in batches.
 
     Celery 5.7.0 closes them, and then fails on a broker that restarts while jobs run; 5.6 did not. Acknowledging early
     does not help: of 13 busy workers whose Redis was killed or shut down and started again 3 ended, with this none.
     """
+
+    _flush_at = -math.inf
+
+    def on_send_event_buffered(self) -> None:
+        """Send what a twentieth of a second brings together; Celery would send at every turn of its loop.
+
+        Called from any thread. By the clock, not by a flag: a timer that a lost connection took along is made again.
+        """
+        now = time.monotonic()
+        if self.hub and now >= self._flush_at:
+            self._flush_at = now + EVENTS_EVERY_S
+            self.hub.call_soon(self._flush_later)
+
+    def shutdown(self) -> None:
+        """Send the events of the jobs that ended last, too."""
+        self._flush_events()
+        super().shutdown()
+
+    def _flush_later(self) -> None:
+        self.hub.call_later(EVENTS_EVERY_S, self._flush_events)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:  # noqa: D102
         if self.connection is not None:
@@ -325,7 +359,7 @@ class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
         if worker.bulk in chosen:
             c.task_consumer.cancel_by_queue(worker.bulk)
             channel = c.connection.channel()
-            self.bulk = c.app.amqp.TaskConsumer(channel, queues=[queue(worker.bulk)], on_decode_error=c.on_decode_error)
+            self.bulk = c.app.amqp.TaskConsumer(channel, queues=[heard(worker.bulk)], on_decode_error=c.on_decode_error)
             self.bulk.on_message = c.create_task_handler()
             _open(channel, lambda: slots.has_room(bulk=True))
             self.bulk.consume()
@@ -382,6 +416,8 @@ def _open(channel: Any, has_room: Callable[[], bool]) -> None:
         return
     asked = channel.qos.can_consume
     channel.qos.can_consume = lambda: has_room() and asked()
+    # kombu would cross out what it never wrote down, see ``heard``.
+    channel.qos.ack = lambda _: None
 
 
 class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
@@ -421,7 +457,7 @@ except RerankqError as error:
     # This module is a program: its reader is a person at a terminal.
     sys.exit(f"the worker cannot start: {error}")
 app.conf.update(
-    task_queues=[queue(name) for name in queues_of(settings)],
+    task_queues=[heard(name) for name in queues_of(settings)],
     worker_pool="threads",
     worker_concurrency=settings.concurrency,
     worker_consumer=f"{__name__}:SafeConsumer",
