@@ -6,12 +6,13 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 TORCH_INDEX ?=
 SEED ?= 1
 JOBS ?= 2000
+MINUTES ?= 30
 BIN := $(VENV)/bin
 STAMP := $(VENV)/rerankq-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench chaos clean
+.PHONY: help install demo test lint format bench chaos soak audit clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +39,13 @@ bench: $(STAMP)  ## Run every benchmark, one after the other.
 
 chaos: $(STAMP)  ## Kill, hang and cut what runs 2000 jobs (SEED=1 JOBS=2000), and hold every answer against the promise.
 	$(BIN)/python tests/chaos/chaos.py --seed $(SEED) --jobs $(JOBS)
+
+soak: $(STAMP)  ## See whether memory, threads, connections and open files stay flat (MINUTES=30).
+	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
+
+audit: $(STAMP)  ## Look for known weaknesses in what constraints.txt pins; needs a network, and fetches pip-audit.
+	$(PIP) pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:  ## Remove the environment and what the tools left.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from scene.flatness import course
 from scene.proxy import Proxy
 from scene.schedule import Shape, blows, orders
 from scene.verdict import Undisturbed, faults
@@ -117,3 +118,23 @@ def test_ties_may_stand_in_any_order_and_nothing_else_may():
         }
         right = places[0] == 2
         assert (faults(order, events("accepted", **told), alone, []) == []) == right
+
+
+def test_what_grows_steadily_is_not_flat_and_what_levels_off_is():
+    leak = [100 + at / 4 for at in range(120)]
+    warm_up = [min(100.0, 40 + 3 * at) for at in range(120)]
+    sawtooth = [100 + at % 10 for at in range(120)]
+    assert [course(values, slack=4).flat for values in (leak, warm_up, sawtooth)] == [False, True, True]
+
+
+def test_a_short_soak_samples_every_part_and_leaves_nothing_behind():
+    command = [sys.executable, str(HERE / "soak.py"), "--json", "--minutes", "0.02", "--samples", "8"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    report = json.loads(run.stdout)
+    assert report["figures"].keys() == {"worker", "client", "redis"}
+    for told in report["figures"].values():
+        assert told.keys() >= {"rss_mib", "threads", "fds", "connections"}
+    assert report["claims"] > 10
+    assert report["processes_left_behind"] == []
+    # So short a run is all warm-up: what grew is told, and whether it matters is not judged here.
+    assert run.returncode == bool(report["not_flat"])

@@ -27,7 +27,7 @@ from celery.worker.control import control_command, inspect_command
 from kombu import Queue
 from kombu.common import ignore_errors
 
-from rerankq import catalogue, errors
+from rerankq import __version__, catalogue, errors
 from rerankq.broker import BULK, INTERACTIVE, TASK, Bells, make_app, queue
 from rerankq.client import terms_of
 from rerankq.contract import Ranking, State, job_of
@@ -224,6 +224,8 @@ class Worker:
             "model": self.model,
             "aliases": sorted(self.names - {self.model}),
             "fingerprint": self.engine.fingerprint,
+            "version": __version__,
+            "device": f"{self.engine.device} ({self.engine.dtype})",
             "pairs_per_s": round(stats.pairs / max(1.0, stats.busy_s), 1) if stats.busy_s else 0,
             "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
         }

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from .. import Client, Ranking, RerankqError, SettingsInvalid, __version__
 from ..settings import Settings
-from . import celery_worker, dead, show
+from . import celery_worker, dead, doctor, show
 from . import demo as demonstration
 from . import rescore as rescoring
 from . import stack as stacks
@@ -66,6 +66,7 @@ app = typer.Typer(
 )
 
 app.add_typer(dead.app, name="dead")
+app.command()(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,166 @@
+"""Ask a live deployment what it is: Redis by Redis, the registry of workers, the ledger's counts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+from urllib.parse import urlsplit
+
+from .. import RerankqError, __version__, catalogue
+from ..broker import INTERACTIVE, make_app
+from ..client import live_for, terms_of
+from ..ledger import Ledger, calls, connect, translated
+from ..settings import AMQP, Settings, masked, with_database
+from .findings import Facts, Server, Work, WorkerSeen
+
+ROUND_TRIPS = 9
+NOBODY = "rerankq-doctor"
+
+
+def examine(settings: Settings) -> Facts:
+    """Find out everything; what cannot be reached stands as a fault, and nothing is changed."""
+    roles = {"broker": settings.broker, "ledger": settings.ledger, "cache": settings.cache}
+    amqp = urlsplit(settings.broker).scheme in AMQP
+    if amqp:
+        del roles["broker"]
+    by_server = defaultdict(list)
+    for role, url in roles.items():
+        by_server[with_database(url, 0)].append(role)
+    servers = [_server(settings, {role: roles[role] for role in served}) for served in by_server.values()]
+    answers = any("ledger" in server.roles and not server.fault for server in servers)
+    return Facts(
+        version=__version__,
+        servers=servers,
+        workers=_workers(settings) if answers else (),
+        work=_work(settings) if answers else None,
+        listed=[catalogue.canonical(name, settings.conf_dir) for name in settings.models],
+        broker_fault=_amqp_fault(settings) if amqp else None,
+    )
+
+
+def _server(settings: Settings, urls: dict[str, str]) -> Server:
+    roles, url = tuple(urls), next(iter(urls.values()))
+    with closing(connect(url)) as redis:
+        try:
+            with translated():
+                info: dict[str, Any] = redis.info()
+                latency_ms, ahead_s = _clock(redis)
+                return Server(
+                    roles=roles,
+                    url=masked(with_database(url, 0)),
+                    run_id=str(info.get("run_id", "")),
+                    version=str(info["redis_version"]),
+                    replica=info.get("role") in {"slave", "replica"},
+                    appendonly=bool(info.get("aof_enabled")),
+                    fsync=_setting(redis, "appendfsync"),
+                    log_is_written=info.get("aof_last_write_status", "ok") == "ok",
+                    maxmemory=int(info.get("maxmemory", 0)),
+                    policy=str(info.get("maxmemory_policy", "noeviction")),
+                    memory=int(info.get("used_memory", 0)),
+                    latency_ms=latency_ms,
+                    ahead_s=ahead_s,
+                    refused=tuple(f"{role}: {what}" for role in roles for what in _refused(role, urls[role], settings)),
+                )
+        except RerankqError as error:
+            return Server(roles=roles, url=masked(with_database(url, 0)), fault=str(error.__cause__ or error))
+
+
+def _clock(redis: Any) -> tuple[float, float]:
+    """Measure the median round trip in milliseconds, and how far the server's clock is ahead in seconds."""
+    trips, ahead = [], []
+    for _ in range(ROUND_TRIPS):
+        before = time.time()
+        seconds, micros = redis.time()
+        after = time.time()
+        trips.append(1_000 * (after - before))
+        ahead.append(seconds + micros / 1e6 - (before + after) / 2)
+    return statistics.median(trips), statistics.median(ahead)
+
+
+def _setting(redis: Any, name: str) -> str | None:
+    try:
+        with translated():
+            return str(redis.config_get(name)[name])
+    except (RerankqError, KeyError):
+        return None  # CONFIG is no right that a user of ours needs
+
+
+def _refused(role: str, url: str, settings: Settings) -> list[str]:
+    """Try what the role needs, on names that nobody has; answer what this user may not do."""
+    channel = f"{settings.channel}:job:{NOBODY}"
+    with closing(connect(url)) as redis, closing(redis.pubsub()) as heard:  # type: ignore[no-untyped-call]
+        tries: dict[str, dict[str, Callable[[], object]]] = {
+            "broker": {"read bells": lambda: redis.llen(f"rerankq:{INTERACTIVE}")},
+            "ledger": {
+                "run scripts": lambda: Ledger(redis).ask(calls.look(NOBODY, terms_of(settings))),
+                "subscribe": lambda: (heard.subscribe(channel), heard.get_message(timeout=1)),
+                "publish": lambda: redis.publish(channel, ""),
+            },
+            # Producers need no scores, so that reading none is no fault: only workers do.
+            "cache": {},
+        }
+        return [what for what, attempt in tries[role].items() if _may_not(attempt)]
+
+
+def _may_not(attempt: Callable[[], object]) -> bool:
+    try:
+        with translated():
+            attempt()
+    except RerankqError as error:
+        return "permission" in str(error).lower()
+    return False
+
+
+def _workers(settings: Settings) -> list[WorkerSeen]:
+    with closing(connect(settings.ledger)) as redis, translated():
+        told: dict[bytes, bytes] = redis.hgetall("rerankq:workers")  # type: ignore[assignment]
+        ages = {worker.id: worker.age_s for worker in Ledger(redis).workers()}
+    seen = []
+    for name, entry in told.items():
+        info = json.loads(entry.partition(b" ")[2])
+        age_s = ages.get(name.decode(), float("inf"))
+        if age_s <= live_for(settings.lease_s):
+            named = {key: str(info.get(key, "")) for key in ("model", "fingerprint", "version", "device")}
+            seen.append(WorkerSeen(id=name.decode(), queues=tuple(info.get("queues", ())), age_s=age_s, **named))
+    return seen
+
+
+def _work(settings: Settings) -> Work:
+    with closing(connect(settings.ledger)) as redis, translated():
+        pipe = redis.pipeline(transaction=False)
+        pipe.time()
+        pipe.hgetall("rerankq:backlog")
+        pipe.zcard("rerankq:running")
+        pipe.zcard("rerankq:dead")
+        pipe.exists("rerankq:sweeper")
+        clock, backlog, running, dead, sweeper = pipe.execute()
+        # A sweep comes every second, and waits one lease after an outage.
+        long_ago = clock[0] - 2 * settings.lease_s - 3
+        long_over: int = redis.zcount("rerankq:running", "-inf", long_ago)
+    pairs = {queue.decode(): int(count) for queue, count in backlog.items()}
+    return Work(
+        pairs_waiting=pairs.get("*", 0),
+        max_pairs=settings.max_queued_pairs,
+        by_queue={queue: count for queue, count in pairs.items() if queue != "*" and "|" not in queue},
+        running=running,
+        long_over=long_over,
+        dead=dead,
+        sweeper=bool(sweeper),
+    )
+
+
+def _amqp_fault(settings: Settings) -> str:
+    app = make_app(settings)
+    try:
+        with app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0)
+    except Exception as error:  # noqa: BLE001  # whatever the broker's library raises, it is a fault to tell
+        return f"{masked(settings.broker)} does not answer: {error}"
+    finally:
+        app.close()
+    return ""

@@ -1,0 +1,216 @@
+"""What a deployment's facts mean, held against the promise of ``docs/reliability.md``. Pure functions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from ..embedded import OLDEST
+
+Level = Literal["ok", "note", "wrong"]
+
+# Milliseconds of a round trip and seconds between clocks beyond which a person should know.
+SLOW_MS, SKEW_S = 5.0, 2.0
+# Shares of a limit: from the first on it is worth a note, from the second on it is as good as reached.
+FILLING, FULL = 0.75, 0.9
+
+
+class Finding(NamedTuple):
+    """One line: ``note`` is worth knowing, ``wrong`` breaks a promise."""
+
+    level: Level
+    subject: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Server:
+    """A Redis with the roles it serves; None stands for what it would not tell. Memory is in bytes."""
+
+    roles: tuple[str, ...]
+    url: str
+    fault: str = ""
+    run_id: str = ""
+    version: str = ""
+    replica: bool = False
+    appendonly: bool = False
+    fsync: str | None = None
+    log_is_written: bool = True
+    maxmemory: int = 0
+    policy: str = "noeviction"
+    memory: int = 0
+    latency_ms: float = 0.0
+    ahead_s: float = 0.0
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WorkerSeen:
+    """A worker that gives signs of life, as it shows itself in the registry."""
+
+    id: str
+    model: str
+    fingerprint: str
+    queues: tuple[str, ...]
+    version: str = ""
+    device: str = ""
+    age_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the ledger holds: pairs waiting by queue and in all, jobs running, leases that are over, dead jobs."""
+
+    pairs_waiting: int = 0
+    max_pairs: int = 10_000_000
+    by_queue: Mapping[str, int] = field(default_factory=dict)
+    running: int = 0
+    long_over: int = 0
+    dead: int = 0
+    sweeper: bool = True
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that was found out. *listed* are the models that the deployment promises; *broker* is a fault of AMQP's."""
+
+    version: str
+    servers: Sequence[Server]
+    workers: Sequence[WorkerSeen] = ()
+    work: Work | None = None
+    listed: Sequence[str] = ()
+    broker_fault: str | None = None
+
+
+def findings(facts: Facts) -> list[Finding]:
+    """Judge all facts, the servers first.
+
+    >>> [str(one.level) for one in findings(Facts("0.1.0", [Server(("ledger",), "redis://h", fault="refused")]))]
+    ['wrong']
+    """
+    found = [one for server in one_each(facts.servers) for one in _of_server(server)]
+    if facts.broker_fault is not None:
+        said = facts.broker_fault or "reachable"
+        found.append(Finding("wrong" if facts.broker_fault else "ok", "broker", said))
+    if facts.work is not None:
+        found += _of_workers(facts)
+        found += _of_work(facts.work, workers=len(facts.workers))
+    return found
+
+
+def one_each(servers: Iterable[Server]) -> list[Server]:
+    """Put together what is one server under several names or users.
+
+    >>> [one.roles for one in one_each([Server(("ledger",), "a", run_id="1"), Server(("cache",), "b", run_id="1")])]
+    [('ledger', 'cache')]
+    """
+    found: dict[str, Server] = {}
+    for server in servers:
+        key = server.run_id or server.url
+        known = found.get(key)
+        found[key] = (
+            server
+            if known is None
+            else replace(known, roles=known.roles + server.roles, refused=known.refused + server.refused)
+        )
+    return list(found.values())
+
+
+def _of_server(server: Server) -> Iterator[Finding]:
+    subject = "+".join(server.roles)
+    if server.fault:
+        yield Finding("wrong", subject, f"{server.url} does not answer: {server.fault}")
+        return
+    yield Finding("ok", subject, f"redis {server.version} at {server.url}, {server.latency_ms:.1f} ms a round trip")
+    if tuple(int(part) for part in server.version.split(".")[:2] if part.isdigit()) < OLDEST:
+        yield Finding("wrong", subject, f"redis {server.version} is too old: {'.'.join(map(str, OLDEST))} or newer")
+    if server.replica:
+        yield Finding("wrong", subject, "is a replica: it takes no writes; name the master")
+    if server.refused:
+        yield Finding("wrong", subject, f"this user may not: {', '.join(server.refused)} (see conf/redis-acl.conf)")
+    if server.latency_ms > SLOW_MS:
+        yield Finding("note", subject, f"slow: {server.latency_ms:.1f} ms a round trip, and a job takes several")
+    if abs(server.ahead_s) > SKEW_S:
+        way = "ahead of" if server.ahead_s > 0 else "behind"
+        said = f"its clock is {abs(server.ahead_s):.0f} s {way} ours; deadlines and times are told by its clock"
+        yield Finding("note", subject, said)
+    if {"ledger", "broker"} & set(server.roles):
+        yield from _of_keeping(server, subject)
+    yield from _of_memory(server, subject)
+
+
+def _of_keeping(server: Server, subject: str) -> Iterator[Finding]:
+    if "ledger" in server.roles and not server.appendonly:
+        yield Finding("wrong", subject, "appendonly is off: a restart of Redis loses every job that was accepted")
+        return
+    if not server.log_is_written:
+        yield Finding("wrong", subject, "the append-only file could not be written lately: see the server's log")
+    match server.fsync if "ledger" in server.roles else "":
+        case "always":
+            yield Finding("ok", subject, "appendfsync always: what was accepted survives a crash of the machine")
+        case "everysec":
+            yield Finding("ok", subject, "appendfsync everysec: a crash may lose the last one to two seconds")
+        case "no":
+            yield Finding("wrong", subject, "appendfsync no: a crash of the machine may lose half a minute of jobs")
+        case None:
+            yield Finding("note", subject, "appendfsync is not told to this user; it should be everysec or always")
+
+
+def _of_memory(server: Server, subject: str) -> Iterator[Finding]:
+    keeps, evicts = {"ledger", "broker"} & set(server.roles), server.policy.startswith("allkeys-")
+    share = server.memory / server.maxmemory if server.maxmemory else 0.0
+    if not server.maxmemory:
+        yield Finding("note", subject, "no maxmemory: set one before the machine's memory is the limit")
+    elif keeps and server.policy != "noeviction":
+        yield Finding(
+            "wrong", subject, f"maxmemory-policy {server.policy}: a full server drops accepted jobs; noeviction"
+        )
+    elif keeps and "cache" in server.roles:
+        said = "scores share a server that has a maxmemory and evicts nothing: they fill it until jobs are refused"
+        yield Finding("wrong", subject, f"{said}; give RERANKQ_CACHE_URL a server of its own")
+    elif not keeps and not evicts:
+        yield Finding("wrong", subject, f"maxmemory-policy {server.policy}: a full cache takes no score; allkeys-lfu")
+    elif keeps and share >= FULL:
+        yield Finding("wrong", subject, f"its memory is {share:.0%} full: jobs are refused")
+    elif keeps and share >= FILLING:
+        yield Finding("note", subject, f"its memory is {share:.0%} full; from {FULL:.0%} on jobs are refused")
+    else:
+        yield Finding("ok", subject, f"maxmemory {server.maxmemory >> 20} MiB, {server.policy}, {share:.0%} in use")
+
+
+def _of_workers(facts: Facts) -> Iterator[Finding]:
+    if not facts.workers:
+        yield Finding("wrong", "workers", "none gives signs of life: jobs wait")
+    by_queue: dict[str, list[WorkerSeen]] = defaultdict(list)
+    for worker in facts.workers:
+        said = f"{worker.model} on {worker.device or 'a device it does not tell'}, {worker.age_s:.1f} s ago"
+        yield Finding("ok", f"worker {worker.id}", said)
+        if worker.queues:
+            by_queue[worker.queues[0]].append(worker)
+    for queue, serving in by_queue.items():
+        if len({worker.fingerprint for worker in serving}) > 1:
+            said = "its workers have different weights or precisions: the same job may be ranked differently"
+            yield Finding("wrong", queue, said)
+    versions = {worker.version for worker in facts.workers if worker.version} | {facts.version}
+    if len(versions) > 1:
+        yield Finding("note", "versions", f"{', '.join(sorted(versions))} side by side; here it is {facts.version}")
+    served = {worker.model for worker in facts.workers}
+    for model in facts.listed:
+        if model not in served:
+            yield Finding("wrong", "models", f"RERANKQ_MODELS lists {model}, and no worker serves it: its jobs wait")
+
+
+def _of_work(work: Work, *, workers: int) -> Iterator[Finding]:
+    share = work.pairs_waiting / work.max_pairs
+    level: Level = "wrong" if share >= 1 else "note" if share >= FILLING else "ok"
+    queues = ", ".join(f"{queue} {pairs}" for queue, pairs in sorted(work.by_queue.items()))
+    said = f"{work.pairs_waiting} pairs waiting of {work.max_pairs} allowed, {work.running} jobs running"
+    yield Finding(level, "backlog", said + (f" ({queues})" if queues else ""))
+    if work.long_over:
+        yield Finding("wrong", "leases", f"{work.long_over} jobs lost their worker and nobody has queued them again")
+    if workers and not work.sweeper:
+        yield Finding("wrong", "sweeper", "workers live, and none sweeps: lost jobs and bells stay lost")
+    if work.dead:
+        yield Finding("note", "dead jobs", f"{work.dead}: see `rerankq dead list`")
