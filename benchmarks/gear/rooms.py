@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from rerankq_worker.engine import Engine, allocator_environment, load
+from rerankq_worker.engine import Batcher, Engine, allocator_environment, load
 
 BUNDLED = Path(__file__).resolve().parents[2] / "models" / "minilm-l6-rerank"
 
@@ -40,9 +41,9 @@ class Room:
         return self._pool.submit(work, *args).result()
 
 
-def engine_room(dtype: str = "float32") -> Room:
-    """Make a room with the bundled model in our engine, under the allocator that our workers have."""
-    return Room(_furnish_engine, dtype, environment=allocator_environment())
+def engine_room(dtype: str = "float32", *, model: str = "bundled", device: str = "cpu") -> Room:
+    """Make a room with a model in our engine, under the allocator that our workers have."""
+    return Room(_furnish_engine, model, device, dtype, environment=allocator_environment())
 
 
 def score(jobs: Sequence[Pairs]) -> Logits:
@@ -53,6 +54,16 @@ def score(jobs: Sequence[Pairs]) -> Logits:
 def score_alone(jobs: Sequence[Pairs]) -> Logits:
     """Score each job by itself with the engine directly."""
     return [_scored(pairs) for pairs in jobs]
+
+
+def score_tokenised(jobs: Sequence[Pairs]) -> tuple[Logits, float]:
+    """Score many jobs through a batcher, tokenised beforehand; answers the seconds of the scoring alone, too."""
+    tokenised = [_engine.tokenise(pairs[0][0], [chunk for _, chunk in pairs]) for pairs in jobs]
+    with Batcher(_engine) as batcher:
+        began = time.perf_counter()
+        tickets = [batcher.submit(pairs, priority="bulk") for pairs in tokenised]
+        logits = [ticket.result().tolist() for ticket in tickets]
+        return logits, time.perf_counter() - began
 
 
 def batch_tokens() -> int:
@@ -88,9 +99,9 @@ _engine_thread: ThreadPoolExecutor
 _cross_encoder: Any
 
 
-def _furnish_engine(dtype: str) -> None:
+def _furnish_engine(model: str, device: str, dtype: str) -> None:
     global _engine, _engine_thread  # noqa: PLW0603
-    _engine = load("bundled", "cpu", dtype)
+    _engine = load(model, device, dtype)
     _engine_thread = ThreadPoolExecutor(1)
 
 

@@ -1,0 +1,152 @@
+"""The engine's passes over one model, timed side by side with the way of ``CrossEncoder.predict``.
+
+Needs torch, transformers and numpy.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from rerankq_worker.batching import plan_all
+from rerankq_worker.engine.attention import Layout, Reach, attend, runs_of
+from rerankq_worker.engine.first_token import shorten
+from rerankq_worker.engine.forms import form_of
+from rerankq_worker.engine.passes import FlattenedPass, Inputs, PaddedPass, padded
+from rerankq_worker.engine.protocol import TokenisedPair
+
+from .work import operations, shape_of
+
+FLATTENED, PADDED, PREDICT = "flattened", "padded", "predict"
+PREDICT_BATCH = 32
+# Largest difference of one attention output from float32's: bf16 has 8 bits.
+ATTENTION_TOLERANCE = 0.03
+
+Run = Callable[[Sequence[TokenisedPair]], torch.Tensor]
+
+
+class Ways:
+    """One model, and three ways through it: they share the weights, and one is chosen at a time."""
+
+    def __init__(self, model: Any, device: str) -> None:
+        self.model = model
+        self.with_types = type(model).__name__.startswith("Bert")
+        self._inputs = Inputs(torch.device(device), pad=model.config.pad_token_id or 0, with_types=self.with_types)
+        self._form = form_of(model)
+        backbone = getattr(model, self._form.backbone)
+        self._layers = getattr(getattr(backbone, "encoder", None), "layer", None)
+        self._last = self._layers[-1] if self._layers is not None else None
+        self.shortens = self._form.place == "first" and shorten(backbone)
+        self._shortened = self._layers[-1] if self._layers is not None else None
+
+    def choose(self, way: str) -> Run:
+        """Prepare the model for one way."""
+        self.model.set_attn_implementation("sdpa")
+        if self._layers is not None:
+            self._layers[-1] = self._last if way == PREDICT else self._shortened
+        if way == PREDICT:
+            return lambda batch: self.model(**padded(batch, self._inputs)).logits.reshape(len(batch)).float()
+        made = FlattenedPass if way == FLATTENED else PaddedPass
+        return made(self.model, self._form, self._inputs)
+
+
+def batches_of(way: str, lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Form the batches of a way: the engine's planner within a budget of tokens, or 32 at a time, longest first."""
+    if way == PREDICT:
+        longest_first = sorted(range(len(lengths)), key=lambda at: -lengths[at])
+        return [longest_first[at : at + PREDICT_BATCH] for at in range(0, len(lengths), PREDICT_BATCH)]
+    return [list(map(int, batch)) for batch in plan_all(lengths, budget, padded=way == PADDED)]
+
+
+def score(run: Run, pairs: Sequence[TokenisedPair], batches: Sequence[Sequence[int]]) -> list[float]:
+    """Launch all batches, then fetch: the device never waits for a copy. Answers logits in the pairs' order."""
+    with torch.inference_mode():
+        landed = torch.cat([run([pairs[at] for at in batch]) for batch in batches]).cpu().tolist()
+    by_place = dict(zip([at for batch in batches for at in batch], landed, strict=True))
+    return [by_place[at] for at in range(len(pairs))]
+
+
+def timed(ways: Ways, way: str, pairs: Sequence[TokenisedPair], budget: int, *, seconds: float) -> dict[str, Any]:
+    """Score all pairs again and again for so many seconds, after once that is not counted."""
+    lengths = [pair.length for pair in pairs]
+    batches = batches_of(way, lengths, budget)
+    run = ways.choose(way)
+    logits = score(run, pairs, batches)
+    began, paces = time.perf_counter(), []
+    while not paces or time.perf_counter() - began < seconds:
+        once = time.perf_counter()
+        score(run, pairs, batches)
+        paces.append(time.perf_counter() - once)
+    computed = lengths if way == FLATTENED else [max(lengths[at] for at in one) for one in batches for _ in one]
+    shape = shape_of(ways.model.config, shortened=ways.shortens and way != PREDICT)
+    median = statistics.median(paces)
+    return {
+        "budget": None if way == PREDICT else budget,
+        "pairs_per_second": round(len(pairs) / median, 1),
+        "tokens_per_second": round(sum(lengths) / median),
+        "padding": round(sum(computed) / sum(lengths), 4),
+        "operations_per_second": operations(shape, computed) / median,
+        "logits": logits,
+    }
+
+
+def best_budget(
+    ways: Ways, way: str, pairs: Sequence[TokenisedPair], budgets: Sequence[int], *, seconds: float
+) -> dict[str, Any]:
+    """Time a way with every budget that fits into memory; answers the fastest, with the paces of all."""
+    found = list(_fitting(budgets, lambda budget: timed(ways, way, pairs, budget, seconds=seconds)))
+    paces = {one["budget"]: one["pairs_per_second"] for one in found}
+    return max(found, key=lambda one: one["pairs_per_second"]) | {"pairs_per_second_by_budget": paces}
+
+
+def _fitting(budgets: Sequence[int], work: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for budget in sorted(budgets):
+        try:
+            yield work(budget)
+        except torch.cuda.OutOfMemoryError:
+            # Whatever is larger does not fit either.
+            torch.cuda.empty_cache()
+            return
+
+
+def check_attention(device: str) -> dict[str, Any]:
+    """Compare the engine's attention over sequences of many lengths with ordinary attention in float32, one by one."""
+    torch.manual_seed(3)
+    lengths = [1, 17, 64, 130, 512, 333]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    states = [torch.randn(1, 12, int(ends[-1]), 64, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    bounds = ends.to(device, torch.int32)
+    layout = Layout(bounds[:-1].long(), bounds, max(lengths), runs_of(lengths))
+    reaches = {
+        "all": Reach(None),
+        "causal": Reach(None, causal=True),
+        "window of 65": Reach(None, window=65),
+        "first token": Reach(None, first_only=True),
+    }
+    found = {}
+    for said, reach in reaches.items():
+        query = states[0][:, :, layout.first] if reach.first_only else states[0]
+        out = attend(query, states[1], states[2], layout, reach).float()
+        found[said] = round((out - _one_by_one(states, ends.tolist(), reach)).abs().max().item(), 5)
+    return {"greatest_difference": found, "agrees": all(one <= ATTENTION_TOLERANCE for one in found.values())}
+
+
+def _one_by_one(states: Sequence[torch.Tensor], ends: Sequence[int], reach: Reach) -> torch.Tensor:
+    parts = []
+    for start, end in pairwise(ends):
+        query, key, value = (one[:, :, start:end].float() for one in states)
+        places = torch.arange(end - start, device=query.device)
+        distance = places[:, None] - places
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if reach.causal:
+            seen &= distance >= 0
+        if reach.window is not None:
+            seen &= distance.abs() < reach.window
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        parts.append(out[:, :, :1] if reach.first_only else out)
+    return torch.cat(parts, 2).transpose(1, 2)
