@@ -113,7 +113,9 @@ def test_what_is_remembered_equals_what_is_analysed():
     analyser = Analyser()
     for text in ["The moon pulls the sea.", "潮汐由月球引起。", "", "\ud800"]:
         for _ in range(2):
-            np.testing.assert_array_equal(np.sort(analyser.token_ids(text)), np.sort(token_ids(set(analyse(text)))))
+            np.testing.assert_array_equal(
+                np.sort(analyser.token_ids([text])[0]), np.sort(token_ids(set(analyse(text))))
+            )
 
 
 def test_a_text_is_analysed_once(monkeypatch):
@@ -121,17 +123,17 @@ def test_a_text_is_analysed_once(monkeypatch):
     monkeypatch.setattr(module, "analyse", lambda text: calls.append(text) or ["token"])
     analyser = Analyser()
     for _ in range(3):
-        analyser.token_ids("one")
-        analyser.token_ids("two")
-    assert calls == ["one", "two"]
+        analyser.token_ids(["one", "two", "one"])
+        analyser.token_ids(["two"])
+    assert sorted(calls) == ["one", "two"]
 
 
 def test_two_lists_of_texts_never_run_together():
     analyser = Analyser()
-    one = analyser.ragflow_ids("moon", "sea", [])
-    other = analyser.ragflow_ids("moonsea", "", [])
+    one = analyser.ragflow_ids([("moon", "sea")])[0]
+    other = analyser.ragflow_ids([("moonsea", "")])[0]
     assert set(one.tolist()) != set(other.tolist())
-    assert set(analyser.token_ids("moon sea").tolist()) < set(one.tolist())
+    assert set(analyser.token_ids(["moon sea"])[0].tolist()) < set(one.tolist())
 
 
 def test_memory_stays_within_its_bound_and_the_latest_used_survive(monkeypatch):
@@ -140,12 +142,12 @@ def test_memory_stays_within_its_bound_and_the_latest_used_survive(monkeypatch):
     entry = 8 + 400
     analyser = Analyser(capacity_bytes=10 * entry)
     for text in "abcdefghij":
-        analyser.token_ids(text)
-    analyser.token_ids("a")
-    analyser.token_ids("k")
-    analyser.token_ids("a")
+        analyser.token_ids([text])
+    analyser.token_ids(["a"])
+    analyser.token_ids(["k"])
+    analyser.token_ids(["a"])
     assert calls == list("abcdefghijk")
-    analyser.token_ids("b")
+    analyser.token_ids(["b"])
     assert calls[-1] == "b"
     assert analyser._bytes <= 10 * entry
     assert analyser._bytes == sum(module._size(ids) for ids in analyser._known.values())
@@ -153,13 +155,13 @@ def test_memory_stays_within_its_bound_and_the_latest_used_survive(monkeypatch):
 
 def test_a_text_too_large_to_remember_is_analysed_all_the_same():
     analyser = Analyser(capacity_bytes=100)
-    assert analyser.token_ids("moon sea").size == 2
+    assert analyser.token_ids(["moon sea"])[0].size == 2
     assert not analyser._known
 
 
 def test_what_is_remembered_cannot_be_changed():
     with pytest.raises(ValueError, match="read-only"):
-        Analyser().token_ids("moon")[0] = 1
+        Analyser().token_ids(["moon"])[0][0] = 1
 
 
 def test_many_threads_at_once_see_the_same_tokens():
@@ -172,7 +174,7 @@ def test_many_threads_at_once_see_the_same_tokens():
         order = random.Random(seed).choices(range(50), k=300)
         module._word.cache_clear()
         wrong.extend(place for place in order if analyse(texts[place]) != expected[place])
-        wrong.extend(p for p in order if set(analyser.token_ids(texts[p]).tolist()) != set(map(hash, expected[p])))
+        wrong.extend(p for p in order if set(analyser.token_ids([texts[p]])[0].tolist()) != set(map(hash, expected[p])))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
     for thread in threads:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rerankq import Chunk, Fusion, JobCancelled, JobFailed, Ranking, RerankJob
+from rerankq import Chunk, Fusion, JobCancelled, JobFailed, RankedChunk, Ranking, RerankJob
 from rerankq.catalogue import profiles
 from rerankq_worker.cache import ScoreCache, connect, text_hash
 from rerankq_worker.engine import Batcher, EngineClosed, PairFailed, StubEngine
-from rerankq_worker.fusion import blend, rank, rank_feature_scores, signals_needed, token_signal
+from rerankq_worker.fusion import Blend, blend, rank, rank_feature_scores, signals_needed, token_signal
 from rerankq_worker.fusion.analyser import Analyser
 from rerankq_worker.reranker import Reranker, Work
 
@@ -83,8 +83,8 @@ def job(chunks=TEXTS, query="why do tides rise", fusion=MODEL, **fields) -> Rera
     return RerankJob(query=query, chunks=chunks, fusion=fusion, **fields)
 
 
-def plain(job: RerankJob) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """The obvious twin: score every pair alone, fuse, order. Answers order, fused scores and logits."""
+def plain(job: RerankJob) -> tuple[list[int], Blend, np.ndarray]:
+    """The obvious twin: score every pair alone, fuse, order. Answers order, fusion and logits."""
     fusion, engine = job.fusion, StubEngine(seconds_per_token=0)
     logits = np.array([float(engine.score([(job.query, chunk.model_text)])[0]) for chunk in job.chunks])
     signals = {
@@ -96,16 +96,42 @@ def plain(job: RerankJob) -> tuple[list[int], np.ndarray, np.ndarray]:
         "tags": rank_feature_scores(job.query_tags, [chunk.tags for chunk in job.chunks]),
     }
     blended = blend({name: signals[name] for name in signals_needed(fusion)}, fusion)
-    return rank(blended.scores, job.min_score, job.top_k).tolist(), blended.scores, logits
+    return rank(blended.scores, job.min_score, job.top_k).tolist(), blended, logits
 
 
 def assert_plain(ranking: Ranking, job: RerankJob) -> None:
-    order, fused, logits = plain(job)
+    order, blended, logits = plain(job)
+    fused = blended.scores
     assert [chunk.index for chunk in ranking.chunks] == order
     assert [chunk.rank for chunk in ranking.chunks] == list(range(1, len(order) + 1))
     np.testing.assert_allclose([chunk.score for chunk in ranking.chunks], fused[order], atol=1e-12)
     if "model" in signals_needed(job.fusion):
         assert [chunk.model_logit for chunk in ranking.chunks] == logits[order].tolist()
+
+
+def written_one_by_one(ranking: Ranking, job: RerankJob) -> str:
+    """The ranking's JSON, had each of its chunks been made by itself of what the plain twin says."""
+    order, blended, logits = plain(job)
+    scored = {chunk.index: chunk for chunk in ranking.chunks}
+    chunks = []
+    for place, at in enumerate(order, 1):
+        present = {name: row[at] for name, row in blended.normalised.items() if not np.isnan(row[at])}
+        chunks.append(
+            RankedChunk(
+                id=job.chunks[at].id or str(at),
+                index=at,
+                rank=place,
+                score=float(blended.scores[at]),
+                scores={name: float(value) for name, value in present.items()},
+                model_logit=float(logits[at]) if "model" in signals_needed(job.fusion) else None,
+                missing=blended.missing[at],
+                truncated=scored[at].truncated,
+                cached=scored[at].cached,
+                text=job.chunks[at].text if job.return_text else None,
+                metadata=job.chunks[at].metadata,
+            )
+        )
+    return ranking.model_copy(update={"chunks": chunks}).model_dump_json()
 
 
 TEXT = st.lists(st.sampled_from("moon sea tide bread rises 月亮 a".split()), max_size=12).map(" ".join)  # noqa: SIM905
@@ -118,6 +144,8 @@ CHUNKS = st.builds(
     keyword_score=st.none() | st.floats(0, 30) | st.just(float("nan")),
     pagerank=st.floats(0, 100),
     tags=st.dictionaries(st.sampled_from("ab"), st.floats(0, 1), max_size=2),
+    id=st.sampled_from(["", "mine"]),
+    metadata=st.dictionaries(st.sampled_from("ab"), st.none() | st.integers() | st.lists(st.booleans()), max_size=2),
 )
 JOBS = st.builds(
     RerankJob,
@@ -129,6 +157,7 @@ JOBS = st.builds(
     min_score=st.none() | st.floats(0, 1),
     cache=st.sampled_from(["use", "refresh", "bypass"]),
     priority=st.sampled_from(["interactive", "bulk"]),
+    return_text=st.booleans(),
 )
 
 
@@ -139,6 +168,8 @@ def test_a_ranking_is_what_plain_scoring_and_plain_fusion_say(world: World, job:
     assert_plain(first, job)
     again = world.rank(job)
     assert_plain(again, job)
+    assert again.model_dump_json() == written_one_by_one(again, job)
+    assert Ranking.model_validate_json(again.model_dump_json()) == again
     if job.cache == "use" and first.usage.pairs:
         assert again.usage.cached_pairs == len(job.chunks)
         assert again.usage.tokens == 0

@@ -10,7 +10,6 @@ An :class:`Analyser` remembers what it analysed as 64-bit token ids, so that a c
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 import unicodedata
@@ -103,7 +102,7 @@ class Analyser:
 
     def __init__(self, *, capacity_bytes: int = 64 * 2**20) -> None:
         self._capacity = capacity_bytes
-        self._known: OrderedDict[bytes, Ids] = OrderedDict()
+        self._known: OrderedDict[int, Ids] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
@@ -111,37 +110,46 @@ class Analyser:
         """Cut a text into its tokens; see :func:`analyse`."""
         return analyse(text)
 
-    def token_ids(self, text: str) -> Ids:
-        """Give the ids of the distinct tokens of a text; read-only."""
-        if not text:
-            return _NO_IDS
-        return self._remember(("tokens", text), lambda: token_ids(analyse(text)))
+    def token_ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Give the ids of the distinct tokens of each text; read-only."""
+        keys = [hash(("tokens", text)) if text else _NO_TEXT for text in texts]
+        return self._remember(keys, lambda at: token_ids(analyse(texts[at])))
 
-    def ragflow_ids(self, content: str, title: str, keywords: Sequence[str]) -> Ids:
-        """Give the ids of the unigrams and bigrams that RAGFlow's rule looks at, fields in its order; read-only."""
-        fields = ("ragflow", content, title, *keywords)
+    def ragflow_ids(self, chunks: Sequence[tuple[str, ...]]) -> list[Ids]:
+        """Give the ids of the unigrams and bigrams that RAGFlow's rule looks at, for each chunk's fields; read-only.
+
+        Fields in RAGFlow's order: content, title, and each keyword.
+        """
+        keys = [hash(("ragflow", *fields)) for fields in chunks]
         return self._remember(
-            fields, lambda: token_ids(chunk_keys([t for field in fields[1:] for t in analyse(field)]))
+            keys, lambda at: token_ids(chunk_keys([token for field in chunks[at] for token in analyse(field)]))
         )
 
     def warm(self) -> None:
         """Load what analysing needs; see :func:`warm`."""
         warm()
 
-    def _remember(self, texts: tuple[str, ...], compute: Callable[[], Ids]) -> Ids:
-        key = _digest(texts)
+    def _remember(self, keys: Sequence[int], compute: Callable[[int], Ids]) -> list[Ids]:
+        # Under Python's own hash, keyed per process as those of the tokens are: a digest that nobody could find a twin
+        # of by trying would cost more than all the rest of a job whose texts are known.
         with self._lock:
-            ids = self._known.get(key)
-            if ids is not None:
-                self._known.move_to_end(key)
-                return ids
+            known = [_NO_IDS if key == _NO_TEXT else self._recall(key) for key in keys]
         # Outside the lock: two threads may analyse the same text at once, which costs less than waiting for another's.
-        ids = compute()
-        with self._lock:
-            self._keep(key, ids)
+        unknown = {key: at for at, key in enumerate(keys) if known[at] is None}
+        fresh = {key: compute(at) for key, at in unknown.items()}
+        if fresh:
+            with self._lock:
+                for key, ids in fresh.items():
+                    self._keep(key, ids)
+        return [fresh[key] if ids is None else ids for key, ids in zip(keys, known, strict=True)]
+
+    def _recall(self, key: int) -> Ids | None:
+        ids = self._known.get(key)
+        if ids is not None:
+            self._known.move_to_end(key)
         return ids
 
-    def _keep(self, key: bytes, ids: Ids) -> None:
+    def _keep(self, key: int, ids: Ids) -> None:
         # A text of the size of the whole memory would throw out everything for one entry.
         if key in self._known or _size(ids) > self._capacity // 8:
             return
@@ -161,21 +169,13 @@ def token_ids(tokens: Iterable[str]) -> Ids:
 
 
 _NO_IDS = token_ids(())
+# Stands for the empty text, which is not worth a place in the memory. No hash is -1.
+_NO_TEXT = -1
 
 
 def _size(ids: Ids) -> int:
     # What an entry costs besides its numbers: array, key, its place in the mapping (rounded up).
     return ids.nbytes + 400
-
-
-def _digest(texts: tuple[str, ...]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        written = text.encode("utf-8", "surrogatepass")
-        # Lengths between them: no two lists of texts may run together.
-        digest.update(len(written).to_bytes(8, "little"))
-        digest.update(written)
-    return digest.digest()
 
 
 def _normalised(text: str) -> str:

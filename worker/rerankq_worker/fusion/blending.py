@@ -146,11 +146,11 @@ def _plays(row: Floats | None, weight: float) -> bool:
 def _shared_sum(rows: Mapping[str, Floats], weights: Mapping[str, float], chunks: int) -> Floats:
     """Add up as if each chunk's weights came to the same total, whatever it lacks."""
     scores = _plain_sum(rows, weights, chunks)
-    if not rows:
+    # Only where something is missing: elsewhere the sum stays the plain one, to the last bit.
+    if not any(np.isnan(row).any() for row in rows.values()):
         return scores
     total = math.fsum(weights[name] for name in rows)
     there = np.sum([np.where(np.isnan(row), 0.0, weights[name]) for name, row in rows.items()], axis=0)
-    # Only where something is missing: elsewhere the sum stays the plain one, to the last bit.
     partly = np.any([np.isnan(row) for row in rows.values()], axis=0) & (there > 0)
     scores[partly] = _bounded(total, scores[partly] / there[partly])
     return scores

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -63,7 +64,7 @@ def token_signal(
         return _by_ragflow(query, query_tokens, chunks, analyser)
     if rule != "coverage":
         raise ValueError(f"no token rule {rule!r}; there are coverage, ragflow")
-    fields = {name: [_ids(chunk, name, analyser) for chunk in chunks] for name in playing(fusion.boosts)}
+    fields = {name: _ids(chunks, name, analyser) for name in playing(fusion.boosts)}
     if query_tokens is None:
         tokens, weights = list(dict.fromkeys(analyser.analyse(query))), None
     else:
@@ -78,7 +79,7 @@ def token_signal(
 def _by_ragflow(
     query: str, query_tokens: Sequence[tuple[str, float]] | None, chunks: Sequence[TextFields], analyser: Analyser
 ) -> Floats:
-    ids = [_ragflow_ids(chunk, analyser) for chunk in chunks]
+    ids = _ragflow_ids(chunks, analyser)
     if query_tokens is None:
         tokens = analyser.analyse(query)
         distinct = list(dict.fromkeys(tokens))
@@ -93,29 +94,51 @@ def _by_ragflow(
     return similarity
 
 
-def _ids(chunk: TextFields, field: str, analyser: Analyser) -> Ids:
-    if field == "content":
-        return analyser.token_ids(chunk.text) if chunk.tokens is None else token_ids(chunk.tokens)
-    if field == "title":
-        return analyser.token_ids(chunk.title)
-    # A line each: no word of one joins a word of the next.
-    return analyser.token_ids("\n".join(chunk.keywords if field == "keywords" else chunk.questions))
+def _ids(chunks: Sequence[TextFields], field: str, analyser: Analyser) -> list[Ids]:
+    ids = analyser.token_ids([_TEXTS[field](chunk) for chunk in chunks])
+    if field != "content":
+        return ids
+    return [held if chunk.tokens is None else token_ids(chunk.tokens) for chunk, held in zip(chunks, ids, strict=True)]
 
 
-def _ragflow_ids(chunk: TextFields, analyser: Analyser) -> Ids:
-    if chunk.tokens is None:
-        return analyser.ragflow_ids(chunk.text, chunk.title, chunk.keywords)
-    # Who brings tokens has made them as RAGFlow does, where a keyword is one token, blanks and all.
-    return token_ids(chunk_keys([*chunk.tokens, *analyser.analyse(chunk.title), *chunk.keywords]))
+# A line each keyword or question: no word of one joins a word of the next. What comes with tokens is not analysed.
+_TEXTS: Mapping[str, Callable[[TextFields], str]] = MappingProxyType(
+    {
+        "content": lambda chunk: chunk.text if chunk.tokens is None else "",
+        "title": lambda chunk: chunk.title,
+        "keywords": lambda chunk: "\n".join(chunk.keywords),
+        "questions": lambda chunk: "\n".join(chunk.questions),
+    }
+)
+
+
+def _ragflow_ids(chunks: Sequence[TextFields], analyser: Analyser) -> list[Ids]:
+    ids = analyser.ragflow_ids(
+        [() if chunk.tokens is not None else (chunk.text, chunk.title, *chunk.keywords) for chunk in chunks]
+    )
+    for at, chunk in enumerate(chunks):
+        if chunk.tokens is not None:
+            # Who brings tokens has made them as RAGFlow does, where a keyword is one token, blanks and all.
+            ids[at] = token_ids(chunk_keys([*chunk.tokens, *analyser.analyse(chunk.title), *chunk.keywords]))
+    return ids
 
 
 def _find(tokens: Sequence[str], chunks: Sequence[Ids]) -> Finds:
     """Look for distinct tokens in all chunks at once, by their ids."""
     ids = np.fromiter(map(hash, tokens), dtype=np.int64, count=len(tokens))
-    order = np.argsort(ids, kind="stable")
     everything = np.concatenate([*chunks, ids[:0]])
-    places = np.searchsorted(ids[order], everything)
+    near = _sieved(everything, ids)
+    order = np.argsort(ids, kind="stable")
+    places = np.searchsorted(ids[order], everything[near])
     places[places == ids.size] = 0
-    found = np.flatnonzero(ids[order][places] == everything) if ids.size else np.zeros(0, dtype=np.intp)
-    owners = np.repeat(np.arange(len(chunks)), [held.size for held in chunks])
-    return Finds(owners[found], order[places[found]])
+    there = ids[order][places] == everything[near] if ids.size else np.zeros(0, dtype=np.bool_)
+    ends = np.cumsum([held.size for held in chunks], dtype=np.intp)
+    return Finds(np.searchsorted(ends, near[there], side="right"), order[places[there]])
+
+
+def _sieved(everything: Ids, wanted: Ids) -> NDArray[np.intp]:
+    """Tell where an id may be one that is wanted, by its last bits: most of a chunk's words are in no query."""
+    size = 1 << (16 * wanted.size + 1024).bit_length()
+    seen = np.zeros(size, dtype=np.bool_)
+    seen[wanted & (size - 1)] = True
+    return np.flatnonzero(seen[everything & (size - 1)])
