@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "rerankq_worker.cache": _DATA,
     "rerankq_worker.reranker": _DATA | {"rerankq_worker.engine", "rerankq_worker.fusion", "rerankq_worker.cache"},
     "rerankq_worker.gate": set(),
+    "rerankq_worker.doorbell": {"rerankq.broker"},
     "rerankq_worker.slots": set(),
     "rerankq_worker.leases": _DATA | {"rerankq.ledger"},
     "rerankq_worker.sweeping": _DATA | {"rerankq.ledger"},

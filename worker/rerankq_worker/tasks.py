@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import Empty
 from typing import Any, TypeVar
 
 from celery import bootsteps, signals
@@ -36,7 +37,7 @@ from rerankq.ledger import Call, Claim, Ledger, calls, connect
 from rerankq.placing import suffix_of
 from rerankq.settings import Settings
 
-from . import cache, engine
+from . import cache, doorbell, engine
 from .engine import Batcher, EngineClosed, EngineDied, EngineError
 from .fusion.analyser import Analyser
 from .gate import Gate
@@ -335,6 +336,21 @@ class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
             self.connection.close = lambda: None
         super().on_connection_error_after_connected(exc)
 
+    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
+        """Make what takes messages in: doorbells. Anything else is dropped, where Celery might end or keep its slot."""
+        take_in = super().create_task_handler(*args, **options)
+
+        def take_in_or_drop(message: Any) -> None:
+            with _dropping(self.connection_errors):
+                try:
+                    message.headers = doorbell.headers_of(message.headers, message.payload)
+                    take_in(message)
+                except Exception:
+                    message.reject_log_error(logger, self.connection_errors)
+                    raise
+
+        return take_in_or_drop
+
 
 class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
     """Listens to each queue while there is a slot for it; to the bulk queue on a channel of its own.
@@ -420,6 +436,32 @@ def _open(channel: Any, has_room: Callable[[], bool]) -> None:
     channel.qos.can_consume = lambda: has_room() and asked()
     # kombu would cross out what it never wrote down, see ``heard``.
     channel.qos.ack = lambda _: None
+    channel.handlers["BRPOP"] = _reading(channel.handlers["BRPOP"], channel.connection)
+
+
+def _reading(read: Callable[[], Any], transport: Any) -> Callable[[], Any]:
+    """Read from Redis what is no message at all, and go on; kombu would end the worker. It is out of the queue then."""
+
+    def read_or_drop() -> Any:
+        with _dropping((Empty, *transport.connection_errors, *transport.channel_errors)):
+            return read()
+        raise Empty
+
+    return read_or_drop
+
+
+@contextmanager
+def _dropping(but: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Swallow what a message without sense raises."""
+    try:
+        yield
+    except Exception as error:
+        # Of kombu's connection errors, KeyError too; but what lacks a key is most likely the message.
+        if isinstance(error, but) and not isinstance(error, KeyError):
+            raise
+        # Not the message's words: they may be anybody's, and of any length.
+        said = error if isinstance(error, doorbell.NoDoorbell) else type(error).__name__
+        logger.warning("dropped a message that is no doorbell: %s", said)
 
 
 class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types

@@ -1,0 +1,59 @@
+"""Doorbells: what the client sends is let in, and nothing else, whatever it is."""
+
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rerankq_worker.doorbell import NoDoorbell, headers_of
+
+HEADERS = {"task": "rerankq.rerank", "id": "a", "lang": "py", "eta": None, "expires": None}
+REST = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda parts: st.lists(parts, max_size=4) | st.dictionaries(st.text(max_size=8), parts, max_size=4),
+)
+
+
+def test_what_the_client_sends_is_a_doorbell():
+    kept = headers_of(HEADERS, [["an-id"], {}, REST])
+    assert (kept["task"], kept["id"], kept["argsrepr"]) == ("rerankq.rerank", "a", "an-id")
+    assert (
+        headers_of(HEADERS | {"argsrepr": '"why tides?" 2 chunks'}, [["x"], {}, REST])["argsrepr"]
+        == '"why tides?" 2 chunks'
+    )
+
+
+@pytest.mark.parametrize("name", ["eta", "expires", "timelimit", "retries", "stamps", "group", "shadow"])
+def test_headers_that_celery_would_obey_are_left_out(name: str):
+    assert name not in headers_of(HEADERS | {name: "soon"}, [["an-id"], {}, REST])
+
+
+@pytest.mark.parametrize(
+    ("headers", "payload"),
+    [
+        (HEADERS | {"task": "os.system"}, [["a"], {}, REST]),
+        (HEADERS | {"id": ["a"]}, [["a"], {}, REST]),
+        (HEADERS, [[3], {}, REST]),
+        (HEADERS, [["a", "b"], {}, REST]),
+        (HEADERS, [["a" * 129], {}, REST]),
+        (HEADERS, [["a\nb"], {}, REST]),
+        (HEADERS, [["a"], {"more": 1}, REST]),
+        (HEADERS, [["a"], {}, REST | {"chain": [{"task": "rerankq.rerank"}]}]),
+    ],
+)
+def test_what_is_almost_one_is_none(headers: object, payload: object):
+    with pytest.raises(NoDoorbell):
+        headers_of(headers, payload)
+
+
+@settings(deadline=None)
+@given(
+    headers=anything | st.builds(lambda more: HEADERS | more, st.dictionaries(st.text(), anything)), payload=anything
+)
+def test_whatever_it_is_it_is_a_doorbell_or_said_to_be_none(headers: object, payload: object):
+    with suppress(NoDoorbell):  # and nothing else is raised
+        headers_of(headers, payload)
+        assert isinstance(payload[0][0], str), "it is one after all"
