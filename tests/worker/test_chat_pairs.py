@@ -79,46 +79,59 @@ any_text = st.one_of(
 by_property = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+#: Chunks behind a space, behind a line break, and between special tokens.
+RENDERINGS = [
+    QWEN3,
+    Rendering("<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    Rendering("Which chunk answers this?\n", "<|im_start|>", "<|im_end|>"),
+]
+#: Openings of their chunks.
+OPENINGS = [" ", "\n", ""]
+#: Beyond what any query below has.
+WHOLE_QUERY = 512
+
+
+@pytest.fixture(scope="module")
+def joined(qwen):
+    """Ones that go on remembering from example to example."""
+    return [ChatPairs(qwen, rendering, max_length=1024) for rendering in RENDERINGS]
+
+
+@pytest.mark.parametrize("at", range(len(RENDERINGS)))
 @given(query=any_text, chunk=any_text)
 @by_property
-def test_joined_ids_equal_those_of_the_whole_text(qwen, query, chunk):
-    ours = known_pairs(qwen)
-    [pair] = ours.pairs(query, [chunk])
-    assert pair.ids.tolist() == ids_of(qwen, QWEN3(query, chunk))
+def test_joined_ids_equal_those_of_the_whole_text(qwen, joined, at, query, chunk):
+    [pair] = joined[at].pairs(query, [chunk], query_max_tokens=WHOLE_QUERY)
+    assert pair.ids.tolist() == ids_of(qwen, RENDERINGS[at](query, chunk))
     assert (pair.second_from, pair.truncated) == (pair.length, False)
 
 
+@pytest.mark.parametrize("at", range(len(RENDERINGS)))
 @given(
     query=st.sampled_from(["", "q", "fever?", "pain\n", " 痛"]),
     begin=any_text,
     words=st.lists(st.sampled_from(" ".join(TEXTS).split()), min_size=30, max_size=60),
-    kept=st.integers(12, 30),
+    kept=st.integers(20, 30),
 )
-@by_property
-def test_a_chunk_too_long_is_cut_before_the_fixed_end_and_nowhere_else(qwen, query, begin, words, kept):
-    chunk = begin + " ".join(words)
-    whole, end = ids_of(qwen, QWEN3(query, chunk)), ids_of(qwen, QWEN3.after)
-    length = len(ids_of(qwen, QWEN3(query, ""))) + kept
-    [pair] = known_pairs(qwen).pairs(query, [chunk], max_length=length)
+@settings(by_property, max_examples=60)
+def test_a_chunk_too_long_is_cut_before_the_fixed_end_and_nowhere_else(qwen, joined, at, query, begin, words, kept):
+    chunk, render = begin + " ".join(words), RENDERINGS[at]
+    whole, end = ids_of(qwen, render(query, chunk)), ids_of(qwen, render.after)
+    length = len(ids_of(qwen, render(query, ""))) + kept
+    [pair] = joined[at].pairs(query, [chunk], max_length=length)
     assert pair.ids.tolist() == whole[: length - len(end)] + end
     assert pair.truncated
 
 
-MADE = {}
-
-
-def known_pairs(tokenizer):
-    """One that goes on remembering from example to example."""
-    return MADE.setdefault(id(tokenizer), ChatPairs(tokenizer, QWEN3, max_length=1024))
-
-
 @pytest.mark.parametrize(("max_length", "query_max_tokens"), [(200, 128), (200, 4), (150, 128)])
-def test_a_long_query_keeps_half_the_room_at_most_and_the_chunk_gets_the_rest(qwen, max_length, query_max_tokens):
+def test_a_long_query_keeps_half_the_room_at_most_and_the_chunk_gets_the_rest(
+    qwen, joined, max_length, query_max_tokens
+):
     # Without a chunk the space before it is a token of its own.
     room = max_length - len(ids_of(qwen, QWEN3("", ""))) + 1
     limit = min(query_max_tokens, room // 2)
     query, chunk = "fever pain and adults " * 40, TEXTS[1] * 20
-    [pair] = known_pairs(qwen).pairs(query, [chunk], max_length=max_length, query_max_tokens=query_max_tokens)
+    [pair] = joined[0].pairs(query, [chunk], max_length=max_length, query_max_tokens=query_max_tokens)
     text = qwen.decode(pair.ids.tolist(), skip_special_tokens=False)
     begin, end = text.index("<Query>: ") + 9, text.rindex("\n<Document>: ")
     kept = text[begin:end]
@@ -129,18 +142,18 @@ def test_a_long_query_keeps_half_the_room_at_most_and_the_chunk_gets_the_rest(qw
     assert (pair.length, pair.truncated) == (max_length, True)
 
 
-def test_a_chunk_begins_where_tokens_never_run_together(qwen):
-    ours = rendered_pairs(qwen, QWEN3, max_length=512)
-    assert ours.joins
-    # A space belongs to the word behind it: were it left with the query, every chunk's first token would be another.
-    assert ids_of(qwen, ": which") != ids_of(qwen, ": ") + ids_of(qwen, "which")
+@pytest.mark.parametrize(("render", "opening"), list(zip(RENDERINGS, OPENINGS, strict=True)))
+def test_a_chunk_begins_at_the_last_place_before_it_where_tokens_never_run_together(qwen, render, opening):
+    ours = ChatPairs(qwen, render, max_length=512)
+    ours._chunks._tokenizer = Recording(qwen, calls := [])
+    ours.pairs(QUERY, ["a chunk"])
+    assert calls == [[f"{opening}a chunk"]]
 
 
 def test_chunks_are_remembered_from_query_to_query(qwen):
     ours = ChatPairs(qwen, QWEN3, max_length=512)
     first = ours.pairs(QUERY, TEXTS)
-    calls = []
-    ours._chunks._tokenizer = Recording(qwen, calls)
+    ours._chunks._tokenizer = Recording(qwen, calls := [])
     again = ours.pairs("another one", [*TEXTS, "a new one"])
     assert calls == [[" a new one"]]
     assert [pair.ids[-1] for pair in first] == [pair.ids[-1] for pair in again[:-1]]
@@ -158,9 +171,9 @@ class Recording:
         return self.tokenizer.encode_batch_fast(texts, **options)
 
 
-def test_of_an_endless_chunk_and_query_only_the_beginning_is_read(qwen):
+def test_of_an_endless_chunk_and_query_only_the_beginning_is_read(joined):
     endless = "word and another " * 600_000
-    [pair] = known_pairs(qwen).pairs(endless, [endless])
+    [pair] = joined[0].pairs(endless, [endless])
     assert (pair.length, pair.truncated) == (1024, True)
 
 
@@ -169,9 +182,10 @@ def test_of_an_endless_chunk_and_query_only_the_beginning_is_read(qwen):
 
 @given(query=any_text, chunk=any_text)
 @settings(by_property, max_examples=50)
-def test_whole_chats_equal_joined_ones_wherever_nothing_is_cut(qwen, query, chunk):
+def test_whole_chats_equal_joined_ones_wherever_nothing_is_cut(qwen, joined, query, chunk):
     whole = WholeChats(qwen, QWEN3, max_length=1024)
-    assert listed(whole.pairs(query, [chunk])) == listed(known_pairs(qwen).pairs(query, [chunk]))
+    options = {"query_max_tokens": WHOLE_QUERY}
+    assert listed(whole.pairs(query, [chunk], **options)) == listed(joined[0].pairs(query, [chunk], **options))
 
 
 def test_a_tokeniser_that_merges_across_words_is_given_whole_texts_and_it_says_so(gemma, caplog):
@@ -200,8 +214,8 @@ def test_whole_texts_are_cut_by_the_same_rule(gemma):
     assert [pair.truncated for pair in ours.pairs("q", ["short", chunk * 50])] == [False, True]
 
 
-def test_no_room_is_a_clear_error(qwen, gemma):
-    for ours in (known_pairs(qwen), rendered_pairs(gemma, QWEN3, max_length=512)):
+def test_no_room_is_a_clear_error(joined, gemma):
+    for ours in (joined[0], rendered_pairs(gemma, QWEN3, max_length=512)):
         with pytest.raises(ValueError, match="no room"):
             ours.pairs("q", ["c"], max_length=20)
 

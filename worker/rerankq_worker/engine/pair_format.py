@@ -87,9 +87,10 @@ def rendered_pairs(
 def _render_of(model: Any, prompt: str) -> Render | None:
     """Take the checkpoint's chat template, or None where pairs are two texts."""
     reader = model[0]
-    if "message" not in reader.modality_config:
+    reads = getattr(reader, "modality_config", {})
+    if "message" not in reads:
         return None
-    structured = reader.modality_config["message"].get("format") == "structured"
+    structured = reads["message"].get("format") == "structured"
     asked = reader.processing_kwargs.get("chat_template", {})
     options = {name: value for name, value in asked.items() if name not in _NOT_FOR_RENDERING}
 

@@ -86,18 +86,28 @@ class WholeChats:
         text = sound(query)
         asked = head_of(text, characters_for(room.query))
         asked = self._shorter(asked, max(0, self._count(asked) - room.query))
-        return [self._pair(asked, chunk, length, query_cut=len(asked) < len(text)) for chunk in chunks]
+        return self._cut_to(length, asked, [sound(chunk) for chunk in chunks], query_cut=len(asked) < len(text))
 
-    def _pair(self, query: str, chunk: str, length: int, *, query_cut: bool) -> TokenisedPair:
-        text = sound(chunk)
-        shown = head_of(text, characters_for(length))
-        ids = self._ids(self._render(query, shown))
-        while len(ids) > length:
-            if not shown:
-                raise ValueError(f"max_length {length} leaves no room for a chunk beside this query")
-            shown = self._shorter(shown, len(ids) - length)
-            ids = self._ids(self._render(query, shown))
-        return TokenisedPair(np.array(ids, np.int32), len(ids), query_cut or len(shown) < len(text))
+    def _cut_to(self, length: int, query: str, chunks: Sequence[str], *, query_cut: bool) -> list[TokenisedPair]:
+        """Cut chunks again and again until the whole is no longer than it may be: a cut moves tokens about."""
+        shown = [head_of(chunk, characters_for(length)) for chunk in chunks]
+        ids: list[list[int]] = [[]] * len(chunks)
+        longer = list(range(len(chunks)))
+        while longer:
+            whole = [self._render(query, shown[at]) for at in longer]
+            for at, encoding in zip(
+                longer, self._tokenizer.encode_batch_fast(whole, add_special_tokens=False), strict=True
+            ):
+                ids[at] = encoding.ids
+            longer = [at for at in longer if len(ids[at]) > length]
+            for at in longer:
+                if not shown[at]:
+                    raise ValueError(f"max_length {length} leaves no room for a chunk beside this query")
+                shown[at] = self._shorter(shown[at], len(ids[at]) - length)
+        return [
+            TokenisedPair(np.array(ids[at], np.int32), len(ids[at]), query_cut or len(shown[at]) < len(chunks[at]))
+            for at in range(len(chunks))
+        ]
 
     def _shorter(self, text: str, tokens: int) -> str:
         """Cut so many tokens, or a little more, off the end of a text."""
