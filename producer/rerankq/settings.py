@@ -55,8 +55,11 @@ class Settings(BaseSettings):
         default=[], description="Models that the deployment lists (commas): accepted while no worker for them is alive."
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto = bfloat16 on GPUs and on CPUs with AMX, else float32."
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto", description="auto = bfloat16 where the device multiplies it faster, else float32."
+    )
+    runtime: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="What computes the model; auto = OpenVINO on a CPU where it is installed, else torch."
     )
     max_batch_tokens: int | Literal["auto"] = Field("auto", description="Padded tokens per forward pass.")
     concurrency: int = Field(32, ge=1, le=1024, description="Jobs in flight per worker.")

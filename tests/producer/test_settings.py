@@ -52,7 +52,7 @@ def test_all_mistakes_are_told_together(monkeypatch: pytest.MonkeyPatch):
         "LEASE_S": "soon",
         "CONCURRENCY": "0",
         "BROKER_URL": "http://:secret@x",
-        "DTYPE": "int8",
+        "DTYPE": "int4",
         "MAX_BATCH_TOKENS": "some",
         "LEDGER_URL": "amqp://x",
     }

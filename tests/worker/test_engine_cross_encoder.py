@@ -60,6 +60,11 @@ NAMED = {
 FAMILIES = sorted(SPECIALS)
 
 
+def load(model, **options):
+    """Load for torch, whatever else is installed."""
+    return engine.load(model, runtime="torch", **options)
+
+
 def template(tokenizer, first, last, pair):
     return processors.TemplateProcessing(
         single=f"{first} $A {last}",
@@ -160,12 +165,12 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engines(folders):
-    return {family: engine.load(str(folder), dtype="float32", threads=1) for family, folder in folders.items()}
+    return {family: load(str(folder), dtype="float32", threads=1) for family, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
 def bundled():
-    return engine.load("bundled", dtype="float32", threads=1)
+    return load("bundled", dtype="float32", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +225,7 @@ def test_what_can_run_without_padding_does(engines, bundled):
 
 
 def test_padding_can_be_asked_for_and_changes_no_logit(bundled):
-    asked = engine.load(str(BUNDLED), padded=True)
+    asked = load(str(BUNDLED), dtype="float32", padded=True)
     pairs = real_pairs(12)
     assert asked.padded
     assert asked.fingerprint == bundled.fingerprint
@@ -235,7 +240,7 @@ def test_a_model_whose_logits_change_without_padding_runs_padded_and_says_so(
     expected = engines["bert"].score(pairs)
     honest = FlattenedPass.__call__
     monkeypatch.setattr(FlattenedPass, "__call__", lambda self, batch: fault(honest(self, batch)))
-    wary = engine.load(str(folders["bert"]), dtype="float32")
+    wary = load(str(folders["bert"]), dtype="float32")
     assert wary.padded
     assert "runs padded" in caplog.text
     np.testing.assert_allclose(wary.score(pairs), expected, rtol=0, atol=1e-5)
@@ -251,7 +256,7 @@ def test_logits_are_raw_although_the_checkpoint_asks_for_a_sigmoid(bundled):
 def test_logits_in_reduced_precision_stay_near_and_apart(bundled, dtype, tolerance):
     # Measured on 96 pairs of SciFact: at most 0.034 in bfloat16 and 0.003 in float16, where the logits spread by 0.8.
     pairs = real_pairs(24 if dtype == "bfloat16" else 4)  # a CPU is slow in float16
-    reduced = engine.load("bundled", dtype=dtype, threads=1)
+    reduced = load("bundled", dtype=dtype, threads=1)
     logits = reduced.score(pairs)
     np.testing.assert_allclose(logits, bundled.score(pairs), atol=tolerance)
     # A last layer in sixteen bits would make many of them equal.
@@ -270,7 +275,7 @@ def test_a_score_does_not_depend_on_its_batch_mates(engines, family):
 
 def test_scores_come_in_the_order_of_the_pairs_whatever_their_batches(bundled):
     pairs = [(query, text) for text in TEXTS for query in (QUERY, "q")]
-    small = engine.load("bundled", dtype="float32", threads=1, max_batch_tokens=64)
+    small = load("bundled", dtype="float32", threads=1, max_batch_tokens=64)
     np.testing.assert_allclose(small.score(pairs), bundled.score(pairs), atol=1e-5)
     np.testing.assert_allclose(small.score(pairs[::-1]), bundled.score(pairs)[::-1], atol=1e-5)
 
@@ -285,14 +290,14 @@ def test_nothing_to_score_gives_nothing(bundled):
 def test_the_maximum_length_is_what_position_table_and_tokeniser_allow(engines, bundled, folders):
     assert {family: one.max_length for family, one in engines.items()} == dict.fromkeys(FAMILIES, 96)
     assert bundled.max_length == 512
-    assert engine.load(str(folders["bert"]), max_length=40, threads=1).max_length == 40
+    assert load(str(folders["bert"]), max_length=40, threads=1).max_length == 40
     with pytest.raises(ValueError, match="more than this model reads"):
-        engine.load(str(folders["bert"]), max_length=97, threads=1)
+        load(str(folders["bert"]), max_length=97, threads=1)
 
 
 def test_positions_of_the_roberta_family_end_before_the_table(tmp_path):
     folder = save_checkpoint(tmp_path, "xlm-r", max_length=10_000)
-    one = engine.load(str(folder), threads=1)
+    one = load(str(folder), threads=1)
     assert one.max_length == 96
     assert np.isfinite(one.score([("q", TEXTS[8] * 5)])).all()
 
@@ -300,7 +305,7 @@ def test_positions_of_the_roberta_family_end_before_the_table(tmp_path):
 def test_a_model_with_several_labels_is_refused(tmp_path):
     folder = save_checkpoint(tmp_path, "bert", labels=3)
     with pytest.raises(ModelUnusable, match="3 scores per pair"):
-        engine.load(str(folder), threads=1)
+        load(str(folder), threads=1)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -309,14 +314,14 @@ def test_an_encoder_without_a_trained_last_layer_is_refused(tmp_path):
     config = BertConfig.from_pretrained(folder)
     BertModel(config).save_pretrained(folder)
     with pytest.raises(ModelUnusable, match="no trained weights"):
-        engine.load(str(folder), threads=1)
+        load(str(folder), threads=1)
 
 
 def test_pickled_weights_are_not_loaded(tmp_path):
     folder = save_checkpoint(tmp_path, "bert")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelUnusable, match="safetensors"):
-        engine.load(str(folder), threads=1)
+        load(str(folder), threads=1)
 
 
 def test_a_broken_weights_file_is_one_clear_error(tmp_path):
@@ -324,7 +329,7 @@ def test_a_broken_weights_file_is_one_clear_error(tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelUnusable, match=str(folder)):
-        engine.load(str(folder), threads=1)
+        load(str(folder), threads=1)
 
 
 def test_the_fingerprint_follows_the_content_and_the_precision_and_nothing_else(folders, engines, tmp_path):
@@ -333,16 +338,16 @@ def test_the_fingerprint_follows_the_content_and_the_precision_and_nothing_else(
     for file in folders["bert"].iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     known = engines["bert"].fingerprint
-    assert engine.load(str(copy), dtype="float32", threads=1, max_batch_tokens=99).fingerprint == known
+    assert load(str(copy), dtype="float32", threads=1, max_batch_tokens=99).fingerprint == known
     assert (
-        engine.load(str(copy), dtype="bfloat16", threads=1).fingerprint
-        == engine.load(str(copy), dtype="float16", threads=1).fingerprint
+        load(str(copy), dtype="bfloat16", threads=1).fingerprint
+        == load(str(copy), dtype="float16", threads=1).fingerprint
         != known
     )
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-2] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    assert engine.load(str(copy), dtype="float32", threads=1).fingerprint != known
+    assert load(str(copy), dtype="float32", threads=1).fingerprint != known
     assert len({one.fingerprint for one in engines.values()}) == len(engines)
 
 
@@ -358,7 +363,7 @@ def test_an_engine_says_what_it_is(engines, folders):
 )
 def test_a_wrong_option_is_a_clear_error(folders, options, complaint):
     with pytest.raises((engine.EngineError, ValueError), match=complaint):
-        engine.load(str(folders["bert"]), threads=1, **options)
+        load(str(folders["bert"]), threads=1, **options)
 
 
 def test_the_threads_of_the_tokenisers_do_not_complain_after_a_fork(bundled):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rerankq_worker.engine.attention import runs_of
 from rerankq_worker.engine.first_token import FirstTokenLayer, shorten
 from rerankq_worker.engine.forms import form_of
+from rerankq_worker.engine.openvino_pass import OpenVinoPass
 from rerankq_worker.engine.passes import FlattenedPass, Inputs, PaddedPass
 from rerankq_worker.engine.protocol import TokenisedPair
 
@@ -97,11 +98,11 @@ def pairs_of(lengths: list[int], seed: int = 5, lowest: int = 4) -> list[Tokenis
 
 
 @pytest.fixture(scope="module")
-def run() -> Callable[[str, type, list[TokenisedPair]], tuple[np.ndarray, np.ndarray]]:
+def run() -> Callable[[str, Callable[..., Any], list[TokenisedPair]], tuple[np.ndarray, np.ndarray]]:
     """Run a batch through a pass of a family; answers its logits and those of each pair alone."""
-    made: dict[tuple[str, type], Any] = {}
+    made: dict[tuple[str, Callable[..., Any]], Any] = {}
 
-    def make(name: str, kind: type) -> Any:
+    def make(name: str, kind: Callable[..., Any]) -> Any:
         family = FAMILIES[name]
         model = model_of(family)
         form = form_of(model, family.yes_or_no)
@@ -112,7 +113,7 @@ def run() -> Callable[[str, type, list[TokenisedPair]], tuple[np.ndarray, np.nda
 
     twins = {name: model_of(family) for name, family in FAMILIES.items()}
 
-    def run(name: str, kind: type, batch: list[TokenisedPair]) -> tuple[np.ndarray, np.ndarray]:
+    def run(name: str, kind: Callable[..., Any], batch: list[TokenisedPair]) -> tuple[np.ndarray, np.ndarray]:
         if (name, kind) not in made:
             made[name, kind] = make(name, kind)
         with torch.inference_mode():
@@ -122,11 +123,20 @@ def run() -> Callable[[str, type, list[TokenisedPair]], tuple[np.ndarray, np.nda
     return run
 
 
+def compiled(model: Any, form: Any, inputs: Inputs) -> OpenVinoPass:
+    return OpenVinoPass(PaddedPass(model, form, inputs), inputs, dtype="float32", threads=1)
+
+
 LENGTHS = [[17, 90, 90, 64, 33, 2, 110], [9], [40, 40, 40], [2, 2], [100, 3]]
 
 
-@pytest.mark.parametrize("kind", [FlattenedPass, PaddedPass])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in FAMILIES for kind in (FlattenedPass, PaddedPass)),
+        *((name, compiled) for name in ("bert", "xlm-r", "modernbert, mean", "qwen3, yes or no")),
+    ],
+)
 def test_logits_equal_those_of_each_pair_alone(run, name, kind):
     for lengths in LENGTHS:
         logits, expected = run(name, kind, pairs_of(lengths))

@@ -79,7 +79,11 @@ class Worker:
         self.stopping = threading.Event()
 
         self.engine = engine.load(
-            self.model, settings.device, settings.dtype, max_batch_tokens=settings.max_batch_tokens
+            self.model,
+            settings.device,
+            settings.dtype,
+            max_batch_tokens=settings.max_batch_tokens,
+            runtime=settings.runtime,
         )
         self.batcher = Batcher(self.engine)
         analyser = Analyser()

@@ -5,6 +5,7 @@ Importing this loads no torch; loading a model other than the stub does.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from .batcher import Batcher
@@ -17,6 +18,7 @@ from .errors import (
     ModelUnusable,
     PairFailed,
     TicketCancelled,
+    Unconvertible,
 )
 from .protocol import QUERY_MAX_TOKENS, Engine, Flight, Landed, Logits, TokenisedPair
 from .stub import AsynchronousStubEngine, StubEngine, parse_stub
@@ -46,6 +48,8 @@ __all__ = [
     "load",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 def load(
     model: str,
@@ -55,17 +59,20 @@ def load(
     max_length: int | None = None,
     max_batch_tokens: int | str = "auto",
     threads: int | None = None,
+    runtime: str = "auto",
     padded: bool | None = None,
 ) -> Engine:
     """Load a model and run it once, so that the first job pays no start-up cost.
 
     ``model`` is ``stub`` or ``stub:SECONDS_PER_TOKEN``, ``bundled``, a local folder, or a name on the Hugging Face
     hub: any sentence-transformers ``CrossEncoder`` checkpoint with one label and weights in safetensors. ``dtype`` is
-    ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 on CUDA and on CPUs that multiply it in tiles (AMX),
-    else float32. ``max_length`` is in tokens and may lower the model's own; ``max_batch_tokens`` are those of a batch,
-    padding included. ``padded`` (default: only where nothing else is possible) pads the pairs of a batch to equal
-    length. ``threads`` (default: every core available) counts on a CPU alone, for the whole process. On Linux a CPU
-    engine gains from ``allocator_environment()``, which only a parent process can set.
+    ``float32``, ``bfloat16``, ``float16``, ``int8``, or ``auto``: bfloat16 where the device multiplies it faster (CUDA,
+    CPUs with AMX or AVX-512 BF16), else float32. ``runtime`` is ``torch``, ``openvino`` (on CPUs), or ``auto``: the
+    faster of those that are installed and run the model. ``max_length`` is in tokens and may lower the model's own;
+    ``max_batch_tokens`` are those of a batch, padding included. ``padded`` tells torch whether to pad the pairs of a
+    batch to equal length (default: only where nothing else is possible). ``threads`` (default: every core available)
+    counts on a CPU alone, for the whole process. On Linux a CPU engine gains from ``allocator_environment()``, which
+    only a parent process can set.
 
     Raises ModelUnusable, saying what was tried, EngineError for a device that is not there, and ValueError.
     """
@@ -76,7 +83,14 @@ def load(
         _load_stub(model, max_length, budget)
         if model.partition(":")[0] == "stub"
         else _load_cross_encoder(
-            model, budget, device=device, dtype=dtype, max_length=max_length, threads=threads, padded=padded
+            model,
+            budget,
+            device=device,
+            dtype=dtype,
+            max_length=max_length,
+            threads=threads,
+            runtime=runtime if padded is None else "torch",
+            padded=padded,
         )
     )
     engine.warm_up()
@@ -92,12 +106,18 @@ def _load_stub(model: str, max_length: int | None, budget: int | None) -> Engine
     )
 
 
-def _load_cross_encoder(model: str, budget: int | None, **options: Any) -> Engine:
+def _load_cross_encoder(model: str, budget: int | None, *, runtime: str, **options: Any) -> Engine:
     folder = find_checkpoint(model)
     # Torch takes seconds to import and a gigabyte of address space: only whoever loads a model pays.
     from .cross_encoder import CrossEncoderEngine  # noqa: PLC0415
 
-    return CrossEncoderEngine(folder, name=model, max_batch_tokens=budget, **options)
+    try:
+        return CrossEncoderEngine(folder, name=model, max_batch_tokens=budget, runtime=runtime, **options)
+    except Unconvertible as error:
+        if runtime != "auto":
+            raise ModelUnusable(f"model {model!r} does not run on {runtime}: {error}") from error
+        logger.warning("model %s runs on torch, which is slower here than OpenVINO: %s", model, error)
+    return CrossEncoderEngine(folder, name=model, max_batch_tokens=budget, runtime="torch", **options)
 
 
 def _batch_tokens(asked: int | str) -> int | None:

@@ -28,19 +28,19 @@ def quota_cores(cpu_max: str, *, otherwise: int) -> int:
     return math.ceil(int(quota) / int(period))
 
 
-def has_amx_bf16() -> bool:
-    """Tell whether this CPU multiplies bfloat16 matrices in tiles (AMX): there bfloat16 is several times faster."""
-    return names_amx_bf16(_read(_CPUINFO))
+def multiplies_bfloat16() -> bool:
+    """Tell whether this CPU has instructions that multiply bfloat16 matrices faster than float32 ones."""
+    return names_bfloat16(_read(_CPUINFO))
 
 
-def names_amx_bf16(cpuinfo: str) -> bool:
-    r"""Find the flag in the text of ``/proc/cpuinfo``.
+def names_bfloat16(cpuinfo: str) -> bool:
+    r"""Find a flag of them in the text of ``/proc/cpuinfo``: vectors (AVX-512) or tiles (AMX).
 
-    >>> names_amx_bf16("flags\t: fpu avx512_bf16 amx_bf16 amx_tile"), names_amx_bf16("flags\t: fpu avx512_bf16")
+    >>> names_bfloat16("flags\t: fpu avx512f avx512_bf16"), names_bfloat16("flags\t: fpu avx512f avx512_vnni")
     (True, False)
     """
     flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
-    return "amx_bf16" in flags.split()
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
 
 
 def allocator_environment() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from sentence_transformers.cross_encoder.modules.logit_score import LogitScore
 
 from .checkpoint import fingerprint
 from .cores import available_cores
-from .device import choose_device, choose_dtype
+from .device import choose_device, multiplies_bfloat16_faster
+from .errors import Unconvertible
 from .first_token import shorten
 from .forms import Form, form_of
 from .loading import load_model, readable_length
 from .pair_format import pair_tokeniser_for
 from .passes import FlattenedPass, Inputs, PaddedPass, Pass, WholeModel
 from .protocol import QUERY_MAX_TOKENS, Flight, Landed, Logits, TokenisedPair, score_in_batches
+from .runtimes import PRECISIONS, Facts, choose, openvino_installed
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ACCELERATOR = 32_768
 #: Two ways through a model may differ by this much: rounding, in float32 and in the reduced precisions.
-_SAME = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
+_SAME = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.25, "int8": 1.0}
 _PROBE = ("which way is shorter?", ["one", "the other, with a few words more", "a third " * 40])
 
 
@@ -51,11 +54,16 @@ class CrossEncoderEngine:
         max_batch_tokens: int | None = None,
         threads: int | None = None,
         padded: bool | None = None,
+        runtime: str = "auto",
     ) -> None:
         where = choose_device(device)
-        kind = choose_dtype(dtype, where)
+        facts = Facts(where.type, multiplies_bfloat16_faster(where), openvino_installed())
+        self.runtime, self.dtype = astuple(choose(runtime, dtype, facts))
+        self._threads = threads or available_cores()
         if where.type == "cpu":
-            torch.set_num_threads(threads or available_cores())
+            torch.set_num_threads(self._threads)
+        # OpenVINO converts float32 weights into what it computes in.
+        kind = torch.float32 if self.runtime == "openvino" else getattr(torch, self.dtype)
         model = load_model(folder, name, where, kind)
         self._device = where
         self._tokeniser = pair_tokeniser_for(model, max_length=readable_length(model, max_length))
@@ -63,11 +71,9 @@ class CrossEncoderEngine:
         self.name = name
         self.max_length = self._tokeniser.max_length
         self.max_batch_tokens = max_batch_tokens or _BATCH_TOKENS.get(where.type, _BATCH_TOKENS_ACCELERATOR)
-        self.dtype = str(kind).removeprefix("torch.")
         self.device = str(where)
-        precision = "fp32" if kind is torch.float32 else "reduced"
         template = f"{self._tokeniser.template} types={with_types}"
-        self.fingerprint = fingerprint(folder, precision=precision, template=template)
+        self.fingerprint = fingerprint(folder, precision=PRECISIONS[self.dtype], template=template)
         self._run = self._choose_pass(model, padded, with_types=with_types)
         self.padded = self._run.padded
 
@@ -117,14 +123,32 @@ class CrossEncoderEngine:
         form = form_of(body, (says.true_token_id, says.false_token_id) if says is not None else None)
         # Whatever follows the transformer (pooling, a layer of its own) is known to the whole model alone.
         if form is None or len(model) != (2 if says is not None else 1):
+            if self.runtime == "openvino":
+                raise Unconvertible("its parts are not known apart")
             return WholeModel(model, inputs)
         if form.place == "first":
             shorten(getattr(body, form.backbone))
         across = PaddedPass(body, form, inputs)
+        if self.runtime == "openvino":
+            return self._compiled(across, inputs)
         # On CUDA the kernel for unpadded pairs knows the reduced precisions only.
         if padded or (self._device.type == "cuda" and self.dtype == "float32"):
             return across
         return self._flattened_or(across, body, form, inputs)
+
+    def _compiled(self, across: PaddedPass, inputs: Inputs) -> Pass:
+        """Take the pass that OpenVINO compiles, once a probe has shown that it agrees with torch."""
+        from .openvino_pass import OpenVinoPass  # noqa: PLC0415 - an extra
+
+        probe = self.tokenise(*_PROBE)
+        with torch.inference_mode():
+            expected = across(probe)
+        compiled = OpenVinoPass(across, inputs, dtype=self.dtype, threads=self._threads)
+        with torch.inference_mode():
+            difference = (compiled(probe) - expected).abs().max().item()
+        if not difference <= _SAME[self.dtype]:
+            raise Unconvertible(f"its logits differ by {difference:.2g}")
+        return compiled
 
     def _flattened_or(self, across: PaddedPass, body: Any, form: Form, inputs: Inputs) -> Pass:
         """Take the flattened pass where a probe shows that it agrees with the padded one."""
@@ -139,7 +163,7 @@ class CrossEncoderEngine:
             except Exception as error:  # noqa: BLE001 - whatever it is, the padded way is open
                 why = repr(error)
             else:
-                if difference <= _SAME[getattr(torch, self.dtype)]:
+                if difference <= _SAME[self.dtype]:
                     return flattened
                 why = f"its logits differ by {difference:.2g}"
         body.set_attn_implementation(before)

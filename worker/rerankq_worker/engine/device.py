@@ -1,13 +1,11 @@
-"""Which device a model runs on, and in which precision."""
+"""Which device a model runs on, and what it is good at."""
 
 from __future__ import annotations
 
 import torch
 
-from .cores import has_amx_bf16
+from .cores import multiplies_bfloat16
 from .errors import EngineError
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(device: str) -> torch.device:
@@ -22,14 +20,8 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Take the named type, or bfloat16 where the device computes it several times faster, else float32."""
-    if dtype != "auto":
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
-        return _DTYPES[dtype]
+def multiplies_bfloat16_faster(device: torch.device) -> bool:
+    """Tell whether the device computes bfloat16 markedly faster than float32."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and has_amx_bf16()
-    return torch.bfloat16 if fast else torch.float32
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and multiplies_bfloat16()

@@ -2,6 +2,7 @@
 
 EngineError
 ├── ModelUnusable     the model cannot be loaded, or is not a cross-encoder with one label
+├── Unconvertible     a runtime cannot run this model, or gives other logits than torch
 ├── PairFailed        this pair fails even alone; its neighbours are fine
 ├── EngineDied        the device or its thread is gone; the same pairs may succeed elsewhere
 ├── EngineClosed      the batcher was told to stop
@@ -17,6 +18,10 @@ class EngineError(Exception):
 
 class ModelUnusable(EngineError, ValueError):
     """Raised when a model cannot be found or loaded, or does not give one score per pair."""
+
+
+class Unconvertible(EngineError):
+    """Raised when a runtime cannot run a model that torch runs, or gives other logits than torch."""
 
 
 class PairFailed(EngineError):

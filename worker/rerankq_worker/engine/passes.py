@@ -65,24 +65,30 @@ class PaddedPass:
 
     def __init__(self, model: Any, form: Form, inputs: Inputs) -> None:
         self._model = model
-        self._backbone = getattr(model, form.backbone)
+        self.backbone = getattr(model, form.backbone)
         self._form = form
         self._inputs = inputs
 
     def __call__(self, batch: Sequence[TokenisedPair]) -> torch.Tensor:
         """Run one batch."""
-        inputs = padded(batch, self._inputs)
+        return self.head(self.states(padded(batch, self._inputs)))
+
+    def states(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run the backbone: the states that the head reads, shape (pairs, hidden)."""
         options = {"use_cache": False} if self._form.causal else {}
-        states = self._backbone(**inputs, **options).last_hidden_state
-        read = self._read(states, inputs["attention_mask"])
-        return self._form.head(self._model, read).reshape(len(batch)).float()
+        states = self.backbone(**inputs, **options).last_hidden_state
+        return self._read(states, inputs["attention_mask"])
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Score the states: raw logits, shape (pairs,)."""
+        return self._form.head(self._model, states).reshape(len(states)).float()
 
     def _read(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if self._form.place == "first":
             return states[:, 0]
         lengths = mask.sum(1)
         if self._form.place == "last":
-            return states[torch.arange(len(states), device=states.device), lengths - 1]
+            return states.take_along_dim((lengths - 1)[:, None, None], 1)[:, 0]
         return (states * mask[..., None]).sum(1) / lengths[:, None]
 
 

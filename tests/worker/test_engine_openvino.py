@@ -1,0 +1,105 @@
+"""OpenVINO gives torch's logits, in every precision as near as torch does, and reports to nobody."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rerankq_worker import engine
+from rerankq_worker.engine import ModelUnusable, cross_encoder
+
+SCIFACT = Path(__file__).resolve().parents[3] / "shared" / "data" / "scifact"
+QUERY = "which drug reduces fever in adults?"
+TEXTS = [
+    "Aspirin inhibits the production of prostaglandins, and so reduces fever, pain and inflammation in adults.",
+    "The capital of France is Paris; its population was 2,102,650 in 2023.",
+    "Paracetamol lowers the temperature of children. " * 9,
+    "深度学习模型在检索任务中表现出色。",
+    "short",
+    "",
+]
+
+
+def pairs():
+    if not SCIFACT.is_dir():
+        return [(query, text) for query in (QUERY, "Paris") for text in TEXTS]
+
+    def rows(name):
+        with gzip.open(SCIFACT / name, "rt", encoding="utf-8") as lines:
+            return [json.loads(line) for _, line in zip(range(4), lines, strict=False)]
+
+    return [(query["text"], chunk["text"]) for query in rows("queries.jsonl.gz") for chunk in rows("corpus.jsonl.gz")]
+
+
+@pytest.fixture(scope="module")
+def torch_engine():
+    return engine.load("bundled", "cpu", "float32", runtime="torch", threads=1)
+
+
+@pytest.fixture(scope="module")
+def engines():
+    dtypes = ("float32", "bfloat16", "int8")
+    return {dtype: engine.load("bundled", "cpu", dtype, runtime="openvino", threads=1) for dtype in dtypes}
+
+
+# Measured on 24 pairs of SciFact, whose logits spread by 3: at most 4e-6, 0.04 and 0.2.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1), ("int8", 0.4)])
+def test_logits_are_those_of_torch(engines, torch_engine, dtype, tolerance):
+    logits, expected = engines[dtype].score(pairs()), torch_engine.score(pairs())
+    assert np.ptp(expected) > 1
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance)
+    # A last layer in fewer bits would make many of them equal.
+    assert len(set(logits.tolist())) == len(set(expected.tolist()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02), ("int8", 0.1)])
+def test_a_score_does_not_depend_on_its_batch_mates(engines, dtype, tolerance):
+    batch = engines[dtype].tokenise(QUERY, TEXTS)
+    together = engines[dtype].forward(batch)
+    alone = [engines[dtype].forward([pair]).item() for pair in batch]
+    np.testing.assert_allclose(together, alone, rtol=0, atol=tolerance)
+
+
+def test_nothing_to_score_gives_nothing(engines):
+    assert engines["float32"].forward([]).shape == (0,)
+
+
+def test_scores_of_one_precision_are_shared_between_runtimes_and_of_others_are_not(engines, torch_engine):
+    assert engines["float32"].fingerprint == torch_engine.fingerprint
+    assert len({one.fingerprint for one in engines.values()}) == len(engines)
+
+
+def test_it_says_what_it_is(engines):
+    said = {(one.runtime, one.dtype, one.device, one.padded) for one in engines.values()}
+    assert said == {("openvino", dtype, "cpu", True) for dtype in engines}
+
+
+def no_form(model, yes_or_no=None):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("what", "instead"), [("form_of", no_form), ("_SAME", dict.fromkeys(cross_encoder._SAME, -1.0))]
+)
+def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(monkeypatch, caplog, what, instead):
+    monkeypatch.setattr(cross_encoder, what, instead)
+    fallen = engine.load("bundled", "cpu", "float32", threads=1)
+    assert fallen.runtime == "torch"
+    assert "runs on torch" in caplog.text
+    with pytest.raises(ModelUnusable, match="does not run on openvino"):
+        engine.load("bundled", "cpu", "float32", runtime="openvino", threads=1)
+
+
+def test_it_reports_its_use_to_nobody():
+    # Its makers' package for that must not even be imported; a process of its own, as another test may have done so.
+    script = (
+        "import sys; from rerankq_worker import engine\n"
+        "engine.load('bundled', 'cpu', 'float32', runtime='openvino')\n"
+        "print([name for name, module in sys.modules.items() if name.startswith('openvino_telemetry') and module])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,61 @@
+"""Which runtime a model gets by itself, and what is said when there is none."""
+
+import pytest
+
+from rerankq_worker.engine import EngineError
+from rerankq_worker.engine.runtimes import DTYPES, RUNTIMES, Choice, Facts, choose
+
+FULL = Facts("cpu", fast_bfloat16=True, openvino=True)
+OLD = Facts("cpu", fast_bfloat16=False, openvino=True)
+BARE = Facts("cpu", fast_bfloat16=True, openvino=False)
+GPU = Facts("cuda", fast_bfloat16=True, openvino=True)
+
+
+@pytest.mark.parametrize(
+    ("facts", "asked", "chosen"),
+    [
+        (FULL, ("auto", "auto"), ("openvino", "bfloat16")),
+        (OLD, ("auto", "auto"), ("openvino", "float32")),
+        (BARE, ("auto", "auto"), ("torch", "bfloat16")),
+        (GPU, ("auto", "auto"), ("torch", "bfloat16")),
+        (GPU, ("auto", "float16"), ("torch", "float16")),
+        (FULL, ("auto", "float16"), ("torch", "float16")),
+        (FULL, ("auto", "int8"), ("openvino", "int8")),
+        (FULL, ("torch", "auto"), ("torch", "bfloat16")),
+        (OLD, ("torch", "bfloat16"), ("torch", "bfloat16")),
+        (OLD, ("openvino", "bfloat16"), ("openvino", "bfloat16")),
+    ],
+)
+def test_the_fastest_that_is_there_is_chosen_unless_another_is_asked_for(facts, asked, chosen):
+    assert choose(*asked, facts) == Choice(*chosen)
+
+
+@pytest.mark.parametrize("facts", [FULL, OLD, BARE, GPU])
+@pytest.mark.parametrize("runtime", ["auto", *RUNTIMES])
+@pytest.mark.parametrize("dtype", ["auto", *DTYPES])
+def test_a_choice_is_what_was_asked_for_and_possible_or_an_error(facts, runtime, dtype):
+    try:
+        chosen = choose(runtime, dtype, facts)
+    except (EngineError, ValueError):
+        return
+    assert runtime in ("auto", chosen.runtime)
+    assert dtype in ("auto", chosen.dtype)
+    assert chosen.dtype in RUNTIMES[chosen.runtime]
+    assert chosen.runtime == "torch" or (facts.openvino and facts.device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("facts", "asked", "complaint"),
+    [
+        (FULL, ("onnx", "auto"), "runtime 'onnx' is none of auto, openvino, torch"),
+        (FULL, ("auto", "int4"), "dtype 'int4' is none of auto, float32"),
+        (FULL, ("openvino", "float16"), "'openvino' does not compute in float16"),
+        (FULL, ("torch", "int8"), "'torch' does not compute in int8"),
+        (BARE, ("openvino", "auto"), r"needs the runtime 'openvino': pip install 'rerankq\[openvino\]'"),
+        (BARE, ("auto", "int8"), r"int8 on the device 'cpu' needs the runtime 'openvino': pip install"),
+        (GPU, ("openvino", "auto"), "it computes on the CPU alone"),
+    ],
+)
+def test_what_cannot_be_is_said(facts, asked, complaint):
+    with pytest.raises((EngineError, ValueError), match=complaint):
+        choose(*asked, facts)
