@@ -140,7 +140,11 @@ class Reranker:
 
         began = time.perf_counter()
         pairs = self._engine.tokenise(
-            job.query, [texts[at] for at in unknown], max_length=max_length, query_max_tokens=job.query_max_tokens
+            job.query,
+            [texts[at] for at in unknown],
+            max_length=max_length,
+            query_max_tokens=job.query_max_tokens,
+            hashes=[hashes[at] for at in unknown],
         )
         scored.truncated[unknown] = [pair.truncated for pair in pairs]
         scored.tokens = sum(pair.length for pair in pairs)
