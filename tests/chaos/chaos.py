@@ -35,8 +35,9 @@ from scene.schedule import Blow, Order, Shape, blows, orders, seconds_per_token
 from scene.watching import Orphans, Watch
 
 LOOK_EVERY_S = 0.1
-# How long a blow waits for a worker that holds jobs; and how long all may take after the last blow, beside the leases.
-WAIT_FOR_JOBS_S, PATIENCE_S = 10.0, 240.0
+# How long a blow waits for a worker that holds some jobs; and how long all may take after the last blow.
+WAIT_FOR_JOBS_S, PATIENCE_S = 5.0, 240.0
+WORTH_A_BLOW = 4
 
 
 class Run:
@@ -90,7 +91,7 @@ class Run:
             if worker.hung or not self.watch.is_registered(token):
                 continue
             held = self.watch.held_by(token)
-            if not held and not at_any_rate:
+            if len(held) < WORTH_A_BLOW and not at_any_rate:
                 continue
             at = worker.kill() if blow.kind == "kill" else worker.pause()
             # Those it held when the blow fell, not those that it ended between our look and the blow.
@@ -244,7 +245,7 @@ def main() -> int:
     parser.add_argument("--lease", type=float, default=8, help="RERANKQ_LEASE_S")
     parser.add_argument("--attempts", type=int, default=3, help="RERANKQ_MAX_ATTEMPTS")
     parser.add_argument("--model", default="stub", help="`stub`, as slow as --busy wants it, or `bundled`")
-    parser.add_argument("--busy", type=float, default=0.6, help="share of the run that workers would need undisturbed")
+    parser.add_argument("--busy", type=float, default=0.75, help="share of the run that workers would need undisturbed")
     parser.add_argument("--fsync", choices=["always", "everysec"], default="everysec")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and keep no file")
     args = parser.parse_args()

@@ -51,7 +51,7 @@ def test_no_text_of_a_chunk_and_no_password_is_told_by_a_worker_that_logs_everyt
         kinds = {"task-received", "task-started", "task-succeeded", "task-failed"}
         wait_until(lambda: kinds <= {event["type"] for event in events})
         app = make_app(settings)
-        asked = app.control.inspect(timeout=1.5)
+        asked = app.control.inspect(timeout=10, limit=1)
         told = {name: getattr(asked, name)() for name in ("conf", "stats", "reserved")}
         app.close()
     assert all(told.values()), "each was answered"

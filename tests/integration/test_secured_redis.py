@@ -89,7 +89,7 @@ def test_each_role_can_do_its_work_with_the_rights_of_the_acl_file(urls: dict[st
             client.cancel("nobody")
     app = make_app(settings_of(urls["flower"]))
     try:
-        assert [list(said) for said in app.control.ping(timeout=5)]
+        assert app.control.ping(timeout=10, limit=1)
         with app.connection_for_read() as connection:
             receiver = app.events.Receiver(connection, handlers={"worker-heartbeat": lambda _: None})
             for _ in receiver.itercapture(limit=1, timeout=20, wakeup=True):

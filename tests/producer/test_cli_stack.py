@@ -8,8 +8,9 @@ import time
 import psutil
 import pytest
 
-from rerankq.cli import leash, stack
-from rerankq.cli.stack import Part
+from rerankq.cli import leash, show, stack
+from rerankq.cli.stack import Part, Stack
+from rerankq.settings import Settings
 
 SLEEP = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"]
 STUBBORN = [
@@ -109,3 +110,11 @@ def test_a_port_that_is_taken_is_replaced_by_a_free_one():
         port = taken.getsockname()[1]
         assert stack.free_port(port) != port
     assert stack.free_port(port) == port
+
+
+def test_the_password_of_a_redis_that_was_there_before_is_not_printed(capsys):
+    url = "redis://me:s3cret@redis.example:6379/0"
+    show.show_stack(Stack(Settings(_env_file=None, broker_url=url)), None)
+    said = capsys.readouterr().out
+    assert "redis://me:***@redis.example:6379/0 (yours)" in said
+    assert "s3cret" not in said

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import Client, Ranking, RerankqError, SettingsInvalid, __version__
-from ..settings import Settings
+from ..settings import Settings, masked
 from . import celery_worker, dead, doctor, show
 from . import demo as demonstration
 from . import rescore as rescoring
@@ -114,7 +114,7 @@ def up(
             show.show_stack(stack, flower)
         stack.wait_until_ready(client)
         if as_json:
-            url = stack.settings.broker
+            url = stack.settings.broker if stack.embedded else masked(stack.settings.broker)
             show.print_json(
                 {"broker_url": url, "embedded": stack.embedded, "model": stack.settings.model, "flower": flower}
             )

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..contract import JobStatus
+from ..settings import masked
 from .demo import Comparison, Demo, move_of, place_of_answer
 from .rescore import Report
 from .stack import Stack
@@ -116,11 +117,13 @@ def show_status(status: JobStatus, now: float) -> None:
 
 def show_stack(stack: Stack, flower: str | None) -> None:
     """Print where the parts of a stack are."""
-    origin = "embedded: gone when this ends" if stack.embedded else "yours"
-    print(f"Redis    {stack.settings.broker} ({origin})")
+    url = stack.settings.broker
+    # The password of a Redis that was here before is nobody's to print.
+    print(f"Redis    {url} (embedded: gone when this ends)" if stack.embedded else f"Redis    {masked(url)} (yours)")
     print(f"worker   {stack.settings.model}")
     print(f"Flower   {flower or 'not installed: pip install flower'}")
-    print(f"\nIn another terminal:\n  export RERANKQ_BROKER_URL='{stack.settings.broker}'", flush=True)
+    if stack.embedded:
+        print(f"\nIn another terminal:\n  export RERANKQ_BROKER_URL='{url}'", flush=True)
 
 
 FANCY = {"up": "↑", "down": "↓", "same": "=", "answer": "✔ ", "to": "→"}

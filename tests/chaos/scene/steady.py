@@ -16,6 +16,8 @@ import time
 from rerankq import Client, Ranking, RerankJob, RerankqError
 
 ROUND_S = 1.0
+# The first round is a flood: a worker's threads and connections come as they are needed, and shall all be there.
+FLOOD = 400
 
 
 def jobs(turn: int, count: int) -> list[RerankJob]:
@@ -52,7 +54,7 @@ def main(count: int) -> None:
     with Client() as client:
         for turn in itertools.count():
             began = time.monotonic()
-            print(one_round(client, turn, count), flush=True)
+            print(one_round(client, turn, count if turn else FLOOD), flush=True)
             time.sleep(max(0.0, ROUND_S - (time.monotonic() - began)))
 
 
