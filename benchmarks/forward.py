@@ -1,12 +1,12 @@
 """How near does the forward pass come to what this CPU can compute, and what does padding cost?
 
-    python benchmarks/forward.py [--jobs 3] [--chunks 50] [--rounds 3] [--dtypes float32 bfloat16] [--quick]
+    python benchmarks/forward.py [--jobs 1] [--chunks 50] [--rounds 3] [--dtypes float32 bfloat16] [--quick]
 
-Jobs of SciFact abstracts, tokenised beforehand, through the worker's own batcher on the bundled model: padded batches,
-flattened ones, and the engine that a worker would take by default, in turns, each in a process of its own with the
-environment that workers have. Told for each: pairs and tokens per second, tokens computed ÷ real tokens, and operations
-per second (``gear/work.py`` counts them; only what is computed) against the same process's own matrix products in the
-same dtype. All logits are compared with the padded float32 ones.
+Jobs of SciFact abstracts, tokenised beforehand, through the worker's own batcher on the bundled model: torch padded and
+flattened, and the engine that a worker takes by default, in turns, each in a process of its own with the environment
+that workers have. Told for each: pairs and tokens per second, tokens computed ÷ real tokens, and operations per second
+(``gear/work.py`` counts them; only what is computed) against the same machine's matrix products in the same dtype. All
+logits are compared with the padded float32 ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gear.rooms import BUNDLED, Pairs, Room
 from gear.texts import DATA, need, questions
 from gear.work import matrix_ceiling, operations, shape_of
 
-from rerankq_worker.engine import Batcher, allocator_environment
+from rerankq_worker.engine import Batcher, allocator_environment, load
 
 WAYS = ("padded", "flattened", "default")
 # Of logits, from the padded float32 ones, by dtype.
@@ -36,14 +36,8 @@ def furnish(way: str, dtype: str) -> None:
     global _engine, _shape  # noqa: PLW0603
     from transformers import AutoConfig  # noqa: PLC0415 - seconds, and only whoever loads a model pays them
 
-    from rerankq_worker.engine import load  # noqa: PLC0415
-    from rerankq_worker.engine.cross_encoder import CrossEncoderEngine  # noqa: PLC0415
-
-    if way == "default":
-        _engine = load("bundled", "cpu", dtype)
-    else:
-        _engine = CrossEncoderEngine(BUNDLED, name="bundled", device="cpu", dtype=dtype, padded=way == "padded")
-    _engine.warm_up()
+    asked = {} if way == "default" else {"padded": way == "padded"}
+    _engine = load("bundled", "cpu", dtype, **asked)
     # The engine computes the first token alone in its last layer, whichever way the batches are laid.
     _shape = shape_of(AutoConfig.from_pretrained(BUNDLED), shortened=True)
 
@@ -72,7 +66,7 @@ def ceiling(dtype: str, seconds: float) -> float:
 
 
 def about() -> str:
-    return f"{type(_engine).__name__}, {'padded' if _engine.padded else 'flattened'}, {_engine.dtype}"
+    return f"{_engine.runtime}, {'padded' if _engine.padded else 'flattened'}, {_engine.dtype}"
 
 
 _engine: Any
@@ -137,7 +131,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--jobs", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--chunks", type=int, default=50, help="a job")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])

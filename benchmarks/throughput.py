@@ -1,6 +1,7 @@
 """How many pairs per second do bulk jobs get, beside the usual ways to score the same pairs?
 
-    python benchmarks/throughput.py [--jobs 3] [--chunks 50] [--rounds 3] [--dtype float32] [--infinity ENV] [--quick]
+    python benchmarks/throughput.py [--jobs 2] [--chunks 50] [--rounds 3] [--dtype float32] [--runtime auto]
+                                    [--infinity ENV] [--quick]
 
 Claims with the SciFact abstracts that BM25 found for them. Each way in a process of its own, taking turns in every
 round over jobs that none has seen:
@@ -11,7 +12,8 @@ round over jobs that none has seen:
 - the engine: ours, called directly over the pairs of all jobs, no queue;
 - infinity: infinity_emb over HTTP, where --infinity names a virtual environment that has it, all jobs asked at once.
 
-Every round compares all logits and orders. --dtype is ours alone (and not judged); the usual ways run in float32.
+Every round compares all logits and orders. --dtype and --runtime are ours alone (other dtypes are not judged); the
+usual ways run in float32, through torch.
 """
 
 from __future__ import annotations
@@ -116,12 +118,12 @@ def all_ways(args: argparse.Namespace, rankings: list[Ranking]) -> Iterator[tupl
         return [logits_of(ranking) for ranking in rankings]
 
     with ExitStack() as running:
-        client, _ = running.enter_context(deployment(dtype=args.dtype))
+        client, _ = running.enter_context(deployment(dtype=args.dtype, RERANKQ_RUNTIME=args.runtime))
         ways: dict[str, Way] = {
             OURS: ours,
             TASK: running.enter_context(usual_task(args.usual_pool)),
             PREDICT: without_queue(running.enter_context(predict_room()), predict),
-            ENGINE: without_queue(running.enter_context(engine_room(args.dtype)), score),
+            ENGINE: without_queue(running.enter_context(engine_room(args.dtype, runtime=args.runtime)), score),
         }
         if args.infinity:
             ways[INFINITY] = running.enter_context(infinity(args.infinity))
@@ -179,10 +181,11 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--jobs", type=int, default=3, help="a round")
+    parser.add_argument("--jobs", type=int, default=2, help="a round")
     parser.add_argument("--chunks", type=int, default=50, help="a job")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16"], help="ours")
+    parser.add_argument("--runtime", default="auto", choices=["auto", "torch", "openvino"], help="ours")
     parser.add_argument("--usual-pool", default="solo", choices=["solo", "threads", "prefork"])
     parser.add_argument("--infinity", type=Path, help="a virtual environment with infinity_emb[server,torch] in it")
     parser.add_argument("--quick", action="store_true", help="3 jobs of 10 chunks, 2 rounds")
@@ -191,7 +194,7 @@ def main() -> int:
         args.jobs, args.chunks, args.rounds = 3, 10, 2
     need(args.data, "scifact")
     here = machine()
-    asked = {name: getattr(args, name) for name in ("jobs", "chunks", "rounds", "dtype", "usual_pool")}
+    asked = {name: getattr(args, name) for name in ("jobs", "chunks", "rounds", "dtype", "runtime", "usual_pool")}
     if args.infinity:
         program_of(args.infinity)
         asked["infinity"] = version_of(args.infinity)
@@ -205,7 +208,9 @@ def main() -> int:
         print(f"logits of all ways within {answer['greatest_distance_of_logits']:.1e}")
     medians = {name: figure["median"] for name, figure in answer["pairs_per_second"].items()}  # type: ignore[attr-defined]
     title = f"Pairs scored per second, {args.chunks} SciFact abstracts a job (ours: {args.dtype}, others: float32)"
-    name = "throughput" if args.dtype == "float32" else f"throughput.{args.dtype}"
+    # Plain float32 with the runtime that a worker takes unasked has the plain name.
+    named = [args.dtype] * (args.dtype != "float32") + [args.runtime] * (args.runtime != "auto")
+    name = ".".join(["throughput", *named])
     keep(name, asked | answer, here, quick=args.quick, plot=bars(title, medians, unit="pairs/s"))
     return 0
 

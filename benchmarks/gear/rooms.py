@@ -41,9 +41,9 @@ class Room:
         return self._pool.submit(work, *args).result()
 
 
-def engine_room(dtype: str = "float32", *, model: str = "bundled", device: str = "cpu") -> Room:
+def engine_room(dtype: str = "float32", *, model: str = "bundled", device: str = "cpu", runtime: str = "auto") -> Room:
     """Make a room with a model in our engine, under the allocator that our workers have."""
-    return Room(_furnish_engine, model, device, dtype, environment=allocator_environment())
+    return Room(_furnish_engine, model, device, dtype, runtime, environment=allocator_environment())
 
 
 def score(jobs: Sequence[Pairs]) -> Logits:
@@ -99,9 +99,9 @@ _engine_thread: ThreadPoolExecutor
 _cross_encoder: Any
 
 
-def _furnish_engine(model: str, device: str, dtype: str) -> None:
+def _furnish_engine(model: str, device: str, dtype: str, runtime: str) -> None:
     global _engine, _engine_thread  # noqa: PLW0603
-    _engine = load(model, device, dtype)
+    _engine = load(model, device, dtype, runtime=runtime)
     _engine_thread = ThreadPoolExecutor(1)
 
 
