@@ -14,10 +14,14 @@ from numpy.typing import ArrayLike, NDArray
 
 Positions = NDArray[np.intp]
 
-#: A pair may be padded by this share of its own length...
-SLACK = 0.125
+#: A pair may be padded by this share of its own length... These three in a simulation of four interactive and four bulk
+#: producers with sentences of 40 tokens, on a device that is level below 512: 4 % more real tokens per second than
+#: with 0.125, 8 and 1, and padding of 1.06 instead of 1.12.
+SLACK = 0.04
 #: ...and by this many tokens more, so that very short pairs find company at all.
-GRACE_TOKENS = 8
+GRACE_TOKENS = 2
+#: So much further may both go in a batch too small to use the device well.
+STRETCH = 4
 #: Planning looks at this many pairs at a time: enough neighbours in length, about a millisecond at most.
 WINDOW = 8192
 #: Where the next in turn does not fit any more, so many behind it may take the room that is left.
@@ -34,6 +38,14 @@ def cost(lengths: ArrayLike, *, padded: bool = True) -> int:
     if not lengths.size:
         return 0
     return int(lengths.max()) * lengths.size if padded else int(lengths.sum())
+
+
+def fill_of(budget: int) -> int:
+    """Guess the tokens below which a device takes as long for less, where nobody measured them: a quarter.
+
+    On a CPU whose budget is 2048, tokens per second are level from 512 up (measured, 22 M parameters).
+    """
+    return budget // 4
 
 
 def plan(
@@ -61,7 +73,8 @@ def plan(
        ``fill_tokens`` alone: below so many tokens a device takes as long for less, above they would make those wait
        whose turn it is.
     4. The batch's ``cost`` stays within ``budget``. Only a leader that is longer than the budget exceeds it, alone.
-    5. No pair of ``n`` tokens is padded beyond ``n * (1 + slack) + grace``.
+    5. No pair of ``n`` tokens is padded beyond ``n * (1 + slack) + grace``; in a batch that costs no more than
+       ``fill_tokens`` both may be ``STRETCH`` times as much, where more real tokens come together so.
 
     >>> plan([9, 40, 10, 400, 9], [0, 0, 0, 0, 0], [5, 4, 3, 2, 1], budget=64)
     array([0, 4, 2])
@@ -89,10 +102,14 @@ def plan(
     peers = np.flatnonzero(priorities == turn)
     others = ((np.flatnonzero(priorities > turn), budget), (np.flatnonzero(priorities < turn), fill_tokens))
     if padded:
-        reach = lengths * (1 + slack) + grace
-        batch = peers[_best_run(lengths[peers], int(np.searchsorted(peers, leader)), budget, slack, grace)]
-        for more, limit in others:
-            batch = _with_neighbours(batch, more, lengths, reach, min(limit, budget))
+        batch = np.empty(0, dtype=np.intp)
+        for stretch, most in ((1, budget), (STRETCH, min(budget, fill_tokens))):
+            reach = lengths * (1 + slack * stretch) + grace * stretch
+            run = peers[_best_run(lengths[peers], reach[peers], int(np.searchsorted(peers, leader)), most)]
+            for more, limit in others:
+                run = _with_neighbours(run, more, lengths, reach, min(limit, most))
+            if lengths[run].sum() > lengths[batch].sum():
+                batch = run
     else:
         batch = np.array([leader])
         for more, limit in ((peers[peers != leader], budget), *others):
@@ -111,7 +128,8 @@ def plan_all(lengths: ArrayLike, budget: int, *, padded: bool = True, window: in
     rest = np.arange(lengths.size)
     while rest.size:
         near = rest[:window]
-        batch = near[plan(lengths[near], np.zeros(near.size, dtype=np.int8), -near, budget, padded=padded)]
+        same = np.zeros(near.size, dtype=np.int8)
+        batch = near[plan(lengths[near], same, -near, budget, padded=padded, fill_tokens=fill_of(budget))]
         yield batch
         rest = rest[~np.isin(rest, batch)]
 
@@ -145,7 +163,7 @@ def _with_neighbours(
     return np.concatenate((batch, near[order[: max(0, limit // longest - batch.size)]]))
 
 
-def _best_run(lengths: NDArray[np.int64], leader: int, budget: int, slack: float, grace: float) -> Positions:
+def _best_run(lengths: NDArray[np.int64], reaches: NDArray[np.float64], leader: int, budget: int) -> Positions:
     order = np.argsort(lengths, kind="stable")
     ranked = lengths[order]
     place = int(np.flatnonzero(order == leader)[0])
@@ -153,7 +171,7 @@ def _best_run(lengths: NDArray[np.int64], leader: int, budget: int, slack: float
         return order[place : place + 1]
     # A run is named by its ends, lo..hi in order of length. For each place of the longest pair (hi) exactly one lo is
     # worth a look, the lowest allowed: every pair within reach adds more than it costs.
-    reach = ranked * (1 + slack) + grace
+    reach = reaches[order]
     hi = np.arange(place, np.searchsorted(ranked, min(reach[place], budget), side="right"))
     longest = ranked[hi]
     lo = np.maximum(np.searchsorted(reach, longest, side="left"), hi - budget // longest + 1)

@@ -33,6 +33,7 @@ class Ticket:
         self._logits = np.full(count, np.nan, dtype=np.float32)
         self._error: EngineError | None = None
         self._done = False
+        self._watchers = 0
         self._callbacks: list[Callable[[Ticket], None]] = []
 
     @property
@@ -59,7 +60,11 @@ class Ticket:
         Returns how many pairs are done.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._done or self.done_pairs > seen, timeout)
+            self._watchers += 1
+            try:
+                self._changed.wait_for(lambda: self._done or self.done_pairs > seen, timeout)
+            finally:
+                self._watchers -= 1
             return self.done_pairs
 
     def add_done_callback(self, callback: Callable[[Ticket], None]) -> None:
@@ -92,8 +97,9 @@ class Ticket:
         self.notify()
 
     def notify(self) -> None:
-        """Wake whoever waits for this ticket."""
-        self._changed.notify_all()
+        """Wake whoever can go on: most wait for the end, and woken before it they would only hold up the rest."""
+        if self._done or self._watchers:
+            self._changed.notify_all()
 
     def announce(self) -> None:
         """Call back whoever asked to be called; without the lock."""
