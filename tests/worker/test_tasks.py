@@ -1,6 +1,7 @@
 """The worker in this process, on a real ledger: how each job ends, and that every slot and lease comes back."""
 
 import importlib
+import itertools
 import os
 import re
 import threading
@@ -456,3 +457,22 @@ def test_a_task_before_the_worker_started_is_an_error(program: Any, monkeypatch:
     signals.task_revoked.send(sender=None, request=request("a"))
     signals.worker_shutting_down.send(sender="test", sig="TERM", how="Warm", exitcode=0)
     signals.worker_shutdown.send(sender=None)
+
+
+def test_a_broker_that_is_away_is_tried_every_few_seconds_however_long(program: Any, monkeypatch: pytest.MonkeyPatch):
+    slept, tried_after = [0.0], []
+    monkeypatch.setattr("kombu.utils.functional.sleep", lambda seconds: slept.append(slept[-1] + seconds))
+    connection = program.app.connection_for_read()
+
+    def away() -> None:
+        tried_after.append(slept[-1])
+        if len(tried_after) < 30:
+            raise ConnectionRefusedError
+
+    monkeypatch.setattr(connection, "_connection_factory", away)
+    consumer = program.SafeConsumer.__new__(program.SafeConsumer)
+    consumer.app, consumer.first_connection_attempt, consumer.broker_connection_retry_attempt = program.app, False, 0
+    assert consumer.ensure_connected(connection) is connection
+    pauses = [after - before for before, after in itertools.pairwise(tried_after)]
+    assert len(pauses) == 29
+    assert 0 < min(pauses) <= max(pauses) <= 3

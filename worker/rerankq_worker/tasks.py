@@ -17,6 +17,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from queue import Empty
 from typing import Any, TypeVar
@@ -55,6 +56,10 @@ DEVICE_HANGS = 70
 TELL_AGAIN_S = 1.0
 # Seconds for which events wait for each other.
 EVENTS_EVERY_S = 0.05
+
+
+# Seconds between tries to reach a broker that is away: the first pause, what each next one is longer, the longest.
+RECONNECT = {"interval_start": 1, "interval_step": 1, "interval_max": 3}
 
 
 class Worker:
@@ -309,7 +314,7 @@ def heard(name: str) -> Queue:
 
 
 class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
-    """Keeps the connection's pools when the broker is lost, and sends events in batches.
+    """Keeps the connection's pools when the broker is lost, comes back to it soon, and sends events in batches.
 
     Celery 5.7.0 closes them, and then fails on a broker that restarts while jobs run; 5.6 did not. Acknowledging early
     does not help: of 13 busy workers whose Redis was killed or shut down and started again 3 ended, with this none.
@@ -339,6 +344,11 @@ class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
         if self.connection is not None:
             self.connection.close = lambda: None
         super().on_connection_error_after_connected(exc)
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Try every few seconds, however long the broker is away; Celery's pauses would grow to half a minute."""
+        conn.ensure_connection = partial(conn.ensure_connection, **RECONNECT)
+        return super().ensure_connected(conn)
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         """Make what takes messages in: doorbells. Anything else is dropped, where Celery might end or keep its slot."""
