@@ -500,10 +500,10 @@ def test_a_server_that_is_not_there_is_a_broker_unavailable():
 
 
 def test_a_server_that_refuses_is_a_broker_unavailable(newest_ledger: Ledger):
-    newest_ledger.redis.set("rerankq:job:a", "not a job at all")
+    newest_ledger.redis.set("rerankq:backlog", "no hash of counters at all")
     with pytest.raises(BrokerUnavailable, match="refused"):
-        newest_ledger.ask(calls.look("a", TERMS))
-    wrong, right = newest_ledger.ask_all([calls.look("a", TERMS), calls.look("b", TERMS)])
+        newest_ledger.ask(calls.cancel("a", TERMS))
+    wrong, right = newest_ledger.ask_all([calls.cancel("a", TERMS), calls.look("b", TERMS)])
     assert isinstance(wrong, BrokerUnavailable)
     assert right.status.state == "unknown"
 
@@ -658,7 +658,7 @@ def fill(ledger: Ledger, count: int, *, first: int = 0) -> None:
 FLAT = {
     *("hget", "hmget", "hset", "hdel", "hincrby", "hgetall", "hexists", "exists", "get", "set", "incr", "del"),
     *("zadd", "zrem", "zcard", "zrank", "zscore", "zpopmin", "zrangebyscore", "sadd", "srem", "smembers"),
-    *("expire", "publish", "time", "info", "evalsha"),
+    *("expire", "publish", "time", "type", "info", "evalsha"),
 }
 
 

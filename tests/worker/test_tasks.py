@@ -2,17 +2,21 @@
 
 import importlib
 import itertools
+import json
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import signals
 from celery.exceptions import Ignore
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rerankq import JobCancelled, JobDead, JobExpired, RerankJob
 from rerankq.broker import make_app
@@ -157,6 +161,48 @@ def test_what_a_payload_holds_is_not_quoted_when_it_cannot_be_read(worker: Any, 
         worker.ledger.ask(calls.forget("a", worker.terms))
     assert "failed" in caplog.text
     assert "Sphinx" not in caplog.text
+
+
+job_like = st.fixed_dictionaries(
+    {},
+    optional={
+        "query": st.text(max_size=5) | st.integers(),
+        "chunks": st.lists(
+            st.fixed_dictionaries({"text": st.text(max_size=9)}, optional={"tokens": st.lists(st.text(max_size=3))})
+            | st.integers(),
+            max_size=3,
+        ),
+        "fusion": st.sampled_from(["default", "rrf", "nobody's", 3, None, {"weights": {}}, {"weights": {"token": 1}}]),
+        "top_k": st.integers(-1, 3),
+        "min_score": st.floats(),
+        "query_tokens": st.lists(st.tuples(st.text(max_size=3), st.floats()), max_size=2),
+        "query_tags": st.dictionaries(st.text(max_size=3), st.floats(), max_size=2),
+        "max_length": st.sampled_from([-1, 8, 10**12]),
+        "long_chunks": st.sampled_from(["truncate", "window", ""]),
+        "cache": st.sampled_from(["use", "refresh", "bypass", 0]),
+        "skip_at_or_below": st.integers(-1, 4),
+        "model": st.sampled_from([None, "stub:0", "another"]),
+        "unknown": st.none(),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(payload=st.binary(max_size=60) | job_like.map(lambda job: json.dumps(job).encode()), suspect=st.booleans())
+def test_whatever_a_payload_holds_its_job_is_ranked_or_fails_and_says_why(worker: Any, payload: bytes, suspect: bool):
+    worker.ledger.redis.flushall()
+    submit(worker)
+    worker.ledger.redis.hset("rerankq:job:a", mapping={"payload": payload, "suspect": int(suspect)})
+    with suppress(Exception):
+        worker.rerank("a")
+    found = look(worker)
+    assert found.status.state in {"done", "failed"}
+    assert (found.status.state == "done") == (found.status.error is None)
+    assert found.status.state == "done" or found.status.error
+    assert worker.slots.taken == 0
+    # And the next one finds the device free.
+    worker.rerank(submit(worker, "b"))
+    assert state(worker, "b") == "done"
 
 
 def test_a_suspect_has_the_device_alone_and_the_ledger_knows_it(worker: Any, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha1
 from importlib import resources
@@ -24,7 +24,7 @@ from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
-from ..errors import BrokerUnavailable, QueueFull, RerankqError
+from ..errors import BrokerUnavailable, JobFailed, QueueFull, RerankqError
 from . import calls
 from .calls import Acceptance, Bell, Call, Claim, Entry, Look, Retrial, Swept, Terms
 
@@ -178,9 +178,9 @@ class Ledger:
         text, sha = source(call.script)
         with translated():
             try:
-                return call.read(self.redis.evalsha(sha, 0, *call.args))
+                return _read(call, self.redis.evalsha(sha, 0, *call.args))
             except NoScriptError:
-                return call.read(self.redis.eval(text, 0, *call.args))
+                return _read(call, self.redis.eval(text, 0, *call.args))
 
     def ask_all(self, wanted: Sequence[Call[Answer]]) -> list[Answer | RerankqError]:
         """Run calls in one round trip; what was refused or cannot be read stands as an error in its place."""
@@ -225,9 +225,9 @@ class AsyncLedger:
         text, sha = source(call.script)
         with heeded(), translated():
             try:
-                return call.read(await self.redis.evalsha(sha, 0, *call.args))
+                return _read(call, await self.redis.evalsha(sha, 0, *call.args))
             except NoScriptError:
-                return call.read(await self.redis.eval(text, 0, *call.args))
+                return _read(call, await self.redis.eval(text, 0, *call.args))
 
     async def ask_all(self, wanted: Sequence[Call[Answer]]) -> list[Answer | RerankqError]:
         """Run calls in one round trip; what was refused or cannot be read stands as an error in its place."""
@@ -274,27 +274,39 @@ def _answer(call: Call[Answer], given: object) -> Answer | RerankqError:
     if isinstance(given, Exception):
         return _refusal(given)
     try:
-        return call.read(given)
+        return _read(call, given)
     except RerankqError as error:
         return error
+
+
+def _read(call: Call[Answer], given: object) -> Answer:
+    try:
+        return call.read(given)
+    except (ValueError, TypeError) as error:
+        # Other hands than ours can write to a record.
+        raise JobFailed(f"what the ledger holds of it cannot be read: {error}") from error
 
 
 def _workers(clock: tuple[int, int], found: dict[bytes, bytes]) -> list[WorkerInfo]:
     now = clock[0] + clock[1] / 1e6
     workers = []
     for name, entry in found.items():
-        beaten, _, text = entry.decode().partition(" ")
-        info = json.loads(text)
-        workers.append(
-            WorkerInfo(
-                id=name.decode(),
-                model=info["model"],
-                aliases=tuple(info.get("aliases", ())),
-                fingerprint=info["fingerprint"],
-                queues=tuple(info.get("queues", ())),
-                age_s=max(0.0, now - float(beaten)),
-                pairs_per_s=float(info.get("pairs_per_s", 0)),
-                free_since=dict(info.get("free_since", {})),
-            )
-        )
+        # What other hands wrote there is no worker.
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            workers.append(_worker(name.decode(), entry.decode(), now))
     return workers
+
+
+def _worker(name: str, entry: str, now: float) -> WorkerInfo:
+    beaten, _, text = entry.partition(" ")
+    info = json.loads(text)
+    return WorkerInfo(
+        id=name,
+        model=info["model"],
+        aliases=tuple(info.get("aliases", ())),
+        fingerprint=info["fingerprint"],
+        queues=tuple(info.get("queues", ())),
+        age_s=max(0.0, now - float(beaten)),
+        pairs_per_s=float(info.get("pairs_per_s", 0)),
+        free_since={queue: float(since) for queue, since in info.get("free_since", {}).items()},
+    )

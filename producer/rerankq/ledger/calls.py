@@ -220,9 +220,10 @@ def record(job_id: str, *, with_payload: bool = False) -> Call[DeadJob | State]:
     """Read all that is kept of a dead job; answers the state of one that is not dead."""
 
     def read(answer: object) -> DeadJob | State:
-        state, queue, tenant, label, pairs, deaths, created, ended, error, history, payload = _list(answer)
-        if _text(state) != "dead":
+        state, *fields = _list(answer)
+        if state != b"dead":
             return _state(state or b"unknown")
+        queue, tenant, label, pairs, deaths, created, ended, error, history, payload = fields
         return DeadJob(
             job_id=job_id,
             queue=_text(queue),
@@ -307,7 +308,7 @@ def _bytes(value: object) -> bytes:
 
 
 def _text(value: object) -> str:
-    return _bytes(value).decode()
+    return _bytes(value).decode(errors="replace")
 
 
 def _int(value: object) -> int:

@@ -4,7 +4,8 @@ local time = now()
 redis.call('HSET', 'rerankq:workers', ARGV[1], stamp(time) .. ' ' .. ARGV[2])
 local workers = redis.call('HGETALL', 'rerankq:workers')
 for at = 1, #workers, 2 do
-  if tonumber(string.match(workers[at + 1], '^(%S+)')) < time - tonumber(ARGV[3]) then
+  local beaten = tonumber(string.match(workers[at + 1], '^(%S+)') or '')
+  if not beaten or beaten < time - tonumber(ARGV[3]) then
     redis.call('HDEL', 'rerankq:workers', workers[at])
   end
 end

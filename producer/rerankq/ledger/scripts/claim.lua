@@ -37,4 +37,4 @@ end
 local job = redis.call('HMGET', key, 'fence', 'suspect', 'priority', 'created', 'payload', 'queue', 'tenant')
 local rung, waiting = rung_key(job[6], job[7]), waiting_key(job[6], job[7])
 local more = redis.call('ZCARD', rung) * 2 < window and redis.call('EXISTS', waiting) == 1
-return {'claimed', job[1], tonumber(job[2]), job[3], stamp(time - tonumber(job[4])), job[5], more and 1 or 0}
+return {'claimed', job[1], tonumber(job[2]), job[3], stamp(time - tonumber(job[4])), job[5] or '', more and 1 or 0}

@@ -2,11 +2,11 @@
 begin_freeing()
 local id, fence, ttl, channel, ranking = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local key = job_key(id)
-local job = redis.call('HMGET', key, 'state', 'fence', 'owner', 'pairs')
-if job[1] ~= 'running' or job[2] ~= fence then return job[1] or 'unknown' end
-leave_running(id, job[3])
+if not holds(key, fence) then return written(key) end
+local job = redis.call('HMGET', key, 'owner', 'pairs')
+leave_running(id, job[1])
 -- The payload goes first: in a full ledger it makes room for the ranking.
 redis.call('HDEL', key, 'payload')
-redis.call('HSET', key, 'ranking', ranking, 'done_pairs', job[4])
+redis.call('HSET', key, 'ranking', ranking, 'done_pairs', job[2])
 finish(key, id, 'done', ttl, channel)
 return 'done'

@@ -2,9 +2,8 @@
 begin_freeing()
 local id, fence, ttl, channel = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local key = job_key(id)
-local job = redis.call('HMGET', key, 'state', 'fence', 'owner')
-if job[1] ~= 'running' or job[2] ~= fence then return job[1] or 'unknown' end
-leave_running(id, job[3])
+if not holds(key, fence) then return written(key) end
+leave_running(id, redis.call('HGET', key, 'owner'))
 redis.call('HSET', key, 'error_type', ARGV[5], 'error', ARGV[6])
 finish(key, id, 'failed', ttl, channel)
 return 'failed'

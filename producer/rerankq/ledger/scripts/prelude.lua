@@ -75,17 +75,69 @@ local function finish(key, id, state, ttl, channel)
   redis.call('PUBLISH', channel .. ':job:' .. id, state)
 end
 
+local function whole(text) return text and #text < 17 and string.match(text, '^%d+$') end
+local function seconds(text) return text and #text < 20 and string.match(text, '^%d+%.?%d*$') end
+
+-- Whether every field that the scripts count with is there and fit for it. Other hands than ours can write to a record.
+local function sound(key)
+  local job = redis.call('HMGET', key, 'queue', 'tenant', 'priority', 'created', 'deadline',
+    'pairs', 'fence', 'claims', 'deaths', 'suspect', 'done_pairs')
+  for at = 6, 11 do
+    if not whole(job[at]) then return false end
+  end
+  return job[1] and job[2] and job[3] and seconds(job[4]) and (job[5] == '' or seconds(job[5]))
+end
+
+-- The state of a job as it is written down; 'damaged' where its record cannot be counted with.
+local function written(key)
+  local kind = redis.call('TYPE', key).ok
+  if kind == 'none' then return 'unknown' end
+  if kind ~= 'hash' then return 'damaged' end
+  local state = redis.call('HGET', key, 'state')
+  if not state or (state == 'queued' or state == 'running') and not sound(key) then return 'damaged' end
+  return state
+end
+
+-- Whether a claim still stands: the job runs, and under this fence.
+local function holds(key, fence) return written(key) == 'running' and redis.call('HGET', key, 'fence') == fence end
+
+-- End a job whose record is damaged: one of them must not stop what is done for all.
+local function condemn(id, ttl, channel)
+  local key = job_key(id)
+  redis.call('ZREM', 'rerankq:running', id)
+  redis.call('ZREM', 'rerankq:deadlines', id)
+  if redis.call('TYPE', key).ok ~= 'hash' then redis.call('DEL', key) end
+  local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs')
+  if job[1] and job[2] then
+    local waited = redis.call('ZREM', waiting_key(job[1], job[2]), id) + redis.call('ZREM', rung_key(job[1], job[2]), id)
+    if waited > 0 and whole(job[3]) then count(job[1], job[2], -tonumber(job[3])) end
+  end
+  -- What is left of it can be read.
+  for _, name in ipairs({'pairs', 'claims', 'done_pairs'}) do
+    if not whole(redis.call('HGET', key, name)) then redis.call('HDEL', key, name) end
+  end
+  for _, name in ipairs({'created', 'started'}) do
+    if not seconds(redis.call('HGET', key, name)) then redis.call('HDEL', key, name) end
+  end
+  redis.call('HSET', key, 'error_type', 'JobFailed', 'error', 'its record in the ledger is damaged; submit it again')
+  finish(key, id, 'failed', ttl, channel)
+  return 'failed'
+end
+
 -- Deadlines hold lazily, so that they hold with no worker alive. Answers the job's state now.
 local function settle(id, ttl, channel)
   local key = job_key(id)
-  local job = redis.call('HMGET', key, 'state', 'deadline', 'queue', 'tenant', 'pairs')
-  if job[1] == 'queued' and job[2] and job[2] ~= '' and tonumber(job[2]) <= now() then
-    take_out(id, job[3], job[4], tonumber(job[5]))
+  local state = written(key)
+  if state == 'damaged' then return condemn(id, ttl, channel) end
+  if state ~= 'queued' then return state end
+  local job = redis.call('HMGET', key, 'deadline', 'queue', 'tenant', 'pairs')
+  if job[1] ~= '' and tonumber(job[1]) <= now() then
+    take_out(id, job[2], job[3], tonumber(job[4]))
     redis.call('HSET', key, 'error_type', 'JobExpired', 'error', 'its deadline passed while it was queued')
     finish(key, id, 'expired', ttl, channel)
     return 'expired'
   end
-  return job[1] or 'unknown'
+  return state
 end
 
 local function leave_running(id, owner)

@@ -5,8 +5,7 @@ local lost = {}
 for at = 2, #ARGV, 3 do
   local id = ARGV[at]
   local key = job_key(id)
-  local job = redis.call('HMGET', key, 'state', 'fence')
-  if job[1] == 'running' and job[2] == ARGV[at + 1] then
+  if holds(key, ARGV[at + 1]) then
     redis.call('ZADD', 'rerankq:running', lease_end, id)
     redis.call('HSET', key, 'done_pairs', ARGV[at + 2])
   else

@@ -20,7 +20,8 @@ for at = 3, #ARGV do
       redis.call('ZADD', rung, stamp(now()), id)
       answer[#answer + 1] = id
       answer[#answer + 1] = queue
-      answer[#answer + 1] = redis.call('HGET', job_key(id), 'label') or ''
+      local label = redis.pcall('HGET', job_key(id), 'label')
+      answer[#answer + 1] = type(label) == 'string' and label or ''
       taken = taken + 1
     end
     if #popped == 0 and redis.call('EXISTS', waiting) == 0 and redis.call('EXISTS', rung) == 0 then

@@ -43,7 +43,7 @@ if memory > max_memory then return {'crowded', memory} end
 local created = stamp(now())
 local deadline = deadline_s == '' and '' or stamp(now() + tonumber(deadline_s))
 -- Only where there is something: a writing command here would let a full server take what follows.
-if held then redis.call('DEL', key) end
+if held or redis.call('EXISTS', key) == 1 then redis.call('DEL', key) end
 redis.call('HSET', key, 'state', 'queued', 'content', content, 'queue', queue, 'tenant', tenant, 'priority', priority,
   'pairs', pairs_in, 'deadline', deadline, 'label', label, 'model', model, 'payload', payload, 'created', created,
   'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)

@@ -10,46 +10,42 @@ local limit, grace = tonumber(ARGV[6]), tonumber(ARGV[7])
 local time = now()
 local lapsed, dead, expired, bells = 0, 0, 0, 0
 
+local function judge_lapsed(id)
+  local key = job_key(id)
+  local job = redis.call('HMGET', key, 'owner', 'suspect')
+  local owner = job[1] or ''
+  local alone = redis.call('HGET', 'rerankq:alone', owner)
+  note(key, 'lease-over', owner)
+  lapsed = lapsed + 1
+  -- Another job was alone on that device: this one is innocent.
+  if alone and alone ~= id then return queue_again(key, id, job[2]) end
+  if not alone then return queue_again(key, id, 1) end
+  -- It was alone on the device when its worker died: this death counts. That there was one alone stays known, for the
+  -- jobs that were parked beside it.
+  redis.call('HSET', 'rerankq:alone', owner, '')
+  local deaths = redis.call('HINCRBY', key, 'deaths', 1)
+  if deaths < max_attempts then return queue_again(key, id, 1) end
+  dead = dead + 1
+  redis.call('HDEL', key, 'owner', 'claim')
+  redis.call('HSET', key, 'state', 'dead', 'ended', stamp(time), 'error_type', 'JobDead',
+    'error', 'its worker died ' .. deaths .. ' times while alone with it')
+  redis.call('PERSIST', key)
+  redis.call('ZADD', 'rerankq:dead', stamp(time), id)
+  redis.call('PUBLISH', channel .. ':job:' .. id, 'dead')
+end
+
 if judge == '1' then
   local over = redis.call('ZRANGEBYSCORE', 'rerankq:running', '-inf', stamp(time), 'LIMIT', 0, limit)
   for _, id in ipairs(over) do
-    local key = job_key(id)
-    local job = redis.call('HMGET', key, 'state', 'owner', 'suspect', 'deaths')
     redis.call('ZREM', 'rerankq:running', id)
-    if job[1] == 'running' then
-      local owner = job[2] or ''
-      local alone = redis.call('HGET', 'rerankq:alone', owner)
-      note(key, 'lease-over', owner)
-      lapsed = lapsed + 1
-      if alone == id then
-        -- It was alone on the device when its worker died: this death counts. That there was one alone stays known,
-        -- for the jobs that were parked beside it.
-        redis.call('HSET', 'rerankq:alone', owner, '')
-        local deaths = redis.call('HINCRBY', key, 'deaths', 1)
-        if deaths >= max_attempts then
-          dead = dead + 1
-          redis.call('HDEL', key, 'owner', 'claim')
-          redis.call('HSET', key, 'state', 'dead', 'ended', stamp(time), 'error_type', 'JobDead',
-            'error', 'its worker died ' .. deaths .. ' times while alone with it')
-          redis.call('PERSIST', key)
-          redis.call('ZADD', 'rerankq:dead', stamp(time), id)
-          redis.call('PUBLISH', channel .. ':job:' .. id, 'dead')
-        else
-          queue_again(key, id, 1)
-        end
-      elseif alone then
-        queue_again(key, id, job[3])  -- another job was alone on that device: this one is innocent
-      else
-        queue_again(key, id, 1)
-      end
-    end
+    if settle(id, ttl, channel) == 'running' then judge_lapsed(id) end
   end
   if #over < limit then
     -- All leases that were over are judged: what gone workers had alone has served.
     local alone = redis.call('HGETALL', 'rerankq:alone')
     for at = 1, #alone, 2 do
       local owner = alone[at]
-      local holds = redis.call('HGET', job_key(alone[at + 1]), 'owner') == owner
+      local holds = redis.pcall('HGET', job_key(alone[at + 1]), 'owner') == owner
       if not holds and redis.call('HEXISTS', 'rerankq:workers', owner) == 0 then
         redis.call('HDEL', 'rerankq:alone', owner)
       end
@@ -65,7 +61,7 @@ end
 local free_since = {}
 for at = 8, #ARGV, 2 do free_since[ARGV[at]] = tonumber(ARGV[at + 1]) end
 for _, queue in ipairs(redis.call('SMEMBERS', 'rerankq:queues')) do
-  local answered = tonumber(redis.call('HGET', 'rerankq:answered', queue) or '0') - 10
+  local answered = (tonumber(redis.call('HGET', 'rerankq:answered', queue) or '') or 0) - 10
   local cutoff = answered
   local free = free_since[queue]
   -- A slot was free all this time, so every bell in the broker has been heard.
@@ -74,9 +70,9 @@ for _, queue in ipairs(redis.call('SMEMBERS', 'rerankq:queues')) do
     local rung = rung_key(queue, tenant)
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', rung, '-inf', stamp(cutoff), 'LIMIT', 0, limit)) do
       redis.call('ZREM', rung, id)
-      local created = redis.call('HGET', job_key(id), 'created')
-      -- Without it the job was removed by other hands than ours: there is nothing to ring for.
-      if created then
+      local created = redis.pcall('HGET', job_key(id), 'created')
+      -- Without it the job was removed or damaged by other hands than ours: there is nothing to ring for.
+      if type(created) == 'string' and seconds(created) then
         redis.call('ZADD', waiting_key(queue, tenant), created, id)
         bells = bells + 1
       end
