@@ -135,9 +135,9 @@ class Fusion(Record):
     method: Literal["weighted", "rrf"] = "weighted"
     weights: Annotated[dict[Signal, Weight], AfterValidator(_sorted)] = Field({"model": 1.0}, min_length=1)
     normalise: Annotated[dict[Signal, Normalisation], AfterValidator(_sorted)] = Field(
-        default={}, description="Per signal; what is not named takes the default profile's rule."
+        default_factory=dict, description="Per signal; what is not named takes the default profile's rule."
     )
-    boosts: Annotated[dict[TextField, Weight], AfterValidator(_sorted)] = {}
+    boosts: Annotated[dict[TextField, Weight], AfterValidator(_sorted)] = Field(default_factory=dict)
     rrf_k: int = Field(60, ge=1)
     token_rule: Literal["coverage", "ragflow"] = "coverage"  # noqa: S105  # no secret: tokens of text
 
@@ -177,7 +177,7 @@ class RerankJob(Record):
         Annotated[Fusion, Tag(_NUMBERS)] | Annotated[Text, Tag(_PROFILE)], Discriminator(_kind_of_fusion)
     ] = "default"
     query_tokens: list[tuple[Text, Weight]] | None = Field(None, description="Tokens with weights, used as given.")
-    query_tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = {}
+    query_tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = Field(default_factory=dict)
     priority: Priority = "interactive"
     deadline_s: float | None = Field(
         None,
