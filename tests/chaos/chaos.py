@@ -153,6 +153,7 @@ def carry_out(args: argparse.Namespace, shape: Shape, folder: Path) -> dict[str,
         "RERANKQ_DTYPE": "float32",
         "RERANKQ_LEASE_S": str(args.lease),
         "RERANKQ_MAX_ATTEMPTS": str(args.attempts),
+        **dict(setting.split("=", 1) for setting in args.set),
     }
     with ExitStack() as open_:
         server = RedisServer(folder, fsync=args.fsync)
@@ -208,11 +209,18 @@ def judge(made: list[Order], events: list[dict[str, Any]], alone: dict[int, Any]
         "hangs_of_workers": sum(one.kind == "hang" for one in run.lost),
         "partitions": len(run.cuts),
         "jobs_running_when_killed": sum(len(one.claims) for one in kills),
+        "seconds_from_a_kill_until_the_first_of_its_jobs_runs_again": verdict.spread(
+            [min(one.again_s.values()) for one in clear if one.again_s]
+        ),
         "seconds_from_a_kill_until_its_jobs_run_again": verdict.spread(times(kills)),
         "the_same_with_redis_in_reach_all_the_while": verdict.spread(times(clear)),
         "jobs_of_hung_workers_run_elsewhere_after_s": verdict.spread(
             times([one for one in run.lost if one.kind == "hang"])
         ),
+        "recoveries": [
+            {"kind": one.kind, "at_s": one.at_s, "jobs": len(one.claims), "again_s": verdict.spread(times([one]))}
+            for one in run.lost
+        ],
         "never_run_again": sum(len(one.waiting) for one in run.lost),
         "wrong": {str(number): found for number, found in wrong.items()},
     }
@@ -247,6 +255,7 @@ def main() -> int:
     parser.add_argument("--model", default="stub", help="`stub`, as slow as --busy wants it, or `bundled`")
     parser.add_argument("--busy", type=float, default=0.75, help="share of the run that workers would need undisturbed")
     parser.add_argument("--fsync", choices=["always", "everysec"], default="everysec")
+    parser.add_argument("--set", action="append", default=[], metavar="RERANKQ_X=VALUE", help="any other setting")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and keep no file")
     args = parser.parse_args()
     forget_settings()
@@ -287,7 +296,7 @@ def is_broken(answer: dict[str, Any]) -> bool:
 
 def show(answer: dict[str, Any]) -> None:
     for name, value in answer.items():
-        if name not in {"wrong", "workers_that_ended_by_themselves"}:
+        if name not in {"wrong", "recoveries", "workers_that_ended_by_themselves"}:
             print(f"{name.replace('_', ' '):62} {value}")
     for death in answer["workers_that_ended_by_themselves"]:
         print(f"ended by itself: {death}")
