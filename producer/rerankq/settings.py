@@ -61,7 +61,9 @@ class Settings(BaseSettings):
     runtime: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="What computes the model; auto = OpenVINO on a CPU where it is installed, else torch."
     )
-    max_batch_tokens: int | Literal["auto"] = Field("auto", description="Padded tokens per forward pass.")
+    max_batch_tokens: int | Literal["auto"] = Field(
+        "auto", description="Tokens per forward pass, padding included; auto = found by measuring at start."
+    )
     concurrency: int = Field(32, ge=1, le=1024, description="Jobs in flight per worker.")
     lease_s: float = Field(8, gt=0, description="Seconds without a sign of life after which a job is handed on.")
     max_attempts: int = Field(3, ge=1, description="Deaths of a worker, alone with a job, that set the job aside.")

@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from .batcher import Batcher
+from .calibration import BUDGETS, PATIENCE_S, levelling_point, measure
 from .checkpoint import find_checkpoint
 from .cores import allocator_environment, available_cores
 from .errors import (
@@ -69,16 +70,17 @@ def load(
     ``float32``, ``bfloat16``, ``float16``, ``int8``, or ``auto``: bfloat16 where the device multiplies it faster (CUDA,
     CPUs with AMX or AVX-512 BF16), else float32. ``runtime`` is ``torch``, ``openvino`` (on CPUs), or ``auto``: the
     faster of those that are installed and run the model. ``max_length`` is in tokens and may lower the model's own;
-    ``max_batch_tokens`` are those of a batch, padding included. ``padded`` tells torch whether to pad the pairs of a
-    batch to equal length (default: only where nothing else is possible). ``threads`` (default: every core available)
-    counts on a CPU alone, for the whole process. On Linux a CPU engine gains from ``allocator_environment()``, which
-    only a parent process can set.
+    ``max_batch_tokens`` are those of a batch, padding included: a number, ``auto`` for one that suits the kind of
+    device, or ``measured``: batches are timed for some seconds, to find where tokens per second level off. ``padded``
+    tells torch whether to pad the pairs of a batch to equal length (default: only where nothing else is possible).
+    ``threads`` (default: every core available) counts on a CPU alone, for the whole process. On Linux a CPU engine
+    gains from ``allocator_environment()``, which only a parent process can set.
 
     Raises ModelUnusable, saying what was tried, EngineError for a device that is not there, and ValueError.
     """
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1 token, not {max_length}")
-    budget = _batch_tokens(max_batch_tokens)
+    budget = None if max_batch_tokens == "measured" else _batch_tokens(max_batch_tokens)
     engine = (
         _load_stub(model, max_length, budget)
         if model.partition(":")[0] == "stub"
@@ -94,7 +96,19 @@ def load(
         )
     )
     engine.warm_up()
+    if max_batch_tokens == "measured":
+        _calibrate(engine)
     return engine
+
+
+def _calibrate(engine: Engine) -> None:
+    kind = engine.device.partition(":")[0]
+    if kind not in BUDGETS:
+        return
+    pace = measure(engine, BUDGETS[kind], patience_s=PATIENCE_S[kind], most_tokens=getattr(engine, "most_tokens", None))
+    engine.max_batch_tokens = levelling_point(pace)
+    said = ", ".join(f"{budget}: {tokens_per_second:.0f}" for budget, tokens_per_second in pace.items())
+    logger.info("batches of %d tokens; tokens per second by budget: %s", engine.max_batch_tokens, said)
 
 
 def _load_stub(model: str, max_length: int | None, budget: int | None) -> Engine:
@@ -124,7 +138,7 @@ def _batch_tokens(asked: int | str) -> int | None:
     if asked == "auto":
         return None
     if isinstance(asked, str) and not asked.isdecimal():
-        raise ValueError(f"max_batch_tokens must be a number of tokens or 'auto', not {asked!r}")
+        raise ValueError(f"max_batch_tokens must be a number of tokens, 'auto' or 'measured', not {asked!r}")
     if int(asked) < 1:
         raise ValueError(f"max_batch_tokens must be at least 1, not {asked}")
     return int(asked)

@@ -14,7 +14,7 @@ from sentence_transformers.cross_encoder.modules.logit_score import LogitScore
 
 from .checkpoint import fingerprint
 from .cores import available_cores
-from .device import choose_device, multiplies_bfloat16_faster
+from .device import choose_device, multiplies_bfloat16_faster, tokens_that_fit
 from .errors import Unconvertible
 from .first_token import shorten
 from .forms import Form, form_of
@@ -110,6 +110,11 @@ class CrossEncoderEngine:
     def warm_up(self) -> None:
         """Run a small batch: kernels are chosen, threads started; raises what the device raises."""
         self.forward(self.tokenise("warm up", ["one chunk", "and a longer one"]))
+
+    def most_tokens(self, batch: Sequence[TokenisedPair]) -> float:
+        """Tell how many tokens a batch may cost within the device's free memory, judged by what this one takes."""
+        cost = sum(pair.length for pair in batch)
+        return tokens_that_fit(self._device, cost, lambda: self.forward(batch))
 
     def release_memory(self) -> None:
         """Give the device's cached blocks back."""

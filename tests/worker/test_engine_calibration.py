@@ -1,0 +1,99 @@
+"""How the size of batches is found, on an engine whose pace is stated and whose clock is its own."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rerankq_worker import engine
+from rerankq_worker.engine.calibration import BUDGETS, LEVEL, levelling_point, measure
+from rerankq_worker.engine.stub import StubEngine
+
+CPU = BUDGETS["cpu"]
+
+
+class Device(StubEngine):
+    """Takes a fixed time for each batch and more for each token, by its own clock; holds so many tokens."""
+
+    def __init__(self, *, per_batch_s, per_token_s, holds=10**9, slowed=()):
+        super().__init__(sleep=self.spend)
+        self.now, self.tried, self.released = 0.0, [], 0
+        self.per_batch_s, self.per_token_s, self.holds = per_batch_s, per_token_s, holds
+        self.slowed = list(slowed)
+
+    def spend(self, _):
+        tokens = self.tried[-1]
+        slowness = self.slowed.pop(0) if self.slowed else 1
+        self.now += slowness * (self.per_batch_s + tokens * self.per_token_s)
+
+    def forward(self, batch):
+        self.tried.append(sum(pair.length for pair in batch))
+        if self.tried[-1] > self.holds:
+            raise MemoryError
+        return super().forward(batch)
+
+    def release_memory(self):
+        self.released += 1
+
+    def measured(self, *, patience_s=60.0, most_tokens=None):
+        return measure(self, CPU, patience_s=patience_s, most_tokens=most_tokens, clock=lambda: self.now)
+
+
+@given(st.dictionaries(st.integers(1, 10**6), st.floats(0.1, 1e7), min_size=1))
+def test_the_levelling_point_is_the_smallest_budget_that_is_good_enough(pace):
+    found = levelling_point(pace)
+    assert pace[found] >= LEVEL * max(pace.values())
+    assert all(pace[smaller] < LEVEL * max(pace.values()) for smaller in pace if smaller < found)
+
+
+def test_nothing_measured_levels_nowhere():
+    with pytest.raises(ValueError, match="no budget"):
+        levelling_point({})
+
+
+@pytest.mark.parametrize(("per_batch_s", "found"), [(0.0, 512), (0.04, 1024), (0.08, 2048), (1.0, 4096)])
+def test_what_each_batch_costs_beside_its_tokens_decides_the_budget(per_batch_s, found):
+    # A token takes a millisecond; the twin is the formula: tokens ÷ (fixed + tokens × each).
+    pace = Device(per_batch_s=per_batch_s, per_token_s=1e-3).measured()
+    assert pace == pytest.approx({budget: budget / (per_batch_s + budget * 1e-3) for budget in CPU})
+    assert levelling_point(pace) == found
+
+
+def test_a_batch_that_others_slowed_down_decides_nothing():
+    quiet = Device(per_batch_s=0.03, per_token_s=1e-3)
+    busy = Device(per_batch_s=0.03, per_token_s=1e-3, slowed=[5, 1, 9, 2, 1, 3, 1])
+    assert busy.measured() == pytest.approx(quiet.measured())
+
+
+@pytest.mark.parametrize("patience_s", [0.1, 2.0, 6.0])
+def test_it_ends_in_time_and_has_tried_one_batch_at_least(patience_s):
+    device = Device(per_batch_s=0.0, per_token_s=1e-3)
+    pace = device.measured(patience_s=patience_s)
+    assert pace
+    # A single batch, where it alone takes longer.
+    assert device.now <= max(patience_s, 0.512) + 1e-9
+
+
+def test_a_budget_that_does_not_fit_into_memory_is_not_chosen_and_not_tried_again():
+    device = Device(per_batch_s=1.0, per_token_s=1e-3, holds=2048)
+    assert levelling_point(device.measured()) == 2048
+    assert device.tried.count(4096) == device.released == 1
+
+
+def test_budgets_beyond_what_is_known_to_fit_are_not_tried():
+    device = Device(per_batch_s=1.0, per_token_s=1e-3)
+    assert set(device.measured(most_tokens=lambda batch: 1500)) == {512, 1024}
+    assert max(device.tried) == 1024
+
+
+def test_a_device_that_cannot_hold_the_smallest_batch_is_heard_of():
+    device = Device(per_batch_s=0.0, per_token_s=1e-3, holds=10)
+    with pytest.raises(MemoryError):
+        device.measured()
+
+
+def test_a_measured_budget_is_one_of_those_tried_and_a_number_is_taken_as_it_is():
+    found = engine.load("bundled", "cpu", "float32", runtime="torch", max_batch_tokens="measured")
+    assert found.max_batch_tokens in CPU
+    assert np.isfinite(found.score([("q", "c")])).all()
+    assert engine.load("stub", max_batch_tokens="measured").max_batch_tokens == engine.load("stub").max_batch_tokens
