@@ -39,18 +39,31 @@ def need(data: Path, *collections: str) -> None:
         sys.exit(2)
 
 
+class Judged(NamedTuple):
+    """A question, the names of its chunks, and the grades of all that are relevant to it, found or not."""
+
+    question: Question
+    names: tuple[str, ...]
+    grades: dict[str, int]
+
+
 def questions(data: Path, collection: str, *, count: int, depth: int) -> list[Question]:
     """Read the first *count* questions for which BM25 found *depth* chunks, each with its best *depth*.
 
     Leaves where there are not so many: a benchmark over fewer would answer another question.
     """
+    return [one.question for one in judged(data, collection, count=count, depth=depth)]
+
+
+def judged(data: Path, collection: str, *, count: int, depth: int) -> list[Judged]:
+    """Read the same questions, and what people judged relevant to them."""
     folder = data / collection
     corpus = {row["_id"]: Chunk(title=row.get("title", ""), text=row["text"]) for row in _rows(folder, "corpus")}
-    found = _first_stage(folder)
+    found, grades = _first_stage(folder), _judgements(folder)
     asked = [
-        Question(row["text"], tuple(corpus[one] for one in found[row["_id"]][:depth]))
+        Judged(Question(row["text"], tuple(corpus[one] for one in names)), tuple(names), grades[row["_id"]])
         for row in _rows(folder, "queries")
-        if len(found[row["_id"]]) >= depth
+        if len(names := found[row["_id"]][:depth]) >= depth
     ]
     if len(asked) < count:
         print(f"{collection} holds {len(asked)} questions with {depth} chunks, not {count}: ask for fewer")
@@ -70,6 +83,16 @@ def _first_stage(folder: Path) -> dict[str, list[str]]:
             query, _, chunk, place, *_ = line.split()
             found[query].append((int(place), chunk))
     return defaultdict(list, {query: [chunk for _, chunk in sorted(places)] for query, places in found.items()})
+
+
+def _judgements(folder: Path) -> dict[str, dict[str, int]]:
+    grades: dict[str, dict[str, int]] = defaultdict(dict)
+    with gzip.open(folder / "qrels.tsv.gz", "rt", encoding="utf-8") as lines:
+        next(lines)  # the header
+        for line in lines:
+            query, chunk, grade = line.split()
+            grades[query][chunk] = int(grade)
+    return grades
 
 
 def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
