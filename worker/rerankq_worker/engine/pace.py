@@ -7,28 +7,51 @@ from dataclasses import dataclass, replace
 
 #: Weight of everything measured before, against one new batch.
 _MEMORY = 0.9
+#: Squared, the relative difference in tokens at which batches teach as much of each token as is assumed.
+_DOUBT = 0.01
 #: Batches without trouble after which a lowered budget is doubled again.
 _CALM_BATCHES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds per token of a batch's cost, from recent batches; the older, the less they count."""
+    """What a batch takes: some seconds whatever it holds, and some for each token. The older, the less batches count.
 
-    seconds: float = 0.0
+    >>> pace = Pace().after(1000, 2.0)
+    >>> pace.predict(500)
+    1.0
+    >>> round(pace.after(2000, 3.0).predict(1500), 2)
+    2.5
+    """
+
+    weight: float = 0.0
     tokens: float = 0.0
+    seconds: float = 0.0
+    squares: float = 0.0
+    products: float = 0.0
 
     def after(self, tokens: int, seconds: float) -> Pace:
-        """Learn from a batch that cost so many tokens.
+        """Learn from a batch that cost so many tokens."""
+        return Pace(
+            _MEMORY * self.weight + 1,
+            _MEMORY * self.tokens + tokens,
+            _MEMORY * self.seconds + seconds,
+            _MEMORY * self.squares + tokens * tokens,
+            _MEMORY * self.products + tokens * seconds,
+        )
 
-        >>> Pace().after(1000, 2.0).predict(500)
-        1.0
-        """
-        return Pace(_MEMORY * self.seconds + seconds, _MEMORY * self.tokens + tokens)
-
-    def predict(self, tokens: int) -> float:
+    def predict(self, tokens: float) -> float:
         """Seconds that a batch takes which costs so many tokens; 0 while nothing was measured."""
-        return self.seconds / self.tokens * tokens if self.tokens else 0.0
+        if not self.tokens:
+            return 0.0
+        mean_tokens, mean_seconds = self.tokens / self.weight, self.seconds / self.weight
+        in_proportion = mean_seconds / mean_tokens
+        variance = self.squares / self.weight - mean_tokens**2
+        covariance = self.products / self.weight - mean_tokens * mean_seconds
+        # Batches that are all alike say nothing of others: the less they differ, the more a token costs its share.
+        doubt = _DOUBT * mean_tokens**2
+        each = (covariance + doubt * in_proportion) / (variance + doubt)
+        return mean_seconds + min(max(each, 0.0), in_proportion) * (tokens - mean_tokens)
 
 
 @dataclass(frozen=True, slots=True)

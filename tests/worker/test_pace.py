@@ -1,0 +1,51 @@
+"""What the batcher learns of its device, and the decisions it makes of it."""
+
+import numpy as np
+import pytest
+
+from rerankq_worker.engine.pace import BulkTurn, Pace
+
+
+def learnt(device, batches):
+    pace = Pace()
+    for tokens in batches:
+        pace = pace.after(tokens, device(tokens))
+    return pace
+
+
+def test_a_device_that_takes_some_time_for_nothing_is_learnt_though_most_batches_are_small():
+    def device(tokens):
+        return 0.010 + 2e-6 * tokens
+
+    pace = learnt(device, ([600] * 10 + [16_000]) * 5)
+    assert pace.predict(16_000) == pytest.approx(device(16_000), rel=0.05)
+    assert pace.predict(600) == pytest.approx(device(600), rel=0.1)
+
+
+@pytest.mark.parametrize("spread", [0, 0.001, 0.01, 0.1])
+def test_batches_that_are_all_alike_do_not_teach_nonsense_of_others(spread):
+    rng = np.random.default_rng(0)
+    # Noise of a fifth in the seconds, whatever the tokens.
+    pace = learnt(lambda tokens: 1e-6 * tokens * rng.uniform(0.8, 1.2), 16_000 * (1 + spread * rng.normal(size=200)))
+    assert pace.predict(16_000) == pytest.approx(0.016, rel=0.2)
+    assert 0 <= pace.predict(100) <= pace.predict(16_000) <= pace.predict(32_000) <= 0.032 * 1.2
+
+
+def test_nothing_is_predicted_before_anything_was_measured():
+    assert Pace().predict(1000) == 0
+
+
+def test_bulk_turns_that_come_a_little_late_still_come_to_their_share():
+    turn, turns = BulkTurn(share=0.2), 0
+    # A device that is free every 0.7 s; each turn of bulk takes 1 s.
+    for now in np.arange(0, 1000, 0.7):
+        if now >= turn.due_at:
+            turn, turns = turn.after(now, 1.0), turns + 1
+    assert turns == pytest.approx(1000 / 5, abs=2)
+
+
+def test_bulk_that_was_alone_for_long_waits_for_its_turn_as_any_other():
+    turn = BulkTurn(share=0.25)
+    for now in range(100):
+        turn = turn.after(float(now), 1.0)
+    assert turn.due_at == 99 + 4
