@@ -33,6 +33,7 @@ QUESTIONS = (
     ("gpu_worker.py",),
     ("together.py", "--jobs", "40"),
     ("tokenising.py",),
+    ("pipeline.py",),
 )
 DONE, WRONG, ABSENT = 0, 1, 2
 
