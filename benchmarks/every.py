@@ -24,6 +24,7 @@ QUESTIONS = (
     ("latency.py",),
     ("cached.py", "--jobs", "12"),
     ("forward.py",),
+    ("runtimes.py",),
     (THROUGHPUT, "--dtype", "auto", "--rounds", "2"),
     ("depth.py",),
     ("scaling.py",),

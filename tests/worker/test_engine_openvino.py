@@ -94,6 +94,12 @@ def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(monkey
         engine.load("bundled", "cpu", "float32", runtime="openvino", threads=1)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_asking_how_batches_are_laid_asks_for_torch(padded):
+    asked = engine.load("bundled", "cpu", "float32", padded=padded, threads=1)
+    assert (asked.runtime, asked.padded) == ("torch", padded)
+
+
 def test_it_reports_its_use_to_nobody():
     # Its makers' package for that must not even be imported; a process of its own, as another test may have done so.
     script = (

@@ -91,7 +91,7 @@ def load(
             dtype=dtype,
             max_length=max_length,
             threads=threads,
-            runtime=runtime if padded is None else "torch",
+            runtime=runtime,
             padded=padded,
         )
     )

@@ -58,6 +58,8 @@ class CrossEncoderEngine:
     ) -> None:
         where = choose_device(device)
         facts = Facts(where.type, multiplies_bfloat16_faster(where), openvino_installed())
+        if runtime == "auto" and padded is not None:
+            runtime = "torch"  # OpenVINO has one way only
         self.runtime, self.dtype = astuple(choose(runtime, dtype, facts))
         self._threads = threads or available_cores()
         if where.type == "cpu":
