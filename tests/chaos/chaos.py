@@ -94,6 +94,8 @@ class Run:
             if len(held) < WORTH_A_BLOW and not at_any_rate:
                 continue
             at = worker.kill() if blow.kind == "kill" else worker.pause()
+            if at is None:
+                continue
             # Those it held when the blow fell, not those that it ended between our look and the blow.
             still = self.watch.held_by(token)
             orphans = Orphans(blow.kind, round(self.now(), 1), at, {one: held.get(one, n) for one, n in still.items()})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from rerankq import BrokerUnavailable, Client, JobUnknown, Ranking, RerankJob
+from rerankq import BrokerUnavailable, Client, JobUnknown, Ranking, RerankJob, __version__
 from rerankq.broker import make_app
 from rerankq.cli.examine import examine
 from rerankq.embedded import binaries
@@ -103,8 +103,10 @@ def test_each_role_can_do_its_work_with_the_rights_of_the_acl_file(urls: dict[st
     assert {entry for entry in refused if not entry[2].startswith("client")} == set()
     # The doctor may ask as any of the two, and is not told how often Redis syncs.
     for role in ("producer", "worker"):
-        (server,) = examine(settings_of(urls[role])).servers
+        facts = examine(settings_of(urls[role]))
+        (server,), (seen,) = facts.servers, facts.workers
         assert (server.fault, server.refused, server.fsync) == ("", (), None)
+        assert (seen.model, seen.device, seen.version) == ("stub", "none (float32)", __version__)
     assert "NOPERM" not in worker.log.read_text()
     assert worker.stop() == 0
 

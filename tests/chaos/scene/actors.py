@@ -110,14 +110,21 @@ class Worker:
         self.hung = False
         return True
 
-    def kill(self) -> float:
-        if self._part.pid is not None:
-            os.killpg(self._part.pid, signal.SIGKILL)
+    def kill(self) -> float | None:
+        """SIGKILL; answers when, or None if it was dead already: the poison may have come first."""
+        try:
+            self.process().kill()
+        except (psutil.Error, RuntimeError):
+            return None
         return time.time()
 
-    def pause(self) -> float:
-        # The program alone: who holds its leash must go on, to end it whatever happens to us.
-        self.process().suspend()
+    def pause(self) -> float | None:
+        """SIGSTOP, as :meth:`kill`."""
+        try:
+            # The program alone: who holds its leash must go on, to end it whatever happens to us.
+            self.process().suspend()
+        except (psutil.Error, RuntimeError):
+            return None
         self.hung = True
         return time.time()
 
