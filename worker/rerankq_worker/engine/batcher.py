@@ -1,10 +1,10 @@
 """One thread that owns the device and forms its batches from the pairs of all jobs in flight.
 
 It is a thread of the worker's process, not a process of its own: what it needs of the interpreter's lock is an eighth
-(py-spy, 32 jobs in flight at 5 500 pairs/s; Celery's main thread has three quarters), its gaps do not change with
-``sys.setswitchinterval`` from 5 ms to 0.2 ms, and with batches of 8 ms the device stood idle for 0 to 1 % of its time
-at 2 000 pairs/s and 1 to 7 % at 5 000, on two cores that others used too. There a process of its own beside the worker
-had gaps as well, half as long or less: worth another look where a device does more than 5 000 pairs/s
+(py-spy, 32 jobs in flight at 5 500 pairs/s; Celery's main thread has three quarters), and its gaps do not change with
+``sys.setswitchinterval`` from 5 ms to 0.2 ms. With batches of 8 ms the device stood idle for 0 to 1 % of its time at
+2 000 pairs/s, and at 5 000 mostly for 1 to 12 %, on two cores that others used too; there a process of its own had gaps
+as well, shorter in two of three comparisons. Worth another look where a device does more than 5 000 pairs/s
 (``benchmarks/pipeline.py``).
 """
 
