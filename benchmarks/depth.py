@@ -4,9 +4,9 @@
 
 An own Redis without persistence, minimal jobs of one pair, one tenant. At every depth: jobs are submitted, taken off
 the backlog, claimed, completed and forgotten, and the ledger is swept, by the calls that clients and workers make, 100
-a round trip. Two clocks: the caller's, and Redis's own for its scripts (``INFO commandstats``), which says what the
-server does for each. Then one worker with a stub engine that takes no time ranks from the backlog for some seconds: its
-jobs per second, through Celery's doorbells. Memory of Redis per waiting job is told as well.
+a round trip. Two clocks: the caller's, and the server's CPU time (``INFO cpu``), which a busy machine hardly changes.
+Medians of a few probings. Then one worker with a stub engine that takes no time ranks from the backlog for a while: its
+jobs per second, through Celery's doorbells, and its CPU time. Memory of Redis per waiting job is told as well.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ MODEL, QUEUES = "stub:0", ["rerankq.bulk"]
 JOB = RerankJob(query="how deep is the sea?", chunks=["Its mean depth is about 3700 metres."], priority="bulk")
 # Far above what a minimal job takes (measured: 2.0 KB); a depth that does not fit is left out.
 BYTES_PER_JOB = 4_000
-SWEEPS = 10
+SWEEPS = 50
+WHOLE, SWEEP = "a whole job", "a sweep"
+PROBINGS = 5
+CLOCKS = {"caller_us": "the caller's clock", "server_us": "the server's CPU"}
 Answer = TypeVar("Answer")
 
 
@@ -71,6 +74,10 @@ class Backlog:
     def fill(self, depth: int) -> None:
         self.ask(calls.submit(entry, self.terms) for entry in self.entries(depth - self.waiting()))
 
+    def cpu_s(self) -> float:
+        used = self.redis.info("cpu")
+        return float(used["used_cpu_user"] + used["used_cpu_sys"])
+
     def memory(self) -> int:
         return int(self.redis.info("memory")["used_memory"])
 
@@ -82,16 +89,11 @@ def _in_parts(wanted: Iterable[Call[Answer]]) -> Iterator[Sequence[Call[Answer]]
 
 
 def timed(backlog: Backlog, work: Callable[[], Sequence[Answer]]) -> tuple[Sequence[Answer], dict[str, float]]:
-    """Do some work; answers what it gives, and microseconds per answer by both clocks."""
-    backlog.redis.config_resetstat()
-    began = time.perf_counter()
+    """Do some work; answers what it gives, and microseconds per answer: the caller's, and the server's CPU time."""
+    cpu, began = backlog.cpu_s(), time.perf_counter()
     answers = work()
-    seconds = time.perf_counter() - began
-    server = backlog.redis.info("commandstats").get("cmdstat_evalsha", {"usec": 0})["usec"]
-    return answers, {
-        "caller_us": round(seconds / len(answers) * 1e6, 1),
-        "server_us": round(server / len(answers), 1),
-    }
+    seconds, cpu = time.perf_counter() - began, backlog.cpu_s() - cpu
+    return answers, {"caller_us": seconds / len(answers) * 1e6, "server_us": cpu / len(answers) * 1e6}
 
 
 def ranking_of(job_id: str) -> Ranking:
@@ -112,7 +114,7 @@ def rung(backlog: Backlog, jobs: int) -> list[str]:
 
 
 def probe(backlog: Backlog, probes: int) -> dict[str, dict[str, float]]:
-    """Put so many jobs through all that happens to a job; microseconds per job and step."""
+    """Put so many jobs through all that happens to a job; microseconds per job and step, by both clocks."""
     terms, ask = backlog.terms, backlog.ask
     steps: dict[str, dict[str, float]] = {}
     entries = backlog.entries(probes)
@@ -120,19 +122,25 @@ def probe(backlog: Backlog, probes: int) -> dict[str, dict[str, float]]:
     ids, steps["ring on"] = timed(backlog, lambda: rung(backlog, probes))
     claims, steps["claim"] = timed(backlog, lambda: ask(calls.claim(one, "bench", terms) for one in ids))
     held = [claim for claim in claims if isinstance(claim, Claim)]
-    rankings = {claim.id: ranking_of(claim.id) for claim in held}
-    _, steps["complete"] = timed(
-        backlog, lambda: ask(calls.complete(one.id, one.fence, rankings[one.id], terms) for one in held)
-    )
-    _, steps["forget"] = timed(backlog, lambda: ask(calls.forget(one.id, terms) for one in held))
-    sweeps = [
-        timed(backlog, lambda: [backlog.ledger.ask(calls.sweep("bench", terms, judge=True, free_since={}))])[1]
-        for _ in range(SWEEPS)
-    ]
-    steps["sweep"] = {clock: statistics.median(one[clock] for one in sweeps) for clock in sweeps[0]}
     if len(held) != len(ids):
         raise RuntimeError(f"{len(ids) - len(held)} jobs of the backlog could not be claimed")
+    ends = [calls.complete(one.id, one.fence, ranking_of(one.id), terms) for one in held]
+    _, steps["complete"] = timed(backlog, lambda: ask(ends))
+    _, steps["forget"] = timed(backlog, lambda: ask(calls.forget(one.id, terms) for one in held))
+    sweep = calls.sweep("bench", terms, judge=True, free_since={})
+    _, steps[SWEEP] = timed(backlog, lambda: [backlog.ledger.ask(sweep) for _ in range(SWEEPS)])
     return steps
+
+
+def probed(backlog: Backlog, probes: int) -> dict[str, dict[str, float]]:
+    """Probe a few times; medians."""
+    found = [probe(backlog, probes // PROBINGS) for _ in range(PROBINGS)]
+    steps = {
+        step: {clock: round(statistics.median(one[step][clock] for one in found), 1) for clock in costs}
+        for step, costs in found[0].items()
+    }
+    whole = {clock: round(sum(costs[clock] for step, costs in steps.items() if step != SWEEP), 1) for clock in CLOCKS}
+    return {WHOLE: whole, **steps}
 
 
 def worker_pace(backlog: Backlog, settings: Settings, seconds: float) -> dict[str, float]:
@@ -169,7 +177,7 @@ def measure(depths: Sequence[int], probes: int, worker_s: float) -> dict[int, di
                 continue
             backlog.fill(depth)
             memory = (backlog.memory() - empty) / backlog.waiting()
-            found[depth] = {"bytes_per_job": round(memory), "steps": probe(backlog, probes)}
+            found[depth] = {"bytes_per_job": round(memory), "steps": probed(backlog, probes)}
             if worker_s:
                 found[depth]["worker"] = worker_pace(backlog, settings, worker_s)
             print(f"{depth} waiting: {found[depth]}", flush=True)
@@ -180,7 +188,7 @@ def ratios(found: dict[int, dict[str, Any]]) -> dict[str, float]:
     """Each step's cost at the greatest depth ÷ that at the least: 1 is flat."""
     least, most = min(found), max(found)
     steps = {
-        f"{step}, {clock.removesuffix('_us')}'s clock": found[most]["steps"][step][clock] / cost
+        f"{step}, {CLOCKS[clock]}": found[most]["steps"][step][clock] / cost
         for step, costs in found[least]["steps"].items()
         for clock, cost in costs.items()
     }
@@ -210,7 +218,7 @@ def main() -> int:
     lines = {
         step: [(n, one["steps"][step]["server_us"]) for n, one in found.items()] for step in found[min(found)]["steps"]
     }
-    plot = curves("The ledger's cost of a job, on the server", lines, across="jobs waiting", up="µs")
+    plot = curves("The ledger's cost of a job: CPU time of the server", lines, across="jobs waiting", up="µs")
     keep("depth", answer, here, quick=args.quick, plot=plot)
     return 0
 

@@ -43,13 +43,9 @@ def ratio(name: str) -> Callable[[Answer], float]:
     return lambda answer: float(answer["ratios"][name])
 
 
-def steepest(answer: Answer) -> float:
-    """The step of a job whose cost on the server grows most with the depth."""
-    return float(max(value for name, value in answer["ratios"].items() if "server's clock" in name))
-
-
-def worker_cpu(answer: Answer) -> float:
-    return float(next(value for name, value in answer["ratios"].items() if "its CPU time" in name))
+def deeper(what: str) -> Callable[[Answer], float]:
+    """What something costs with the most jobs waiting, against the least."""
+    return lambda answer: float(next(value for name, value in answer["ratios"].items() if name.startswith(what)))
 
 
 def fastest_share(answer: Answer) -> float:
@@ -93,8 +89,9 @@ ROWS = (
         "priorities.py", most=3),
     Row("bulk's share under an interactive flood", "priorities", lambda a: a["flood"]["bulk_share_of_tokens"],
         "priorities.py", 0.15, 0.25),
-    Row("ledger's cost a job, most waiting ÷ least", "depth", steepest, "depth.py", most=1.5),
-    Row("a worker's CPU a job, most waiting ÷ least", "depth", worker_cpu, "depth.py", most=1.5),
+    Row("ledger's cost a job, most waiting ÷ least", "depth", deeper("a whole job, the server's CPU"), "depth.py",
+        most=1.5),
+    Row("a worker's CPU a job, most waiting ÷ least", "depth", deeper("a worker, its CPU time"), "depth.py", most=1.5),
     Row("jobs of 20 KB submitted a second", "submitting", lambda a: a["jobs_per_second"]["RerankJob"]["median"],
         "submitting.py", 4000),
     Row("8 workers with the stub ÷ linear", "scaling", ratio("8 workers ÷ linear"), "scaling.py", 0.95),
