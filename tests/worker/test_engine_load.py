@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rerankq.cli import celery_worker
 from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable, checkpoint, cores
 from rerankq_worker.engine.errors import is_out_of_memory
@@ -138,6 +139,11 @@ def test_the_allocators_thresholds_are_what_a_process_environment_takes():
     for name, value in engine.allocator_environment().items():
         assert name.startswith("MALLOC_")
         assert int(value) > 2**20
+
+
+def test_a_worker_that_the_command_line_starts_gets_them_unless_others_are_set():
+    assert engine.allocator_environment().items() <= celery_worker.tuned({}).items()
+    assert celery_worker.tuned({"MALLOC_TRIM_THRESHOLD_": "1"})["MALLOC_TRIM_THRESHOLD_"] == "1"
 
 
 def test_torchs_own_memory_error_is_recognised_without_importing_torch():

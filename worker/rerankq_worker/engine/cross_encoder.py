@@ -1,4 +1,4 @@
-"""A sentence-transformers cross-encoder on one device, through torch."""
+"""A sentence-transformers cross-encoder on one device, through torch or what is compiled from it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ class CrossEncoderEngine:
     """Scores pairs with a cross-encoder of one label; raw logits whatever activation the checkpoint asks for.
 
     Batches are flattened, so that nothing is computed for padding, where the model's family allows it and a probe
-    gives the same logits either way; else they are padded. ``padded`` asks for one of the two. In a reduced precision
-    the body runs in that type and the last layer in float32. One thread at a time may call ``launch`` or ``forward``.
+    gives the same logits either way; else they are padded. ``padded`` asks for one of the two. On a CPU OpenVINO may
+    compute the padded batches in torch's place, after the same probe; raises Unconvertible where it cannot. In a
+    reduced precision the body runs in that type and the last layer in float32. One thread at a time may call ``launch``
+    or ``forward``.
     """
 
     def __init__(
