@@ -23,6 +23,9 @@ logger = logging.getLogger("rerankq")
 TASK = "rerankq.rerank"
 INTERACTIVE = "rerankq.interactive"
 BULK = "rerankq.bulk"
+# The priority of bells that overtake the others, and of those. kombu keeps a list in Redis for each; a worker looks
+# into the first one first. Brokers of other kinds take all as they come.
+AHEAD, IN_LINE = 5, 0
 
 
 def queue(name: str, *, no_ack: bool = False) -> Queue:
@@ -71,7 +74,7 @@ def _transport_options(url: str) -> dict[str, Any]:
     return {
         "global_keyprefix": "rerankq:",
         "queue_order_strategy": "priority",
-        "priority_steps": [0],
+        "priority_steps": [IN_LINE, AHEAD],
         "socket_timeout": 10,
         "socket_connect_timeout": 3,
         "socket_keepalive": True,
@@ -178,6 +181,7 @@ class Bells:
                     producer=producer,
                     ignore_result=True,
                     argsrepr=bell.label or bell.id,
+                    priority=AHEAD if bell.ahead else IN_LINE,
                     kwargsrepr="{}",
                     retry=False,
                 )

@@ -657,7 +657,7 @@ def fill(ledger: Ledger, count: int, *, first: int = 0) -> None:
 # SMEMBERS lists tenants and queues, HGETALL workers, the ranges are cut by LIMIT or COUNT.
 FLAT = {
     *("hget", "hmget", "hset", "hdel", "hincrby", "hgetall", "hexists", "exists", "get", "set", "incr", "del"),
-    *("zadd", "zrem", "zcard", "zrank", "zscore", "zpopmin", "zrangebyscore", "sadd", "srem", "smembers"),
+    *("zadd", "zrem", "zcard", "zcount", "zrank", "zscore", "zpopmin", "zrangebyscore", "sadd", "srem", "smembers"),
     *("expire", "publish", "time", "type", "info", "evalsha"),
 }
 

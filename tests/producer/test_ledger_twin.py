@@ -67,14 +67,21 @@ class Twin:
         self.clock = itertools.count()
 
     def waiting(self, queue: str, tenant: str) -> list[str]:
-        line = [(job.order, name) for name, job in self.jobs.items() if self._in_line(job, queue, tenant, rung=False)]
-        return [name for _, name in sorted(line)]
+        line = [(not job.claims, job.order, name) for name, job in self._line(queue, tenant, rung=False)]
+        return [name for *_, name in sorted(line)]
 
     def rung(self, queue: str, tenant: str) -> list[str]:
-        return [name for name, job in self.jobs.items() if self._in_line(job, queue, tenant, rung=True)]
+        return [name for name, _ in self._line(queue, tenant, rung=True)]
 
-    def _in_line(self, job: TwinJob, queue: str, tenant: str, *, rung: bool) -> bool:
-        return job.state == "queued" and job.rung == rung and job.line == (queue, tenant)
+    def _line(self, queue: str, tenant: str, *, rung: bool) -> Iterator[tuple[str, TwinJob]]:
+        for name, job in self.jobs.items():
+            if job.state == "queued" and job.rung == rung and job.line == (queue, tenant):
+                yield name, job
+
+    def room(self, queue: str, tenant: str) -> int:
+        again = sum(job.claims > 0 for _, job in self._line(queue, tenant, rung=False))
+        free = TERMS.ring_window - len(self.rung(queue, tenant))
+        return min(len(self.waiting(queue, tenant)), max(free, again))
 
     def backlog(self) -> Counter[str]:
         counts: Counter[str] = Counter()
@@ -427,15 +434,12 @@ class BothLedgers(RuleBasedStateMachine):
 
     @rule(most=st.sampled_from([1, 4, 100]), queues=st.sampled_from([QUEUES, QUEUES[:1], QUEUES[1:]]))
     def ring_on(self, most: int, queues: tuple[str, ...]) -> None:
-        room = {
-            line: min(len(self.twin.waiting(*line)), TERMS.ring_window - len(self.twin.rung(*line)))
-            for line in itertools.product(queues, TENANTS)
-        }
+        room = {line: self.twin.room(*line) for line in itertools.product(queues, TENANTS)}
         bells = self.ask(calls.ring_on(queues, TERMS, most=most))
         rung = defaultdict(list)
         for bell in bells:
             job = self.twin.jobs[bell.id]
-            assert (bell.queue, bell.label) == (job.queue, f"label of {bell.id}")
+            assert (bell.queue, bell.label, bell.ahead) == (job.queue, f"label of {bell.id}", job.claims > 0)
             rung[job.line].append(bell.id)
         for line, names in rung.items():
             assert names == self.twin.waiting(*line)[: len(names)], "the longest waiting first"
@@ -524,7 +528,8 @@ class BothLedgers(RuleBasedStateMachine):
             rung = self.ledger.redis.zrange(f"rerankq:rung:{suffix}", 0, -1)
             assert [name.decode() for name in waiting] == self.twin.waiting(*line)
             assert {name.decode() for name in rung} == set(self.twin.rung(*line))
-            assert len(rung) <= TERMS.ring_window
+            never_ran = [name for name in self.twin.rung(*line) if not self.twin.jobs[name].claims]
+            assert len(never_ran) <= TERMS.ring_window
 
     @invariant()
     def counters_are_sums(self) -> None:

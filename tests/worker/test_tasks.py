@@ -326,7 +326,7 @@ def test_a_ledger_that_is_away_at_the_claim_leaves_the_job_to_the_next_bell(work
     assert state(worker) == "done"
 
 
-def test_who_is_in_a_hurry_hands_back_and_withdraws_what_it_holds(worker: Any, monkeypatch: pytest.MonkeyPatch):
+def test_who_is_in_a_hurry_hands_back_and_withdraws_what_it_holds(worker: Any, program: Any, monkeypatch: Any):
     submit(worker, chunks=tuple(f"chunk {number}" for number in range(4)))
     dropped = threading.Event()
     drop = worker.drop
@@ -338,11 +338,16 @@ def test_who_is_in_a_hurry_hands_back_and_withdraws_what_it_holds(worker: Any, m
     monkeypatch.setattr(worker, "drop", drop_and_tell)
 
     def quit_now() -> None:
-        signals.worker_shutting_down.send(sender="test", sig="QUIT", how="Cold", exitcode=0)
+        with pytest.raises(SystemExit):
+            program.SafeConsumer.cancel_active_requests(None)
         assert dropped.wait(WAIT_S)
 
     in_the_middle(worker, monkeypatch, quit_now)
     with pytest.raises(JobCancelled):
+        worker.rerank("a")
+    assert state(worker) == "queued"
+    # Its bell is rung again at once, and may be heard here too: it is for others.
+    with pytest.raises(Ignore, match="in a hurry"):
         worker.rerank("a")
     assert state(worker) == "queued"
 

@@ -23,14 +23,14 @@ from queue import Empty
 from typing import Any, TypeVar
 
 from celery import bootsteps, signals
-from celery.exceptions import CPendingDeprecationWarning, Ignore, SecurityWarning
+from celery.exceptions import CPendingDeprecationWarning, Ignore, SecurityWarning, WorkerShutdown
 from celery.worker.consumer import Consumer
 from celery.worker.control import control_command, inspect_command
 from kombu import Queue
 from kombu.common import ignore_errors
 
 from rerankq import __version__, catalogue, errors
-from rerankq.broker import BULK, INTERACTIVE, TASK, Bells, make_app, queue
+from rerankq.broker import AHEAD, BULK, IN_LINE, INTERACTIVE, TASK, Bells, make_app, queue
 from rerankq.client import terms_of
 from rerankq.contract import Ranking, State, job_of
 from rerankq.errors import BrokerUnavailable, JobCancelled, QueueFull, RerankqError
@@ -52,6 +52,7 @@ Answer = TypeVar("Answer")
 
 # Exit statuses for a supervisor to see: the device hangs, or is gone.
 DEVICE_HANGS = 70
+HURRIED = 1
 # Seconds between tries to tell the ledger how a job ended.
 TELL_AGAIN_S = 1.0
 # Seconds for which events wait for each other.
@@ -82,6 +83,7 @@ class Worker:
         self.listens: frozenset[str] = frozenset()
         self.gate = Gate()
         self.stopping = threading.Event()
+        self.dropped = False
 
         self.engine = engine.load(
             self.model,
@@ -118,6 +120,7 @@ class Worker:
 
     def drop(self) -> None:
         """Hand back what is held, and stop work on it."""
+        self.dropped = True
         self.stopping.set()
         held = self.leases.stop()
         try:
@@ -150,6 +153,9 @@ class Worker:
             Ignore: if somebody else has it: the doorbell was a second one.
             RerankqError: how the job ended, where it was not ranked.
         """
+        if self.dropped:
+            # Its own jobs, handed back, are rung for at once: they are for others.
+            raise Ignore("in a hurry to stop: a sweeper will ring again")
         claim = self.ledger.ask(calls.claim(job_id, self.id, self.terms))
         if isinstance(claim, str):
             return second_bell(claim)
@@ -195,6 +201,9 @@ class Worker:
     @contextmanager
     def _on_the_device(self, claim: Claim, work: Work) -> Iterator[None]:
         """Wait to be let in: together with others, or, under suspicion, alone."""
+        if self.dropped:
+            # Claimed while the others were handed back.
+            raise EngineClosed("in a hurry to stop")
         if not claim.suspect:
             with self.gate.together():
                 yield
@@ -345,6 +354,18 @@ class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
             self.connection.close = lambda: None
         super().on_connection_error_after_connected(exc)
 
+    def cancel_active_requests(self) -> None:
+        """Hand back what runs, and stop as after SIGTERM: SIGQUIT calls this, in the middle of anything.
+
+        Celery would cancel the tasks, which raises with threads; and then stop the pool here, inside of a signal, which
+        never ends where the signal came amid a submission to the pool.
+        """
+        if listening is not None and listening.bulk is not None:
+            ignore_errors(self, listening.bulk.cancel)
+        if worker is not None:
+            threading.Thread(target=worker.drop, name="rerankq-drop", daemon=True).start()
+        raise WorkerShutdown(HURRIED)
+
     def ensure_connected(self, conn: Any) -> Any:
         """Try every few seconds, however long the broker is away; Celery's pauses would grow to half a minute."""
         conn.ensure_connection = partial(conn.ensure_connection, **RECONNECT)
@@ -450,6 +471,8 @@ def _open(channel: Any, has_room: Callable[[], bool]) -> None:
     channel.qos.can_consume = lambda: has_room() and asked()
     # kombu would cross out what it never wrote down, see ``heard``.
     channel.qos.ack = lambda _: None
+    # The other way round than kombu, whose first is the plain list, that everyone looks into who looks at a queue.
+    channel.priority_steps, channel.priority = [AHEAD, IN_LINE], lambda number: number
     channel.handlers["BRPOP"] = _reading(channel.handlers["BRPOP"], channel.connection)
 
 
@@ -605,13 +628,9 @@ def _revoked(request: Any, **_: Any) -> None:
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
-def _stopping(how: str, **_: Any) -> None:
-    if worker is None:
-        return
-    worker.stopping.set()
-    if how == "Cold":
-        # In a hurry: threads cannot be stopped, so their jobs are handed back and their work withdrawn.
-        threading.Thread(target=worker.drop, name="rerankq-drop", daemon=True).start()
+def _stopping(**_: Any) -> None:
+    if worker is not None:
+        worker.stopping.set()
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]

@@ -81,11 +81,12 @@ class Claim(NamedTuple):
 
 
 class Bell(NamedTuple):
-    """A doorbell to ring."""
+    """A doorbell to ring; one rung ahead overtakes those that are out already."""
 
     id: str
     queue: str
     label: str
+    ahead: bool = False
 
 
 class Look(NamedTuple):
@@ -267,8 +268,11 @@ def ring_on(queues: Sequence[str], terms: Terms, *, most: int = 256) -> Call[lis
     """Take the next jobs of the backlog to ring for, in turn over tenants."""
 
     def read(answer: object) -> list[Bell]:
-        flat = [_text(part) for part in _list(answer)]
-        return [Bell(*flat[at : at + 3]) for at in range(0, len(flat), 3)]
+        parts = iter(_list(answer))
+        return [
+            Bell(_text(job_id), _text(queue), _text(label), bool(ahead))
+            for job_id, queue, label, ahead in zip(parts, parts, parts, parts, strict=True)
+        ]
 
     return Call("ring_on", (terms.ring_window, most, *queues), read)
 

@@ -43,10 +43,16 @@ local function take_out(id, queue, tenant, pairs_in)
   count(queue, tenant, -pairs_in)
 end
 
-local function put_in(id, queue, tenant, pairs_in, created, deadline)
+-- A job's place in its line: by its age; what was running before goes before all that never was.
+local function place(key)
+  local job = redis.call('HMGET', key, 'created', 'claims')
+  return stamp(tonumber(job[1]) - (tonumber(job[2]) > 0 and 10000000000 or 0))
+end
+
+local function put_in(id, queue, tenant, pairs_in, deadline)
   redis.call('SADD', 'rerankq:queues', queue)
   redis.call('SADD', tenants_key(queue), tenant)
-  redis.call('ZADD', waiting_key(queue, tenant), created, id)
+  redis.call('ZADD', waiting_key(queue, tenant), place(job_key(id)), id)
   if deadline ~= '' then redis.call('ZADD', 'rerankq:deadlines', deadline, id) end
   count(queue, tenant, pairs_in)
 end
@@ -148,8 +154,8 @@ local function leave_running(id, owner)
 end
 
 local function queue_again(key, id, suspect)
-  local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'created', 'deadline')
+  local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'deadline')
   redis.call('HDEL', key, 'owner', 'claim')
   redis.call('HSET', key, 'state', 'queued', 'suspect', suspect)
-  put_in(id, job[1], job[2], tonumber(job[3]), job[4], job[5] or '')
+  put_in(id, job[1], job[2], tonumber(job[3]), job[4] or '')
 end

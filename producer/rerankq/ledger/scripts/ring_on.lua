@@ -1,4 +1,5 @@
--- window most queue... | Ring on from the backlog, in turn over tenants. Answers id, queue, label, repeated.
+-- window most queue... | Ring on from the backlog, in turn over tenants. Answers id, queue, label, ahead, repeated.
+-- ahead = 1: the job was running before. It is rung for whatever the window says, and its bell overtakes the others.
 begin_freeing()
 local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local answer = {}
@@ -12,7 +13,8 @@ for at = 3, #ARGV do
     local tenant = tenants[turn % #tenants + 1]
     turn = turn + 1
     local waiting, rung = waiting_key(queue, tenant), rung_key(queue, tenant)
-    local room = math.min(window - redis.call('ZCARD', rung), most - taken, 16)
+    local again = redis.call('ZCOUNT', waiting, '-inf', '(0')
+    local room = math.min(math.max(window - redis.call('ZCARD', rung), again), most - taken, 16)
     local popped = room > 0 and redis.call('ZPOPMIN', waiting, room) or {}
     if #popped == 0 then idle = idle + 1 else idle = 0 end
     for index = 1, #popped, 2 do
@@ -22,6 +24,7 @@ for at = 3, #ARGV do
       answer[#answer + 1] = queue
       local label = redis.pcall('HGET', job_key(id), 'label')
       answer[#answer + 1] = type(label) == 'string' and label or ''
+      answer[#answer + 1] = tonumber(popped[index + 1]) < 0 and 1 or 0
       taken = taken + 1
     end
     if #popped == 0 and redis.call('EXISTS', waiting) == 0 and redis.call('EXISTS', rung) == 0 then

@@ -12,7 +12,7 @@ if held then
   if held ~= content then return {'conflict', 0} end
   local state = settle(id, ttl, channel)
   if state == 'queued' then
-    local job = redis.call('HMGET', key, 'queue', 'priority', 'deadline', 'created')
+    local job = redis.call('HMGET', key, 'queue', 'priority', 'deadline')
     -- Whoever asks with more patience gives it to all: an earlier, shorter deadline must not expire this one.
     local deadline = job[3]
     if deadline ~= '' then
@@ -24,7 +24,7 @@ if held then
     if priority == 'interactive' and job[2] == 'bulk' then
       take_out(id, job[1], tenant, pairs_in)
       redis.call('HSET', key, 'queue', queue, 'priority', priority, 'label', label, 'model', model)
-      put_in(id, queue, tenant, pairs_in, job[4], deadline)
+      put_in(id, queue, tenant, pairs_in, deadline)
       return {state, may_ring(id, queue, tenant, window)}
     end
     return {state, 0}
@@ -47,5 +47,5 @@ if held or redis.call('EXISTS', key) == 1 then redis.call('DEL', key) end
 redis.call('HSET', key, 'state', 'queued', 'content', content, 'queue', queue, 'tenant', tenant, 'priority', priority,
   'pairs', pairs_in, 'deadline', deadline, 'label', label, 'model', model, 'payload', payload, 'created', created,
   'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)
-put_in(id, queue, tenant, pairs_in, created, deadline)
+put_in(id, queue, tenant, pairs_in, deadline)
 return {'queued', may_ring(id, queue, tenant, window)}

@@ -70,10 +70,9 @@ for _, queue in ipairs(redis.call('SMEMBERS', 'rerankq:queues')) do
     local rung = rung_key(queue, tenant)
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', rung, '-inf', stamp(cutoff), 'LIMIT', 0, limit)) do
       redis.call('ZREM', rung, id)
-      local created = redis.pcall('HGET', job_key(id), 'created')
-      -- Without it the job was removed or damaged by other hands than ours: there is nothing to ring for.
-      if type(created) == 'string' and seconds(created) then
-        redis.call('ZADD', waiting_key(queue, tenant), created, id)
+      -- Not where the job was removed or damaged by other hands than ours: there is nothing to ring for.
+      if written(job_key(id)) == 'queued' then
+        redis.call('ZADD', waiting_key(queue, tenant), place(job_key(id)), id)
         bells = bells + 1
       end
     end
