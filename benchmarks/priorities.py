@@ -1,6 +1,6 @@
 """Do priorities hold: interactive latency under a saturating bulk backlog, and bulk's share under an interactive flood?
 
-    python benchmarks/priorities.py [--jobs 40] [--chunks 10] [--bulk-chunks 50] [--flood-s 40] [--quick]
+    python benchmarks/priorities.py [--jobs 40] [--chunks 10] [--bulk-chunks 50] [--flood-s 60] [--quick]
 
 One worker with the bundled model, float32, our defaults. Three scenes, in one run:
 
@@ -9,7 +9,7 @@ One worker with the bundled model, float32, our defaults. Three scenes, in one r
 - flood: enough interactive jobs at a time to keep the device busy alone, bulk jobs waiting all the while. Bulk's share
   of the device's time is told by its tokens among all tokens, of the pairs that were scored within the scene.
 
-Inside it is checked that the backlog never ran dry, and that no job failed.
+Inside it is checked that no job failed.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=40, help="interactive ones, in each of the first two scenes")
     parser.add_argument("--chunks", type=int, default=10, help="an interactive job")
     parser.add_argument("--bulk-chunks", type=int, default=50, help="a bulk job of the backlog")
-    parser.add_argument("--flood-s", type=float, default=40, help="seconds of the flood, at least")
+    parser.add_argument("--flood-s", type=float, default=60, help="seconds of the flood, at least")
     parser.add_argument("--quick", action="store_true", help="8 jobs, bulk jobs of 10 chunks, 8 s")
     args = parser.parse_args()
     if args.quick:

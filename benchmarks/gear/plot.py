@@ -47,13 +47,27 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, ac
     drawn = [_text(*_below(place(x, 0)), f"{x:,.0f}", anchor="middle") for x in sorted({x for x, _ in points})]
     drawn += [_text(64, place(points[0][0], y)[1] + 4, f"{y:,.4g}", anchor="end") for y in (0, highest / 2, highest)]
     drawn += [_text(WIDTH / 2 - 60, HEIGHT - 6, across, anchor="middle"), _text(8, TOP - 8, up)]
+    ends = {name: place(*line[-1]) for name, line in lines.items()}
+    heights = dict(zip(ends, apart([y for _, y in ends.values()]), strict=True))
     for number, (name, line) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
-        places = [place(x, y) for x, y in line]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        drawn.append(_text(places[-1][0] + 6, places[-1][1] + 4, name, fill=colour))
+        drawn.append(_text(ends[name][0] + 6, heights[name] + 4, name, fill=colour))
     return _picture(title, drawn, HEIGHT)
+
+
+def apart(heights: Sequence[float], gap: float = 15) -> list[float]:
+    """Move heights up until each is a gap from the next below, so that words at them can be read.
+
+    >>> apart([100, 50, 98])
+    [100, 50, 85]
+    """
+    moved = list(heights)
+    before = math.inf
+    for at in sorted(range(len(moved)), key=lambda at: -moved[at]):
+        before = moved[at] = min(moved[at], before - gap)
+    return moved
 
 
 def _below(point: tuple[float, float]) -> tuple[float, float]:
