@@ -647,7 +647,7 @@ def fill(ledger: Ledger, count: int, *, first: int = 0) -> None:
       redis.call('HSET', job_key(id), 'state', 'queued', 'content', 'c', 'queue', ARGV[3], 'tenant', '', 'priority',
         'bulk', 'pairs', 1, 'deadline', '', 'label', 'l', 'model', 'm', 'payload', '{}', 'created', created,
         'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)
-      put_in(id, ARGV[3], '', 1, created, '')
+      put_in(id, ARGV[3], '', 1, '')
     end"""
     for start in range(first, first + count, 5_000):
         ledger.redis.eval(prelude + loop, 0, start, min(start + 5_000, first + count) - 1, BULK)
