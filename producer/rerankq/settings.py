@@ -5,6 +5,7 @@ Inner code takes plain arguments and never looks at the environment.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,6 +21,8 @@ HOW_TO_SET_A_URL = (
     "`rerankq up` starts one for you and prints its URL."
 )
 
+
+UNREADABLE = "cannot be read; in a password write / as %2F, ? as %3F, # as %23, @ as %40, [ as %5B"
 
 REDIS = frozenset({"redis", "rediss", "unix"})
 AMQP = frozenset({"amqp", "amqps"})
@@ -91,14 +94,9 @@ class Settings(BaseSettings):
     def _known_scheme(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
-        if urlsplit(value).scheme not in (REDIS | AMQP if info.field_name == "broker_url" else REDIS):
-            others = " or amqp://" if info.field_name == "broker_url" else ""
-            msg = f"expected a URL that begins with redis://, rediss://, unix://{others}"
-            raise ValueError(msg)
-        # Reading the port is what finds out whether it is a number.
-        if urlsplit(value).port == 0:
-            msg = "port 0 is nobody's"
-            raise ValueError(msg)
+        fault = _fault(value, REDIS | AMQP if info.field_name == "broker_url" else REDIS)
+        if fault:
+            raise ValueError(fault)
         return value
 
     @field_validator("ledger_url")
@@ -139,6 +137,29 @@ class Settings(BaseSettings):
     def channel(self) -> str:
         """The prefix of pub/sub channels: pub/sub ignores database numbers, so it carries the deployment's name."""
         return f"rerankq:{self.deployment or database_of(self.ledger)}"
+
+
+def _fault(url: str, schemes: frozenset[str]) -> str:
+    """Say what is wrong with a URL, in none of its own words: they may be a password's. Empty where nothing is.
+
+    >>> _fault("redis://:se/cret@host:6379/0", REDIS)
+    'cannot be read; in a password write / as %2F, ? as %3F, # as %23, @ as %40, [ as %5B'
+    >>> _fault("redis://host:6379/first", REDIS), _fault("redis://:secret@host:6379/0", REDIS)
+    ('expected the number of a database after the host, as in redis://localhost:6379/0', '')
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return UNREADABLE
+    if parts.scheme not in schemes:
+        others = " or amqp://" if schemes >= AMQP else ""
+        return f"expected a URL that begins with redis://, rediss://, unix://{others}"
+    if parts.scheme != "unix" and "@" in parts.path + parts.query + parts.fragment and "@" not in parts.netloc:
+        return UNREADABLE
+    if parts.scheme in {"redis", "rediss"} and not re.fullmatch(r"/?\d*", parts.path):
+        return "expected the number of a database after the host, as in redis://localhost:6379/0"
+    return "port 0 is nobody's" if port == 0 else ""
 
 
 def _mistakes(error: ValidationError) -> Iterator[str]:

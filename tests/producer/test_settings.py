@@ -66,6 +66,20 @@ def test_all_mistakes_are_told_together(monkeypatch: pytest.MonkeyPatch):
         assert "secret" not in str(caught.value), "URLs hold passwords"
 
 
+@pytest.mark.parametrize("special", list("/?#[]\u2100"))
+@pytest.mark.parametrize("before", ["secret", "12"])
+def test_a_password_that_spoils_its_url_is_not_quoted_and_not_taken_for_a_host(special: str, before: str):
+    for url in (f"redis://:{before}{special}secret@host:6379/0", f"amqps://me:{before}{special}secret@host//"):
+        with pytest.raises(SettingsInvalid, match=r"RERANKQ_BROKER_URL: cannot be read; in a password write") as caught:
+            Settings(broker_url=url, ledger_url="redis://host/1")
+        assert before not in str(caught.value)
+
+
+def test_a_database_that_is_no_number_is_not_taken_for_the_first():
+    with pytest.raises(SettingsInvalid, match="RERANKQ_LEDGER_URL: expected the number of a database"):
+        Settings(broker_url="redis://host/0", ledger_url="redis://host/jobs")
+
+
 def test_every_setting_says_what_it_is():
     for name, field in Settings.model_fields.items():
         assert field.description, name
