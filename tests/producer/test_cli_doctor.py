@@ -142,6 +142,15 @@ def test_a_durable_server_with_a_worker_is_well(redis_binary_each_version: Path,
         assert any("a server of its own" in one["said"] for one in found if one["level"] == "wrong")
 
 
+def test_what_other_hands_wrote_among_the_workers_is_passed_over(redis_url: str, doctor: Callable):
+    settings = Settings(_env_file=None, broker_url=redis_url)
+    a_live_worker(settings)
+    with connect(settings.ledger) as connection:
+        connection.hset("rerankq:workers", mapping={"odd": "words", "odder": "1 [1, 2]", b"\xff": "1 {}"})
+    _, found = doctor(RERANKQ_BROKER_URL=redis_url)
+    assert [one["subject"] for one in found if one["subject"].startswith("worker ")] == ["worker host:1:x"]
+
+
 def test_servers_that_break_the_promise_are_found_out(doctor: Callable):
     with EmbeddedRedis(maxmemory="64mb", maxmemory_policy="allkeys-lru") as server:
         status, found = doctor(RERANKQ_BROKER_URL=server.url)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-# Slots that bulk never takes, so that an interactive job finds one at once (ledger.md, Slots).
+# Slots that bulk never takes, so that an interactive job finds one at once.
 KEPT_FOR_INTERACTIVE = 2
 
 

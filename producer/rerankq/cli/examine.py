@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -11,7 +10,7 @@ from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
 
-from .. import RerankqError, __version__, catalogue
+from .. import BrokerUnavailable, RerankqError, __version__, catalogue
 from ..broker import INTERACTIVE, make_app
 from ..client import live_for, terms_of
 from ..ledger import Ledger, calls, connect, translated
@@ -117,17 +116,12 @@ def _may_not(attempt: Callable[[], object]) -> bool:
 
 
 def _workers(settings: Settings) -> list[WorkerSeen]:
-    with closing(connect(settings.ledger)) as redis, translated():
-        told: dict[bytes, bytes] = redis.hgetall("rerankq:workers")  # type: ignore[assignment]
-        ages = {worker.id: worker.age_s for worker in Ledger(redis).workers()}
-    seen = []
-    for name, entry in told.items():
-        info = json.loads(entry.partition(b" ")[2])
-        age_s = ages.get(name.decode(), float("inf"))
-        if age_s <= live_for(settings.lease_s):
-            named = {key: str(info.get(key, "")) for key in ("model", "fingerprint", "version", "device")}
-            seen.append(WorkerSeen(id=name.decode(), queues=tuple(info.get("queues", ())), age_s=age_s, **named))
-    return seen
+    with closing(connect(settings.ledger)) as redis:
+        return [
+            WorkerSeen(seen.id, seen.model, seen.fingerprint, seen.queues, seen.version, seen.device, seen.age_s)
+            for seen in Ledger(redis).workers()
+            if seen.age_s <= live_for(settings.lease_s)
+        ]
 
 
 def _work(settings: Settings) -> Work:
@@ -142,7 +136,10 @@ def _work(settings: Settings) -> Work:
         long_ago = clock[0] - 2 * settings.lease_s - 3
         long_over: int = redis.zcount("rerankq:running", "-inf", long_ago)
         sweeper = _somebody_sweeps(redis)
-    pairs = {queue.decode(): int(count) for queue, count in backlog.items()}
+    try:
+        pairs = {queue.decode(): int(count) for queue, count in backlog.items()}
+    except ValueError as error:
+        raise BrokerUnavailable(f"rerankq:backlog holds what other hands than ours wrote: {error}") from error
     return Work(
         pairs_waiting=pairs.get("*", 0),
         max_pairs=settings.max_queued_pairs,

@@ -1,6 +1,7 @@
 """The ledger: what a job is and what may happen to it. Redis holds it, short Lua scripts change it.
 
-States and events are drawn in ``docs/ledger.md``. :mod:`.calls` says what can be asked; the two classes here ask it.
+What may happen to a job stands in the first lines of the scripts; :mod:`.calls` says what can be asked, the two classes
+here ask it.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class WorkerInfo(NamedTuple):
     age_s: float
     pairs_per_s: float
     free_since: dict[str, float]
+    version: str = ""
+    device: str = ""
 
     @property
     def suffix(self) -> str:
@@ -309,4 +312,6 @@ def _worker(name: str, entry: str, now: float) -> WorkerInfo:
         age_s=max(0.0, now - float(beaten)),
         pairs_per_s=float(info.get("pairs_per_s", 0)),
         free_since={queue: float(since) for queue, since in info.get("free_since", {}).items()},
+        version=str(info.get("version", "")),
+        device=str(info.get("device", "")),
     )
