@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -75,6 +76,17 @@ def test_all_methods_await(settings: Settings, worker):
         assert await client.workers() == []
 
     run(work, settings)
+
+
+def test_a_ledger_that_hangs_does_not_hold_up_whoever_waits_with_a_timeout(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rerankq.client.LAST_LOOK_S", 0.05)
+
+    async def work(client: AsyncClient) -> None:
+        with pytest.raises(rerankq.JobTimedOut):
+            await client.result("any", timeout=0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        run(work, Settings(broker_url=f"redis://127.0.0.1:{silent.getsockname()[1]}/0"))
 
 
 # Pushed, and never missed
