@@ -69,6 +69,7 @@ class Settings(BaseSettings):
     )
     concurrency: int = Field(32, ge=1, le=1024, description="Jobs in flight per worker.")
     lease_s: float = Field(8, gt=0, description="Seconds without a sign of life after which a job is handed on.")
+    drain_s: float = Field(8, ge=0, description="Seconds to finish jobs in when told to stop; the rest is handed back.")
     max_attempts: int = Field(3, ge=1, description="Deaths of a worker, alone with a job, that set the job aside.")
     ring_window: int = Field(256, ge=1, description="Doorbells out at a time, per queue and tenant.")
     cache_ttl_s: int = Field(604_800, ge=1, description="Seconds that a score is remembered.")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import redis
 
 from rerankq import Client, JobDead, Ranking, RerankJob
@@ -106,10 +107,11 @@ def test_a_job_that_fails_says_why_and_leaves_its_neighbours_ranked(client: Clie
     assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
 
 
+@pytest.mark.parametrize("drain_s", ["8", "0"])
 def test_a_worker_that_is_told_to_stop_finishes_its_jobs_and_the_next_takes_the_rest(
-    client: Client, start_worker: Callable
+    client: Client, start_worker: Callable, drain_s: str
 ):
-    env = {"RERANKQ_MODEL": "stub:4e-5", "RERANKQ_LEASE_S": "30"}
+    env = {"RERANKQ_MODEL": "stub:4e-5", "RERANKQ_LEASE_S": "30", "RERANKQ_DRAIN_S": drain_s}
     worker = start_worker(**env)
     wanted = jobs(120)
     ids = client.submit_many(wanted)

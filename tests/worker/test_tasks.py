@@ -352,6 +352,20 @@ def test_who_is_in_a_hurry_hands_back_and_withdraws_what_it_holds(worker: Any, p
     assert state(worker) == "queued"
 
 
+def test_what_is_not_finished_in_time_by_who_is_told_to_stop_is_handed_back_unsuspected(worker: Any, monkeypatch: Any):
+    worker.settings = worker.settings.model_copy(update={"drain_s": 0})
+
+    def told_to_stop() -> None:
+        worker.stopping.set()
+        worker.drain()
+
+    in_the_middle(worker, monkeypatch, told_to_stop)
+    with pytest.raises(JobCancelled):
+        worker.rerank(submit(worker))
+    assert state(worker) == "queued"
+    assert worker.ledger.redis.hget("rerankq:job:a", "suspect") == b"0"
+
+
 def test_room_in_the_window_is_rung_on_at_once(worker: Any, monkeypatch: pytest.MonkeyPatch):
     rang: list[bool] = []
     monkeypatch.setattr(worker.sweeper, "ring_on", lambda: rang.append(True))

@@ -84,6 +84,7 @@ class Worker:
         self.gate = Gate()
         self.stopping = threading.Event()
         self.dropped = False
+        self._stopped = threading.Event()
 
         self.engine = engine.load(
             self.model,
@@ -117,6 +118,13 @@ class Worker:
         self.leases.start()
         self.listener.start()
         self.sweeper.start()
+        threading.Thread(target=self.drain, name="rerankq-drain", daemon=True).start()
+
+    def drain(self) -> None:
+        """Once told to stop, let jobs finish for ``drain_s``; then hand back the rest, before somebody kills us."""
+        self.stopping.wait()
+        if not self._stopped.wait(self.settings.drain_s):
+            self.drop()
 
     def drop(self) -> None:
         """Hand back what is held, and stop work on it."""
@@ -132,6 +140,7 @@ class Worker:
 
     def stop(self) -> None:
         """Hand back what is still held, sign off, and let the device go."""
+        self._stopped.set()
         self.drop()
         self.listener.stop()
         self.sweeper.stop()
