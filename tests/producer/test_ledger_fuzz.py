@@ -162,6 +162,26 @@ def test_a_job_that_cannot_go_on_fails_and_says_why(ledger: Ledger, state: str, 
     assert isinstance(ledger.ask(calls.claim("damaged", "w", TERMS)), Claim)
 
 
+@pytest.mark.parametrize("how", [{"created": b"x"}, dict.fromkeys(FIELDS, GONE)])
+def test_what_other_hands_removed_or_damaged_does_not_fill_the_backlog_for_ever(ledger: Ledger, how: dict):
+    ledger.redis.flushall()
+    ledger.ask(calls.submit(entry("damaged"), TERMS))
+    damage(ledger, "damaged", how)
+    sweep(ledger)
+    ledger.ask(calls.ring_on([QUEUE], TERMS))
+    assert ledger.redis.hgetall("rerankq:backlog") == {}
+
+
+@pytest.mark.parametrize("field", ["pairs", "tenant", "created"])
+def test_a_dead_job_that_cannot_be_retried_stays_dead_and_keeps_its_payload(ledger: Ledger, field: str):
+    ledger.redis.flushall()
+    bring_to(ledger, "damaged", "dead")
+    damage(ledger, "damaged", {field: GONE})
+    assert ledger.ask(calls.retry("damaged", TERMS)).state == "dead"
+    assert ledger.ask(calls.dead()) == ["damaged"]
+    assert ledger.redis.hexists("rerankq:job:damaged", "payload")
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(found=st.dictionaries(st.binary(min_size=1, max_size=8), st.binary(max_size=60), max_size=3), more=st.data())
 def test_what_other_hands_wrote_among_the_workers_is_no_worker(ledger: Ledger, found: dict[bytes, bytes], more: Any):

@@ -1,11 +1,11 @@
 -- id ttl channel window
 -- Queue a dead job again, its deaths forgiven, its history kept. Answers {state, ring, queue, label}; a job that is not
--- dead stays as it is.
+-- dead, or whose record is damaged, stays as it is.
 begin_freeing()
 local id, ttl, channel, window = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local key = job_key(id)
 local state = settle(id, ttl, channel)
-if state ~= 'dead' then return {state, 0, '', ''} end
+if state ~= 'dead' or not sound(key) then return {state, 0, '', ''} end
 redis.call('ZREM', 'rerankq:dead', id)
 redis.call('HDEL', key, 'started', 'ended', 'error_type', 'error')
 redis.call('HSET', key, 'claims', 0, 'deaths', 0, 'done_pairs', 0)

@@ -29,6 +29,9 @@ for at = 3, #ARGV do
     end
     if #popped == 0 and redis.call('EXISTS', waiting) == 0 and redis.call('EXISTS', rung) == 0 then
       redis.call('SREM', tenants_key(queue), tenant)
+      -- Nobody knew how many pairs went with a record that other hands removed: here it is known that none are left.
+      local left = tonumber(redis.call('HGET', 'rerankq:backlog', queue .. '|' .. tenant) or '')
+      if left then count(queue, tenant, -left) end
     end
   end
 end
