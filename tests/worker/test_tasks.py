@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -282,6 +283,27 @@ def test_jobs_of_a_dead_engine_are_left_to_their_leases_and_the_worker_ends(work
             worker.rerank(submit(worker, name))
         assert state(worker, name) == "running", "its lease lapses, and it comes back as a suspect"
     assert killed == [(os.getpid(), program.signal.SIGTERM)], "told once"
+
+
+def test_a_batch_that_never_comes_back_ends_the_worker_with_a_status_of_its_own(
+    worker: Any, program: Any, monkeypatch: pytest.MonkeyPatch
+):
+    stuck, ended = threading.Event(), []
+    monkeypatch.setattr(program.os, "_exit", ended.append)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + (3_600 if stuck.is_set() else 0))
+    monkeypatch.setattr(program, "time", clock)
+
+    def look_an_hour_later() -> None:
+        assert not worker._device_hangs()
+        stuck.set()
+        assert worker._device_hangs()
+        worker._give_up()
+        stuck.clear()
+
+    in_the_middle(worker, monkeypatch, look_an_hour_later)
+    worker.rerank(submit(worker))
+    assert ended == [70]
+    assert not worker._device_hangs()
 
 
 def away(worker: Any, monkeypatch: pytest.MonkeyPatch, script: str, times: int) -> list[str]:
