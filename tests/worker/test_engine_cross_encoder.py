@@ -3,12 +3,14 @@
 import gzip
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -378,3 +380,12 @@ def test_jobs_through_the_batcher_score_as_alone(bundled):
         for query, ticket in zip(queries, tickets, strict=True):
             alone = bundled.score([(query, text) for text in TEXTS])
             np.testing.assert_allclose(ticket.result(60), alone, atol=1e-5)
+
+
+def test_a_model_without_finite_logits_is_refused_at_once(folders, tmp_path):
+    spoilt = shutil.copytree(folders["bert"], tmp_path / "spoilt")
+    weights = load_file(spoilt / "model.safetensors")
+    weights["bert.encoder.layer.1.output.dense.weight"][0, 0] = torch.nan
+    save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelUnusable, match="not finite, computed in float32"):
+        load(str(spoilt), dtype="float32", threads=1)

@@ -1,9 +1,12 @@
 """OpenVINO gives torch's logits, in every precision as near as torch does, and reports to nobody."""
 
+import contextlib
 import gzip
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +101,19 @@ def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(monkey
 def test_asking_how_batches_are_laid_asks_for_torch(padded):
     asked = engine.load("bundled", "cpu", "float32", padded=padded, threads=1)
     assert (asked.runtime, asked.padded) == ("torch", padded)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="what threads run on is read as Linux tells it")
+def test_no_thread_is_bound_to_a_core_that_every_worker_of_a_machine_would_take(engines):
+    batch = engines["float32"].tokenise(QUERY, TEXTS) * 8
+    computing = threading.Thread(target=engines["float32"].forward, args=(batch,))
+    computing.start()
+    cores = set()
+    while computing.is_alive():
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                cores.add(frozenset(os.sched_getaffinity(int(thread.name))))
+    assert cores == {frozenset(os.sched_getaffinity(0))}
 
 
 def test_it_reports_its_use_to_nobody():

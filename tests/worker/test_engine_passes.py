@@ -171,6 +171,14 @@ def test_the_last_layer_of_bert_like_models_computes_the_first_token_alone(name,
     assert any(isinstance(layer, FirstTokenLayer) for layer in backbone.modules()) is reduced
 
 
+def test_a_padding_with_the_vocabularys_last_id_is_compiled_too():
+    model, inputs = model_of(FAMILIES["qwen3"]), Inputs(CPU, pad=WORDS - 1, with_types=False)
+    batch = pairs_of([9, 30])
+    logits = compiled(model, form_of(model), inputs)(batch)
+    expected = [alone(FAMILIES["qwen3"], model_of(FAMILIES["qwen3"]), pair) for pair in batch]
+    np.testing.assert_allclose(logits.detach(), expected, rtol=0, atol=1e-5)
+
+
 def test_a_family_that_is_not_known_has_no_form():
     assert form_of(torch.nn.Linear(2, 1)) is None
     assert form_of(model_of(FAMILIES["qwen3"]), (YES, NO)) is None, "a classifier is not asked for yes or no"

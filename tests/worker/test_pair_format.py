@@ -24,6 +24,7 @@ from rerankq_worker.engine.chat_pairs import ChatPairs
 from rerankq_worker.engine.pair_format import pair_tokeniser_for
 from rerankq_worker.engine.pair_tokeniser import PairTokeniser
 from rerankq_worker.engine.rendering import qwen3
+from rerankq_worker.engine.whole_pairs import WholePairs
 
 TEXTS = [
     "Aspirin reduces fever, pain and inflammation in adults.",
@@ -207,6 +208,23 @@ def test_an_encoder_reads_pairs_with_special_tokens_and_its_prompt_before_the_qu
         pairs = ours.pairs(QUERY, chunks)
         assert [pair.ids.tolist() for pair in pairs] == expected
         assert [pair.truncated for pair in pairs] == [False, False, True]
+
+
+@pytest.mark.parametrize("kind", [PairTokeniser, WholePairs])
+def test_a_long_prompt_takes_nothing_of_what_a_query_may_have(tmp_path, kind):
+    tokenizer = loaded(encoder(tmp_path)).tokenizer.backend_tokenizer
+    prompt, query, chunk = "find the drug: " * 6, "which drug? the pain: fever", "the pain " * 40
+    read = [tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, query, chunk)]
+    prompted = kind(tokenizer, max_length=64, query_prompt=prompt)
+    [short] = prompted.pairs(query, ["pain"])
+    assert short.ids[1 : 1 + len(read[0]) + len(read[1])].tolist() == read[0] + read[1]
+    assert not short.truncated
+    [pair] = prompted.pairs(query, [chunk], query_max_tokens=4)
+    before = [2, *read[0], *read[1][:4], 3]
+    assert pair.ids.tolist() == [*before, *read[2][: 63 - len(before)], 3]
+    assert pair.truncated
+    with pytest.raises(ValueError, match="leaves no room beside 27 special tokens"):
+        prompted.pairs(query, [chunk], max_length=28)
 
 
 def test_a_saved_configuration_reaches_the_template(tmp_path):

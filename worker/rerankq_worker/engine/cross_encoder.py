@@ -15,7 +15,7 @@ from sentence_transformers.cross_encoder.modules.logit_score import LogitScore
 from .checkpoint import fingerprint
 from .cores import available_cores
 from .device import choose_device, multiplies_bfloat16_faster, tokens_that_fit
-from .errors import Unconvertible
+from .errors import ModelUnusable, Unconvertible
 from .first_token import shorten
 from .forms import Form, form_of
 from .loading import load_model, readable_length
@@ -112,8 +112,12 @@ class CrossEncoderEngine:
         return score_in_batches(self, pairs)
 
     def warm_up(self) -> None:
-        """Run a small batch: kernels are chosen, threads started; raises what the device raises."""
-        self.forward(self.tokenise("warm up", ["one chunk", "and a longer one"]))
+        """Run a small batch: kernels are chosen, threads started; raises what the device raises.
+
+        Raises ModelUnusable where its logits are not finite: every job's would be missing, and none would fail.
+        """
+        if not np.isfinite(self.forward(self.tokenise("warm up", ["one chunk", "and a longer one"]))).all():
+            raise ModelUnusable(f"model {self.name!r} gives logits that are not finite, computed in {self.dtype}")
 
     def most_tokens(self, batch: Sequence[TokenisedPair]) -> float:
         """Tell how many tokens a batch may cost within the device's free memory, judged by what this one takes."""
@@ -187,7 +191,8 @@ class CudaFlight:
         self._host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
         self._host.copy_(logits, non_blocking=True)
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._arrived.record()
+        # That of the logits' device, which need not be the current one.
+        self._arrived.record(torch.cuda.current_stream(logits.device))
 
     @property
     def done(self) -> bool:

@@ -46,6 +46,8 @@ class OpenVinoPass:
                 "INFERENCE_PRECISION_HINT": _HINTS[dtype],
                 "INFERENCE_NUM_THREADS": threads,
                 "PERFORMANCE_HINT": "LATENCY",
+                # Pinned, the threads of every worker of a machine would share the same first cores.
+                "ENABLE_CPU_PINNING": False,
                 "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP if dtype == "int8" else 0,
             }
             self._states = openvino.Core().compile_model(graph, "CPU", options)
@@ -114,7 +116,7 @@ def _openvino() -> Any:
 
 def _example(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """Give a batch to trace the model with: two pairs, the second one padded."""
-    ids = torch.full((2, 7), inputs.pad + 1)
+    ids = torch.full((2, 7), 0 if inputs.pad else 1)  # the padding's id may be the last that the model knows
     mask = torch.ones(2, 7, dtype=torch.int64)
     ids[1, 5:], mask[1, 5:] = inputs.pad, 0
     return (ids, mask, torch.zeros_like(ids))[: 2 + inputs.with_types]

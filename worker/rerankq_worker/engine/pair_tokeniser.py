@@ -44,10 +44,10 @@ class Tokeniser(Protocol):
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, as model input of at most ``max_length`` tokens.
 
-        The query is cut to ``query_max_tokens`` or half of the room beside the special tokens, whichever is less, the
-        chunk to what is left. ``hashes``, one per chunk, are those of the chunks' texts if they are known already. Of
-        a very long chunk no more is read than gives the tokens that are kept; where hundreds of characters make one
-        token throughout (a megabyte without white space), the rest counts as cut.
+        The query is cut to ``query_max_tokens`` or half of the room beside special tokens and prompt, whichever is
+        less, the chunk to what is left. ``hashes``, one per chunk, are those of the chunks' texts if they are known
+        already. Of a very long chunk no more is read than gives the tokens that are kept; where hundreds of characters
+        make one token throughout (a megabyte without white space), the rest counts as cut.
         """
 
 
@@ -87,6 +87,8 @@ class PairTokeniser:
         self._tokenizer = as_it_is(tokenizer)
         self.max_length = max_length
         self.template = _derive_template(tokenizer, query_prompt)
+        # A prompt takes nothing of what a query may have.
+        self._prompt_tokens = len(tokenizer.encode(query_prompt, add_special_tokens=False))
         longest = max(1, max_length - self.template.special_tokens)
         self._chunks = ChunkReader(tokenizer, longest=longest, known_bytes=known_bytes)
         for query, chunk in PROBES:
@@ -103,18 +105,21 @@ class PairTokeniser:
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order; chunks that are remembered cost a hundredth of the others."""
         marks = self.template
-        room = room_for(checked_length(max_length, self.max_length), marks.special_tokens, query_max_tokens)
-        [(encoding, shortened)] = encode_heads(self._tokenizer, [marks.query_prompt + query], room.query)
-        asked = encoding.ids[: room.query]
+        length = checked_length(max_length, self.max_length)
+        room = room_for(length, marks.special_tokens + self._prompt_tokens, query_max_tokens)
+        most = self._prompt_tokens + room.query
+        [(encoding, shortened)] = encode_heads(self._tokenizer, [marks.query_prompt + query], most)
+        asked = encoding.ids[:most]
         head = [*marks.before, *asked, *marks.between]
+        left = length - len(head) - len(marks.after)
         return join(
             head,
-            self._chunks.read(chunks, room.total, hashes=hashes),
+            self._chunks.read(chunks, max(room.total, left), hashes=hashes),
             marks.after,
-            room=room.for_chunk(len(asked)),
+            room=left,
             dtype=self._chunks.dtype,
             second_from=len(head) if marks.two_segments else None,
-            query_cut=shortened or len(encoding) > room.query,
+            query_cut=shortened or len(encoding) > most,
         )
 
     def _verify(self, query: str, chunk: str) -> None:

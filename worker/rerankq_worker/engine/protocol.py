@@ -67,9 +67,9 @@ class Landed:
 class Engine(Protocol):
     """One model on one device.
 
-    ``fingerprint`` names everything of the model that changes a logit: weights, precision ("fp32" or "reduced"),
-    tokeniser and pair template, no activation. ``max_length`` is in tokens. A batch costs *longest × count* tokens
-    where ``padded``, else the sum of its lengths; ``max_batch_tokens`` is the most that one should cost.
+    ``fingerprint`` names everything of the model that changes a logit: weights, precision ("fp32", "reduced" or
+    "int8"), tokeniser and pair template, no activation. ``max_length`` is in tokens. A batch costs *longest × count*
+    tokens where ``padded``, else the sum of its lengths; ``max_batch_tokens`` is the most that one should cost.
 
     ``launch`` and ``forward`` belong to one thread at a time; ``tokenise`` may be called from any number at once.
     """

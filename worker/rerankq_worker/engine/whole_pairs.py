@@ -27,6 +27,7 @@ class WholePairs:
         self._tokenizer = as_it_is(tokenizer)
         self.max_length = max_length
         self._query_prompt = query_prompt
+        self._prompt_tokens = len(tokenizer.encode(query_prompt, add_special_tokens=False))
         probe = tokenizer.encode(*PROBES[0])
         self.template = f"whole pairs, such as {probe.ids} {probe.type_ids}, queries after {query_prompt!r}"
         sides = [tokenizer.encode(text, add_special_tokens=False) for text in PROBES[0]]
@@ -46,10 +47,12 @@ class WholePairs:
         hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, each pair anew."""
-        room = room_for(checked_length(max_length, self.max_length), self._special_tokens, query_max_tokens)
-        [asked] = encode_heads(self._tokenizer, [self._query_prompt + query], room.query)
-        query_cut = _cut(asked, room.query)
-        left = room.for_chunk(len(asked[0]))
+        length = checked_length(max_length, self.max_length)
+        room = room_for(length, self._special_tokens + self._prompt_tokens, query_max_tokens)
+        most = self._prompt_tokens + room.query
+        [asked] = encode_heads(self._tokenizer, [self._query_prompt + query], most)
+        query_cut = _cut(asked, most)
+        left = length - self._special_tokens - len(asked[0])
         pairs = []
         for read in encode_heads(self._tokenizer, chunks, left):
             chunk_cut = _cut(read, left)
