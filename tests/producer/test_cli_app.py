@@ -152,6 +152,7 @@ def test_every_command_has_a_help_and_loads_no_torch():
         "cancel",
         "dead",
         "demo",
+        "doctor",
         "rescore",
         "result",
         "status",
