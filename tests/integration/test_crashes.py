@@ -2,13 +2,14 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
-from rerankq import Client, JobDead, Ranking, RerankJob
+from rerankq import BrokerUnavailable, Client, JobDead, Ranking, RerankJob
 from rerankq.settings import Settings
 from rerankq_worker.engine import load
 
@@ -136,5 +137,57 @@ def test_jobs_survive_a_redis_that_restarts_under_work(start_worker: Callable, d
         time.sleep(1)
         durable_redis.start()
         got |= dict(ended)
+    assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
+    assert worker.process.poll() is None, worker.log.read_text()[-3000:]
+
+
+@pytest.fixture
+def pair(durable_redis: Any, redis_binary_each_version: Path, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
+    """A server, and a replica that follows it."""
+    (folder := tmp_path / "replica").mkdir()
+    replica = type(durable_redis)(redis_binary_each_version, folder)
+    follow(replica, durable_redis)
+    yield durable_redis, replica
+    replica.kill()
+
+
+def follow(replica: Any, master: Any) -> None:
+    with redis.Redis(port=replica.port) as connection:
+        connection.replicaof("127.0.0.1", str(master.port))
+
+
+def has_replica(server: Any) -> bool:
+    with redis.Redis(port=server.port) as connection:
+        replicas = connection.info("replication")
+    return replicas["role"] == "master" and replicas.get("slave0", {}).get("state") == "online"
+
+
+def hand_over(old: Any, new: Any, wait_until: Callable) -> None:
+    """Make *new* the master and *old* its replica, without a write lost between the two."""
+    wait_until(lambda: has_replica(old))
+    with redis.Redis(port=old.port) as connection:
+        connection.execute_command("FAILOVER")
+    wait_until(lambda: has_replica(new))
+
+
+def test_a_redis_that_is_read_only_for_a_while_refuses_jobs_and_loses_none(
+    start_worker: Callable, pair: tuple[Any, Any], wait_until: Callable
+):
+    server, other = pair
+    worker = start_worker(url=server.url, RERANKQ_MODEL="stub:4e-5", RERANKQ_LEASE_S="2")
+    wanted = jobs(150)
+    settings = Settings(broker_url=server.url, lease_s=2)
+    with Client(settings) as client:
+        ids = client.submit_many(wanted[:120])
+        ended = client.as_completed(ids, timeout=100)
+        got = dict(next(ended) for _ in range(10))
+        hand_over(server, other, wait_until)
+        with pytest.raises(BrokerUnavailable, match=r"(?i)readonly|read only") as refusal:
+            client.submit_many(wanted[120:])
+        assert refusal.value.accepted == []
+        wait_until(lambda: _all_leases_over(settings))
+        hand_over(other, server, wait_until)
+        ids = client.submit_many(wanted[120:])
+        got |= dict(ended) | dict(client.as_completed(ids, timeout=100))
     assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
     assert worker.process.poll() is None, worker.log.read_text()[-3000:]
