@@ -19,8 +19,8 @@ from rerankq.settings import Settings
 
 HERE = Path(__file__).parent
 
-# A program, not tests: the search for doctests would import it, and importing it is starting a worker.
-collect_ignore = ["poisonable.py"]
+# Programs, not tests: the search for doctests would import them, and importing one is starting a worker.
+collect_ignore = ["killable.py", "poisonable.py"]
 
 
 class RunningWorker:
