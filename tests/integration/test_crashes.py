@@ -191,3 +191,27 @@ def test_a_redis_that_is_read_only_for_a_while_refuses_jobs_and_loses_none(
         got |= dict(ended) | dict(client.as_completed(ids, timeout=100))
     assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
     assert worker.process.poll() is None, worker.log.read_text()[-3000:]
+
+
+def test_workers_are_replaced_one_after_the_other_under_load_and_each_job_runs_once(
+    client: Client, start_worker: Callable, settings: Settings
+):
+    # A job is some 10 ms of a device: each of the three workers holds several when it is told to stop.
+    env = {"RERANKQ_MODEL": "stub:8e-5", "RERANKQ_LEASE_S": "30", "RERANKQ_CONCURRENCY": "6", "RERANKQ_DRAIN_S": "25"}
+    workers = [start_worker(**env) for _ in range(3)]
+    wanted = jobs(600)
+    batches = [wanted[at : at + 100] for at in range(0, len(wanted), 100)]
+    got: dict[str, Ranking | Exception] = {}
+    ids = client.submit_many(batches.pop(0))
+    for old in workers:
+        ended = client.as_completed(ids, timeout=90)
+        got |= dict(next(ended) for _ in range(60))
+        ids = [one for one in ids if one not in got] + client.submit_many(batches.pop(0))
+        start_worker(ready=False, **env)
+        assert old.stop() == 0, "it finished what it held, or handed it back"
+    got |= answers(client, ids + client.submit_many([job for batch in batches for job in batch]))
+    assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
+    with redis.Redis.from_url(settings.ledger) as ledger:
+        fields = "claims", "suspect", "deaths", "history"
+        told = {tuple(ledger.hmget(f"rerankq:job:{one.id}", fields)) for one in wanted}
+    assert told == {(b"1", b"0", b"0", None)}, "claimed once, no lease lapsed, nothing handed back"
