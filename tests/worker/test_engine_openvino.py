@@ -125,3 +125,23 @@ def test_it_reports_its_use_to_nobody():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's memory is Linux's")
+def test_a_batch_for_which_there_is_no_memory_is_not_given_the_logits_of_the_one_before():
+    script = (
+        "import resource; from pathlib import Path; from rerankq_worker import engine\n"
+        "from rerankq_worker.engine.errors import is_out_of_memory\n"
+        "loaded = engine.load('bundled', 'cpu', 'float32', runtime='openvino', threads=1)\n"
+        "[short], [long] = loaded.tokenise('q', ['word']), loaded.tokenise('q', ['word ' * 600])\n"
+        "before = loaded.forward([short] * 100)\n"
+        "taken = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    loaded.forward([long] * 100)\n"
+        "except Exception as error:\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "    print(is_out_of_memory(error), abs(loaded.forward([short] * 50) - before[:50]).max() < 1e-5)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "True True"

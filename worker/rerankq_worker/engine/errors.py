@@ -40,8 +40,14 @@ class TicketCancelled(EngineError):
     """Raised when a ticket's result is asked for after it was cancelled."""
 
 
-#: torch's CPU allocator and some CUDA libraries raise a plain RuntimeError and say it only in words.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+#: torch's CPU allocator, OpenVINO and some CUDA libraries raise a plain RuntimeError and say it only in words.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "failed to allocate",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
