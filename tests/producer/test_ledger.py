@@ -306,6 +306,28 @@ def test_a_bell_much_older_than_the_newest_answered_one_is_rung_again(ledger: Le
     assert sweep(ledger).bells == 0
 
 
+def test_lost_bells_overtake_a_full_window_and_say_nothing_of_those_that_they_overtook(ledger: Ledger):
+    terms = TERMS._replace(ring_window=6)
+    submit(ledger, "lost-0", "lost-1", "heard", "out-0", "out-1", "out-2", "behind-0", "behind-1", terms=terms)
+    rung = f"rerankq:rung:{BULK}"
+    ages = {"lost-0": 40, "lost-1": 39, "heard": 25, "out-0": 24, "out-1": 23, "out-2": 22}
+    assert ledger.redis.zcard(rung) == len(ages)
+    ledger.redis.zadd(rung, {name: now(ledger) - age for name, age in ages.items()})
+    claim(ledger, "heard")
+    assert sweep(ledger).bells == 2
+    bells = ledger.ask(calls.ring_on([BULK], terms))
+    assert [(bell.id, bell.ahead) for bell in bells][:2] == [("lost-0", True), ("lost-1", True)]
+    assert not any(bell.ahead for bell in bells[2:])
+    # Heard 20 s after the others were rung, and yet those are not lost: they were overtaken.
+    claim(ledger, "lost-0")
+    assert sweep(ledger).bells == 0
+    # The window is full: lost a second time, it is rung for all the same.
+    ledger.redis.zadd(rung, {"lost-1": now(ledger) - 60})
+    ledger.redis.zadd(rung, {f"filler-{at}": now(ledger) for at in range(6)})
+    assert sweep(ledger).bells == 1
+    assert [(bell.id, bell.ahead) for bell in ledger.ask(calls.ring_on([BULK], terms))] == [("lost-1", True)]
+
+
 def test_a_bell_that_was_out_while_a_slot_was_free_is_rung_again(ledger: Ledger):
     submit(ledger, "lost")
     submit(ledger, "elsewhere", queue="rerankq.bulk.other-model")

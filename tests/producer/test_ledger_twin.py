@@ -42,6 +42,7 @@ class TwinJob:
     payload: bytes
     state: str = "queued"
     rung: bool = False
+    lost: bool = False
     owner: str = ""
     fence: int = 0
     claims: int = 0
@@ -56,6 +57,10 @@ class TwinJob:
     def line(self) -> tuple[str, str]:
         return self.queue, self.tenant
 
+    @property
+    def ahead(self) -> bool:
+        return self.claims > 0 or self.lost
+
 
 class Twin:
     """The table of states, as plainly as it can be written."""
@@ -67,7 +72,7 @@ class Twin:
         self.clock = itertools.count()
 
     def waiting(self, queue: str, tenant: str) -> list[str]:
-        line = [(not job.claims, job.order, name) for name, job in self._line(queue, tenant, rung=False)]
+        line = [(not job.ahead, job.order, name) for name, job in self._line(queue, tenant, rung=False)]
         return [name for *_, name in sorted(line)]
 
     def rung(self, queue: str, tenant: str) -> list[str]:
@@ -79,7 +84,7 @@ class Twin:
                 yield name, job
 
     def room(self, queue: str, tenant: str) -> int:
-        again = sum(job.claims > 0 for _, job in self._line(queue, tenant, rung=False))
+        again = sum(job.ahead for _, job in self._line(queue, tenant, rung=False))
         free = TERMS.ring_window - len(self.rung(queue, tenant))
         return min(len(self.waiting(queue, tenant)), max(free, again))
 
@@ -217,7 +222,7 @@ class Twin:
             return state, False
         job = self.jobs[name]
         self.queue_again(job, suspect=True)
-        job.claims, job.deaths, job.pairs_done, job.error_type = 0, 0, 0, ""
+        job.claims, job.deaths, job.pairs_done, job.error_type, job.lost = 0, 0, 0, "", False
         return "queued", self.may_ring(name)
 
     def sweep(self, *, judge: bool, lost: set[str]) -> tuple[int, int, int, int]:
@@ -247,7 +252,7 @@ class Twin:
         expired = Counter(job.state for job in self.jobs.values())["expired"] - before
         taken_back = [job for job in self.jobs.values() if job.state == "queued" and job.rung and job.queue in lost]
         for job in taken_back:
-            job.rung = False
+            job.rung, job.lost = False, True
         return lapsed, dead, expired, len(taken_back)
 
 
@@ -439,7 +444,7 @@ class BothLedgers(RuleBasedStateMachine):
         rung = defaultdict(list)
         for bell in bells:
             job = self.twin.jobs[bell.id]
-            assert (bell.queue, bell.label, bell.ahead) == (job.queue, f"label of {bell.id}", job.claims > 0)
+            assert (bell.queue, bell.label, bell.ahead) == (job.queue, f"label of {bell.id}", job.ahead)
             rung[job.line].append(bell.id)
         for line, names in rung.items():
             assert names == self.twin.waiting(*line)[: len(names)], "the longest waiting first"
@@ -528,8 +533,8 @@ class BothLedgers(RuleBasedStateMachine):
             rung = self.ledger.redis.zrange(f"rerankq:rung:{suffix}", 0, -1)
             assert [name.decode() for name in waiting] == self.twin.waiting(*line)
             assert {name.decode() for name in rung} == set(self.twin.rung(*line))
-            never_ran = [name for name in self.twin.rung(*line) if not self.twin.jobs[name].claims]
-            assert len(never_ran) <= TERMS.ring_window
+            in_line = [name for name in self.twin.rung(*line) if not self.twin.jobs[name].ahead]
+            assert len(in_line) <= TERMS.ring_window
 
     @invariant()
     def counters_are_sums(self) -> None:

@@ -12,11 +12,11 @@ if state ~= 'queued' and not again then return {state} end
 
 local time = now()
 if not again then
-  local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'fence', 'claims')
+  local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'fence', 'claims', 'lost')
   local queue, tenant = job[1], job[2]
   local rung_at = redis.call('ZSCORE', rung_key(queue, tenant), id)
   -- One that was rung ahead says nothing of those that it overtook.
-  if rung_at and job[5] == '0' then
+  if rung_at and job[5] == '0' and not job[6] then
     -- The newest bell that was answered: bells of this queue that are much older than it are lost.
     local newest = redis.call('HGET', 'rerankq:answered', queue)
     if not newest or tonumber(newest) < tonumber(rung_at) then redis.call('HSET', 'rerankq:answered', queue, rung_at) end

@@ -43,10 +43,10 @@ local function take_out(id, queue, tenant, pairs_in)
   count(queue, tenant, -pairs_in)
 end
 
--- A job's place in its line: by its age; what was running before goes before all that never was.
+-- A job's place in its line: by its age; what was running before, or lost its bell, goes before all others.
 local function place(key)
-  local job = redis.call('HMGET', key, 'created', 'claims')
-  return stamp(tonumber(job[1]) - (tonumber(job[2]) > 0 and 10000000000 or 0))
+  local job = redis.call('HMGET', key, 'created', 'claims', 'lost')
+  return stamp(tonumber(job[1]) - ((tonumber(job[2]) > 0 or job[3]) and 10000000000 or 0))
 end
 
 local function put_in(id, queue, tenant, pairs_in, deadline)

@@ -1,5 +1,5 @@
 -- window most queue... | Ring on from the backlog, in turn over tenants. Answers id, queue, label, ahead, repeated.
--- ahead = 1: the job was running before. It is rung for whatever the window says, and its bell overtakes the others.
+-- ahead = 1: the job was running before, or lost its bell. It is rung for whatever the window says, and its bell overtakes the others.
 begin_freeing()
 local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local answer = {}

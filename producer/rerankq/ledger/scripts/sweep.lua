@@ -72,6 +72,8 @@ for _, queue in ipairs(redis.call('SMEMBERS', 'rerankq:queues')) do
       redis.call('ZREM', rung, id)
       -- Not where the job was removed or damaged by other hands than ours: there is nothing to ring for.
       if written(job_key(id)) == 'queued' then
+        -- It has waited for its turn once: its next bell overtakes the others.
+        redis.call('HSET', job_key(id), 'lost', 1)
         redis.call('ZADD', waiting_key(queue, tenant), place(job_key(id)), id)
         bells = bells + 1
       end
