@@ -16,7 +16,8 @@ from celery import Celery
 from kombu import Connection, Exchange, Queue
 
 from .ledger.calls import Bell
-from .settings import Settings, database_of
+from .pools import PATIENCE
+from .settings import Settings, database_of, master_of, sentinels_of
 
 logger = logging.getLogger("rerankq")
 
@@ -58,11 +59,16 @@ def make_app(settings: Settings) -> Celery:
 
 
 def kombu_url(url: str) -> str:
-    """Write a broker's URL as kombu reads it; only a Unix socket's differs.
+    """Write a broker's URL as kombu reads it; only a Unix socket's and those of Sentinel differ.
 
     >>> kombu_url("unix:///run/redis.sock?db=3")
     'redis+socket:///run/redis.sock?virtual_host=3'
+    >>> kombu_url("sentinel://:secret@one,two:26380/3?master=jobs")
+    'sentinel://:secret@one:26379/3;sentinel://:secret@two:26380/3'
     """
+    if url.startswith("sentinel://"):
+        user, at, _ = urlsplit(url).netloc.replace(";", "%3B").rpartition("@")
+        return ";".join(f"sentinel://{user}{at}{host}:{port}/{database_of(url)}" for host, port in sentinels_of(url))
     if not url.startswith("unix://"):
         return url
     return f"redis+socket://{urlsplit(url).path}?virtual_host={database_of(url)}"
@@ -71,7 +77,9 @@ def kombu_url(url: str) -> str:
 def _transport_options(url: str) -> dict[str, Any]:
     if url.startswith("amqp"):
         return {}
+    watched = {"master_name": master_of(url), "sentinel_kwargs": PATIENCE} if url.startswith("sentinel://") else {}
     return {
+        **watched,
         "global_keyprefix": "rerankq:",
         "queue_order_strategy": "priority",
         "priority_steps": [IN_LINE, AHEAD],

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit, urlunsplit
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -24,7 +24,7 @@ HOW_TO_SET_A_URL = (
 
 UNREADABLE = "cannot be read; in a password write / as %2F, ? as %3F, # as %23, @ as %40, [ as %5B"
 
-REDIS = frozenset({"redis", "rediss", "unix"})
+REDIS = frozenset({"redis", "rediss", "unix", "sentinel"})
 AMQP = frozenset({"amqp", "amqps"})
 
 
@@ -40,7 +40,9 @@ class Settings(BaseSettings):
     )
 
     # URLs hold passwords, so that a printed Settings does not show them.
-    broker_url: str | None = Field(None, repr=False, description="Doorbells: redis://, rediss://, unix:// or amqp://.")
+    broker_url: str | None = Field(
+        None, repr=False, description="Doorbells: redis://, rediss://, unix://, sentinel:// or amqp://."
+    )
     ledger_url: str | None = Field(
         None, repr=False, validate_default=True, description="Jobs and rankings; default: database 1 of a Redis broker."
     )
@@ -150,17 +152,35 @@ def _fault(url: str, schemes: frozenset[str]) -> str:
     """
     try:
         parts = urlsplit(url)
-        port = parts.port
+        hosts = sentinels_of(url) if parts.scheme == "sentinel" else [(parts.hostname or "", parts.port)]
     except ValueError:
         return UNREADABLE
     if parts.scheme not in schemes:
         others = " or amqp://" if schemes >= AMQP else ""
-        return f"expected a URL that begins with redis://, rediss://, unix://{others}"
+        return f"expected a URL that begins with redis://, rediss://, unix://, sentinel://{others}"
     if parts.scheme != "unix" and "@" in parts.path + parts.query + parts.fragment and "@" not in parts.netloc:
         return UNREADABLE
-    if parts.scheme in {"redis", "rediss"} and not re.fullmatch(r"/?\d*", parts.path):
+    if parts.scheme != "unix" and parts.scheme in REDIS and not re.fullmatch(r"/?\d*", parts.path):
         return "expected the number of a database after the host, as in redis://localhost:6379/0"
-    return "port 0 is nobody's" if port == 0 else ""
+    if parts.scheme == "sentinel" and not (all(host for host, _ in hosts) and [*parse_qs(parts.query)] == ["master"]):
+        return "expected the sentinels and the master's name, as in sentinel://one:26379,two:26379/0?master=NAME"
+    return "port 0 is nobody's" if 0 in [port for _, port in hosts] else ""
+
+
+def sentinels_of(url: str) -> list[tuple[str, int]]:
+    """Read the hosts and ports in a URL of Sentinel's; 26379 is the usual port.
+
+    >>> sentinels_of("sentinel://:secret@one:26380,two/0?master=jobs")
+    [('one', 26380), ('two', 26379)]
+    """
+    hosts = urlsplit(url).netloc.rpartition("@")[2].split(",")
+    parts = [urlsplit(f"//{host}") for host in hosts]
+    return [(part.hostname or "", 26_379 if part.port is None else part.port) for part in parts]
+
+
+def master_of(url: str) -> str:
+    """Read the name by which the sentinels of a URL know its master."""
+    return dict(parse_qsl(urlsplit(url).query))["master"]
 
 
 def _mistakes(error: ValidationError) -> Iterator[str]:

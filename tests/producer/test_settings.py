@@ -80,6 +80,14 @@ def test_a_database_that_is_no_number_is_not_taken_for_the_first():
         Settings(broker_url="redis://host/0", ledger_url="redis://host/jobs")
 
 
+@pytest.mark.parametrize(
+    "url", ["sentinel://one,two/0", "sentinel://one,,two/0?master=m", "sentinel://one?master=m&x=1"]
+)
+def test_a_url_of_sentinel_names_its_hosts_and_its_master_and_nothing_else(url: str):
+    with pytest.raises(SettingsInvalid, match="RERANKQ_BROKER_URL: expected the sentinels and the master's name"):
+        Settings(broker_url=url)
+
+
 def test_every_setting_says_what_it_is():
     for name, field in Settings.model_fields.items():
         assert field.description, name
@@ -125,6 +133,7 @@ def test_channels_carry_the_deployments_name_because_they_ignore_databases():
         ("redis://host/?ssl_cert_reqs=none", 1, "redis://host/1?ssl_cert_reqs=none"),
         ("rediss://user:p%40ss@host:1/3", 2, "rediss://user:p%40ss@host:1/2"),
         ("redis://host?db=4", 1, "redis://host/1"),
+        ("sentinel://:pw@one:1,two/0?master=m", 1, "sentinel://:pw@one:1,two/1?master=m"),
         ("unix:///run/r.sock", 1, "unix:///run/r.sock?db=1"),
         ("unix:///run/r.sock?db=4&password=x", 1, "unix:///run/r.sock?password=x&db=1"),
         ("unix://user:pw@/run/r.sock", 1, "unix://user:pw@/run/r.sock?db=1"),

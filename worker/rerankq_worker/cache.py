@@ -15,6 +15,8 @@ import redis
 from numpy.typing import NDArray
 from redis.exceptions import RedisError, ResponseError
 
+from rerankq.pools import open_pool
+
 logger = logging.getLogger("rerankq")
 
 Logits = NDArray[np.float32]
@@ -66,7 +68,8 @@ def score_fingerprint(engine: str, *, max_length: int, query_max_tokens: int, lo
 
 def connect(url: str) -> redis.Redis:
     """Open a pool of connections for the cache; connects on first use."""
-    return redis.Redis.from_url(url, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S)
+    pool = open_pool(redis.ConnectionPool, url, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S)
+    return redis.Redis.from_pool(pool)
 
 
 class ScoreCache:

@@ -26,6 +26,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, Respon
 from redis.retry import Retry
 
 from ..errors import BrokerUnavailable, JobFailed, QueueFull, RerankqError
+from ..pools import open_pool
 from . import calls
 from .calls import Acceptance, Bell, Call, Claim, Entry, Look, Retrial, Swept, Terms
 
@@ -91,7 +92,8 @@ def source(script: str) -> tuple[str, str]:
 
 def connect(url: str) -> redis.Redis:
     """Open a pool of connections for the ledger; connects on first use."""
-    pool = redis.BlockingConnectionPool.from_url(
+    pool = open_pool(
+        redis.BlockingConnectionPool,
         url,
         max_connections=CONNECTIONS,
         timeout=ANSWER_S,
@@ -103,7 +105,8 @@ def connect(url: str) -> redis.Redis:
 
 def connect_async(url: str) -> redis.asyncio.Redis:
     """As :func:`connect`, for asyncio."""
-    pool = redis.asyncio.BlockingConnectionPool.from_url(
+    pool = open_pool(
+        redis.asyncio.BlockingConnectionPool,
         url,
         max_connections=CONNECTIONS // 4,
         timeout=None,
@@ -116,7 +119,7 @@ def connect_async(url: str) -> redis.asyncio.Redis:
 def line(url: str) -> AbstractConnection:
     """Make one connection to listen on: not connected yet, bears any silence, mends nothing unseen."""
     options = {**_socket(url), "socket_timeout": None, "health_check_interval": 0, "protocol": 2}
-    pool = redis.asyncio.ConnectionPool.from_url(url, retry=AsyncRetry(NoBackoff(), 0), **options)
+    pool = open_pool(redis.asyncio.ConnectionPool, url, retry=AsyncRetry(NoBackoff(), 0), **options)
     connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # of redis-py
     return connection
 
