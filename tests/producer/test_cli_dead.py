@@ -8,7 +8,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from rerankq import Client, JobDead, JobUnknown, RerankJob
+from rerankq import BrokerUnavailable, Client, JobDead, JobUnknown, RerankJob
 from rerankq.cli.app import app
 from rerankq.ledger import calls
 from rerankq.settings import Settings
@@ -115,6 +115,26 @@ def test_all_that_are_dead_may_be_meant(run: Callable, killed: Callable, client:
     assert (done.exit_code, lines(done)) == (0, [{"job_id": name, "state": state} for name in names])
     assert client.dead() == []
     assert run(command, "--all").exit_code == 0, "none is dead: nothing to do"
+
+
+@pytest.mark.parametrize(("command", "state"), [("retry", "queued"), ("drop", "dropped")])
+def test_what_was_done_before_the_ledger_went_away_is_told(
+    run: Callable, killed: Callable, command: str, state: str, monkeypatch: pytest.MonkeyPatch
+):
+    names = [killed(f"poison-{number}") for number in range(3)]
+    asked: list[str] = []
+    real = getattr(Client, command)
+
+    def goes_away(client: Client, job_id: str) -> str:
+        asked.append(job_id)
+        if len(asked) == 3:
+            raise BrokerUnavailable("gone")
+        return real(client, job_id)
+
+    monkeypatch.setattr(Client, command, goes_away)
+    done = run(command, *names)
+    assert done.exit_code != 0
+    assert done.stdout == "".join(f"{name}  {state}\n" for name in names[:2])
 
 
 @pytest.mark.parametrize("command", ["retry", "drop"])

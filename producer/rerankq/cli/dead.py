@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -69,8 +69,7 @@ def retry(jobs: JobIds = None, every: All = False, as_json: Json = False) -> Non
     """Queue dead jobs again; each is taken alone. Prints their states. One that was not dead: exit status 1."""
     with Client(connected()) as client:
         ids = _chosen(client, jobs, every=every)
-        states = {job: client.retry(job) for job in ids}
-    _tell(states, as_json=as_json, done="queued")
+        _tell(((job, client.retry(job)) for job in ids), as_json=as_json, done="queued")
 
 
 @app.command()
@@ -78,8 +77,9 @@ def drop(jobs: JobIds = None, every: All = False, as_json: Json = False) -> None
     """Forget dead jobs: their ids are free again. Prints their states. One that was not dead stays: exit status 1."""
     with Client(connected()) as client:
         ids = _chosen(client, jobs, every=every)
-        states = {job: client.drop(job) for job in ids}
-    _tell({job: DROPPED if state == "dead" else state for job, state in states.items()}, as_json=as_json, done=DROPPED)
+        states = ((job, client.drop(job)) for job in ids)
+        told = ((job, DROPPED if state == "dead" else state) for job, state in states)
+        _tell(told, as_json=as_json, done=DROPPED)
 
 
 def _chosen(client: Client, jobs: Sequence[str] | None, *, every: bool) -> list[str]:
@@ -88,13 +88,16 @@ def _chosen(client: Client, jobs: Sequence[str] | None, *, every: bool) -> list[
     return [job.job_id for job in client.dead()] if every else list(dict.fromkeys(jobs or ()))
 
 
-def _tell(states: Mapping[str, str], *, as_json: bool, done: str) -> None:
-    for job, state in states.items():
+def _tell(states: Iterable[tuple[str, str]], *, as_json: bool, done: str) -> None:
+    """Print each state as it comes: where one fails midway, what was done before it has been told."""
+    others = False
+    for job, state in states:
+        others |= state != done
         if as_json:
             print_json({"job_id": job, "state": state})
         else:
             print(f"{job}  {state}")
-    if any(state != done for state in states.values()):
+    if others:
         raise typer.Exit(FAILED)
 
 
