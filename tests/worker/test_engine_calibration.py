@@ -97,3 +97,13 @@ def test_a_measured_budget_is_one_of_those_tried_and_a_number_is_taken_as_it_is(
     assert found.max_batch_tokens in CPU
     assert np.isfinite(found.score([("q", "c")])).all()
     assert engine.load("stub", max_batch_tokens="measured").max_batch_tokens == engine.load("stub").max_batch_tokens
+
+
+def test_a_template_longer_than_the_pairs_that_are_tried_does_not_end_the_start():
+    class Wordy(StubEngine):
+        def tokenise(self, query, chunks, *, max_length=None, **options):
+            if max_length is not None and max_length < 300:
+                raise ValueError(f"max_length {max_length} leaves no room beside 299 special tokens")
+            return super().tokenise(query, chunks, max_length=max_length, **options)
+
+    assert set(measure(Wordy(seconds_per_token=0), (512, 1024), patience_s=5)) == {512, 1024}
