@@ -20,7 +20,8 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 def test_every_accepted_job_is_answered_rightly_while_workers_redis_and_network_fail():
     command = [sys.executable, str(HERE / "chaos.py"), "--json", "--seed", "5", "--fsync", "always"]
-    shape = {"jobs": 90, "span": 7, "workers": 2, "producers": 2, "lease": 1, "attempts": 1, "chunks": 8}
+    # Two attempts: with one, a blow that happens to strike while an innocent suspect is alone would be its end.
+    shape = {"jobs": 90, "span": 7, "workers": 2, "producers": 2, "lease": 1, "attempts": 2, "chunks": 8}
     shape |= {"kills": 2, "hangs": 1, "redis-kills": 1, "partitions": 1}
     options = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
     run = subprocess.run([*command, *options], capture_output=True, text=True, timeout=150, check=False)
