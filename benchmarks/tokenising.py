@@ -25,9 +25,8 @@ from gear.texts import DATA, Question, need, questions
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from rerankq_worker.engine import TokenisedPair
+from rerankq_worker.engine import TokenisedPair, text_hash
 from rerankq_worker.engine.pair_tokeniser import PairTokeniser
-from rerankq_worker.engine.text_reading import text_hash
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "minilm-l6-rerank"
 MAX_LENGTH, BATCH = 512, 32

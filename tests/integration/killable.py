@@ -11,8 +11,8 @@ from typing import Any
 
 from rerankq.ledger import Call, Ledger
 from rerankq_worker import engine, tasks
-from rerankq_worker.cache import ScoreCache, text_hash
-from rerankq_worker.engine import Batcher
+from rerankq_worker.cache import ScoreCache
+from rerankq_worker.engine import Batcher, text_hash
 
 app = tasks.app
 MARKS = Path(os.environ["KILLED_MARKS"])

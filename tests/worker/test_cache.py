@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from rerankq.embedded import EmbeddedRedis
 from rerankq_worker import cache
-from rerankq_worker.cache import REST_S, ScoreCache, connect, score_fingerprint, text_hash
+from rerankq_worker.cache import REST_S, ScoreCache, connect, score_fingerprint
+from rerankq_worker.engine import text_hash
 
 QUERY = text_hash("why tides?")
 HASHES = [text_hash(f"chunk {number}") for number in range(8)]

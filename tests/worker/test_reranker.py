@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rerankq import Chunk, Fusion, JobCancelled, JobFailed, RankedChunk, Ranking, RerankJob
 from rerankq.catalogue import profiles
-from rerankq_worker.cache import ScoreCache, connect, text_hash
-from rerankq_worker.engine import Batcher, EngineClosed, PairFailed, StubEngine
+from rerankq_worker.cache import ScoreCache, connect
+from rerankq_worker.engine import Batcher, EngineClosed, PairFailed, StubEngine, text_hash
 from rerankq_worker.fusion import Blend, blend, rank, rank_feature_scores, signals_needed, token_signal
 from rerankq_worker.fusion.analyser import Analyser
 from rerankq_worker.reranker import Reranker, Work

@@ -48,15 +48,6 @@ class Known(NamedTuple):
         return cls(np.full(chunks, np.nan, np.float32), flags, flags.copy())
 
 
-def text_hash(text: str) -> bytes:
-    """Hash a query or a chunk's text: BLAKE2b, 128 bits.
-
-    >>> text_hash("tides") == text_hash("tides "), len(text_hash(""))
-    (False, 16)
-    """
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
 def score_fingerprint(engine: str, *, max_length: int, query_max_tokens: int, long_chunks: str) -> str:
     """Name everything beside the texts that changes a logit.
 

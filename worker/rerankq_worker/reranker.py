@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from rerankq.contract import Fusion, ModelName, Priority, Ranking, RerankJob, Timings, Usage
 from rerankq.errors import JobCancelled, JobFailed
 
-from .cache import Known, ScoreCache, score_fingerprint, text_hash
-from .engine import Batcher, Engine, Ticket, TicketCancelled
+from .cache import Known, ScoreCache, score_fingerprint
+from .engine import Batcher, Engine, Ticket, TicketCancelled, text_hash
 from .fusion import Blend, FusionSpec, blend, rank, rank_feature_scores, signals_needed, token_signal
 from .fusion.analyser import Analyser
 

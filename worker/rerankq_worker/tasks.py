@@ -57,8 +57,6 @@ HURRIED = 1
 TELL_AGAIN_S = 1.0
 # Seconds for which events wait for each other.
 EVENTS_EVERY_S = 0.05
-
-
 # Seconds between tries to reach a broker that is away: the first pause, what each next one is longer, the longest.
 RECONNECT = {"interval_start": 1, "interval_step": 1, "interval_max": 3}
 

@@ -25,6 +25,7 @@ from .protocol import QUERY_MAX_TOKENS, Engine, Flight, Landed, Logits, Tokenise
 from .stub import AsynchronousStubEngine, StubEngine, parse_stub
 from .tally import BatcherStats
 from .ticket import Ticket
+from .token_ids import text_hash
 
 __all__ = [
     "QUERY_MAX_TOKENS",
@@ -47,6 +48,7 @@ __all__ = [
     "allocator_environment",
     "available_cores",
     "load",
+    "text_hash",
 ]
 
 logger = logging.getLogger(__name__)

@@ -153,35 +153,34 @@ class CrossEncoderEngine:
         """Take the pass that OpenVINO compiles, once a probe has shown that it agrees with torch."""
         from .openvino_pass import OpenVinoPass  # noqa: PLC0415 - an extra
 
-        probe = self.tokenise(*_PROBE)
-        with torch.inference_mode():
-            expected = across(probe)
+        expected = self._probed(across)
         compiled = OpenVinoPass(across, inputs, dtype=self.dtype, threads=self._threads)
-        with torch.inference_mode():
-            difference = (compiled(probe) - expected).abs().max().item()
-        if not difference <= _SAME[self.dtype]:
-            raise Unconvertible(f"its logits differ by {difference:.2g}")
+        if why := self._disagreement(compiled, expected):
+            raise Unconvertible(why)
         return compiled
 
     def _flattened_or(self, across: PaddedPass, body: Any, form: Form, inputs: Inputs) -> Pass:
         """Take the flattened pass where a probe shows that it agrees with the padded one."""
-        query, chunks = _PROBE
-        probe = self.tokenise(query, chunks)
-        before = body.config._attn_implementation
-        with torch.inference_mode():
-            expected = across(probe)
-            try:
-                flattened = FlattenedPass(body, form, inputs)
-                difference = (flattened(probe) - expected).abs().max().item()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the padded way is open
-                why = repr(error)
-            else:
-                if difference <= _SAME[self.dtype]:
-                    return flattened
-                why = f"its logits differ by {difference:.2g}"
+        expected, before = self._probed(across), body.config._attn_implementation
+        try:
+            flattened = FlattenedPass(body, form, inputs)
+            why = self._disagreement(flattened, expected)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the padded way is open
+            why = repr(error)
+        if not why:
+            return flattened
         body.set_attn_implementation(before)
         logger.warning("model %s runs padded: flattened, %s", self.name, why)
         return across
+
+    def _probed(self, way: Pass) -> torch.Tensor:
+        with torch.inference_mode():
+            return way(self.tokenise(*_PROBE))
+
+    def _disagreement(self, way: Pass, expected: torch.Tensor) -> str:
+        """Say by how much a way's logits for the probe differ, if that is more than rounding."""
+        difference = (self._probed(way) - expected).abs().max().item()
+        return "" if difference <= _SAME[self.dtype] else f"its logits differ by {difference:.2g}"
 
 
 class CudaFlight:

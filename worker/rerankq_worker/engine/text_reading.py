@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from .token_ids import FirstIds, KnownIds
+from .token_ids import FirstIds, KnownIds, text_hash
 
 # Unset, the tokenisers switch their threads off after a fork and say so on standard error at every one.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -82,15 +81,6 @@ class ChunkReader:
                 settled[key] = first
         self.known.keep(settled)
         return fresh
-
-
-def text_hash(text: str) -> bytes:
-    """Hash a text: BLAKE2b, 128 bits.
-
-    >>> text_hash("tides") == text_hash("tides "), len(text_hash(""))
-    (False, 16)
-    """
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def encode_heads(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[tuple[Encoding, bool]]:
