@@ -243,10 +243,11 @@ class Usage(Record):
 class Timings(Record):
     """Where a job's time went, in milliseconds."""
 
-    queued: float = 0
+    queued: float = Field(0, description="From submission to the claim by a worker.")
     tokenise: float = 0
-    inference: float = 0
-    total: float = Field(0, description="From the claim by a worker to the finished ranking; waiting is ``queued``.")
+    waiting: float = Field(0, description="For the device, while batches of other jobs were on it.")
+    inference: float = Field(0, description="Batches with pairs of this job were on the device.")
+    total: float = Field(0, description="From the claim by a worker to the finished ranking, so without ``queued``.")
 
 
 class Ranking(Record):
@@ -258,6 +259,7 @@ class Ranking(Record):
     usage: Usage = Usage()
     timings_ms: Timings = Timings()
     skipped: bool = Field(False, description="Too few chunks to be worth scoring: first-stage order, unscored.")
+    dropped: int = Field(0, description="Chunks of the job that ``top_k`` or ``min_score`` left out.")
 
 
 class JobStatus(Record):

@@ -266,6 +266,15 @@ def test_top_k_and_min_score_cut_after_all_were_scored(world: World):
     assert world.rank(job(top_k=1)).usage.pairs == len(TEXTS)
 
 
+def test_a_ranking_says_how_many_chunks_were_left_out(world: World):
+    whole = world.rank(job())
+    assert (len(whole.chunks), whole.dropped) == (len(TEXTS), 0)
+    assert world.rank(job(top_k=2)).dropped == len(TEXTS) - 2
+    assert world.rank(job(min_score=whole.chunks[2].score)).dropped == len(TEXTS) - 3
+    assert world.rank(job(min_score=1e9)).dropped == len(TEXTS)
+    assert world.rank(job(skip_at_or_below=5, top_k=3)).dropped == len(TEXTS) - 3
+
+
 def test_a_cut_pair_says_so_computed_or_cached(world: World):
     long = job(["short", "word " * 5_000])
     for ranking in (world.rank(long), world.rank(long)):

@@ -99,10 +99,12 @@ class Reranker:
         needed = signals_needed(fusion)
         scored = self._score(job, work, priority) if "model" in needed else _nothing(len(job.chunks))
         blended = blend(self._signals(job, fusion, scored, needed), fusion)
+        chunks = _ranked(job, scored, blended)
         return _ranking(
             job_id=job_id,
             model=self._model,
-            chunks=_ranked(job, scored, blended),
+            chunks=chunks,
+            dropped=len(job.chunks) - len(chunks),
             usage=Usage(
                 pairs=len(job.chunks) if "model" in needed else 0,
                 cached_pairs=int(scored.cached.sum()),
@@ -182,12 +184,14 @@ class Reranker:
 
     def _unscored(self, job_id: str, job: RerankJob, began: float, waited_s: float) -> Ranking:
         chunks = [
-            _chunk(job, at, place, score=0.0, missing=["model"]) for place, at in enumerate(range(len(job.chunks)), 1)
+            _chunk(job, at, place, score=0.0, missing=["model"])
+            for place, at in enumerate(range(len(job.chunks))[: job.top_k], 1)
         ]
         return _ranking(
             job_id=job_id,
             model=self._model,
-            chunks=chunks[: job.top_k],
+            chunks=chunks,
+            dropped=len(job.chunks) - len(chunks),
             timings_ms=Timings(queued=_ms(waited_s), total=_ms(time.perf_counter() - began)),
             skipped=True,
         )
