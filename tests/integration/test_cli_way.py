@@ -1,5 +1,6 @@
 """The command line with real processes: what a person types, what comes out, and what is left behind."""
 
+import bz2
 import json
 import os
 import signal
@@ -105,6 +106,19 @@ def test_rescore_brings_its_own_stack_and_leaves_nothing_behind(run, collection,
         columns = [line.split() for line in lines[at : at + DEPTH]]
         assert [int(row[3]) for row in columns] == [1, 2, 3, 4, 5]
         assert sorted(columns, key=lambda row: -float(row[4])) == columns
+
+
+def test_lines_that_a_rescore_does_not_need_may_be_wrong_and_are_counted(run, collection, tmp_path):
+    for name, odd in (("q.jsonl", '{"_id": "z", "text": " "}'), ("c.jsonl", '{"_id": 9.0, "title": null}\n{"_id"')):
+        with (tmp_path / name).open("a") as file:
+            file.write(f"{odd}\n")
+    (tmp_path / "c.jsonl").write_bytes(bz2.compress((tmp_path / "c.jsonl").read_bytes().replace(b'""', b"null")))
+    write(tmp_path / "j.tsv", ["qid\tpid\trel", *(f"q{number}\td{number}\t1.0" for number in range(QUERIES)), "z"])
+    done = run("rescore", *collection, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["skipped_lines"] == {"c.jsonl": 2, "j.tsv": 1, "q.jsonl": 1}
+    at = QUERIES + DEPTH + 1
+    assert f"rerankq: c.jsonl: 2 invalid lines skipped, the first: c.jsonl:{at}: text: is missing" in done.stderr
 
 
 def test_a_second_rescore_on_a_standing_redis_finds_every_pair_in_the_cache(

@@ -99,7 +99,7 @@ def test_wrong_options_of_rescore_are_said_before_anything_begins(run, tmp_path,
 def test_a_wrong_file_of_rescore_is_said_with_file_line_and_field(run, tmp_path):
     (tmp_path / "q").write_text('{"_id": "1", "text": "a"}\n{"_id": "2"}\n')
     (tmp_path / "c").write_text('{"_id": "d", "text": "a"}\n')
-    (tmp_path / "r").write_text("1 Q0 d 1 0.5 x\n")
+    (tmp_path / "r").write_text("1 Q0 d 1 0.5 x\n2 Q0 d 1 0.5 x\n")
     done = run("rescore", "--queries", "q", "--corpus", "c", "--run", "r", "--output", "out")
     assert done.exit_code == 2
     assert done.stderr == "rerankq: q:2: text: is missing\n"

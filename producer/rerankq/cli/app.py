@@ -217,7 +217,7 @@ def rescore(  # noqa: PLR0917 - typer reads them as options
     restart: Annotated[bool, typer.Option("--restart", help="Begin again, whatever was done before.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Re-score a first-stage run offline. Files may be gzipped.
+    """Re-score a first-stage run offline. Files may be compressed with gzip, bzip2 or xz.
 
     Without RERANKQ_BROKER_URL it brings a Redis and a worker of its own for as long as it runs. Stopped midway, the
     same command goes on where it stood. nDCG@10 is measured as trec_eval does, over the queries that have judgements.
@@ -226,7 +226,7 @@ def rescore(  # noqa: PLR0917 - typer reads them as options
     plan = rescoring.Plan(queries, corpus, run, output, depth, fusion, qrels, model)
     with show.PairBar() as bar:
         try:
-            report = rescoring.rescore(plan, settings_with(), bar, restart=restart)
+            report = rescoring.rescore(plan, settings_with(), bar, restart=restart, tell=_note)
         except (KeyboardInterrupt, RerankqError):
             if plan.part.exists():
                 show.say(
@@ -272,6 +272,10 @@ def _print_rankings(flow: Flow[str], reader: submitting.Reader) -> int:
 def _longest_line(settings: Settings) -> int:
     # JSON may write a character of three bytes in six, and a job's limit is counted without such escapes.
     return 4 * settings.max_job_bytes
+
+
+def _note(text: str) -> None:
+    show.say(f"rerankq: {text}")
 
 
 def _end(text: str, status: int) -> NoReturn:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-from typing import NamedTuple, Self
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Self, TypeVar
 
 from ..contract import Chunk
 from . import inputs
-from .inputs import InputFault, Query
+from .inputs import InputFault, Line, Query, Skipped
+
+T = TypeVar("T")
 
 _SCHEMA = """
 CREATE TABLE query (place INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, line INTEGER NOT NULL, text TEXT);
@@ -32,29 +35,39 @@ class FirstStage(NamedTuple):
 class Collection:
     """The queries of a run, in the run's order, each with its first *depth* documents as chunks.
 
-    Only documents that the run names are kept. The database is SQLite's unnamed kind: a file that nobody sees, gone
-    when the process ends, however it ends.
+    Only what the run names is kept, and only that must be right; ``skipped`` counts other lines that are wrong, by
+    file. The database is SQLite's unnamed kind: a file that nobody sees, gone when the process ends, however it ends.
     """
 
     def __init__(self) -> None:
+        self.grades: dict[str, dict[str, int]] = {}
+        self.skipped: dict[str, Skipped] = {}
         self._db = sqlite3.connect("", isolation_level=None)
         self._db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;" + _SCHEMA)
 
     @classmethod
-    def read(cls, *, queries: str, corpus: str, run: str, depth: int) -> Self:
-        """Read the three files.
+    def read(
+        cls, *, queries: str, corpus: str, run: str, depth: int, limit: int | None = None, qrels: str | None = None
+    ) -> Self:
+        """Read the files; with a *limit*, only as many queries, the run's first.
 
         Raises:
-            InputFault: if one is malformed, or the run names a query or a document that is nowhere to be found.
+            InputFault: if one is malformed where it is needed, or the run names a query or a document that is nowhere
+                to be found.
         """
         collection = cls()
         try:
             collection._db.execute("BEGIN")
-            collection._read_run(run, depth)
+            collection._read_run(run, depth, limit)
+            if qrels is not None:
+                collection._read_judgements(qrels)
             collection._read_queries(queries)
             collection._read_corpus(corpus)
             collection._check(run, queries, corpus)
             collection._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            collection.close()
+            raise InputFault(f"{run}: no room for its texts in the folder of temporary files: {error}") from None
         except BaseException:
             collection.close()
             raise
@@ -101,7 +114,7 @@ class Collection:
             )
         )
 
-    def _read_run(self, source: str, depth: int) -> None:
+    def _read_run(self, source: str, depth: int, limit: int | None) -> None:
         for line in inputs.lines(source):
             found = inputs.run_line_of(line)
             self._db.execute("INSERT OR IGNORE INTO query (id, line) VALUES (?, ?)", (found.query, line.number))
@@ -111,6 +124,13 @@ class Collection:
             )
             if new.rowcount == 0:
                 raise line.fault(f"query {found.query} has document {found.chunk} twice", "document")
+        if self._db.execute("SELECT 1 FROM query LIMIT 1").fetchone() is None:
+            raise InputFault(f"{source}: holds no line")
+        if limit is not None:
+            self._db.execute(
+                "DELETE FROM query WHERE place NOT IN (SELECT place FROM query ORDER BY place LIMIT ?)", (limit,)
+            )
+            self._db.execute("DELETE FROM pair WHERE query NOT IN (SELECT place FROM query)")
         self._db.execute(
             "DELETE FROM pair WHERE (query, chunk) IN (SELECT query, chunk FROM (SELECT query, chunk, "  # noqa: S608 - a constant
             f"row_number() OVER (PARTITION BY query ORDER BY {_BEST_FIRST}) AS place FROM pair) WHERE place > ?)",
@@ -118,23 +138,46 @@ class Collection:
         )
         self._db.execute("INSERT INTO chunk (id, line) SELECT chunk, min(line) FROM pair GROUP BY chunk")
 
+    def _read_judgements(self, source: str) -> None:
+        skipped = self.skipped.setdefault(source, Skipped())
+        self.grades = inputs.judgements(source, queries=self.counts().keys(), skipped=skipped)
+
     def _read_queries(self, source: str) -> None:
-        for line in inputs.lines(source):
-            query = inputs.query_of(line)
+        for line, query in self._right("query", source, inputs.query_of):
             self._fill("query", query.id, {"text": query.text}, line)
 
     def _read_corpus(self, source: str) -> None:
-        for line in inputs.lines(source):
-            chunk = inputs.chunk_of(line)
+        for line, chunk in self._right("chunk", source, inputs.chunk_of):
             self._fill("chunk", chunk.id, {"title": chunk.title, "text": chunk.text}, line)
 
-    def _fill(self, table: str, name: str, texts: dict[str, str], line: inputs.Line) -> None:
+    def _right(self, table: str, source: str, read: Callable[[Line], T]) -> Iterator[tuple[Line, T]]:
+        """Yield what could be read; a wrong line whose id the run does not name, or that has none, is skipped."""
+        right = 0
+        skipped = self.skipped.setdefault(source, Skipped())
+        for line in inputs.lines(source, skipped=skipped):
+            try:
+                found = read(line)
+            except InputFault as fault:
+                if fault.about is not None and self._names(table, fault.about):
+                    raise
+                skipped.add(fault)
+            else:
+                right += 1
+                yield line, found
+        if not right:
+            # Nothing there is what was expected: a file of another kind.
+            raise skipped.first or InputFault(f"{source}: holds no line")
+
+    def _names(self, table: str, name: str) -> bool:
+        return self._db.execute(f"SELECT 1 FROM {table} WHERE id = ?", (name,)).fetchone() is not None  # noqa: S608
+
+    def _fill(self, table: str, name: str, texts: dict[str, str], line: Line) -> None:
         columns = ", ".join(f"{column} = ?" for column in texts)
         filled = self._db.execute(
             f"UPDATE {table} SET {columns} WHERE id = ? AND text IS NULL",  # noqa: S608 - our own names
             (*texts.values(), name),
         )
-        if filled.rowcount == 0 and self._db.execute(f"SELECT 1 FROM {table} WHERE id = ?", (name,)).fetchone():  # noqa: S608
+        if filled.rowcount == 0 and self._names(table, name):
             raise line.fault(f"{name} stands here a second time", "_id")
 
     def _check(self, run: str, queries: str, corpus: str) -> None:
@@ -145,6 +188,6 @@ class Collection:
             ).fetchone()
             if lost is not None:
                 more = f" ({lost[2] - 1} more like it)" if lost[2] > 1 else ""
-                raise InputFault(f"{run}:{lost[1]}: {field}: {lost[0]} is not in {source}{more}")
-        if self._db.execute("SELECT 1 FROM query LIMIT 1").fetchone() is None:
-            raise InputFault(f"{run}: holds no line")
+                skipped = self.skipped[source]
+                among = f"; {skipped}" if skipped.lines else ""
+                raise InputFault(f"{run}:{lost[1]}: {field}: {lost[0]} is not in {source}{more}{among}")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import math
+import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from ..contract import Chunk, RerankJob, parse_job
 from ..errors import JobRejected
@@ -21,30 +25,91 @@ STDIN = "-"
 MAX_LINE_BYTES = 64 * 2**20
 """A line longer than this is a file of another kind; refused before it fills the memory."""
 
+COMPRESSED: tuple[tuple[re.Pattern[bytes], Callable[[IO[bytes]], object]], ...] = (
+    (re.compile(rb"\x1f\x8b"), lambda file: gzip.GzipFile(fileobj=file)),
+    # A text may begin with "BZh9"; what follows here is the mark of a block, or of an empty file.
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2File),
+    (re.compile(rb"\xfd7zXZ\x00"), lzma.LZMAFile),
+)
+"""How a compressed file begins, whatever its name, and what decompresses it."""
+
+UNREADABLE = (
+    (re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16; expected UTF-8"),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), "compressed with zstd; expected plain text, gzip, bzip2 or xz"),
+    (re.compile(rb"PK\x03\x04"), "a zip archive; expected plain text, gzip, bzip2 or xz"),
+)
+"""How files begin that are not read, and what they are."""
+
+_LONGEST_SIGNATURE = 10
+
+# ASCII alone, as trec_eval reads: an id may hold a no-break or an ideographic space.
+_BLANKS = " \t\n\v\f\r"
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+# What the columns of judgements are called, in lower case and with hyphens.
+_QUERY_NAMES = {"query-id", "query", "qid", "q-id", "queryid", "topic", "topic-id"}
+_CHUNK_NAMES = {"corpus-id", "doc-id", "document-id", "document", "doc", "did", "docid", "docno", "pid", "passage-id"}
+_GRADE_NAMES = {"score", "grade", "rel", "relevance", "relevancy", "label", "judgement", "judgment"}
+
 
 class InputFault(Exception):
-    """Raised when the command line or an input file is wrong; the message names the place."""
+    """Raised when the command line or an input file is wrong; the message names the place.
+
+    ``about`` is the id of the record that is wrong, where it could be read.
+    """
+
+    def __init__(self, message: str, *, about: str | None = None) -> None:
+        super().__init__(message)
+        self.about = about
 
 
 class Line(NamedTuple):
-    """A line of a file, with the place to name when it is wrong; ``number`` counts from 1."""
+    """A line of a file, with the place to name when it is wrong; ``number`` counts from 1.
+
+    A byte that is not UTF-8 stands in ``text`` as a lone surrogate: whether it matters depends on what is used.
+    """
 
     source: str
     number: int
     text: str
 
-    def fault(self, reason: str, field: str = "") -> InputFault:
+    def fault(self, reason: str, field: str = "", *, about: str | None = None) -> InputFault:
         """Say what is wrong here.
 
         >>> print(Line("q.jsonl", 3, "{}").fault("is missing", "_id"))
         q.jsonl:3: _id: is missing
         """
-        return InputFault(f"{self.source}:{self.number}: {field}: {reason}" if field else f"{self.place}: {reason}")
+        return InputFault(f"{self.place}: {field}: {reason}" if field else f"{self.place}: {reason}", about=about)
 
     @property
     def place(self) -> str:
         """The file and the line."""
         return f"{self.source}:{self.number}"
+
+    def checked(self) -> str:
+        """Answer the text where all of it must be right.
+
+        Raises:
+            InputFault: if a byte is not UTF-8.
+        """
+        wrong = _surrogate(self.text)
+        if wrong is not None:
+            raise self.fault(f"not UTF-8: invalid byte at character {wrong}")
+        return self.text
+
+    def columns(self) -> list[str]:
+        r"""Split at tabs and spaces.
+
+        >>> Line("r", 1, "q1\tQ0  d1 1\r\n").columns()
+        ['q1', 'Q0', 'd1', '1']
+
+        Raises:
+            InputFault: if it is not text.
+        """
+        text = self.checked()
+        if "\0" in text:
+            raise self.fault(f"not text: a NUL at character {text.index(chr(0))}")
+        return [column for column in re.split(f"[{_BLANKS}]+", text) if column]
 
 
 class Query(NamedTuple):
@@ -62,25 +127,50 @@ class RunLine(NamedTuple):
     score: float
 
 
-def lines(source: str, *, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Read a file's lines that are not blank; ``-`` is standard input, and gzip is recognised by its first bytes.
+@dataclass
+class Skipped:
+    """Wrong lines that nothing needs: how many, and what is wrong with the first."""
+
+    lines: int = 0
+    first: InputFault | None = None
+
+    def add(self, fault: InputFault) -> None:
+        """Count a line."""
+        self.lines += 1
+        self.first = self.first or fault
+
+    def __str__(self) -> str:
+        return f"{self.lines} invalid line{'s' if self.lines > 1 else ''} skipped, the first: {self.first}"
+
+
+def lines(source: str, *, max_bytes: int = MAX_LINE_BYTES, skipped: Skipped | None = None) -> Iterator[Line]:
+    """Read a file's lines that are not blank; ``-`` is standard input. Gzip, bzip2 and xz are decompressed.
 
     Raises:
-        InputFault: if the file cannot be read, is not UTF-8, or has a line of more than *max_bytes*.
+        InputFault: if the file cannot be read; for a line of more than *max_bytes* if no *skipped* counts it.
     """
     number = 0
     name = "standard input" if source == STDIN else source
-    with _opened(source) as file:
-        while raw := file.readline(max_bytes + 1):
-            number += 1
-            if len(raw) > max_bytes:
-                raise Line(name, number, "").fault(f"longer than {max_bytes} bytes")
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise Line(name, number, "").fault(f"not UTF-8: {error.reason} at byte {error.start}") from None
-            if text.strip():
-                yield Line(name, number, text)
+    try:
+        with _opened(source) as file:
+            while raw := file.readline(max_bytes + 1):
+                number += 1
+                if len(raw) > max_bytes:
+                    fault = Line(name, number, "").fault(f"longer than {max_bytes} bytes")
+                    if skipped is None:
+                        raise fault
+                    skipped.add(fault)
+                    _skip_to_the_next_line(file, raw)
+                    continue
+                # Files that were appended to each other carry byte order marks further down too.
+                text = raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+                if text.strip(_BLANKS):
+                    yield Line(name, number, text)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        # gzip.BadGzipFile, and what bz2 raises, are OSErrors.
+        reason = getattr(error, "strerror", None) or str(error)
+        after = f" after line {number}" if number else ""
+        raise InputFault(f"{name}: cannot be read{after}: {reason}") from None
 
 
 def job_of(line: Line) -> RerankJob:
@@ -90,7 +180,7 @@ def job_of(line: Line) -> RerankJob:
         InputFault: naming every field that is wrong.
     """
     try:
-        return parse_job(line.text)
+        return parse_job(line.checked())
     except JobRejected as error:
         raise line.fault(str(error)) from None
 
@@ -101,21 +191,22 @@ def query_of(line: Line) -> Query:
     >>> query_of(Line("q.jsonl", 1, '{"_id": "7", "text": "why tides?", "split": "test"}'))
     Query(id='7', text='why tides?')
     """
-    record = _record(line)
-    query = Query(_id(line, record), _text(line, record, "text"))
+    record = _Record(line)
+    query = Query(record.id, record.text("text"))
     if not query.text.strip():
-        raise line.fault("must not be blank", "text")
+        raise record.fault("must not be blank", "text")
     return query
 
 
 def chunk_of(line: Line) -> Chunk:
-    """Read a document in the BEIR form; a title may be missing.
+    """Read a document in the BEIR form; a title may be missing or null.
 
     >>> chunk_of(Line("c.jsonl", 1, '{"_id": "d1", "title": "Tides", "text": "The moon pulls."}')).model_text
     'Tides The moon pulls.'
     """
-    record = _record(line)
-    return Chunk(id=_id(line, record), title=_text(line, record, "title", missing=""), text=_text(line, record, "text"))
+    record = _Record(line)
+    title = "" if record.fields.get("title") is None else record.text("title")
+    return Chunk(id=record.id, title=title, text=record.text("text"))
 
 
 def run_line_of(line: Line) -> RunLine:
@@ -124,102 +215,203 @@ def run_line_of(line: Line) -> RunLine:
     >>> run_line_of(Line("in.trec", 1, "q1 Q0 d9 1 12.5 bm25"))
     RunLine(query='q1', chunk='d9', score=12.5)
     """
-    columns = line.text.split()
+    columns = line.columns()
     if len(columns) != 6:
         raise line.fault(f"expected six columns (query Q0 document rank score name), found {len(columns)}")
     query, _, chunk, _, score, _ = columns
     return RunLine(query, chunk, _finite(line, score))
 
 
-def judgements(source: str) -> dict[str, dict[str, int]]:
+class JudgementColumns(NamedTuple):
+    """Where a judgement's parts stand."""
+
+    query: int = 0
+    chunk: int = -2
+    grade: int = -1
+
+
+def judgement_header(cells: Sequence[str]) -> JudgementColumns | None:
+    """Read where the columns stand from a header; None where it is none.
+
+    >>> judgement_header(["qid", "pid", "rel"]), judgement_header(["corpus-id", "query-id", "score"])
+    (JudgementColumns(query=0, chunk=1, grade=2), JudgementColumns(query=1, chunk=0, grade=2))
+    >>> judgement_header(["q1", "d1", "1"])
+    """
+    names = [cell.lower().replace("_", "-").lstrip("#") for cell in cells]
+    if _NUMBER.fullmatch(cells[-1]) or not set(names) & (_QUERY_NAMES | _CHUNK_NAMES | _GRADE_NAMES):
+        return None
+    places = (
+        next((at for at, name in enumerate(names) if name in known), usual)
+        for known, usual in zip((_QUERY_NAMES, _CHUNK_NAMES, _GRADE_NAMES), JudgementColumns(), strict=True)
+    )
+    return JudgementColumns(*places)
+
+
+def judgements(
+    source: str, *, queries: Container[str] | None = None, skipped: Skipped | None = None
+) -> dict[str, dict[str, int]]:
     """Read judgements: three columns (query-id, corpus-id, score) with or without a header, or TREC's four.
 
-    Answers each query's documents with their grades; above zero is relevant.
+    Answers each query's documents with their grades; above zero is relevant. Of others than *queries* (None = all)
+    nothing is kept, and wrong lines are *skipped*.
+
+    Raises:
+        InputFault: if a line that is needed is wrong, or there is none.
     """
     grades: dict[str, dict[str, int]] = {}
-    for line in lines(source):
-        columns = line.text.split()
-        if len(columns) not in {3, 4}:
-            raise line.fault(f"expected three columns (query-id corpus-id score) or TREC's four, found {len(columns)}")
-        if line.number == 1 and columns[-1].lower() in {"score", "grade", "relevance", "label"}:
+    columns = JudgementColumns()
+    empty = True
+    for at, line in enumerate(lines(source)):
+        cells = line.columns()
+        header = judgement_header(cells) if at == 0 else None
+        if header is not None:
+            columns = header
             continue
-        query, chunk = columns[0], columns[-2]
-        if chunk in grades.setdefault(query, {}):
-            raise line.fault(f"query {query} and document {chunk} are judged twice", "corpus-id")
-        grades[query][chunk] = _grade(line, columns[-1])
+        empty = False
+        needed = queries is None or (len(cells) > columns.query and cells[columns.query] in queries)
+        try:
+            query, chunk, grade = _judgement(line, cells, columns)
+            if needed and grades.setdefault(query, {}).setdefault(chunk, grade) != grade:
+                raise line.fault(f"query {query} and document {chunk} are judged twice, and differently", "corpus-id")
+        except InputFault as fault:
+            if needed or skipped is None:
+                raise
+            skipped.add(fault)
+    if empty:
+        raise InputFault(f"{source}: holds no judgement")
     return grades
+
+
+def _judgement(line: Line, cells: Sequence[str], columns: JudgementColumns) -> tuple[str, str, int]:
+    if len(cells) not in {3, 4}:
+        raise line.fault(
+            "expected three columns (query-id corpus-id score) or TREC's four, parted by tabs or spaces, "
+            f"found {len(cells)}"
+        )
+    return cells[columns.query], cells[columns.chunk], _grade(line, cells[columns.grade])
 
 
 @contextmanager
 def _opened(source: str) -> Iterator[IO[bytes]]:
-    try:
-        if source == STDIN:
-            yield _unpacked(sys.stdin.buffer)
-            return
+    if source != STDIN:
         with Path(source).open("rb") as file:
-            yield _unpacked(file)
-    except (OSError, EOFError, zlib.error) as error:
-        # gzip.BadGzipFile is an OSError.
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputFault(f"{source}: cannot be read: {reason}") from None
+            yield _decompressed(source, file)
+    elif sys.stdin is None:
+        raise InputFault("standard input is closed")
+    else:
+        yield _decompressed("standard input", sys.stdin.buffer)
 
 
-def _unpacked(file: IO[bytes]) -> IO[bytes]:
-    peekable = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)  # type: ignore[type-var]
-    if peekable.peek(2)[:2] == b"\x1f\x8b":
-        # Buffered: a GzipFile's own readline is slow.
-        return io.BufferedReader(gzip.GzipFile(fileobj=peekable))
-    return peekable
+class _Rewound(io.RawIOBase):
+    """A stream whose first bytes were read already."""
+
+    def __init__(self, beginning: bytes, rest: IO[bytes]) -> None:
+        self._beginning = beginning
+        # What is there is handed on at once: whoever writes a pipe may wait for an answer to it.
+        self._read = getattr(rest, "read1", rest.read)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part: bytes = self._beginning[: len(buffer)] or self._read(len(buffer))
+        self._beginning = self._beginning[len(part) :]
+        buffer[: len(part)] = part
+        return len(part)
 
 
-def _record(line: Line) -> Mapping[str, Any]:
+def _decompressed(name: str, file: IO[bytes]) -> IO[bytes]:
+    beginning = file.readline(_LONGEST_SIGNATURE)
+    whole = cast(IO[bytes], io.BufferedReader(_Rewound(beginning, file), 2**16))
+    for signature, what in UNREADABLE:
+        if signature.match(beginning):
+            raise InputFault(f"{name}: cannot be read: it is {what}")
+    for signature, decompress in COMPRESSED:
+        if signature.match(beginning):
+            return _decompressed(name, cast(IO[bytes], decompress(whole)))
+    return whole
+
+
+def _skip_to_the_next_line(file: IO[bytes], raw: bytes) -> None:
+    while raw and not raw.endswith(b"\n"):
+        raw = file.readline(2**20)
+
+
+class _Number(str):
+    """A number of JSON as it is written: of any size, and 9.0 stays "9.0"."""
+
+    __slots__ = ()
+
+
+class _Record:
+    """An object of JSON with an ``_id``."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self.fields = _object(line)
+        self._id: str | None = None
+        found = self.fields.get("_id")
+        name = str(found) if isinstance(found, _Number) else self.text("_id")
+        if not name or set(name) & {*_BLANKS, "\0"}:
+            raise self.fault("must be one word: a run has its columns parted by spaces", "_id")
+        self.id = self._id = name
+
+    def fault(self, reason: str, field: str) -> InputFault:
+        return self._line.fault(reason, field, about=self._id)
+
+    def text(self, field: str) -> str:
+        value = self.fields.get(field)
+        if value is None:
+            raise self.fault("is null; expected a text" if field in self.fields else "is missing", field)
+        if isinstance(value, _Number) or not isinstance(value, str):
+            raise self.fault(f"expected a text, found {_kind(value)}", field)
+        wrong = _surrogate(value)
+        if wrong is not None:
+            in_json = _surrogate(self._line.text) is None
+            what = "not Unicode: a lone surrogate" if in_json else "not UTF-8: invalid byte"
+            raise self.fault(f"{what} at character {wrong}", field)
+        return value
+
+
+def _object(line: Line) -> Mapping[str, Any]:
     try:
-        record = json.loads(line.text)
+        record = json.loads(line.text, parse_int=_Number, parse_float=_Number, parse_constant=_Number)
     except (json.JSONDecodeError, RecursionError) as error:
         reason = (
             f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
         )
         raise line.fault(f"not JSON: {reason}") from None
     if not isinstance(record, dict):
-        raise line.fault("expected a JSON object")
+        raise line.fault(f"expected a JSON object, found {_kind(record)}")
     return record
 
 
-def _id(line: Line, record: Mapping[str, Any]) -> str:
-    value = record.get("_id")
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    name = _text(line, record, "_id")
-    if not name or name.split() != [name]:
-        raise line.fault("must be one word: a run has its columns parted by spaces", "_id")
-    return name
+def _kind(value: object) -> str:
+    return "number" if isinstance(value, _Number) else type(value).__name__
 
 
-def _text(line: Line, record: Mapping[str, Any], field: str, *, missing: str | None = None) -> str:
-    value = record.get(field, missing)
-    if value is None:
-        raise line.fault("is missing", field)
-    if not isinstance(value, str):
-        raise line.fault(f"expected a text, found {type(value).__name__}", field)
+def _surrogate(text: str) -> int | None:
+    """Say at which character a text is not Unicode."""
+    if text.isascii():
+        return None
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise line.fault(f"not Unicode: a lone surrogate at character {error.start}", field) from None
-    return value
+        return error.start
+    return None
 
 
 def _finite(line: Line, written: str) -> float:
-    try:
-        score = float(written)
-    except ValueError:
-        raise line.fault(f"expected a number, found {written!r}", "score") from None
+    if not _NUMBER.fullmatch(written) and not re.fullmatch(r"(?i)[+-]?(inf(inity)?|nan)", written):
+        raise line.fault(f"expected a number, found {written[:40]!r}", "score")
+    score = float(written)
     if not math.isfinite(score):
-        raise line.fault(f"expected a finite number, found {written!r}", "score")
+        raise line.fault(f"expected a finite number, found {written[:40]!r}", "score")
     return score
 
 
 def _grade(line: Line, written: str) -> int:
-    try:
-        return int(written)
-    except ValueError:
-        raise line.fault(f"expected an integer, found {written!r}", "score") from None
+    grade = _finite(line, written)
+    if not grade.is_integer():
+        raise line.fault(f"expected a whole number, found {written[:40]!r}", "score")
+    return int(grade)

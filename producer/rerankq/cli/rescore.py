@@ -15,7 +15,7 @@ from .. import catalogue
 from ..contract import Ranking, RerankJob
 from ..errors import JobRejected, RerankqError
 from ..settings import Settings
-from . import inputs, metrics
+from . import metrics
 from .collection import Collection, FirstStage
 from .flow import Desk, Flow, nothing
 from .inputs import InputFault
@@ -49,7 +49,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Report:
-    """What came of it. ``pairs`` and times are of this start of the program; ``resumed`` queries were done before."""
+    """What came of it. ``pairs`` and times are of this start of the program; ``resumed`` queries were done before.
+
+    ``skipped_lines`` counts, by file, invalid lines that nothing needed.
+    """
 
     output: str
     model: str
@@ -64,6 +67,7 @@ class Report:
     failed: dict[str, str]
     ndcg: dict[str, float | None] = field(default_factory=dict)
     judged_queries: int = 0
+    skipped_lines: dict[str, int] = field(default_factory=dict)
 
     @property
     def pairs_per_s(self) -> float:
@@ -221,9 +225,7 @@ def write_run(path: Path, collection: Collection, journal: Journal) -> None:
     unfinished.replace(path)
 
 
-def measure(
-    collection: Collection, journal: Journal, grades: dict[str, dict[str, int]], *, fusion: str
-) -> tuple[dict[str, float | None], int]:
+def measure(collection: Collection, journal: Journal, *, fusion: str) -> tuple[dict[str, float | None], int]:
     """nDCG@10 of the first stage, the model alone and the fusion, over the ranked queries that have judgements.
 
     As BEIR and trec_eval do, queries without judgements are not averaged. The first stage is the run cut at the depth;
@@ -231,6 +233,7 @@ def measure(
     """
     # By place, not by name: nothing stops a profile from being called "model alone".
     values: tuple[list[float], list[float], list[float]] = ([], [], [])
+    grades = collection.grades
     judged = [query for query in collection.counts() if query in grades and query in journal.queries]
     for query in judged:
         rows = journal.answer(query).rows
@@ -244,24 +247,37 @@ def measure(
     return dict(zip((FIRST_STAGE, MODEL_ALONE, f"fusion {fusion}"), means, strict=True)), len(judged)
 
 
-def rescore(plan: Plan, settings: Settings, bar: Bar, *, restart: bool = False) -> Report:
+def rescore(
+    plan: Plan,
+    settings: Settings,
+    bar: Bar,
+    *,
+    restart: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Report:
     """Re-score a run from files to a file. What an earlier start did before it was stopped is not done again.
+
+    ``tell`` hears what a person should know that is no fault.
 
     Raises:
         InputFault: if an option or a file is wrong; nothing was begun.
         RerankqError: if the work cannot go on; what is done is kept.
     """
     check(plan, settings)
-    grades = inputs.judgements(plan.qrels) if plan.qrels else {}
     bar.say("reading")
     with (
-        Collection.read(queries=plan.queries, corpus=plan.corpus, run=plan.run, depth=plan.depth) as collection,
+        Collection.read(
+            queries=plan.queries, corpus=plan.corpus, run=plan.run, depth=plan.depth, qrels=plan.qrels
+        ) as collection,
         Journal.open(plan.part, header(plan, settings), restart=restart) as journal,
     ):
+        skipped = {source: found for source, found in collection.skipped.items() if found.lines}
+        for source, found in skipped.items():
+            tell(f"{source}: {found}")
         resumed = len(journal.queries)
         tally = _finish(plan, settings, collection, journal, bar)
         write_run(plan.output, collection, journal)
-        ndcg, judged = measure(collection, journal, grades, fusion=plan.fusion) if grades else ({}, 0)
+        ndcg, judged = measure(collection, journal, fusion=plan.fusion) if plan.qrels else ({}, 0)
         if not tally.failed:
             journal.remove()
         return Report(
@@ -278,6 +294,7 @@ def rescore(plan: Plan, settings: Settings, bar: Bar, *, restart: bool = False) 
             failed=tally.failed,
             ndcg=ndcg,
             judged_queries=judged,
+            skipped_lines={source: found.lines for source, found in skipped.items()},
         )
 
 
