@@ -26,7 +26,8 @@ ARROWS: dict[str, set[str]] = {
     # A bell is what the ledger says must be rung.
     "rerankq.broker": _DATA | {"rerankq.ledger", "rerankq.pools"},
     "rerankq.placing": _DATA | {"rerankq.ledger"},
-    "rerankq.waiting": _DATA | {"rerankq.ledger"},
+    "rerankq.outage": set(),
+    "rerankq.waiting": _DATA | {"rerankq.ledger", "rerankq.outage"},
     "rerankq.client": _DATA | {"rerankq.ledger", "rerankq.broker", "rerankq.placing", "rerankq.waiting"},
     "rerankq.cli": {"rerankq"},
     "rerankq": {"rerankq.client", "rerankq.contract", "rerankq.errors"},

@@ -13,6 +13,7 @@ from .client import AsyncClient, Client
 from .contract import Chunk, Fusion, JobStatus, RankedChunk, Ranking, RerankJob
 from .errors import (
     BrokerUnavailable,
+    ClientClosed,
     JobCancelled,
     JobDead,
     JobExpired,
@@ -34,6 +35,7 @@ __all__ = [
     "BrokerUnavailable",
     "Chunk",
     "Client",
+    "ClientClosed",
     "Fusion",
     "JobCancelled",
     "JobDead",

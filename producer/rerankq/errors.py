@@ -3,6 +3,7 @@
 RerankqError
 ├── SettingsInvalid      a setting is wrong; says all that are, by their environment variables
 ├── BrokerUnavailable    Redis cannot be reached; retry later
+│   └── ClientClosed     the client was closed; make a new one
 ├── JobRejected          the job is not well formed; do not retry
 │   └── JobTooLarge      the job is over a limit; send less
 ├── QueueFull            the backlog is at its limit; retry after ``retry_after_s``
@@ -44,6 +45,12 @@ class BrokerUnavailable(RerankqError):
 
     http_status = 503
     retryable = True
+
+
+class ClientClosed(BrokerUnavailable):
+    """Raised when a client is closed: by each method called afterwards, and by those that wait at the time."""
+
+    retryable = False
 
 
 class JobRejected(RerankqError):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import RedisError
 
 from .contract import ENDED
-from .errors import BrokerUnavailable, QueueFull, RerankqError
+from .errors import BrokerUnavailable, ClientClosed, QueueFull, RerankqError
 from .ledger import AsyncLedger, Look, Terms, calls, heeded
+from .outage import Outage
 
 logger = logging.getLogger("rerankq")
 
@@ -24,19 +26,35 @@ READ_AGAIN_S = 3.0
 READ_AGAIN_PER_S = 1_000
 # Rankings read in one round trip: bounds what is held at once, a ranking can weigh megabytes.
 READ_AT_ONCE = 64
+# Seconds that one such round trip may take.
+READ_S = 15.0
 # Channels of one command.
 HEAR_AT_ONCE = 500
-# Seconds of silence after a question that make a line a dead one.
-SILENCE_S = 10.0
-# Seconds between tries to reach a ledger that is away.
+# Seconds to open the connection in: through Sentinel, whose dead members cost one each, with TLS and authentication.
+OPEN_S = 8.0
+# Seconds for a command to leave in: it does not where the other end reads no more and its window is full.
+SEND_S = 5.0
+# Seconds without a word before the other end is asked for one, of silence after a question that make the connection a
+# dead one, and between looks at that.
+ASK_S = 2.0
+SILENCE_S = 5.0
+LOOK_S = 1.0
+# Seconds between tries to reach a ledger that is away: the first, and the longest; each is twice the one before.
 TRY_AGAIN_S = 0.5
+TRY_AGAIN_MOST_S = 4.0
+# Tries in a row to be told of endings that must fail before that is worth a warning: rankings come all the same.
+TRIES = 3
+# Seconds to close in.
+CLOSE_S = 2.0
 
 
 class Ears:
     """Hears when jobs end. Belongs to one event loop; two of its tasks serve all who wait.
 
-    A job's channel is subscribed to before the job is read, so no ending slips between the two. An outage of the
-    ledger only delays: everything is subscribed to and read again.
+    One task reads jobs, the other keeps the connection on which the ledger says that a job has ended. Neither waits
+    for the other: whatever becomes of that connection, all that is waited for is read every few seconds. A job's
+    channel is subscribed to before the job is read, so no ending slips between the two. An outage of the ledger only
+    delays: everything is subscribed to and read again. While nobody waits, nothing is sought or asked.
     """
 
     def __init__(self, ledger: AsyncLedger, dial: Callable[[], AbstractConnection], terms: Terms) -> None:
@@ -47,14 +65,18 @@ class Ears:
         self._to_hear: set[str] = set()
         self._to_leave: set[str] = set()
         self._to_read: set[str] = set()
-        self._wake = asyncio.Event()
-        # Written to by the reading task alone, read from by the listening one.
-        self._line: AbstractConnection | None = None
-        self._opened_at = 0.0
-        self._pinged_at: float | None = None
-        self._heard_once = False
+        self._wake_reading = asyncio.Event()
+        self._wake_hearing = asyncio.Event()
+        self._open = False
+        # Seconds of silence since the oldest question without an answer, and since the last word.
+        self._silent_s: float | None = None
+        self._quiet_s = 0.0
+        self._heard = False
+        self._reached = False
+        self._away = Outage()
+        self._deaf = Outage()
         self._reading: asyncio.Task[None] | None = None
-        self._listening: asyncio.Task[None] | None = None
+        self._hearing: asyncio.Task[None] | None = None
 
     def expect(self, job_id: str) -> asyncio.Future[Look]:
         """Make a future of the job's end, or of its being unknown. Give it back with :meth:`drop` in any case."""
@@ -62,13 +84,13 @@ class Ears:
         if not self._waiters[job_id]:
             self._to_leave.discard(job_id)
             self._to_hear.add(job_id)
-        else:
+        # Where it will be subscribed to at once it is read then. Elsewhere that may take long.
+        if job_id not in self._to_hear or not self._open:
             self._to_read.add(job_id)
         self._waiters[job_id].add(future)
-        if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(self._read())
-            self._reading.add_done_callback(self._reading_ended)
-        self._wake.set()
+        self._reading = self._going_on(self._reading, self._read)
+        self._hearing = self._going_on(self._hearing, self._hear)
+        self._wake()
         return future
 
     def drop(self, job_id: str, future: asyncio.Future[Look]) -> None:
@@ -82,93 +104,37 @@ class Ears:
                 self._leave(job_id)
 
     async def close(self) -> None:
-        """Stop listening; whoever still waits gets a BrokerUnavailable."""
-        self._fail_all("the client was closed while waiting")
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.wait([self._reading])
-        await self._hang_up()
+        """Stop listening, within ``CLOSE_S``; whoever still waits gets a ClientClosed."""
+        self._fail_all(ClientClosed("the client was closed while waiting"))
+        tasks = [task for task in (self._reading, self._hearing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_S)
+
+    def _going_on(
+        self, task: asyncio.Task[None] | None, work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> asyncio.Task[None]:
+        if task is None or task.done():
+            task = asyncio.create_task(work())
+            task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        # By a bug alone. Nobody may wait for ever for that.
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail_all(BrokerUnavailable(f"waiting broke off: {error!r}"))
+
+    def _wake(self) -> None:
+        self._wake_reading.set()
+        self._wake_hearing.set()
 
     def _leave(self, job_id: str) -> None:
         self._waiters.pop(job_id, None)
         self._to_hear.discard(job_id)
         self._to_read.discard(job_id)
         self._to_leave.add(job_id)
-        self._wake.set()
-
-    async def _read(self) -> None:
-        """Subscribe, unsubscribe and read, in batches, as long as the client lives."""
-        clock = asyncio.get_running_loop().time
-        again_at = clock() + READ_AGAIN_S
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(again_at):
-                    await self._wake.wait()
-            self._wake.clear()
-            # By the clock, however busy it is: a job whose word was lost must not wait for a quiet moment.
-            time_to_ask = clock() >= again_at
-            if time_to_ask:
-                self._to_read |= self._waiters.keys() - self._to_hear
-                again_at = clock() + max(READ_AGAIN_S, len(self._waiters) / READ_AGAIN_PER_S)
-            try:
-                with heeded():
-                    await self._mind_the_line()
-                    await self._subscribe()
-                    await self._read_batches()
-                    if time_to_ask:
-                        await self._ask_the_line()
-                self._heard_once = True
-            except (RedisError, RerankqError, OSError) as error:
-                await self._start_over(error)
-
-    async def _mind_the_line(self) -> None:
-        """Open it where there is none or the last one broke."""
-        clock = asyncio.get_running_loop().time
-        if self._listening is not None and self._listening.done():
-            await self._hang_up()
-            self._to_hear |= self._waiters.keys()
-            # One that breaks as soon as it is opened (a user without rights to our channels) is not opened at once.
-            await asyncio.sleep(max(0.0, self._opened_at + TRY_AGAIN_S - clock()))
-        if self._line is None:
-            self._opened_at = clock()
-            self._line = self._dial()
-            await self._line.connect()  # type: ignore[no-untyped-call]  # of redis-py
-            self._to_leave.clear()
-            self._listening = asyncio.create_task(self._listen(self._line))
-            self._listening.add_done_callback(lambda _: self._wake.set())
-
-    async def _subscribe(self) -> None:
-        hear, self._to_hear = self._to_hear, set()
-        leave, self._to_leave = self._to_leave, set()
-        for names, command in ((leave, "UNSUBSCRIBE"), (hear, "SUBSCRIBE")):
-            channels = [self._channel(job_id) for job_id in names]
-            for at in range(0, len(channels), HEAR_AT_ONCE):
-                await self._say(command, *channels[at : at + HEAR_AT_ONCE])
-
-    async def _say(self, *words: str) -> None:
-        # A connection that broke would be opened again by what we say, and nobody would listen to it.
-        if self._line is None or not self._line.is_connected:
-            raise LostConnection("the line broke")
-        await self._line.send_command(*words, check_health=False)
-
-    async def _ask_the_line(self) -> None:
-        """See that somebody is at its other end: a connection can die without a word."""
-        now = asyncio.get_running_loop().time()
-        if self._pinged_at is None:
-            self._pinged_at = now
-            await self._say("PING")
-        elif now - self._pinged_at > SILENCE_S:
-            raise LostConnection("the line is silent")
-
-    async def _read_batches(self) -> None:
-        while self._to_read:
-            batch = [self._to_read.pop() for _ in range(min(len(self._to_read), READ_AT_ONCE))]
-            looks = await self._ledger.ask_all([calls.look(job_id, self._terms, with_ranking=True) for job_id in batch])
-            for job_id, look in zip(batch, looks, strict=True):
-                if isinstance(look, BrokerUnavailable | QueueFull):
-                    raise look
-                if isinstance(look, RerankqError) or look.status.state in ENDED or look.status.state == "unknown":
-                    self._resolve(job_id, look)
+        self._wake_hearing.set()
 
     def _resolve(self, job_id: str, look: Look | RerankqError) -> None:
         for future in self._waiters.get(job_id, ()):
@@ -180,53 +146,194 @@ class Ears:
                 future.set_result(look)
         self._leave(job_id)
 
-    async def _listen(self, line: AbstractConnection) -> None:
+    def _fail_all(self, error: RerankqError) -> None:
+        for job_id in list(self._waiters):
+            self._resolve(job_id, type(error)(str(error)))
+
+    # Reading
+
+    async def _read(self) -> None:
+        """Read, in batches, what may have ended, and now and then all that is waited for."""
+        clock = asyncio.get_running_loop().time
+        again_at, pause_s = clock() + READ_AGAIN_S, TRY_AGAIN_S
+        while True:
+            if not self._waiters:
+                await _until(self._wake_reading)
+                again_at = clock() + READ_AGAIN_S
+            else:
+                await _until(self._wake_reading, at=again_at)
+            # By the clock, however busy it is: a job whose word was lost must not wait for a quiet moment.
+            if clock() >= again_at:
+                self._to_read |= self._waiters.keys()
+                again_at = clock() + max(READ_AGAIN_S, len(self._waiters) / READ_AGAIN_PER_S)
+            if not self._to_read:
+                continue
+            try:
+                with heeded():
+                    await self._read_batches()
+            except (RedisError, RerankqError, OSError) as error:
+                self._not_read(error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, TRY_AGAIN_MOST_S)
+            else:
+                pause_s = TRY_AGAIN_S
+                self._reached = True
+                if (lasted_s := self._away.works(clock())) is not None:
+                    logger.warning("the ledger answers again, after %.0f s", lasted_s)
+
+    async def _read_batches(self) -> None:
+        while self._to_read:
+            batch = [self._to_read.pop() for _ in range(min(len(self._to_read), READ_AT_ONCE))]
+            async with _within(READ_S):
+                looks = await self._ledger.ask_all(
+                    [calls.look(job_id, self._terms, with_ranking=True) for job_id in batch]
+                )
+            for job_id, look in zip(batch, looks, strict=True):
+                if isinstance(look, BrokerUnavailable | QueueFull):
+                    raise look
+                if isinstance(look, RerankqError) or look.status.state in ENDED or look.status.state == "unknown":
+                    self._resolve(job_id, look)
+
+    def _not_read(self, error: Exception) -> None:
+        if not self._reached:
+            # Never reached: more likely a wrong URL than an outage. Say so instead of waiting for ever.
+            self._fail_all(BrokerUnavailable(f"the ledger does not answer: {error}"))
+            return
+        self._to_read |= self._waiters.keys()
+        self._wake_reading.set()
+        if self._away.fails(asyncio.get_running_loop().time()):
+            logger.warning("%d jobs are waited for, trying again: %s", len(self._waiters), error)
+
+    # Hearing
+
+    async def _hear(self) -> None:
+        """Keep a connection as long as somebody waits, and subscribe on it to all that is waited for."""
+        clock = asyncio.get_running_loop().time
+        tries = 0
+        while True:
+            while not self._waiters:
+                await _until(self._wake_hearing)
+            tries, opened_at = tries + 1, clock()
+            try:
+                async with self._connection() as connection:
+                    await self._follow(connection)
+            except Exception as error:  # noqa: BLE001  # whatever redis-py raises: jobs are read meanwhile
+                # One that was of use is opened again at once. One that never was (a user without rights to our
+                # channels, a server that is away) is not.
+                tries = 0 if self._heard else tries
+                logger.info("the connection broke, subscribing again: %r", error)
+                self._deafened(tries, error)
+                pause_s = min(TRY_AGAIN_S * 2**tries, TRY_AGAIN_MOST_S)
+                await asyncio.sleep(max(0.0, opened_at + pause_s - clock()))
+
+    def _deafened(self, tries: int, error: Exception) -> None:
+        self._to_read |= self._waiters.keys()
+        self._wake_reading.set()
+        # Where the ledger does not answer at all, that is said already.
+        if tries >= TRIES and not self._away.lasts and self._deaf.fails(asyncio.get_running_loop().time()):
+            logger.warning("no word of jobs that end, reading every %g s instead: %s", READ_AGAIN_S, error)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AbstractConnection]:
+        self._heard = False
+        connection = self._dial()
+        try:
+            async with _within(OPEN_S):
+                with heeded():
+                    await connection.connect()  # type: ignore[no-untyped-call]  # of redis-py
+            yield connection
+        finally:
+            with suppress(RedisError, OSError):
+                await connection.disconnect(nowait=True)
+
+    async def _follow(self, connection: AbstractConnection) -> None:
+        """Subscribe and unsubscribe on it as jobs come and go, and see that somebody is at its other end."""
+        clock = asyncio.get_running_loop().time
+        self._to_hear |= self._waiters.keys()
+        self._to_leave.clear()
+        self._open, self._silent_s, self._quiet_s = True, None, 0.0
+        listening = asyncio.create_task(self._listen(connection))
+        listening.add_done_callback(lambda _: self._wake_hearing.set())
+        try:
+            while not listening.done():
+                await self._subscribe(connection)
+                await self._ask(connection)
+                looked_at = clock()
+                watch = self._waiters or self._silent_s is not None
+                await _until(self._wake_hearing, at=looked_at + LOOK_S if watch else None)
+                # At most LOOK_S: if we were suspended ourselves, the answers may be here, unread.
+                self._be_silent(min(clock() - looked_at, LOOK_S))
+            listening.result()
+        finally:
+            self._open = False
+            listening.cancel()
+            await asyncio.wait([listening], timeout=CLOSE_S)
+            if listening.done() and not listening.cancelled():
+                listening.exception()  # looked at
+
+    async def _subscribe(self, connection: AbstractConnection) -> None:
+        hear, self._to_hear = self._to_hear, set()
+        leave, self._to_leave = self._to_leave, set()
+        for names, command in ((leave, "UNSUBSCRIBE"), (hear, "SUBSCRIBE")):
+            channels = [self._channel(job_id) for job_id in names]
+            for at in range(0, len(channels), HEAR_AT_ONCE):
+                await self._send(connection, command, *channels[at : at + HEAR_AT_ONCE])
+
+    async def _ask(self, connection: AbstractConnection) -> None:
+        # A connection can die without a word.
+        if self._waiters and self._silent_s is None and self._quiet_s >= ASK_S:
+            await self._send(connection, "PING")
+
+    async def _send(self, connection: AbstractConnection, *words: str) -> None:
+        # A connection that broke would be opened again by what we send, and nobody would listen to it.
+        if not connection.is_connected:
+            raise LostConnection("the connection broke")
+        async with _within(SEND_S):
+            with heeded():
+                await connection.send_command(*words, check_health=False)
+        self._silent_s = self._silent_s or 0.0
+
+    def _be_silent(self, seconds: float) -> None:
+        self._quiet_s += seconds
+        if self._silent_s is not None:
+            self._silent_s += seconds
+            if self._silent_s > SILENCE_S:
+                raise LostConnection("the connection is silent")
+
+    async def _listen(self, connection: AbstractConnection) -> None:
         prefix = self._channel("").encode()
         while True:
-            try:
-                kind, channel, *_ = await line.read_response()
-            except (RedisError, OSError) as error:
-                logger.info("the line broke, subscribing again: %s", error)
-                return
-            self._pinged_at = None
+            answer = await connection.read_response()
+            self._silent_s, self._quiet_s = None, 0.0
+            if not self._heard:
+                self._heard = self._reached = True
+                self._deaf.works(0.0)
+            if not isinstance(answer, list):
+                continue
+            kind, channel, *_ = answer
             # "subscribe": the confirmation. From here on nothing is missed, so this is the time to read.
             if kind in {b"subscribe", b"message"}:
                 job_id = channel.removeprefix(prefix).decode()
                 if job_id in self._waiters:
                     self._to_read.add(job_id)
-                    self._wake.set()
-
-    async def _start_over(self, error: Exception) -> None:
-        if not self._heard_once:
-            # Never reached: more likely a wrong URL than an outage. Say so instead of waiting for ever.
-            self._fail_all(f"the ledger does not answer: {error}")
-            await self._hang_up()
-            return
-        logger.warning("the ledger does not answer, trying again: %s", error)
-        await self._hang_up()
-        self._to_hear |= self._waiters.keys()
-        await asyncio.sleep(TRY_AGAIN_S)
-        self._wake.set()
-
-    def _fail_all(self, why: str) -> None:
-        for job_id in list(self._waiters):
-            self._resolve(job_id, BrokerUnavailable(why))
-
-    def _reading_ended(self, reading: asyncio.Task[None]) -> None:
-        # By a bug alone. Nobody may wait for ever for that.
-        if not reading.cancelled() and (error := reading.exception()) is not None:
-            self._fail_all(f"waiting broke off: {error!r}")
-
-    async def _hang_up(self) -> None:
-        line, self._line, self._pinged_at = self._line, None, None
-        listening, self._listening = self._listening, None
-        # The line first: we may be cancelled while we wait for the listener.
-        if line is not None:
-            with contextlib.suppress(RedisError, OSError):
-                await line.disconnect(nowait=True)
-        if listening is not None:
-            listening.cancel()
-            await asyncio.wait([listening])
+                    self._wake_reading.set()
 
     def _channel(self, job_id: str) -> str:
         return f"{self._terms.channel}:job:{job_id}"
+
+
+async def _until(event: asyncio.Event, *, at: float | None = None) -> None:
+    """Wait for the event, until the event loop's time *at*, and take it back."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout_at(at):
+            await event.wait()
+    event.clear()
+
+
+@asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise LostConnection(f"no answer within {seconds:g} s") from None

@@ -5,9 +5,10 @@ import gc
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -125,9 +126,9 @@ def test_no_ending_slips_between_subscribing_and_reading(
     def hook(name: str, before: str, after: str) -> None:
         method = getattr(Ears, name)
 
-        async def hooked(self: Ears) -> None:
+        async def hooked(self: Ears, *given: object) -> None:
             now(before)
-            await method(self)
+            await method(self, *given)
             now(after)
 
         monkeypatch.setattr(Ears, name, hooked)
@@ -498,36 +499,223 @@ def test_ears_close_while_the_server_is_away(settings: Settings):
     asyncio.run(main())
 
 
-class DeadLine:
-    """A connection to somebody who is gone without a word: takes everything, answers nothing."""
-
-    is_connected = True
-
-    async def connect(self) -> None: ...
-
-    async def send_command(self, *words: str, check_health: bool) -> None: ...
-
-    async def disconnect(self, *, nowait: bool) -> None: ...
-
-    async def read_response(self) -> None:
-        await asyncio.Event().wait()
+# A peer that hangs
 
 
-def test_a_line_that_died_without_a_word_is_noticed(settings: Settings, worker, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(waiting, "READ_AGAIN_S", 0.02)
-    monkeypatch.setattr(waiting, "SILENCE_S", 0.05)
+class Mute:
+    """A way to a Redis on which, from a word of the client's on, no answer comes back any more; b"" = from the start.
+
+    What was muted stays so, as a lost flow does. ``reads`` off: nothing is even taken any more, the client's window
+    fills. ``spares`` is a word that a flow which says it is not muted for.
+    """
+
+    def __init__(self, url: str, word: bytes, *, reads: bool = True) -> None:
+        self.word, self.reads, self.muted = word, reads, 0
+        self._to = urlsplit(url)
+        self._stops: list[Callable[[], None]] = []
+
+    async def __aenter__(self) -> "Mute":
+        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        secret, at, _ = self._to.netloc.rpartition("@")
+        self.url = self._to._replace(netloc=f"{secret}{at}127.0.0.1:{port}").geturl()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for stop in self._stops:
+            stop()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._stops.append(writer.close)
+        there, back = await asyncio.open_connection(self._to.hostname, self._to.port)
+        self._stops.append(back.close)
+        mute = asyncio.Event()
+
+        async def up() -> None:
+            while self.reads or not mute.is_set():
+                if self.word == b"" and not mute.is_set():
+                    self.muted += 1
+                    mute.set()
+                    continue
+                said = await reader.read(65_536)
+                if not said:
+                    return
+                if self.word and self.word in said and not mute.is_set():
+                    self.muted += 1
+                    mute.set()
+                if not mute.is_set():
+                    back.write(said)
+            await asyncio.Event().wait()
+
+        async def down() -> None:
+            while said := await there.read(65_536):
+                if not mute.is_set():
+                    writer.write(said)
+
+        with suppress(OSError, asyncio.CancelledError):
+            await asyncio.gather(up(), down())
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that a test can wait for."""
+    for name, seconds in {"OPEN_S": 0.2, "SEND_S": 0.2, "SILENCE_S": 0.2, "LOOK_S": 0.05, "ASK_S": 0.05}.items():
+        monkeypatch.setattr(waiting, name, seconds)
+    monkeypatch.setattr(waiting, "TRY_AGAIN_S", 0.05)
+
+
+# Where the connection on which endings are told goes dumb.
+STAGES = {
+    "accepted": b"",
+    "authenticating": b"AUTH",
+    "naming itself": b"SETINFO",
+    "subscribing": b"\r\nSUBSCRIBE\r\n",
+    "subscribed": b"PING",
+    "leaving": b"UNSUBSCRIBE",
+}
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("stage", STAGES)
+def test_jobs_are_read_while_the_peer_that_tells_of_endings_hangs(
+    settings: Settings, worker, monkeypatch: pytest.MonkeyPatch, stage: str
+):
+    monkeypatch.setattr(waiting, "READ_AGAIN_S", 0.1)
+
+    async def work(client: AsyncClient) -> None:
+        waited, left = await client.submit_many(jobs(2))
+        async with Mute(settings.ledger, STAGES[stage]) as mute:
+            monkeypatch.setattr(client._ears, "_dial", lambda: line(mute.url))
+            result = asyncio.create_task(client.result(waited))
+            if stage == "leaving":
+                await until(lambda: subscribed(worker))
+                with pytest.raises(rerankq.JobTimedOut):
+                    await client.result(left, timeout=0.01)
+            await until(lambda: mute.muted)
+            worker.finish(waited)
+            assert (await result).job_id == waited
+            # And that connection is given up, not waited for.
+            more = asyncio.create_task(client.result(left))
+            await until(lambda: mute.muted > 2 or (stage == "leaving" and mute.muted))
+            worker.finish(left)
+            assert (await more).job_id == left
+
+    run(work, settings)
+
+
+@pytest.mark.usefixtures("only_pushed", "soon")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_connection_that_hangs_is_replaced_by_one_that_tells_of_endings(
+    settings: Settings, worker, monkeypatch: pytest.MonkeyPatch, stage: str
+):
+    async def work(client: AsyncClient) -> None:
+        ids = await client.submit_many(jobs(2))
+        async with Mute(settings.ledger, STAGES[stage]) as mute:
+            monkeypatch.setattr(client._ears, "_dial", lambda: line(mute.url if mute.muted < 2 else settings.ledger))
+            result = asyncio.create_task(client.result(ids[0]))
+            if stage == "leaving":
+                for _ in range(2):
+                    await until(lambda: subscribed(worker) or mute.muted == 2)
+                    with pytest.raises(rerankq.JobTimedOut):
+                        await client.result(ids[1], timeout=0.01)
+                    await until(lambda: not client._ears._open or mute.muted == 2)
+            await until(lambda: mute.muted == 2 and subscribed(worker))
+            await asyncio.sleep(0.2)  # long enough for the one reading after the subscription
+            worker.finish(ids[0])
+            assert (await result).job_id == ids[0]
+
+    run(work, settings)
+
+
+@pytest.mark.usefixtures("only_pushed", "soon")
+def test_a_peer_that_reads_no_more_does_not_hold_up_what_is_said_to_it(
+    settings: Settings, worker, monkeypatch: pytest.MonkeyPatch
+):
+    """Thousands of channels do not fit into what the system takes for a peer that takes nothing."""
 
     async def work(client: AsyncClient) -> None:
         (job_id,) = await client.submit_many(jobs(1))
-        lines = [DeadLine(), DeadLine()]
-        monkeypatch.setattr(client._ears, "_dial", lambda: lines.pop() if lines else line(settings.ledger))
-        result = asyncio.create_task(client.result(job_id))
-        await until(lambda: subscribed(worker))
-        assert not lines
-        worker.finish(job_id)
-        await result
+        async with Mute(settings.ledger, b"\r\nSUBSCRIBE\r\n", reads=False) as mute:
+            monkeypatch.setattr(client._ears, "_dial", lambda: line(settings.ledger if mute.muted else mute.url))
+            monkeypatch.setattr(waiting, "SILENCE_S", NEVER_S)  # not by its silence: by what it does not take
+            many = [client._ears.expect(f"{number:0128}") for number in range(60_000)]
+            result = asyncio.create_task(client.result(job_id))
+            await until(lambda: mute.muted and subscribed(worker))
+            for number, future in enumerate(many):
+                client._ears.drop(f"{number:0128}", future)
+            worker.finish(job_id)
+            assert (await result).job_id == job_id
 
     run(work, settings)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_closing_does_not_wait_for_a_peer_that_hangs(
+    settings: Settings, worker, monkeypatch: pytest.MonkeyPatch, stage: str
+):
+    if stage in {"subscribed", "leaving"}:
+        monkeypatch.setattr(waiting, "ASK_S", 0.0)
+
+    async def main() -> None:
+        client = AsyncClient(settings)
+        (job_id,) = await client.submit_many(jobs(1))
+        async with Mute(settings.ledger, b"PING" if stage == "leaving" else STAGES[stage]) as mute:
+            monkeypatch.setattr(client._ears, "_dial", lambda: line(mute.url))
+            result = asyncio.create_task(client.result(job_id))
+            await until(lambda: mute.muted)
+            started = asyncio.get_running_loop().time()
+            await client.aclose()
+            assert asyncio.get_running_loop().time() - started < waiting.OPEN_S / 2
+            with pytest.raises(rerankq.ClientClosed):
+                await result
+
+    asyncio.run(main())
+    gc.collect()
+
+
+@pytest.mark.usefixtures("soon")
+def test_nothing_is_sought_while_nobody_waits(settings: Settings, worker, monkeypatch: pytest.MonkeyPatch):
+    async def work(client: AsyncClient) -> None:
+        (job_id,) = await client.submit_many(jobs(1))
+        calls: list[int] = []
+
+        def counted():
+            calls.append(1)
+            return line("redis://127.0.0.1:1/0")
+
+        monkeypatch.setattr(client._ears, "_dial", counted)
+        with pytest.raises(rerankq.JobTimedOut):
+            await client.result(job_id, timeout=0.3)
+        sought, asked = len(calls), scripts_run(worker)
+        assert sought
+        await asyncio.sleep(1)
+        assert (len(calls), scripts_run(worker)) == (sought, asked)
+
+    run(work, settings)
+
+
+@pytest.mark.usefixtures("soon")
+def test_an_outage_is_said_once_and_so_is_its_end(restartable_redis, make_worker, caplog: pytest.LogCaptureFixture):
+    settings = Settings(broker_url=restartable_redis.url)
+
+    async def work(client: AsyncClient) -> None:
+        worker = make_worker(settings)
+        ids = await client.submit_many(jobs(20))
+        results = [asyncio.create_task(client.result(job_id)) for job_id in ids]
+        await until(lambda: subscribed(worker) == 20)
+        await asyncio.to_thread(restartable_redis.kill)
+        await asyncio.sleep(3)  # long enough for many a try
+        await asyncio.to_thread(restartable_redis.start)
+        await asyncio.to_thread(worker.finish, *ids)
+        await asyncio.gather(*results)
+
+    with caplog.at_level("WARNING", logger="rerankq"):
+        run(work, settings)
+    said = [record.getMessage() for record in caplog.records if "rung" not in record.getMessage()]
+    assert len(said) == 2, said
+    assert "20 jobs are waited for, trying again" in said[0]
+    assert "the ledger answers again" in said[1]
 
 
 def test_a_user_without_rights_to_the_channels_still_gets_the_rankings(

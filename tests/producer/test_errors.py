@@ -13,6 +13,7 @@ from rerankq.errors import JobRejected, QueueFull, RerankqError
 STATUS = {
     "SettingsInvalid": (500, False),
     "BrokerUnavailable": (503, True),
+    "ClientClosed": (503, False),
     "JobRejected": (422, False),
     "JobTooLarge": (413, False),
     "QueueFull": (429, True),
