@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "rerankq_worker.gate": set(),
     "rerankq_worker.doorbell": {"rerankq.broker"},
     "rerankq_worker.slots": set(),
+    "rerankq_worker.shutdown": set(),
     "rerankq_worker.leases": _DATA | {"rerankq.ledger"},
     "rerankq_worker.sweeping": _DATA | {"rerankq.ledger"},
     "rerankq_worker.tasks": {"rerankq", "rerankq_worker"},

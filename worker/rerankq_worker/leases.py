@@ -17,6 +17,8 @@ logger = logging.getLogger("rerankq")
 # before the device counts as hung.
 PATIENCE = 10.0
 PATIENCE_S = 60.0
+# Seconds that stopping waits for a renewal under way: the ledger may hang.
+JOIN_S = 1.0
 
 
 class Work(Protocol):
@@ -64,7 +66,7 @@ class Leases:
         """Stop renewing; answers ``(id, fence)`` of what is still held, to be handed back."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(JOIN_S)
         with self._lock:
             return [(job_id, fence) for job_id, (fence, _) in self._held.items()]
 

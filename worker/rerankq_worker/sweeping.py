@@ -19,6 +19,8 @@ logger = logging.getLogger("rerankq")
 SWEEP_EVERY_S = 1.0
 # Bells of one round: rung on faster than a worker can answer them, in batches that the broker takes in one go.
 RING_AT_ONCE = 256
+# Seconds that stopping waits for what is under way: the ledger may hang.
+JOIN_S = 3.0
 
 
 class Rings(Protocol):
@@ -70,7 +72,7 @@ class Sweeper:
         self._stopped = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(JOIN_S)
         try:
             self._ledger.redis.hdel("rerankq:workers", self._worker)
         except (RedisError, OSError) as error:
@@ -166,7 +168,7 @@ class CancelListener:
         """Stop listening."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(JOIN_S)
 
     def _run(self) -> None:
         # A cancellation missed during an outage is noticed by the next renewal of the lease.

@@ -44,15 +44,19 @@ from .fusion.analyser import Analyser
 from .gate import Gate
 from .leases import Leases, hangs
 from .reranker import Reranker, Work
+from .shutdown import ShutdownWatchdog, within
 from .slots import Slots
 from .sweeping import CancelListener, Sweeper
 
 logger = logging.getLogger("rerankq")
 Answer = TypeVar("Answer")
 
-# Exit statuses for a supervisor to see: the device hangs, or is gone.
+# Exit statuses for a supervisor to see, beside those of ``shutdown``: the device hangs, or is gone; SIGQUIT.
 DEVICE_HANGS = 70
 HURRIED = 1
+# Seconds of a stop that handing back may take, and then the rest: a ledger or broker that hangs is not waited for.
+HAND_BACK_S = 2.0
+CLOSE_S = 2.0
 # Seconds between tries to tell the ledger how a job ended.
 TELL_AGAIN_S = 1.0
 # Seconds for which events wait for each other.
@@ -82,6 +86,8 @@ class Worker:
         self.gate = Gate()
         self.stopping = threading.Event()
         self.dropped = False
+        self.device_gone = False
+        self._dropping = threading.Lock()
         self._stopped = threading.Event()
 
         self.engine = engine.load(
@@ -125,25 +131,34 @@ class Worker:
             self.drop()
 
     def drop(self) -> None:
-        """Hand back what is held, and stop work on it."""
+        """Stop work on what is held, hand it back, and sign off."""
         self.dropped = True
         self.stopping.set()
-        held = self.leases.stop()
-        try:
-            if held:
-                self.ledger.ask(calls.hand_back(held))
-        except RerankqError as error:
-            logger.warning("%d jobs not handed back, their leases will lapse: %s", len(held), error)
-        self.leases.cancel(held)
+        with self._dropping:
+            held = self.leases.stop()
+            # First: whoever waits for its jobs' threads to end need not wait for a ledger that hangs.
+            self.leases.cancel(held)
+            try:
+                if held:
+                    self.ledger.ask(calls.hand_back(held))
+            except RerankqError as error:
+                logger.warning("%d jobs not handed back, their leases will lapse: %s", len(held), error)
+            self.sweeper.stop()
 
     def stop(self) -> None:
-        """Hand back what is still held, sign off, and let the device go."""
+        """Hand back what is still held, sign off, and let the device go; in a few seconds, whatever hangs."""
         self._stopped.set()
-        self.drop()
-        self.listener.stop()
-        self.sweeper.stop()
-        self.bells.close()
-        self.batcher.close(drain=False, timeout=5)
+        within(HAND_BACK_S, self.drop)
+        within(CLOSE_S, self.listener.stop, partial(self.bells.close, CLOSE_S / 2), self._close_engine)
+
+    def _close_engine(self) -> None:
+        self.batcher.close(drain=False, timeout=CLOSE_S)
+
+    def told_to_stop(self, hurry: bool) -> None:
+        """Begin to drain; in a *hurry*, hand back now."""
+        self.stopping.set()
+        if hurry:
+            threading.Thread(target=self.drop, name="rerankq-drop", daemon=True).start()
 
     def cancel(self, job_ids: Iterable[str]) -> None:
         """Cancel jobs in the ledger, from which all workers hear of it; one that is not there is no harm."""
@@ -273,6 +288,7 @@ class Worker:
     def _shut_down(self, error: Exception) -> None:
         if not self.stopping.is_set():
             logger.critical("the device is gone, shutting down to be started again: %s", error)
+            self.device_gone = True
             self.stopping.set()
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -369,8 +385,7 @@ class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
         """
         if listening is not None and listening.bulk is not None:
             ignore_errors(self, listening.bulk.cancel)
-        if worker is not None:
-            threading.Thread(target=worker.drop, name="rerankq-drop", daemon=True).start()
+        begin_to_stop(hurry=True)
         raise WorkerShutdown(HURRIED)
 
     def ensure_connected(self, conn: Any) -> Any:
@@ -509,7 +524,11 @@ def _dropping(but: tuple[type[Exception], ...]) -> Iterator[None]:
 
 
 class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
-    """Shows the engine's figures among the worker's stats, where Flower finds them."""
+    """Shows the engine's figures among the worker's stats, where Flower finds them; hears of every orderly end."""
+
+    def close(self, _: Any) -> None:
+        """Begin to drain. No signal says so where a control command, Flower's among them, shuts the worker down."""
+        begin_to_stop()
 
     def info(self, _: Any) -> dict[str, Any]:
         """Say how the engine does."""
@@ -561,6 +580,7 @@ app.steps["consumer"].add(Listening)
 # Set when the worker starts; Celery's task functions and signals find it here.
 worker: Worker | None = None
 listening: Listening | None = None
+watchdog: ShutdownWatchdog | None = None
 
 
 # An error that we raise says how a job ended; that is no fault of the worker, and no traceback in its log.
@@ -598,7 +618,11 @@ def active_queues(_: Any) -> list[dict[str, Any]]:
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _load(**_: Any) -> None:
     # Before the pool and the consumer: the model is warm before the first job is taken.
-    global worker  # noqa: PLW0603  # Celery gives its signals no other place
+    global worker, watchdog  # noqa: PLW0603  # Celery gives its signals no other place
+    if threading.current_thread() is threading.main_thread():
+        # Elsewhere, in a program that runs a worker in a thread, signals are that program's.
+        watchdog = ShutdownWatchdog(settings.drain_s, begin=_told_to_stop)
+        watchdog.install()
     try:
         worker = Worker(settings, make_app(settings))
         worker.start()
@@ -636,12 +660,27 @@ def _revoked(request: Any, **_: Any) -> None:
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _stopping(**_: Any) -> None:
+    begin_to_stop()
+
+
+def begin_to_stop(*, hurry: bool = False) -> None:
+    """Begin to drain, in a *hurry* to hand back; from now on the watchdog counts."""
+    if watchdog is not None:
+        watchdog.arm(hurry=hurry)
+    _told_to_stop(hurry)
+
+
+def _told_to_stop(hurry: bool) -> None:
     if worker is not None:
-        worker.stopping.set()
+        worker.told_to_stop(hurry)
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
-def _stop(**_: Any) -> None:
+def _stop(sender: Any, **_: Any) -> None:
     # Celery has let all running jobs finish by now.
     if worker is not None:
         worker.stop()
+        if worker.device_gone:
+            sender.exitcode = DEVICE_HANGS
+    if watchdog is not None:
+        watchdog.finish()

@@ -1,0 +1,132 @@
+"""The watchdog ends a worker that was told to stop and does not; what it decides, without a process to end."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from rerankq_worker import shutdown
+from rerankq_worker.shutdown import STOP_TIMED_OUT, ShutdownWatchdog, within
+
+WAIT_S = 20  # a test that hangs ends here; none that works waits so long
+
+
+class Scene:
+    """A watchdog whose process cannot end, and what it did."""
+
+    def __init__(self, drain_s: float = 0, grace_s: float = 0) -> None:
+        self.begun: list[bool] = []
+        self.statuses: list[int] = []
+        self.left = threading.Event()
+        self.watchdog = ShutdownWatchdog(drain_s, self.begun.append, grace_s=grace_s, exit_process=self.leave)
+        self.thread = threading.Thread(target=self.watchdog._watch, daemon=True)
+        self.thread.start()
+
+    def leave(self, status: int) -> None:
+        self.statuses.append(status)
+        self.left.set()
+
+
+def test_a_worker_that_is_not_told_to_stop_is_left_alone():
+    scene = Scene()
+    assert not scene.left.wait(0.05)
+    assert scene.thread.is_alive()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_worker_that_drains_for_too_long_ends_with_a_status_of_its_own(number: int):
+    scene = Scene()
+    scene.watchdog.hear(number)
+    assert scene.left.wait(WAIT_S)
+    assert (scene.statuses, scene.begun) == ([STOP_TIMED_OUT], [False])
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGQUIT], [signal.SIGTERM, signal.SIGQUIT], [signal.SIGINT] * 2])
+def test_a_worker_in_a_hurry_is_not_given_the_time_to_drain(numbers: list[int]):
+    scene = Scene(drain_s=10 * WAIT_S)
+    for number in numbers:
+        scene.watchdog.hear(number)
+    assert scene.left.wait(WAIT_S)
+    assert scene.begun[-1] is True
+
+
+def test_the_same_signal_again_does_not_lengthen_or_shorten_the_time():
+    scene = Scene(drain_s=0.2)
+    for _ in range(3):
+        scene.watchdog.hear(signal.SIGTERM)
+    assert not scene.watchdog._hurry.is_set()
+    assert scene.left.wait(WAIT_S)
+    assert scene.statuses == [STOP_TIMED_OUT]
+
+
+def test_signals_that_ask_for_something_else_are_none_of_its_business():
+    scene = Scene()
+    for number in (signal.SIGUSR1, signal.SIGCHLD, signal.SIGUSR2):
+        scene.watchdog.hear(number)
+    assert not scene.left.wait(0.05)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGQUIT, 131)])
+def test_a_worker_that_still_starts_has_nothing_to_hand_back_and_ends_at_once(monkeypatch: Any, number, status):
+    monkeypatch.setattr(signal, "getsignal", lambda _: shutdown._starting)
+    scene = Scene(drain_s=10 * WAIT_S)
+    scene.watchdog.hear(number)
+    assert (scene.statuses, scene.begun) == ([status], [])
+
+
+class StuckLog(logging.Handler):
+    """A log whose reader has stopped to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = threading.Event()
+
+    def emit(self, _: logging.LogRecord) -> None:
+        self.free.wait(WAIT_S)
+
+
+@pytest.fixture
+def stuck_log() -> Iterator[StuckLog]:
+    handler = StuckLog()
+    shutdown.logger.addHandler(handler)
+    yield handler
+    handler.free.set()
+    shutdown.logger.removeHandler(handler)
+
+
+def test_a_log_that_nobody_reads_does_not_keep_a_worker_alive(stuck_log: StuckLog, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutdown, "LAST_WORD_S", 0.01)
+    scene = Scene()
+    scene.watchdog.arm()
+    assert scene.left.wait(WAIT_S)
+    assert not stuck_log.free.is_set()
+
+
+def test_a_signal_that_fails_to_begin_a_stop_is_counted_all_the_same():
+    def stumble(_: bool) -> None:
+        raise ZeroDivisionError
+
+    left = threading.Event()
+    watchdog = ShutdownWatchdog(0, stumble, grace_s=0, exit_process=lambda _: left.set())
+    threading.Thread(target=watchdog._watch, daemon=True).start()
+    with pytest.raises(ZeroDivisionError):
+        watchdog.hear(signal.SIGTERM)
+    assert left.wait(WAIT_S)
+
+
+def test_steps_run_side_by_side_and_one_that_hangs_is_left_behind():
+    met, free, done = threading.Barrier(2), threading.Event(), []
+
+    def meet() -> None:
+        met.wait(WAIT_S)
+        done.append("met")
+
+    steps: list[Callable[[], object]] = [meet, meet]
+    assert within(WAIT_S, *steps)
+    assert done == ["met", "met"]
+    assert not within(0.02, lambda: free.wait(WAIT_S), lambda: done.append("beside it"))
+    assert done[-1] == "beside it"
+    free.set()
