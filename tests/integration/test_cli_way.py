@@ -2,8 +2,11 @@
 
 import bz2
 import json
+import math
 import os
+import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -121,13 +124,101 @@ def test_lines_that_a_rescore_does_not_need_may_be_wrong_and_are_counted(run, co
     assert f"rerankq: c.jsonl: 2 invalid lines skipped, the first: c.jsonl:{at}: text: is missing" in done.stderr
 
 
+def test_the_report_names_the_model_that_scored(run, collection, redis_url, start_worker):
+    start_worker()
+    there = {"RERANKQ_BROKER_URL": redis_url, "RERANKQ_MODEL": "bundled"}
+    report = json.loads(run("rescore", *collection, "--json", **there).stdout)
+    assert report["model"] == "stub"
+    told = run("rescore", *collection, "--force", **there).stdout
+    assert f"scored by stub (weights {report['weights']}), fusion default" in told
+
+
+def test_a_limit_takes_the_first_queries_of_the_run(run, collection, tmp_path):
+    done = run("rescore", *collection, "--json", "--limit", "3")
+    report = json.loads(done.stdout)
+    assert (report["queries"], report["pairs"], report["judged_queries"]) == (3, 3 * DEPTH, 3)
+    assert {line.split()[0] for line in (tmp_path / "o.trec").read_text().splitlines()} == {"q0", "q1", "q2"}
+
+
+def test_an_output_that_exists_is_overwritten_on_demand_alone(run, collection, tmp_path):
+    (tmp_path / "o.trec").write_text("mine\n")
+    refused = run("rescore", *collection)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "rerankq: --output: o.trec exists; add --force to overwrite it\n"
+    assert (tmp_path / "o.trec").read_text() == "mine\n"
+    assert run("rescore", *collection, "--force").returncode == 0
+    assert len((tmp_path / "o.trec").read_text().splitlines()) == QUERIES * DEPTH
+
+
+@pytest.mark.parametrize("json_too", [(), ("--json",)])
+def test_a_run_on_standard_output_stands_there_alone(run, collection, tmp_path, json_too):
+    at = collection.index("o.trec")
+    done = run("rescore", *collection[:at], "-", *collection[at + 1 :], *json_too)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == QUERIES * DEPTH
+    assert all(len(line.split()) == 6 for line in lines)
+    assert "first stage" in done.stderr
+    if json_too:
+        assert json.loads(done.stderr)["queries"] == QUERIES
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "j.tsv", "q.jsonl", "r.trec"]
+
+
+def test_scores_that_could_not_be_written_are_kept_for_the_same_command(run, collection, tmp_path):
+    at = collection.index("o.trec")
+    full = [*collection[:at], "/dev/full", *collection[at + 1 :]]
+    temporary = {"TMPDIR": str(tmp_path)}
+    done = run("rescore", *full, **temporary)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    kept, error = done.stderr.splitlines()
+    assert kept.startswith(f"rerankq: stopped; what is done is kept in {tmp_path}/rerankq-{os.getuid()}/")
+    assert error == "rerankq: /dev/full: cannot be written: No space left on device"
+    (journal,) = tmp_path.glob("rerankq-*/*.part")
+    assert journal.read_bytes().count(b"\n") == QUERIES + 1
+    again = run("rescore", *full, **temporary)
+    assert (again.returncode, again.stderr) == (1, done.stderr), "and nothing was scored"
+
+
+def dcg(gains):
+    return sum(gain / math.log2(place + 2) for place, gain in enumerate(gains[:10]))
+
+
+@pytest.mark.parametrize("later_names_first", [False, True])
+def test_the_printed_measure_is_that_of_the_written_run_however_a_reader_breaks_ties(run, tmp_path, later_names_first):
+    chance = random.Random(3)
+    names = [f"d{number:02}" for number in range(30)]
+    chance.shuffle(names)
+    # Every text stands there many times, so that most scores are ties.
+    write(tmp_path / "c", (json.dumps({"_id": name, "text": f"word{at % 3}"}) for at, name in enumerate(names)))
+    write(tmp_path / "q", (json.dumps({"_id": f"q{n}", "text": f"word{n % 3}"}) for n in range(6)))
+    write(tmp_path / "r", (f"q{n} Q0 {name} 0 {chance.randint(0, 4)} x" for n in range(6) for name in names))
+    grades = {f"q{n}": {name: chance.randint(0, 2) for name in names} for n in range(6)}
+    write(tmp_path / "j", (f"{query} 0 {name} {grade}" for query in grades for name, grade in grades[query].items()))
+    files = ("--queries", "q", "--corpus", "c", "--run", "r", "--output", "o", "--qrels", "j")
+    report = json.loads(run("rescore", *files, "--json").stdout)
+
+    found = {}
+    for line in (tmp_path / "o").read_text().splitlines():
+        query, _, name, rank, score, _ = line.split()
+        found.setdefault(query, []).append((struct.unpack("<f", struct.pack("<f", float(score)))[0], name, int(rank)))
+    values = []
+    for query, rows in found.items():
+        rows.sort(key=lambda row: row[1], reverse=later_names_first)
+        rows.sort(key=lambda row: -row[0])
+        assert [rank for _, _, rank in rows] == list(range(1, 31))
+        best = sorted(grades[query].values(), reverse=True)
+        values.append(dcg([grades[query][name] for _, name, _ in rows]) / dcg(best))
+    assert report["ndcg"]["fusion default"] == pytest.approx(sum(values) / len(values), abs=1e-12)
+
+
 def test_a_second_rescore_on_a_standing_redis_finds_every_pair_in_the_cache(
     run, collection, redis_url, start_worker, tmp_path
 ):
     start_worker()
     first = json.loads(run("rescore", *collection, "--json", RERANKQ_BROKER_URL=redis_url).stdout)
     before = (tmp_path / "o.trec").read_text()
-    again = json.loads(run("rescore", *collection, "--json", RERANKQ_BROKER_URL=redis_url).stdout)
+    again = json.loads(run("rescore", *collection, "--json", "--force", RERANKQ_BROKER_URL=redis_url).stdout)
     assert (first["cached_pairs"], again["cached_pairs"]) == (0, QUERIES * DEPTH)
     assert (tmp_path / "o.trec").read_text() == before
 
@@ -168,15 +259,15 @@ def test_a_rescore_that_was_stopped_goes_on_where_it_stood(
 
     interrupted = scores_of(tmp_path / "o.trec")
     assert len(interrupted) == QUERIES * DEPTH
-    run("rescore", *collection, RERANKQ_BROKER_URL=redis_url)
+    assert run("rescore", *collection, "--force", RERANKQ_BROKER_URL=redis_url).returncode == 0
     assert scores_of(tmp_path / "o.trec") == pytest.approx(interrupted)
 
 
 def test_a_stopped_rescore_with_other_options_is_refused_unless_begun_again(run, collection, tmp_path):
-    header = {"journal": "rerankq rescore 1", "depth": 3}
+    header = {"journal": "rerankq rescore 2", "depth": 3}
     (tmp_path / "o.trec.part").write_text(
-        json.dumps(header) + '\n{"query": "q0", "rows": [], "weights": "w", "pairs": 0, "cached_pairs": 0, '
-        '"truncated_pairs": 0}\n'
+        json.dumps(header) + '\n{"query": "q0", "rows": [], "model": "m", "weights": "w", "pairs": 0, '
+        '"cached_pairs": 0, "truncated_pairs": 0, "missing": []}\n'
     )
     refused = run("rescore", *collection)
     assert refused.returncode == 2

@@ -83,7 +83,14 @@ def test_many_bad_lines_are_counted_not_all_said(run, tmp_path):
         ("--fusion", "nope", "--fusion: no profile 'nope'; there are"),
         ("--queries", "nowhere.jsonl", "--queries: nowhere.jsonl is not a file"),
         ("--qrels", "nowhere.tsv", "--qrels: nowhere.tsv is not a file"),
+        ("--queries", "-", "--queries: - is not a file; it is read more than once, which a pipe"),
+        ("--corpus", "/dev/null", "--corpus: /dev/null is not a file; it is read more than once, which a pipe"),
+        ("--run", ".", "--run: . is not a file but a folder"),
         ("--output", "nowhere/out.trec", "--output: nowhere is not a folder"),
+        ("--output", ".", "--output: . is a folder"),
+        ("--output", "r", "--output: r is the same file as --run"),
+        ("--depth", "-1", "--depth: expected 1 to 10000"),
+        ("--depth", "1000000000000", "--depth: expected 1 to 10000"),
     ],
 )
 def test_wrong_options_of_rescore_are_said_before_anything_begins(run, tmp_path, option, value, said):

@@ -1,9 +1,12 @@
+import resource
+
 import pytest
 
 from rerankq.cli.inputs import InputFault
-from rerankq.cli.journal import Answer, Journal
+from rerankq.cli.journal import Answer, Journal, is_begun
+from rerankq.cli.output import WriteFailed
 
-HEADER = {"journal": "rerankq rescore 1", "depth": 100}
+HEADER = {"journal": "rerankq rescore 2", "depth": 100}
 
 
 @pytest.fixture
@@ -12,7 +15,8 @@ def path(tmp_path):
 
 
 def answer(query, weights="w"):
-    return Answer(query, [("d1", 0.25, -1.5), ("d2", 0.1, None)], weights, pairs=2, cached_pairs=1)
+    rows = [("d1", 0.25, -1.5), ("d2", 0.1, None)]
+    return Answer(query, rows, "model", weights, pairs=2, cached_pairs=1, missing=("vector",))
 
 
 def fill(path, *queries):
@@ -74,12 +78,49 @@ def test_a_restart_forgets_what_was_done(path):
         assert journal.queries == set()
 
 
-@pytest.mark.parametrize("content", [b"something else\n", b"{}\n{}\n", b"\xff\n"])
-def test_a_file_of_another_kind_is_left_alone(path, content):
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("content", [b"something else\n", b"{}\n{}\n", b"\xff\n", b"no end of a line"])
+def test_a_file_of_another_kind_is_left_alone(path, content, restart):
     path.write_bytes(content)
-    with pytest.raises(InputFault):
-        Journal.open(path, HEADER)
+    with pytest.raises(InputFault, match="this is not the file of a re-scoring"):
+        Journal.open(path, HEADER, restart=restart)
     assert path.read_bytes() == content
+
+
+def test_the_journal_of_another_version_is_refused_and_begun_again_on_demand(path):
+    path.write_text('{"journal": "rerankq rescore 1", "depth": 100}\n{"query": "q1"}\n')
+    with pytest.raises(InputFault, match=r"begun with another journal \(rerankq rescore 1 before"):
+        Journal.open(path, HEADER)
+    with Journal.open(path, HEADER, restart=True) as journal:
+        assert journal.queries == set()
+
+
+def test_whether_work_was_begun_can_be_asked_without_touching_it(path):
+    assert not is_begun(path, HEADER)
+    with Journal.open(path, HEADER) as journal:
+        assert not is_begun(path, HEADER), "nothing is done yet"
+        journal.append(answer("q1"))
+        assert is_begun(path, HEADER)
+        assert journal.model == ("model", "w")
+    assert not is_begun(path, {**HEADER, "depth": 50})
+
+
+def test_where_there_is_no_room_an_answer_is_refused_and_those_before_stay(path):
+    with Journal.open(path, HEADER) as journal:
+        journal.append(answer("q1"))
+        size = path.stat().st_size
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+        try:
+            with pytest.raises(WriteFailed, match=r"out.part: cannot be written"):
+                journal.append(answer("q2"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.stat().st_size == size
+        assert journal.queries == {"q1"}
+        journal.append(answer("q2"))
+    with Journal.open(path, HEADER) as journal:
+        assert journal.queries == {"q1", "q2"}
 
 
 def test_two_processes_do_not_work_on_one_output(path):

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -207,36 +206,37 @@ def rescore(  # noqa: PLR0917 - typer reads them as options
     queries: Annotated[str, typer.Option(help='JSON lines with "_id" and "text".')],
     corpus: Annotated[str, typer.Option(help='JSON lines with "_id", "title" and "text".')],
     run: Annotated[str, typer.Option(help="The first stage: TREC's six columns.")],
-    output: Annotated[Path, typer.Option(help="The re-scored run; OUTPUT.part while it is at work.")],
+    output: Annotated[
+        str, typer.Option(help="The re-scored run; - is standard output. While at work OUTPUT.part is beside it.")
+    ],
     depth: Annotated[int, typer.Option(help="Documents per query: the run's first, by its scores.")] = 100,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many queries: the run's first.")] = None,
     fusion: Annotated[str, typer.Option(help="A profile of fusion.toml.")] = "default",
     qrels: Annotated[
         str | None, typer.Option(help="Judgements (query-id, corpus-id, score), to measure nDCG@10.")
     ] = None,
     model: Model = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again, whatever was done before.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an output that exists.")] = False,
     as_json: Json = False,
 ) -> None:
     """Re-score a first-stage run offline. Files may be compressed with gzip, bzip2 or xz.
 
     Without RERANKQ_BROKER_URL it brings a Redis and a worker of its own for as long as it runs. Stopped midway, the
     same command goes on where it stood. nDCG@10 is measured as trec_eval does, over the queries that have judgements.
-    Queries that failed are left out and named, and the exit status is 1; the same command tries them again.
+    Queries that failed are left out and named, and the exit status is 1; the same command tries them again. Invalid
+    lines of queries and documents that the run does not name are skipped and counted.
     """
-    plan = rescoring.Plan(queries, corpus, run, output, depth, fusion, qrels, model)
+    plan = rescoring.Plan(queries, corpus, run, output, depth, fusion, qrels, model, limit, restart, force)
+    settings = settings_with()
+    goal = rescoring.check(plan, settings)
     with show.PairBar() as bar:
-        try:
-            report = rescoring.rescore(plan, settings_with(), bar, restart=restart, tell=_note)
-        except (KeyboardInterrupt, RerankqError):
-            if plan.part.exists():
-                show.say(
-                    f"rerankq: stopped; what is done is kept in {plan.part}, and the same command goes on from there"
-                )
-            raise
+        report = rescoring.rescore(plan, goal, settings, bar)
+    beside = sys.stderr if goal.is_stdout else sys.stdout
     if as_json:
-        show.print_json({**asdict(report), "pairs_per_s": report.pairs_per_s})
+        show.print_json({**asdict(report), "pairs_per_s": report.pairs_per_s}, beside)
     else:
-        show.show_report(report)
+        show.show_report(report, beside)
     if report.failed:
         show.show_failed(report.failed)
         raise typer.Exit(FAILED)
@@ -274,12 +274,8 @@ def _longest_line(settings: Settings) -> int:
     return 4 * settings.max_job_bytes
 
 
-def _note(text: str) -> None:
-    show.say(f"rerankq: {text}")
-
-
 def _end(text: str, status: int) -> NoReturn:
-    show.say("\n".join(f"rerankq: {line}" for line in text.splitlines()))
+    show.note(text)
     raise typer.Exit(status) from None
 
 

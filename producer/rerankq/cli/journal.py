@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from .inputs import InputFault
+from .output import WriteFailed
+
+KIND = "rerankq rescore"
+"""How the header's first field begins, whatever its version."""
 
 
 class Answer(NamedTuple):
-    """What is kept of a query's ranking: per document its name, its fused score and its raw logit."""
+    """What is kept of a query's ranking: per document its name, its fused score and its raw logit.
+
+    ``model`` and ``weights`` are the model's name and fingerprint; ``missing`` are weighted signals that no chunk had.
+    """
 
     query: str
     rows: list[tuple[str, float, float | None]]
+    model: str
     weights: str
     pairs: int = 0
     cached_pairs: int = 0
     truncated_pairs: int = 0
+    missing: tuple[str, ...] = ()
 
 
 class Journal:
-    """A file with a header, then one line of JSON per query, appended and flushed as queries are done.
+    """A file with a header, then one line of JSON per query, appended as queries are done.
 
     A line that was torn by an interruption is cut off. The file is locked: one process at a time works on an output.
     """
 
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
+    def __init__(self, path: Path, file: io.FileIO) -> None:
         self.path = path
+        # Not buffered: what there was no room for must not be written again when the file is closed.
         self._file = file
-        self._places: dict[str, int] = {}
-        self._weights: str | None = None
+        self._places: dict[str, tuple[int, int]] = {}
+        self._model = ("", "")
 
     @classmethod
     def open(cls, path: Path, header: Mapping[str, Any], *, restart: bool = False) -> Self:
@@ -44,15 +56,16 @@ class Journal:
                 or cannot be written.
         """
         try:
-            file = path.open("a+b")
+            file = io.FileIO(path, "a+")
         except OSError as error:
             raise InputFault(f"{path}: cannot be written: {error.strerror}") from None
         journal = cls(path, file)
         try:
             journal._lock()
-            if restart:
-                file.truncate(0)
-            journal._begin_or_go_on(header)
+            journal._begin_or_go_on(_line(header), restart=restart)
+        except OSError as error:
+            file.close()
+            raise InputFault(f"{path}: cannot be written: {error.strerror}") from None
         except BaseException:
             file.close()
             raise
@@ -64,25 +77,32 @@ class Journal:
         return set(self._places)
 
     @property
-    def weights(self) -> str | None:
-        """The fingerprint of the weights that made the answers; None while there are none."""
-        return self._weights
+    def model(self) -> tuple[str, str]:
+        """The name and the fingerprint of the model that made the answers; empty while there are none."""
+        return self._model
 
     def append(self, answer: Answer) -> None:
         """Write a query's answer.
 
         Raises:
             InputFault: if other weights made it than those before.
+            WriteFailed: if there is no room for it; what was there before stays.
         """
-        self._admit(answer.weights)
-        self._places[answer.query] = self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(answer._asdict()).encode() + b"\n")
-        self._file.flush()
+        self._admit(answer)
+        raw = _line(answer._asdict())
+        place = self._file.seek(0, os.SEEK_END)
+        try:
+            self._write(raw)
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(place)
+            raise WriteFailed(f"{self.path}: cannot be written: {error.strerror}") from None
+        self._places[answer.query] = place, len(raw)
 
     def answer(self, query: str) -> Answer:
         """Read a query's answer."""
-        self._file.seek(self._places[query])
-        return _answer(self._file.readline())
+        place, size = self._places[query]
+        return _answer(os.pread(self._file.fileno(), size, place))
 
     def remove(self) -> None:
         """Remove the file: the work is done."""
@@ -106,65 +126,76 @@ class Journal:
         except BlockingIOError:
             raise InputFault(f"{self.path}: another process is at work on this output") from None
 
-    def _begin_or_go_on(self, header: Mapping[str, Any]) -> None:
-        wanted = json.dumps(header, sort_keys=True).encode() + b"\n"
+    def _begin_or_go_on(self, header: bytes, *, restart: bool) -> None:
         self._file.seek(0)
-        found = self._file.readline()
-        if not found.endswith(b"\n") and wanted.startswith(found):  # nothing yet, or a torn header
-            self._start(wanted)
-        elif found != wanted:
-            if not self._file.readline().endswith(b"\n") and _is_header(found):  # begun, and nothing done
-                self._start(wanted)
-                return
-            raise InputFault(f"{self.path}: {_difference(found, header)}; add --restart to begin again")
-        else:
-            self._read_places()
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            found = file.readline()
+            torn = not found.endswith(b"\n") and header.startswith(found)
+            if torn or (_is_header(found) and (restart or not file.readline().endswith(b"\n"))):  # nothing is done
+                self._file.truncate(0)
+                self._write(header)
+            elif found != header:
+                raise InputFault(f"{self.path}: {_difference(found, header)}")
+            else:
+                file.seek(len(header))
+                self._read_places(file)
 
-    def _start(self, header: bytes) -> None:
-        self._file.truncate(0)
-        self._file.write(header)
-        self._file.flush()
-
-    def _read_places(self) -> None:
-        place = self._file.tell()
-        while (raw := self._file.readline()).endswith(b"\n"):
+    def _read_places(self, file: io.BufferedReader) -> None:
+        place = file.tell()
+        while (raw := file.readline()).endswith(b"\n"):
             try:
                 answer = _answer(raw)
             except (ValueError, TypeError, KeyError):
                 break
-            self._places[answer.query] = place
-            self._weights = answer.weights
-            place = self._file.tell()
+            self._places[answer.query] = place, len(raw)
+            self._model = answer.model, answer.weights
+            place += len(raw)
         self._file.truncate(place)
 
-    def _admit(self, weights: str) -> None:
-        self._weights = self._weights or weights
-        if weights != self._weights:
+    def _write(self, raw: bytes) -> None:
+        while raw:
+            raw = raw[self._file.write(raw) or 0 :]
+
+    def _admit(self, answer: Answer) -> None:
+        if self._places and answer.weights != self._model[1]:
             raise InputFault(
-                f"{self.path}: the model's weights have changed ({self._weights} before, {weights} now); "
+                f"{self.path}: the model's weights have changed ({self._model[1]} before, {answer.weights} now); "
                 "add --restart to begin again"
             )
+        self._model = answer.model, answer.weights
+
+
+def is_begun(path: Path, header: Mapping[str, Any]) -> bool:
+    """Whether work with this *header* was begun there, and something is done."""
+    try:
+        with path.open("rb") as file:
+            return file.readline() == _line(header) and file.readline().endswith(b"\n")
+    except OSError:
+        return False
+
+
+def _line(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
 
 
 def _answer(raw: bytes) -> Answer:
     fields = json.loads(raw)
     rows = [(str(name), float(score), logit) for name, score, logit in fields.pop("rows")]
-    return Answer(rows=rows, **fields)
+    return Answer(rows=rows, missing=tuple(fields.pop("missing")), **fields)
 
 
 def _is_header(raw: bytes) -> bool:
     try:
-        return str(json.loads(raw)["journal"]).startswith("rerankq rescore")
+        return str(json.loads(raw)["journal"]).startswith(KIND)
     except (ValueError, TypeError, KeyError):
         return False
 
 
-def _difference(found: bytes, header: Mapping[str, Any]) -> str:
-    try:
-        before = json.loads(found)
-        changed = [
-            f"{key} ({before[key]} before, {value} now)" for key, value in header.items() if before[key] != value
-        ]
-    except (ValueError, TypeError, KeyError):
-        return "this is not the file of a re-scoring that was stopped"
-    return f"begun with another {', another '.join(changed)}"
+def _difference(found: bytes, header: bytes) -> str:
+    if not _is_header(found):
+        return "this is not the file of a re-scoring that was stopped; move it away"
+    before, now = json.loads(found), json.loads(header)
+    changed = [
+        f"{key} ({before.get(key)} before, {value} now)" for key, value in now.items() if before.get(key) != value
+    ]
+    return f"begun with another {', another '.join(changed)}; add --restart to begin again"

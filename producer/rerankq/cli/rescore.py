@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +16,12 @@ from .. import catalogue
 from ..contract import Ranking, RerankJob
 from ..errors import JobRejected, RerankqError
 from ..settings import Settings
-from . import metrics
+from . import inputs, metrics, output
 from .collection import Collection, FirstStage
 from .flow import Desk, Flow, nothing
 from .inputs import InputFault
-from .journal import Answer, Journal
+from .journal import KIND, Answer, Journal, is_begun
+from .output import Output
 from .stack import desk
 
 FIRST_STAGE = "first stage"
@@ -30,28 +32,33 @@ NDCG_DEPTH = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """What to re-score, and how."""
+    """What to re-score, and how. ``limit`` queries, the run's first; ``force`` overwrites an output that exists."""
 
     queries: str
     corpus: str
     run: str
-    output: Path
+    output: str
     depth: int = 100
     fusion: str = "default"
     qrels: str | None = None
     model: str | None = None
+    limit: int | None = None
+    restart: bool = False
+    force: bool = False
 
     @property
-    def part(self) -> Path:
-        """Where the work done so far is kept until the output is whole."""
-        return self.output.with_name(self.output.name + ".part")
+    def inputs(self) -> dict[str, str | None]:
+        """The files to read, by their options."""
+        return {"queries": self.queries, "corpus": self.corpus, "run": self.run, "qrels": self.qrels}
 
 
 @dataclass(frozen=True)
 class Report:
     """What came of it. ``pairs`` and times are of this start of the program; ``resumed`` queries were done before.
 
-    ``skipped_lines`` counts, by file, invalid lines that nothing needed.
+    ``model`` and ``weights`` are the name and the fingerprint of the model that scored. ``missing`` counts, by signal,
+    the queries of which no chunk has a signal that the fusion weighs. ``skipped_lines``
+    counts, by file, invalid lines that nothing needed.
     """
 
     output: str
@@ -67,6 +74,7 @@ class Report:
     failed: dict[str, str]
     ndcg: dict[str, float | None] = field(default_factory=dict)
     judged_queries: int = 0
+    missing: dict[str, int] = field(default_factory=dict)
     skipped_lines: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -76,15 +84,16 @@ class Report:
 
 
 class Bar(Protocol):
-    """Shows a person how far the work is."""
+    """Shows a person how far the work is (``say`` what is done now), and tells what must not go by unseen."""
 
     def say(self, what: str) -> None: ...  # noqa: D102
-    def begin(self, pairs: int) -> None: ...  # noqa: D102
+    def tell(self, what: str) -> None: ...  # noqa: D102
+    def begin(self, pairs: int | None, done: int = 0) -> None: ...  # noqa: D102
     def advance(self, pairs: int) -> None: ...  # noqa: D102
 
 
-def check(plan: Plan, settings: Settings) -> None:
-    """Find the mistakes that need no file to be read.
+def check(plan: Plan, settings: Settings) -> Output:
+    """Find the mistakes that need no file to be read; answer where the run goes.
 
     Raises:
         InputFault: naming the option.
@@ -95,22 +104,28 @@ def check(plan: Plan, settings: Settings) -> None:
         catalogue.resolve(plan.fusion, settings.conf_dir)
     except JobRejected as error:
         raise InputFault(f"--{error}") from None
-    for option, path in (("queries", plan.queries), ("corpus", plan.corpus), ("run", plan.run), ("qrels", plan.qrels)):
+    for option, path in plan.inputs.items():
         # Read more than once, so that a stopped run can tell whether they are still the same.
         if path is not None and not Path(path).is_file():
-            raise InputFault(f"--{option}: {path} is not a file")
-    if not plan.output.parent.is_dir():
-        raise InputFault(f"--output: {plan.output.parent} is not a folder")
+            raise InputFault(f"--{option}: {path} is not a file{_why_not(path)}")
+    return output.decide(plan.output, plan.inputs)
+
+
+def _why_not(path: str) -> str:
+    if path == inputs.STDIN or (Path(path).exists() and not Path(path).is_dir()):
+        return "; it is read more than once, which a pipe or a device cannot be"
+    return " but a folder" if Path(path).is_dir() else ""
 
 
 def header(plan: Plan, settings: Settings) -> dict[str, Any]:
     """Everything that changes the output: a journal that was begun with another header is another piece of work."""
     return {
-        "journal": "rerankq rescore 1",
+        "journal": f"{KIND} 2",
         "queries": digest(plan.queries),
         "corpus": digest(plan.corpus),
         "run": digest(plan.run),
         "depth": plan.depth,
+        "limit": plan.limit,
         "fusion": catalogue.resolve(plan.fusion, settings.conf_dir).model_dump(),
         "model": plan.model or settings.model,
     }
@@ -151,11 +166,18 @@ def answer_of(query: str, ranking: Ranking) -> Answer:
     return Answer(
         query=query,
         rows=[(chunk.id, chunk.score, chunk.model_logit) for chunk in ranking.chunks],
+        model=ranking.model.name,
         weights=ranking.model.fingerprint,
         pairs=usage.pairs,
         cached_pairs=usage.cached_pairs,
         truncated_pairs=usage.truncated_pairs,
+        missing=signals_nowhere(ranking),
     )
+
+
+def signals_nowhere(ranking: Ranking) -> tuple[str, ...]:
+    """Name the signals that the fusion weighs and no chunk has."""
+    return tuple(sorted(set.intersection(*(set(chunk.missing) for chunk in ranking.chunks)) if ranking.chunks else ()))
 
 
 @dataclass
@@ -214,15 +236,11 @@ def score(
     return tally
 
 
-def write_run(path: Path, collection: Collection, journal: Journal) -> None:
-    """Write the run, queries in the first stage's order; the file appears whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for query in collection.counts():
-            if query in journal.queries:
-                for rank, (chunk, value, _) in enumerate(journal.answer(query).rows, start=1):
-                    file.write(f"{query} Q0 {chunk} {rank} {value!r} rerankq\n")
-    unfinished.replace(path)
+def run_of(collection: Collection, journal: Journal) -> Iterator[str]:
+    """Write the lines of the run, queries in the first stage's order."""
+    for query in collection.counts():
+        if query in journal.queries:
+            yield from output.run_lines(query, [(chunk, score) for chunk, score, _ in journal.answer(query).rows])
 
 
 def measure(collection: Collection, journal: Journal, *, fusion: str) -> tuple[dict[str, float | None], int]:
@@ -238,71 +256,95 @@ def measure(collection: Collection, journal: Journal, *, fusion: str) -> tuple[d
     for query in judged:
         rows = journal.answer(query).rows
         logits = {name: logit for name, _, logit in rows if logit is not None}
-        orders = (collection.scores(query), logits, {name: value for name, value, _ in rows})
-        for kept, scores in zip(values, orders, strict=True):
-            if scores or not rows:
-                kept.append(metrics.ndcg(metrics.trec_order(scores), grades[query], depth=NDCG_DEPTH))
+        # The run's scores are written so that whoever reads it finds the ranking's own order.
+        ranked = [name for name, _, _ in rows]
+        orders = (metrics.trec_order(collection.scores(query)), metrics.trec_order(logits), ranked)
+        for kept, order in zip(values, orders, strict=True):
+            if order or not rows:
+                kept.append(metrics.ndcg(order, grades[query], depth=NDCG_DEPTH))
     # A mean over fewer queries than its neighbours' could not be compared with them.
     means = [metrics.mean(kept) if len(kept) == len(judged) else None for kept in values]
     return dict(zip((FIRST_STAGE, MODEL_ALONE, f"fusion {fusion}"), means, strict=True)), len(judged)
 
 
-def rescore(
-    plan: Plan,
-    settings: Settings,
-    bar: Bar,
-    *,
-    restart: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
-) -> Report:
-    """Re-score a run from files to a file. What an earlier start did before it was stopped is not done again.
-
-    ``tell`` hears what a person should know that is no fault.
+def rescore(plan: Plan, goal: Output, settings: Settings, bar: Bar) -> Report:
+    """Re-score a run from files to where :func:`check` said. What an earlier start did is not done again.
 
     Raises:
         InputFault: if an option or a file is wrong; nothing was begun.
         RerankqError: if the work cannot go on; what is done is kept.
     """
-    check(plan, settings)
     bar.say("reading")
+    work = header(plan, settings)
+    journal_at = goal.journal(hashlib.blake2b(repr(work).encode(), digest_size=8).hexdigest())
+    if goal.exists and not plan.force and (plan.restart or not is_begun(journal_at, work)):
+        raise InputFault(f"--output: {plan.output} exists; add --force to overwrite it")
     with (
-        Collection.read(
-            queries=plan.queries, corpus=plan.corpus, run=plan.run, depth=plan.depth, qrels=plan.qrels
-        ) as collection,
-        Journal.open(plan.part, header(plan, settings), restart=restart) as journal,
+        Journal.open(journal_at, work, restart=plan.restart) as journal,
+        _read(plan, bar.tell) as collection,
+        goal.opened(bar.tell) as write,
+        _kept(journal, bar.tell),
     ):
-        skipped = {source: found for source, found in collection.skipped.items() if found.lines}
-        for source, found in skipped.items():
-            tell(f"{source}: {found}")
         resumed = len(journal.queries)
         tally = _finish(plan, settings, collection, journal, bar)
-        write_run(plan.output, collection, journal)
-        ndcg, judged = measure(collection, journal, fusion=plan.fusion) if plan.qrels else ({}, 0)
+        write(run_of(collection, journal))
+        report = _report(plan, collection, journal, tally, resumed)
         if not tally.failed:
             journal.remove()
-        return Report(
-            output=str(plan.output),
-            model=plan.model or settings.model,
-            weights=journal.weights or "",
-            fusion=plan.fusion,
-            queries=len(collection.counts()),
-            resumed=resumed,
-            pairs=tally.pairs,
-            cached_pairs=tally.cached_pairs,
-            truncated_pairs=tally.truncated_pairs,
-            seconds=tally.seconds,
-            failed=tally.failed,
-            ndcg=ndcg,
-            judged_queries=judged,
-            skipped_lines={source: found.lines for source, found in skipped.items()},
-        )
+        return report
+
+
+def _read(plan: Plan, tell: Callable[[str], None]) -> Collection:
+    collection = Collection.read(
+        queries=plan.queries, corpus=plan.corpus, run=plan.run, qrels=plan.qrels, depth=plan.depth, limit=plan.limit
+    )
+    for source, skipped in collection.skipped.items():
+        if skipped.lines:
+            tell(f"{source}: {skipped}")
+    if plan.qrels and not collection.grades:
+        tell(f"{plan.qrels}: none of the run's queries is judged there")
+    return collection
+
+
+@contextmanager
+def _kept(journal: Journal, tell: Callable[[str], None]) -> Iterator[None]:
+    """Where the work is stopped, say where what is done is kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, RerankqError):
+        if journal.queries:
+            tell(f"stopped; what is done is kept in {journal.path}, and the same command goes on from there")
+        raise
+
+
+def _report(plan: Plan, collection: Collection, journal: Journal, tally: Tally, resumed: int) -> Report:
+    ndcg, judged = measure(collection, journal, fusion=plan.fusion) if plan.qrels else ({}, 0)
+    model, weights = journal.model
+    return Report(
+        output=plan.output,
+        model=model,
+        weights=weights,
+        fusion=plan.fusion,
+        queries=len(collection.counts()),
+        resumed=resumed,
+        pairs=tally.pairs,
+        cached_pairs=tally.cached_pairs,
+        truncated_pairs=tally.truncated_pairs,
+        seconds=tally.seconds,
+        failed=tally.failed,
+        ndcg=ndcg,
+        judged_queries=judged,
+        missing=dict(Counter(signal for query in journal.queries for signal in journal.answer(query).missing)),
+        skipped_lines={source: found.lines for source, found in collection.skipped.items() if found.lines},
+    )
 
 
 def _finish(plan: Plan, settings: Settings, collection: Collection, journal: Journal, bar: Bar) -> Tally:
-    missing = {query: pairs for query, pairs in collection.counts().items() if query not in journal.queries}
-    if not missing:
+    counts = collection.counts()
+    done = sum(pairs for query, pairs in counts.items() if query in journal.queries)
+    if done == sum(counts.values()):
         return Tally()
     bar.say("connecting" if settings.broker_url else "loading the model")
-    with desk(settings, plan.model, bar.say) as (client, model, tend):
-        bar.begin(sum(missing.values()))
+    with desk(settings, plan.model, bar.tell) as (client, model, tend):
+        bar.begin(sum(counts.values()), done)
         return score(collection, journal, client, fusion=plan.fusion, model=model, tend=tend, advance=bar.advance)

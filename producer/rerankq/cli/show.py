@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -20,14 +20,25 @@ from .rescore import Report
 from .stack import Stack
 
 
-def print_json(value: Any) -> None:
-    """Print one line of JSON at once: whoever reads it may be waiting for it."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+def print_json(value: Any, file: TextIO | None = None) -> None:
+    """Print one line of JSON at once: whoever reads it may be waiting for it. Default: to standard output."""
+    text = json.dumps(value, ensure_ascii=False)
+    out = file or sys.stdout
+    try:
+        text.encode(out.encoding if out else "ascii")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text, file=out, flush=True)
 
 
 def say(text: str) -> None:
     """Tell a person something that is no result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    """Tell a person something about the command itself."""
+    say("\n".join(f"rerankq: {line}" for line in text.splitlines()))
 
 
 class PairRate(ProgressColumn):
@@ -68,18 +79,22 @@ class PairBar:
         """Say what happens now."""
         self._progress.update(self._task, description=what)
 
-    def begin(self, pairs: int) -> None:
-        """Begin to count, up to *pairs*."""
-        self._progress.reset(self._task, total=pairs, description="pairs")
+    def tell(self, what: str) -> None:
+        """Tell something that stays, terminal or not."""
+        note(what)
+
+    def begin(self, pairs: int | None, done: int = 0) -> None:
+        """Begin to count at *done*, up to *pairs*; None = nobody knows."""
+        self._progress.reset(self._task, total=pairs, completed=done, description="pairs")
 
     def advance(self, pairs: int) -> None:
         """Count *pairs* more."""
         self._progress.advance(self._task, pairs)
 
 
-def show_report(report: Report) -> None:
-    """Print what a re-scoring came to."""
-    console = Console()
+def show_report(report: Report, file: TextIO | None = None) -> None:
+    """Print what a re-scoring came to, on standard output by default."""
+    console = Console(file=file, highlight=False, soft_wrap=True)
     if report.ndcg:
         table = Table("order", "nDCG@10", box=None, pad_edge=False)
         table.columns[1].justify = "right"
@@ -87,14 +102,25 @@ def show_report(report: Report) -> None:
             table.add_row(name, "–" if value is None else f"{value:.4f}")
         console.print(table)
         console.print(f"over {report.judged_queries} judged queries of {report.queries}")
-    console.print(
+    for said in report_sentences(report):
+        # As Text: in a plain string rich would obey what stands in brackets.
+        console.print(Text(said))
+
+
+def report_sentences(report: Report) -> Iterator[str]:
+    """Say what was written, at what cost, and who scored."""
+    yield (
         f"{report.queries - len(report.failed)} queries in {report.output}"
         + (f", {report.resumed} of them from before" if report.resumed else "")
         + f": {report.pairs:,} pairs, {report.cached_pairs:,} cached, {report.truncated_pairs:,} truncated, "
-        f"{report.seconds:.1f} s, {report.pairs_per_s:,.0f} pairs/s",
-        soft_wrap=True,
-        highlight=False,
+        f"{report.seconds:.1f} s, {report.pairs_per_s:,.0f} pairs/s"
     )
+    if report.model:
+        yield f"scored by {report.model} (weights {report.weights}), fusion {report.fusion}"
+    for signal, queries in report.missing.items():
+        yield f"fusion {report.fusion} weighs {signal}, which no chunk of {queries} queries has"
+    for source, lines in report.skipped_lines.items():
+        yield f"{lines} invalid lines of {source} skipped"
 
 
 def show_failed(failed: Mapping[str, str], *, most: int = 10) -> None:
