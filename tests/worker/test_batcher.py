@@ -1,6 +1,8 @@
 """One engine thread, many tickets: who is computed when, once, and what happens when something fails."""
 
 import math
+import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +19,7 @@ from rerankq_worker.engine import (
     PairFailed,
     StubEngine,
     TicketCancelled,
+    TokenisedPair,
 )
 
 PATIENCE_S = 20  # a test that hangs ends here; none that works waits so long
@@ -521,6 +524,80 @@ def test_the_seconds_in_which_something_is_in_flight_are_counted_once(started):
     assert simulation.now == pytest.approx(5.0)
 
 
+# -- fairness among equals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beside", ["interactive", "bulk"])
+@pytest.mark.parametrize("size", [600, 6000])
+def test_a_small_job_beside_a_large_one_waits_for_what_is_launched_and_two_batches(started, size, beside):
+    # A batch of ten pairs takes 0.05 s.
+    simulation = Simulation(started)
+    waits = []
+
+    def small():
+        came = simulation.now
+        ticket = simulation.batcher.submit(simulation.pairs(2))
+        ticket.add_done_callback(lambda _: waits.append(simulation.now - came))
+
+    simulation.due = [(0.5137 + 0.3 * number, small) for number in range(5)]
+    simulation.batcher.submit(simulation.pairs(size), priority=beside).result(PATIENCE_S)
+    assert len(waits) == 5
+    assert max(waits) <= 0.05 + 0.01 + 2 * 0.05
+
+
+def test_the_huge_jobs_of_one_tenant_hold_up_no_other(started):
+    simulation = Simulation(started)
+    ended = {}
+
+    def come():
+        for number in range(10):
+            ticket = simulation.batcher.submit(simulation.pairs(300), tenant="many")
+            ticket.add_done_callback(lambda _, number=number: ended.setdefault(number, simulation.now))
+        ticket = simulation.batcher.submit(simulation.pairs(300), tenant="one")
+        ticket.add_done_callback(lambda _: ended.setdefault("one", simulation.now))
+        return ticket
+
+    simulation.due = [(0.001, come)]
+    simulation.batcher.submit(simulation.pairs(1)).result(PATIENCE_S)
+    simulation.batcher.close(timeout=PATIENCE_S)
+    # Alone its 1500 tokens take 1.5 s; beside one other tenant, twice as long.
+    assert ended["one"] <= 3.0 + 0.2
+    assert min(ended[number] for number in range(10)) > 3.0
+
+
+# -- where the time goes ------------------------------------------------------------------------------------------
+
+
+def test_a_ticket_tells_what_it_waited_apart_from_what_its_batches_took(started):
+    simulation = Simulation(started)
+    tickets = []
+
+    def come():
+        tickets.extend(simulation.batcher.submit(simulation.pairs(10), tenant=tenant) for tenant in "ab")
+        came.append(simulation.now)
+
+    came = []
+    simulation.due = [(0.02, come)]
+    simulation.batcher.submit(simulation.pairs(10)).result(PATIENCE_S)
+    simulation.batcher.close(timeout=PATIENCE_S)
+    # The first batch ends at 0.05, and one of ten pairs of both jobs after it, and another.
+    for ticket in tickets:
+        assert ticket.device_s == pytest.approx(0.1)
+        assert ticket.waited_s == pytest.approx(0.15 - 0.02 - 0.1)
+
+
+def test_of_a_batch_that_was_on_the_device_before_a_ticket_joined_its_pair_the_rest_counts(started):
+    simulation = Simulation(started)
+    pairs, joined = simulation.pairs(10), []
+    simulation.due = [(0.03, lambda: joined.append(simulation.batcher.submit(pairs[:1], keys=[b"k"])))]
+    first = simulation.batcher.submit(pairs, keys=[b"k", *[None] * 9])
+    first.result(PATIENCE_S)
+    assert joined[0].result(PATIENCE_S).shape == (1,)
+    assert (first.device_s, first.waited_s) == (pytest.approx(0.05), pytest.approx(0.0))
+    assert (joined[0].device_s, joined[0].waited_s) == (pytest.approx(0.02), pytest.approx(0.0))
+    assert (first.tokens, joined[0].tokens) == (50, 0)
+
+
 # -- failures ------------------------------------------------------------------------------------------------------
 
 
@@ -624,14 +701,93 @@ def test_a_device_that_does_not_even_warm_up_fails_everyone_with_engine_died(sta
     assert not batcher.stats().alive
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+def test_whatever_an_engine_raises_fails_the_pair_and_not_the_engine(started, make_engine, error):
+    engine = make_engine(held=True)
+    bad = has_word(engine, "poison")
+    engine.fails = lambda batch: error if any(map(bad, batch)) else None
+    batcher = started(engine)
+    fine, poisoned = (batcher.submit(engine.tokenise("q", [*CHUNKS, last])) for last in ("fine", "poison"))
+    engine.gate.set()
+    with pytest.raises(PairFailed):
+        poisoned.result(PATIENCE_S)
+    assert fine.result(PATIENCE_S).shape == (len(CHUNKS) + 1,)
+    assert batcher.stats().alive
+
+
 def test_the_end_of_the_thread_itself_fails_everyone_at_once(started, make_engine):
     engine = make_engine(held=True)
-    engine.fails = lambda batch: SystemExit()
     batcher = started(engine)
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
+    batcher._count = None
     engine.gate.set()
     with pytest.raises(EngineDied):
         ticket.result(PATIENCE_S)
+    with pytest.raises(EngineDied):
+        batcher.submit(engine.tokenise("q", CHUNKS))
+
+
+def pair_of(ids):
+    return TokenisedPair(np.array(ids, dtype=np.int32), 0, truncated=False)
+
+
+@pytest.mark.parametrize(("ids", "says"), [([], "no tokens"), ([7] * 513, "513 tokens.*reads 512")])
+def test_a_pair_that_no_model_reads_fails_its_own_ticket_before_it_gets_to_the_device(started, make_engine, ids, says):
+    engine = make_engine(held=True)
+    batcher = started(engine)
+    unfit = batcher.submit([*engine.tokenise("q", CHUNKS), pair_of(ids)], keys=[*keys_of(CHUNKS), b"k"])
+    with pytest.raises(PairFailed, match=says):
+        unfit.result(PATIENCE_S)
+    assert (batcher.stats().waiting_pairs, batcher.stats().tickets, batcher._in_flight) == (0, 0, {})
+    fine = batcher.submit(engine.tokenise("q", CHUNKS), keys=keys_of(CHUNKS))
+    engine.gate.set()
+    assert fine.result(PATIENCE_S).shape == (len(CHUNKS),)
+
+
+class NoLength:
+    ids = np.zeros(3, dtype=np.int32)
+
+    @property
+    def length(self):
+        raise OverflowError("how long?")
+
+
+def test_a_submission_that_raises_leaves_nothing_behind(started, make_engine):
+    engine = make_engine(held=True)
+    batcher = started(engine)
+    pairs, keys = engine.tokenise("q", CHUNKS), keys_of(CHUNKS)
+    with pytest.raises(OverflowError):
+        batcher.submit([*pairs, NoLength()], keys=[*keys, b"k"])
+    with pytest.raises(TypeError):
+        batcher.submit([*pairs, pairs[0]], keys=[*keys, ["a list has no hash"]])
+    fine = batcher.submit(pairs, keys=keys)
+    engine.gate.set()
+    assert fine.result(PATIENCE_S).shape == (len(CHUNKS),)
+    assert sum(computed(engine).values()) == len(CHUNKS)
+
+
+def test_an_engine_that_cannot_even_give_memory_back_or_say_whether_it_is_done_goes_on(started):
+    class Awkward(FlyingEngine):
+        def release_memory(self):
+            raise RuntimeError("nothing to release")
+
+        def launch(self, batch):
+            flight = super().launch(batch)
+            return Undecided(flight)
+
+    class Undecided:
+        def __init__(self, flight):
+            self.logits = flight.logits
+
+        @property
+        def done(self):
+            raise RuntimeError("who knows")
+
+    engine = Awkward()
+    engine.fails = lambda batch: MemoryError() if len(batch) > 20 else None
+    batcher = started(engine)
+    pairs = engine.tokenise("q", CHUNKS)
+    np.testing.assert_array_equal(batcher.submit(pairs).result(PATIENCE_S), StubEngine.forward(engine, pairs))
 
 
 def test_a_wrong_number_of_logits_is_an_error_and_no_shift(started):
@@ -641,30 +797,144 @@ def test_a_wrong_number_of_logits_is_an_error_and_no_shift(started):
         started(engine).submit(engine.tokenise("q", ["a", "b"])).result(PATIENCE_S)
 
 
-def test_logits_that_are_no_numbers_are_handed_on_as_they_are(started):
-    engine = ScriptedEngine()
-    engine.forward = lambda batch: np.array([np.nan, np.inf, -np.inf], dtype=np.float32)[: len(batch)]
-    logits = started(engine).submit(engine.tokenise("q", ["a", "b", "c"])).result(PATIENCE_S)
-    assert np.isnan(logits).sum() == 1
-    assert np.isinf(logits).sum() == 2
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_no_finite_number_fails_its_own_pair_once_it_was_tried_alone(started, make_engine, value):
+    engine = make_engine(held=True)
+    bad = has_word(engine, "poison")
+    forward = engine.forward
+    engine.forward = lambda batch: np.where([bad(pair) for pair in batch], np.float32(value), forward(batch))
+    batcher = started(engine)
+    fine, poisoned = (batcher.submit(engine.tokenise("q", [*CHUNKS, last])) for last in ("fine", "poison"))
+    engine.gate.set()
+    with pytest.raises(PairFailed, match="finite"):
+        poisoned.result(PATIENCE_S)
+    np.testing.assert_array_equal(
+        fine.result(PATIENCE_S), StubEngine.forward(engine, engine.tokenise("q", [*CHUNKS, "fine"]))
+    )
+    assert batcher.stats().failed_pairs == 1
+    assert batcher.stats().batch_tokens == engine.max_batch_tokens
+
+
+def test_a_logit_that_is_a_number_when_its_pair_is_tried_alone_is_taken(started, make_engine):
+    engine = make_engine()
+    forward = engine.forward
+    engine.forward = lambda batch: forward(batch) * (np.nan if len(batch) > 1 else 1)
+    pairs = engine.tokenise("q", CHUNKS[:7])
+    np.testing.assert_array_equal(started(engine).submit(pairs).result(PATIENCE_S), StubEngine.forward(engine, pairs))
+
+
+class FaultyEngine(StubEngine):
+    """The stub, failing by chance in every way that is known; what a pair of the word *poison* meets is no chance."""
+
+    def __init__(self, seed):
+        super().__init__(seconds_per_token=0, max_batch_tokens=200)
+        self.chance = random.Random(seed)
+        self.lock = threading.Lock()
+        self.poison = super().tokenise("poison", [""])[0].ids[1]
+        self.stirred = threading.Event()
+
+    def launch(self, batch):
+        with self.lock:
+            kind = self.chance.choices(
+                ["fine", "raises", "memory", "exit", "shape", "nan", "hangs", "late"], [60, 4, 6, 2, 2, 4, 4, 18]
+            )[0]
+        # Alone a pair of its own succeeds: what fails then is the pair's fault.
+        if len(batch) == 1:
+            kind = "fine"
+        if any(self.poison in pair.ids for pair in batch):
+            kind = "raises"
+        if kind == "hangs":
+            self.stirred.clear()
+            self.stirred.wait(0.02)
+        if kind == "raises":
+            raise ValueError("cannot read this")
+        if kind == "exit":
+            raise SystemExit(1)
+        return Mishap(kind, self.forward(batch))
+
+
+class Mishap:
+    def __init__(self, kind, logits):
+        self.kind, self.right = kind, logits
+        self.looks = 0
+
+    @property
+    def done(self):
+        self.looks += 1
+        return self.kind != "late" or self.looks > 3
+
+    def logits(self):
+        if self.kind == "memory":
+            raise RuntimeError("CUDA out of memory")
+        if self.kind == "shape":
+            return self.right[:-1]
+        if self.kind == "nan":
+            return np.where(np.arange(self.right.size) % 3, self.right, np.nan)
+        return self.right
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_thirty_two_threads_at_a_faulty_engine_each_get_their_own_logits_or_their_own_error(started, seed):
+    engine = FaultyEngine(seed)
+    engine.gate = threading.Event()
+    batcher = started(engine)
+    wrong, ends, counted = [], Counter(), threading.Lock()
+
+    def job(chance):
+        query = f"query {chance.randrange(4)}"
+        chunks = chance.choices(CHUNKS, k=chance.randrange(1, 25))
+        poisoned = chance.random() < 0.1
+        chunks += ["poison"] * poisoned
+        pairs = engine.tokenise(query, chunks)
+        unfit = chance.random() < 0.05
+        pairs += [pair_of([])] * unfit
+        chunks += [""] * unfit
+        keys = [f"{query}/{chunk}".encode() for chunk in chunks] if chance.random() < 0.7 else None
+        kind, tenant = chance.choice(["bulk", "interactive"]), chance.choice("abc")
+        ticket = batcher.submit(pairs, priority=kind, keys=keys, tenant=tenant)
+        engine.stirred.set()
+        if chance.random() < 0.15:
+            ticket.cancel()
+        try:
+            logits = ticket.result(PATIENCE_S)
+        except (PairFailed, TicketCancelled) as error:
+            said = type(error).__name__
+            if isinstance(error, PairFailed) and not (poisoned or unfit):
+                wrong.append(said)
+        else:
+            said = "ranked"
+            if poisoned or unfit or not np.array_equal(logits, StubEngine.forward(engine, pairs)):
+                wrong.append(said)
+        with counted:
+            ends[said] += 1
+
+    def work(number):
+        chance = random.Random(seed * 1000 + number)
+        for _ in range(12):
+            try:
+                job(chance)
+            except BaseException as error:
+                wrong.append(repr(error))
+                raise
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5 * PATIENCE_S)
+    assert wrong == []
+    assert sum(ends.values()) == 32 * 12
+    assert min(ends[kind] for kind in ("ranked", "PairFailed", "TicketCancelled")) > 0
+    batcher.close(timeout=PATIENCE_S)
+    stats = batcher.stats()
+    assert (stats.waiting_pairs, stats.tickets, batcher._in_flight) == (0, 0, {})
+    assert batcher._waiting._lines == set()
+    assert batcher._waiting._shared == 0
+    assert stats.batches > 0
+    assert stats.out_of_memory > 0
 
 
 # -- waiting and watching ------------------------------------------------------------------------------------------
-
-
-def test_progress_can_be_waited_for_without_polling(started, make_engine):
-    engine = make_engine()
-    batches = []
-    batcher = started(engine, max_batch_tokens=32, on_progress=lambda: batches.append(1))
-    ticket = batcher.submit(engine.tokenise("q", CHUNKS))
-    seen = 0
-    while seen < len(CHUNKS):
-        now = ticket.wait_for_progress(seen, timeout=PATIENCE_S)
-        assert now > seen
-        seen = now
-    assert ticket.wait_for_progress(seen, timeout=PATIENCE_S) == len(CHUNKS)
-    batcher.close()
-    assert len(batches) == batcher.stats().batches == len(engine.batches)
 
 
 def test_callbacks_come_once_and_a_broken_one_harms_nobody(started, make_engine, caplog):
@@ -673,6 +943,7 @@ def test_callbacks_come_once_and_a_broken_one_harms_nobody(started, make_engine,
     ticket, other = (batcher.submit(engine.tokenise("q", [chunk])) for chunk in ("a", "b"))
     called = []
     ticket.add_done_callback(lambda _: 1 / 0)
+    ticket.add_done_callback(lambda _: sys.exit(1))
     ticket.add_done_callback(called.append)
     engine.gate.set()
     assert other.result(PATIENCE_S).shape == (1,)

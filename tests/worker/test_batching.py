@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerankq_worker.batching import GRACE_TOKENS, LOOK_AHEAD, SLACK, STRETCH, cost, plan, plan_all
+from rerankq_worker.batching import (
+    GRACE_TOKENS,
+    LOOK_AHEAD,
+    SLACK,
+    STRETCH,
+    cost,
+    even_share,
+    leading_priority,
+    plan,
+    plan_all,
+    virtual_starts,
+)
 
 lengths_of_pairs = st.lists(st.integers(1, 600), min_size=1, max_size=60)
 
@@ -18,14 +29,20 @@ def waiting_pairs(draw):
     count = len(lengths)
     priorities = draw(st.lists(st.integers(0, 1), min_size=count, max_size=count))
     ages = draw(st.lists(st.integers(0, 20).map(float), min_size=count, max_size=count))
-    return lengths, priorities, ages
+    starts = draw(st.none() | st.lists(st.integers(0, 5).map(float), min_size=count, max_size=count))
+    return lengths, priorities, ages, starts
 
 
-def leader_slowly(priorities, ages, age_limit):
+def turns_slowly(ages, starts):
+    return [-age for age in ages] if starts is None else starts
+
+
+def leader_slowly(priorities, ages, starts, age_limit):
     top = max(priorities)
     overdue = [i for i in range(len(ages)) if priorities[i] < top and ages[i] >= age_limit]
-    group = overdue or [i for i in range(len(ages)) if priorities[i] == top]
-    return max(group, key=lambda i: (ages[i], -i))
+    group = [i for i in range(len(ages)) if priorities[i] == (priorities[overdue[0]] if overdue else top)]
+    turns = turns_slowly(ages, starts)
+    return min(group, key=lambda i: (turns[i], i))
 
 
 def worth(lengths, stretch=1):
@@ -49,11 +66,11 @@ def best_worth_slowly(lengths, leader, peers, budget, stretch):
     return max(worths, default=None)
 
 
-def oldest_slowly(lengths, priorities, ages, leader, limits):
+def first_slowly(lengths, priorities, turns, leader, limits):
     """Fill up in turn, each priority up to its limit."""
     batch, used = [leader], lengths[leader]
     for allowed, limit in limits:
-        line = sorted((i for i in allowed if i != leader), key=lambda i: (-priorities[i], -ages[i], i))
+        line = sorted((i for i in allowed if i != leader), key=lambda i: (-priorities[i], turns[i], i))
         looked = 0
         for i in line:
             if used + lengths[i] <= limit:
@@ -85,9 +102,11 @@ fills = st.integers(0, 3000)
 @given(waiting_pairs(), st.integers(1, 3000), fills, age_limits)
 @settings(max_examples=150, deadline=None)
 def test_the_plan_is_the_best_run_that_the_slow_twin_finds(waiting, budget, fill_tokens, age_limit):
-    lengths, priorities, ages = waiting
-    chosen = plan(lengths, priorities, ages, budget, fill_tokens=fill_tokens, age_limit=age_limit).tolist()
-    leader = leader_slowly(priorities, ages, age_limit)
+    lengths, priorities, ages, starts = waiting
+    options = {"starts": starts, "fill_tokens": fill_tokens, "age_limit": age_limit}
+    chosen = plan(lengths, priorities, ages, budget, **options).tolist()
+    leader = leader_slowly(priorities, ages, starts, age_limit)
+    assert priorities[leader] == leading_priority(priorities, ages, age_limit)
     assert leader in chosen
     assert len(set(chosen)) == len(chosen)
     if lengths[leader] > budget:
@@ -120,10 +139,12 @@ def test_a_batch_too_small_to_use_the_device_well_may_be_padded_more():
 @given(waiting_pairs(), st.integers(1, 3000), fills, age_limits)
 @settings(max_examples=150, deadline=None)
 def test_an_unpadded_plan_is_the_one_of_the_slow_twin(waiting, budget, fill_tokens, age_limit):
-    lengths, priorities, ages = waiting
-    chosen = plan(lengths, priorities, ages, budget, padded=False, fill_tokens=fill_tokens, age_limit=age_limit)
-    leader = leader_slowly(priorities, ages, age_limit)
-    slowly = oldest_slowly(lengths, priorities, ages, leader, groups(priorities, leader, budget, fill_tokens))
+    lengths, priorities, ages, starts = waiting
+    options = {"starts": starts, "fill_tokens": fill_tokens, "age_limit": age_limit}
+    chosen = plan(lengths, priorities, ages, budget, padded=False, **options)
+    leader = leader_slowly(priorities, ages, starts, age_limit)
+    turns = turns_slowly(ages, starts)
+    slowly = first_slowly(lengths, priorities, turns, leader, groups(priorities, leader, budget, fill_tokens))
     assert sorted(chosen.tolist()) == sorted(slowly)
     assert cost([lengths[i] for i in chosen], padded=False) <= budget or chosen.tolist() == [leader]
 
@@ -147,8 +168,8 @@ def test_unpadded_batches_are_full_whatever_the_lengths():
 @given(waiting_pairs(), st.integers(1, 2000))
 @settings(max_examples=100, deadline=None)
 def test_interactive_pairs_go_first_until_bulk_is_overdue(waiting, budget):
-    lengths, priorities, ages = waiting
-    chosen = plan(lengths, priorities, ages, budget)
+    lengths, priorities, ages, starts = waiting
+    chosen = plan(lengths, priorities, ages, budget, starts=starts)
     if 1 in priorities:
         assert {priorities[i] for i in chosen} == {1}
 
@@ -162,11 +183,53 @@ def test_bulk_rides_along_where_a_device_takes_as_long_for_less(padded):
         assert len(chosen) == 2 + riders
 
 
-def test_the_oldest_overdue_bulk_pair_leads_and_interactive_pairs_may_ride_along():
+def test_an_overdue_bulk_pair_gives_bulk_the_lead_and_interactive_pairs_may_ride_along():
     chosen = plan([100, 100, 101, 300], [1, 0, 1, 0], [1.0, 9.0, 2.0, 30.0], 1000, age_limit=8.0)
     assert chosen.tolist() == [3]
     chosen = plan([100, 100, 99], [1, 0, 1], [1.0, 9.0, 2.0], 1000, age_limit=8.0)
     assert sorted(chosen.tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_of_pairs_alike_those_whose_turn_comes_first_are_in_the_batch(padded):
+    starts = [0, 50, 100, 150, 0, 50, 100, 150, 200, 250]
+    chosen = plan([50] * 10, [1] * 10, range(10, 0, -1), 300, starts=starts, padded=padded)
+    assert sorted(chosen.tolist()) == [0, 1, 2, 4, 5, 6]
+
+
+def virtual_starts_slowly(lengths, jobs, job_starts, tenants, tenant_starts):
+    """Serve the pairs one by one, always whose tenant and job had least."""
+    at_job, at_tenant = list(job_starts), list(tenant_starts)
+    starts, left = [None] * len(lengths), list(range(len(lengths)))
+    within = [None] * len(lengths)
+    for pair in left:
+        within[pair] = at_job[jobs[pair]]
+        at_job[jobs[pair]] += lengths[pair]
+    for pair in sorted(left, key=lambda pair: (within[pair], pair)):
+        starts[pair] = at_tenant[tenants[jobs[pair]]]
+        at_tenant[tenants[jobs[pair]]] += lengths[pair]
+    return starts
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_virtual_starts_are_those_of_pairs_served_one_by_one(data):
+    count, tenants = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
+    jobs = data.draw(st.lists(st.integers(0, count - 1), max_size=30))
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=len(jobs), max_size=len(jobs)))
+    job_starts = data.draw(st.lists(st.integers(0, 20).map(float), min_size=count, max_size=count))
+    tenants_of = data.draw(st.lists(st.integers(0, tenants - 1), min_size=count, max_size=count))
+    tenant_starts = data.draw(st.lists(st.integers(0, 20).map(float), min_size=tenants, max_size=tenants))
+    slowly = virtual_starts_slowly(lengths, jobs, job_starts, tenants_of, tenant_starts)
+    assert virtual_starts(lengths, jobs, job_starts, tenants_of, tenant_starts).tolist() == slowly
+
+
+@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 60))
+@settings(max_examples=150, deadline=None)
+def test_an_even_share_is_the_largest_that_fits(counts, size):
+    share = even_share(counts, size)
+    assert share == 1 or sum(min(count, share) for count in counts) <= size
+    assert share >= max(counts, default=1) or sum(min(count, share + 1) for count in counts) > size
 
 
 @pytest.mark.parametrize("padded", [True, False])

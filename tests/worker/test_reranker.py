@@ -330,6 +330,15 @@ def test_a_closed_engine_is_said_as_such(world: World):
 # -- cancelling -------------------------------------------------------------------------------------------------------
 
 
+def test_the_device_is_shared_among_tenants(world: World, monkeypatch: pytest.MonkeyPatch):
+    tenants, submit = [], world.batcher.submit
+    monkeypatch.setattr(
+        world.batcher, "submit", lambda *args, **named: tenants.append(named["tenant"]) or submit(*args, **named)
+    )
+    world.rank(job(tenant="a-tenant"))
+    assert tenants == ["a-tenant"]
+
+
 def test_a_job_cancelled_before_it_began_computes_nothing(world: World):
     work = Work()
     work.cancel()

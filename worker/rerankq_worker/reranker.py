@@ -154,7 +154,7 @@ class Reranker:
 
         join = bytes.fromhex(fingerprint) + query
         keys = [join + hashes[at] for at in unknown] if job.cache == "use" else None
-        ticket = self._batcher.submit(pairs, priority=priority, keys=keys)
+        ticket = self._batcher.submit(pairs, priority=priority, keys=keys, tenant=job.tenant)
         work.go_on(ticket=ticket)
         try:
             logits = ticket.result()

@@ -15,17 +15,16 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Literal
 
-from ..batching import WINDOW, cost, fill_of, plan
+from ..batching import LOOK_AHEAD, WINDOW, cost, fill_of, leading_priority, plan
 from .errors import EngineClosed, EngineDied, EngineError, PairFailed, is_out_of_memory
 from .flights import Flights, Landing
 from .pace import Budget, BulkTurn
 from .protocol import Engine, TokenisedPair
 from .tally import BatcherStats, Tally
 from .ticket import SharedPair, Ticket
-from .waiting import BULK, INTERACTIVE, NOWHERE, WaitingPairs
+from .waiting import BULK, INTERACTIVE, NOWHERE, Line, WaitingPairs
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +39,8 @@ LEAD_S = 0.01
 #: While it is too early, whether the device is done all the same is looked at so often, in seconds; it is not worth a
 #: sleep when less is left than the second figure.
 _GLANCE_S, _NAP_S = 0.002, 0.0002
+#: Hardly any pair has fewer tokens.
+_SHORT = 8
 
 
 class Batcher:
@@ -49,16 +50,17 @@ class Batcher:
     launches it before it gives out the results of the one before: never more than one ahead. An engine that computes
     at once is asked for one batch after the other.
 
+    Jobs share the device by tokens, those of one priority: tenants alike, and the jobs of a tenant alike what is the
+    tenant's. So a small job waits for a turn of every job beside it, not for their ends.
+
     Interactive pairs go first; bulk keeps ``bulk_share`` of the device's time however many of them wait, and fills
     their batches up to ``fill_tokens`` (default: ``batching.fill_of`` the budget). So an interactive pair waits for the
     batch on the device and at most one more. Pairs with the same key are computed once while in flight.
 
     A batch that does not fit into memory is halved, and the budget stays lower for a while. A batch that fails
-    otherwise is halved too, until the pair is found that fails alone: it fails the tickets that wait for it, and no
-    others. When the engine does not even warm up then, it is dead: every ticket fails with EngineDied, and so does
-    every later ``submit``.
-
-    ``on_progress()`` is called by the engine's thread after every micro-batch.
+    otherwise is halved too, until the pair is found that fails alone, or gives no finite logit: it fails the tickets
+    that wait for it, and no others. When the engine does not even warm up then, it is dead: every ticket fails with
+    EngineDied, and so does every later ``submit``.
     """
 
     def __init__(
@@ -70,7 +72,6 @@ class Batcher:
         fill_tokens: int | None = None,
         lead_s: float = LEAD_S,
         window: int = WINDOW // 2,
-        on_progress: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 0 < bulk_share < 1:
@@ -83,7 +84,6 @@ class Batcher:
         self._fill_tokens = fill_of(full) if fill_tokens is None else fill_tokens
         self._lead_s = lead_s
         self._window = window
-        self._on_progress = on_progress
         self._clock = clock
 
         self._lock = threading.Lock()
@@ -114,31 +114,42 @@ class Batcher:
         *,
         priority: Priority = "interactive",
         keys: Sequence[bytes | None] | None = None,
+        tenant: str = "",
     ) -> Ticket:
-        """Hand pairs to the device; returns at once.
+        """Hand a job's pairs to the device; returns at once.
 
         ``keys``, one per pair, name what is to be computed: pairs with equal keys are computed once while one of them
-        is in flight; None never joins. Raises EngineDied or EngineClosed when nothing will be computed any more, and
-        ValueError for an unknown priority or a wrong number of keys.
+        is in flight; None never joins. The ticket fails at once where a pair has no tokens, or more than the engine
+        reads. Raises EngineDied or EngineClosed when nothing will be computed any more, and ValueError for an unknown
+        priority or a wrong number of keys.
         """
         if priority not in _PRIORITIES:
             raise ValueError(f"priority {priority!r} is neither 'interactive' nor 'bulk'")
         keys = [None] * len(pairs) if keys is None else keys
         if len(keys) != len(pairs):
             raise ValueError(f"one key per pair: got {len(keys)} keys for {len(pairs)} pairs")
-        ticket = Ticket(len(pairs), _PRIORITIES[priority], self._lock, self._withdraw)
+        # Before anything is changed: whatever is wrong with a pair or a key is its owner's affair.
+        wanted = [SharedPair(pair, pair.length, key) for pair, key in zip(pairs, keys, strict=True)]
+        hash(tuple(keys))
+        unfit = next((said for pair in wanted if (said := self._unfit(pair.length))), None)
+        now = self._clock()
+        ticket = Ticket(len(pairs), Line(_PRIORITIES[priority], tenant), now, self._lock, self._withdraw)
         with self._lock:
             if self._death is not None:
                 raise EngineDied(self._death)
             if self._closing:
                 raise EngineClosed(_CLOSED)
-            if not pairs:
-                ticket.end()
+            if unfit or not wanted:
+                ticket.end(now, PairFailed(unfit) if unfit else None)
                 return ticket
             self._tickets.add(ticket)
-            enlisted = (self._enlist(ticket, *numbered) for numbered in zip(count(), pairs, keys, strict=False))
-            new = [shared for shared in enlisted if shared is not None]
-            self._waiting.join(new, ticket.priority, self._clock())
+            # Each once, however often it is named.
+            in_line: dict[SharedPair, None] = {}
+            for index, pair in enumerate(wanted):
+                shared, new = self._enlist(ticket, index, pair)
+                if new or shared.place != NOWHERE:
+                    in_line[shared] = None
+            self._waiting.join(ticket.line, list(in_line), now)
             self._work.notify()
         return ticket
 
@@ -182,28 +193,25 @@ class Batcher:
 
     # -- entering and leaving, with the lock held where it is not taken ----------------------------------------------
 
-    def _enlist(self, ticket: Ticket, index: int, pair: TokenisedPair, key: bytes | None) -> SharedPair | None:
-        """Let the ticket wait for this pair; returns it if it is new to the line."""
-        known = None if key is None else self._in_flight.get(key)
-        shared = known or SharedPair(pair, key)
+    def _unfit(self, length: int) -> str | None:
+        """Say why no engine could compute a pair of so many tokens, if that is so."""
+        if length < 1:
+            return "a pair of no tokens cannot be scored"
+        if length > self._engine.max_length:
+            return f"a pair of {length} tokens cannot be scored: the model reads {self._engine.max_length}"
+        return None
+
+    def _enlist(self, ticket: Ticket, index: int, pair: SharedPair) -> tuple[SharedPair, bool]:
+        """Let the ticket wait for this pair, or for its like in flight; says whether it is a new one."""
+        known = None if pair.key is None else self._in_flight.get(pair.key)
+        shared = known or pair
         shared.waiters.append((ticket, index))
         ticket.shared.append(shared)
         if known is not None:
             self._tally.joined_pairs += 1
-            self._reconsider(shared)
-            return None
-        if key is not None:
-            self._in_flight[key] = shared
-        return shared
-
-    def _reconsider(self, shared: SharedPair) -> None:
-        """Drop a pair that nobody waits for; else let it go as early as its most urgent waiter."""
-        if not shared.waiters:
-            self._forget(shared)
-            if shared.place != NOWHERE:
-                self._waiting.leave(shared)
-        elif shared.place != NOWHERE:
-            self._waiting.prioritise(shared, shared.priority)
+        elif pair.key is not None:
+            self._in_flight[pair.key] = pair
+        return shared, known is None
 
     def _forget(self, shared: SharedPair) -> None:
         if shared.key is not None and self._in_flight.get(shared.key) is shared:
@@ -215,8 +223,10 @@ class Batcher:
         # Not those already computed: they left, and their waiters do not matter any more.
         for shared in ticket.shared if error is not None else ():
             shared.forsake(ticket)
-            self._reconsider(shared)
-        ticket.end(error)
+            if not shared.waiters:
+                self._forget(shared)
+        self._waiting.close(ticket.line)
+        ticket.end(self._clock(), error)
 
     def _withdraw(self, ticket: Ticket, error: EngineError) -> None:
         with self._lock:
@@ -259,13 +269,11 @@ class Batcher:
         failed = []
         while len(flights) > keep:
             landing = flights.land()
-            self._count(landing)
-            if landing.failure is None:
-                self._deliver(landing)
-            else:
-                # What failed is tried again with nothing else on the device.
-                failed.append(landing)
-                keep = 0
+            if self._gave_out(landing):
+                continue
+            # What failed is tried again with nothing else on the device.
+            failed.append(landing)
+            keep = 0
         for landing in failed:
             self._recover(landing)
         return True
@@ -286,7 +294,10 @@ class Batcher:
             self._hurry.wait(min(early, _GLANCE_S))
 
     def _choose(self) -> list[SharedPair]:
-        window, now, budget = self._waiting.window(self._window), self._clock(), self._budget.now
+        now, budget = self._clock(), self._budget.now
+        # Neighbours in length are looked for among many; whose turn it is, is known from the first.
+        enough = self._window if self._engine.padded else min(self._window, budget // _SHORT + LOOK_AHEAD)
+        window = self._waiting.window(enough)
         ages = now - window.arrived
         pace = self._flights.pace
         # What is wanted is a share, not that a backlog goes first: old as they are, bulk pairs wait for their turn.
@@ -297,26 +308,35 @@ class Batcher:
             ages,
             budget,
             padded=self._engine.padded,
+            starts=window.starts,
             fill_tokens=self._fill_tokens,
             age_limit=age_limit,
         )
-        bulk = window.priorities == BULK
-        if bulk.all() or (ages[bulk] >= age_limit).any():
+        turn = leading_priority(window.priorities, ages, age_limit)
+        if turn == BULK:
+            bulk = window.priorities == BULK
             share = window.lengths[chosen[bulk[chosen]]].sum() / window.lengths[chosen].sum()
             cost_of_bulk = share * cost(window.lengths[chosen], padded=self._engine.padded)
             self._bulk_turn = self._bulk_turn.after(now, pace.predict(cost_of_bulk))
-        return self._waiting.take(window.places[chosen].tolist())
+        return self._waiting.take(window, chosen, led_by=turn, least=min(self._fill_tokens, budget))
 
     def _cost(self, pairs: Sequence[SharedPair]) -> int:
         return cost([shared.length for shared in pairs], padded=self._engine.padded)
 
+    def _gave_out(self, landing: Landing) -> bool:
+        """Count a batch, and give out its logits; whether that was all of them."""
+        self._count(landing)
+        if landing.failure is None:
+            self._deliver(landing)
+        return not landing.unscored
+
     def _recover(self, landing: Landing) -> None:
         """Compute in halves what failed as a whole, down to the pair that fails alone."""
         self._note_failure(landing)
-        pairs, failure = landing.pairs, landing.failure
-        if len(pairs) == 1:
-            self._judge(pairs[0], failure)
+        if len(landing.pairs) == 1:
+            self._judge(landing.pairs[0], landing.failure or ArithmeticError("its logit is no finite number"))
             return
+        pairs = landing.unscored
         middle = len(pairs) // 2
         for half in (pairs[:middle], pairs[middle:]):
             self._try_again(half)
@@ -334,10 +354,7 @@ class Batcher:
             return
         self._flights.launch(wanted, self._cost(wanted))
         landing = self._flights.land()
-        self._count(landing)
-        if landing.failure is None:
-            self._deliver(landing)
-        else:
+        if not self._gave_out(landing):
             self._recover(landing)
 
     def _note_failure(self, landing: Landing) -> None:
@@ -347,45 +364,48 @@ class Batcher:
             self._tally.out_of_memory += 1
             self._budget = self._budget.after_out_of_memory(landing.cost)
             logger.warning("out of memory at %d tokens; batches of %d for a while", landing.cost, self._budget.now)
-        self._engine.release_memory()
+        try:
+            self._engine.release_memory()
+        except BaseException:  # a device that is gone is found out by the next batch
+            logger.exception("the engine gave no memory back")
 
     def _count(self, landing: Landing) -> None:
         with self._lock:
             tally = self._tally
-            tally.busy_s += landing.seconds
+            tally.busy_s += landing.ended - landing.began
+            for ticket in {ticket for shared in landing.pairs for ticket, _ in shared.waiters}:
+                ticket.note_batch(landing.began, landing.ended)
             if landing.failure is not None:
                 return
             tally.batches += 1
             tally.pairs += len(landing.pairs)
             tally.tokens += sum(shared.length for shared in landing.pairs)
             tally.padded_tokens += landing.cost
-            tally.last_progress = self._clock()
+            tally.last_progress = landing.ended
             self._budget = self._budget.after_success()
 
     def _deliver(self, landing: Landing) -> None:
         with self._lock:
             touched = set()
-            for shared, logit in zip(landing.pairs, landing.logits, strict=True):
+            for shared, logit in landing.scored:
                 self._forget(shared)
+                for ticket, _ in shared.waiters[:1]:
+                    ticket.tokens += shared.length
                 for ticket, index in shared.waiters:
                     ticket.deliver(index, logit)
                     touched.add(ticket)
             ended = [ticket for ticket in touched if ticket.done_pairs == ticket.pairs]
-            for ticket in touched:
-                ticket.notify()
             for ticket in ended:
                 self._release(ticket, None)
         for ticket in ended:
             ticket.announce()
-        if self._on_progress is not None:
-            self._on_progress()
 
-    def _judge(self, shared: SharedPair, error: Exception | None) -> None:
+    def _judge(self, shared: SharedPair, error: BaseException) -> None:
         """Fail a pair that failed alone, unless it is the device that fails."""
         with self._flights.unpredicted():
             try:
                 self._engine.warm_up()
-            except Exception as second:
+            except BaseException as second:
                 raise RuntimeError(f"a pair fails alone ({error}), and so does a warm-up ({second})") from second
         logger.error("a pair of %d tokens fails even alone: %s", shared.length, error)
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +18,29 @@ from .ticket import SharedPair
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """How a batch ended: with one logit per pair, or with what went wrong. ``seconds`` are the device's."""
+    """How a batch ended: with one logit per pair, or with what went wrong.
+
+    ``began`` and ``ended`` are the device's times, on the batcher's clock.
+    """
 
     pairs: list[SharedPair]
     cost: int
-    seconds: float
+    began: float
+    ended: float
     logits: list[float]
-    failure: Exception | None
+    failure: BaseException | None
+
+    @property
+    def scored(self) -> list[tuple[SharedPair, float]]:
+        """The pairs with a logit that is a number, and the logit."""
+        return [(pair, logit) for pair, logit in zip(self.pairs, self.logits, strict=False) if math.isfinite(logit)]
+
+    @property
+    def unscored(self) -> list[SharedPair]:
+        """The pairs without: all where the batch failed, else those whose logit is no finite number."""
+        if self.failure is not None:
+            return self.pairs
+        return [pair for pair, logit in zip(self.pairs, self.logits, strict=True) if not math.isfinite(logit)]
 
 
 @dataclass(slots=True)
@@ -71,7 +88,7 @@ class Flights:
         self._look()
         try:
             one.flight = self._engine.launch([shared.pair for shared in pairs])
-        except Exception as error:  # noqa: BLE001 - whatever it is, the neighbours go on and the waiters hear of it
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the neighbours go on and the waiters hear of it
             one.flight = _Crashed(error)
 
     def land(self) -> Landing:
@@ -79,7 +96,7 @@ class Flights:
         one, logits, failure = self._out[0], [], None
         try:
             logits = _checked(one)
-        except Exception as error:  # noqa: BLE001 - as above
+        except BaseException as error:  # noqa: BLE001 - as above
             failure = error
             # The traceback's frames hold the batch's tensors, and what is tried next needs their memory.
             failure.__traceback__ = None
@@ -89,10 +106,9 @@ class Flights:
             # A device does one batch after the other: what was launched ahead begins now.
             self._out[0].began = now
         self._look()
-        seconds = now - one.began
         if failure is None:
-            self.pace = self.pace.after(one.cost, seconds)
-        return Landing(one.pairs, one.cost, seconds, logits, failure)
+            self.pace = self.pace.after(one.cost, now - one.began)
+        return Landing(one.pairs, one.cost, one.began, now, logits, failure)
 
     @contextmanager
     def unpredicted(self) -> Iterator[None]:
@@ -112,7 +128,7 @@ class _Crashed:
 
     done = True
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         self._error = error
 
     def logits(self) -> NoReturn:
@@ -120,7 +136,10 @@ class _Crashed:
 
 
 def _done(one: _Launched) -> bool:
-    return one.flight is not None and one.flight.done
+    try:
+        return one.flight is not None and one.flight.done
+    except BaseException:  # noqa: BLE001 - nothing to wait for: what is wrong is told when it lands
+        return True
 
 
 def _checked(one: _Launched) -> list[float]:

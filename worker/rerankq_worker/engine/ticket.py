@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import EngineError, TicketCancelled
 from .protocol import Logits, TokenisedPair
-from .waiting import BULK, NOWHERE
+from .waiting import NOWHERE, Line
 
 logger = logging.getLogger(__name__)
 
@@ -18,28 +18,38 @@ logger = logging.getLogger(__name__)
 class Ticket:
     """A promise of logits for the pairs of one submission.
 
+    ``tokens`` are those of the pairs computed for it so far; of a pair that several tickets wait for, one alone counts
+    them. ``device_s`` are the seconds that batches with its pairs were on the device since it was submitted.
+
     The methods below the line are the batcher's, called while it holds its lock.
     """
 
     def __init__(
-        self, count: int, priority: int, lock: threading.Lock, withdraw: Callable[[Ticket, EngineError], None]
+        self, count: int, line: Line, now: float, lock: threading.Lock, withdraw: Callable[[Ticket, EngineError], None]
     ) -> None:
         self.pairs = count
         self.done_pairs = 0
-        self.priority = priority
+        self.tokens = 0
+        self.device_s = 0.0
+        self.line = line
         self.shared: list[SharedPair] = []
+        self._submitted = self._ended = now
         self._withdraw = withdraw
         self._changed = threading.Condition(lock)
         self._logits = np.full(count, np.nan, dtype=np.float32)
         self._error: EngineError | None = None
         self._done = False
-        self._watchers = 0
         self._callbacks: list[Callable[[Ticket], None]] = []
 
     @property
     def done(self) -> bool:
         """Whether it ended: with all its logits, with an error, or cancelled."""
         return self._done
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds of its time in which the device did something else than its pairs, once it ended."""
+        return max(0.0, self._ended - self._submitted - self.device_s)
 
     def result(self, timeout: float | None = None) -> Logits:
         """Wait for the logits: float32, shape ``(pairs,)``, in the order submitted.
@@ -53,19 +63,6 @@ class Ticket:
             if self._error is not None:
                 raise self._error
             return self._logits
-
-    def wait_for_progress(self, seen: int, timeout: float | None = None) -> int:
-        """Wait until more than ``seen`` pairs are done, or it ended, or ``timeout`` seconds passed.
-
-        Returns how many pairs are done.
-        """
-        with self._changed:
-            self._watchers += 1
-            try:
-                self._changed.wait_for(lambda: self._done or self.done_pairs > seen, timeout)
-            finally:
-                self._watchers -= 1
-            return self.done_pairs
 
     def add_done_callback(self, callback: Callable[[Ticket], None]) -> None:
         """Call ``callback(ticket)`` when it ends, from whichever thread ends it; at once if it already did.
@@ -89,17 +86,17 @@ class Ticket:
         self._logits[index] = logit
         self.done_pairs += 1
 
-    def end(self, error: EngineError | None = None) -> None:
+    def note_batch(self, began: float, ended: float) -> None:
+        """Count a batch with pairs of it, of which some of the time may have been before it came."""
+        self.device_s += max(0.0, ended - max(began, self._submitted))
+
+    def end(self, now: float, error: EngineError | None = None) -> None:
         """Close the promise; ``announce`` is due once the lock is released."""
         self._done = True
+        self._ended = now
         self._error = error
         self.shared = []
-        self.notify()
-
-    def notify(self) -> None:
-        """Wake whoever can go on: most wait for the end, and woken before it they would only hold up the rest."""
-        if self._done or self._watchers:
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     def announce(self) -> None:
         """Call back whoever asked to be called; without the lock."""
@@ -111,19 +108,15 @@ class Ticket:
 class SharedPair:
     """A pair on its way to the device, with every ticket that waits for its logit."""
 
-    __slots__ = ("key", "length", "pair", "place", "waiters")
+    __slots__ = ("key", "length", "lines", "pair", "place", "waiters")
 
-    def __init__(self, pair: TokenisedPair, key: bytes | None) -> None:
+    def __init__(self, pair: TokenisedPair, length: int, key: bytes | None) -> None:
         self.pair = pair
         self.key = key
-        self.length = pair.length
+        self.length = length
         self.place = NOWHERE
+        self.lines: list[Line] = []
         self.waiters: list[tuple[Ticket, int]] = []
-
-    @property
-    def priority(self) -> int:
-        """The highest of those who wait for it."""
-        return max((ticket.priority for ticket, _ in self.waiters), default=BULK)
 
     def forsake(self, ticket: Ticket) -> None:
         """Take a ticket off those who wait."""
@@ -133,6 +126,6 @@ class SharedPair:
 def _call(callback: Callable[[Ticket], None], ticket: Ticket) -> None:
     try:
         callback(ticket)
-    except Exception:
-        # Whose callback it is cannot be asked, and the next ticket's owner must not suffer.
+    except BaseException:
+        # Whose callback it is cannot be asked, and the next ticket's owner must not suffer, be it a SystemExit.
         logger.exception("a callback of a finished ticket failed")
