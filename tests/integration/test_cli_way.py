@@ -25,10 +25,10 @@ def start(tmp_path):
     """Start the command line in an empty folder, with the stub model unless said otherwise."""
     running = []
 
-    def start(*arguments, **environment):
+    def start(*arguments, through=(), **environment):
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RERANKQ_")}
         process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*through, *COMMAND, *arguments],
             env={**clean, "RERANKQ_MODEL": "stub", **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -47,8 +47,8 @@ def start(tmp_path):
 
 @pytest.fixture
 def run(start):
-    def run(*arguments, given=None, **environment):
-        process = start(*arguments, **environment)
+    def run(*arguments, given=None, through=(), **environment):
+        process = start(*arguments, through=through, **environment)
         out, err = process.communicate(given, timeout=120)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
@@ -370,6 +370,111 @@ def test_up_starts_a_worker_that_died_again(start, run, wait_until):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert "worker ended (signal 9); starting it again in 1 s" in said
+
+
+# How a shell starts a program: with signals ignored or not, with standard streams closed.
+def shell(words):
+    return ["sh", "-c", words + ' exec "$@"', "sh"]
+
+
+CLOSED = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+
+
+def test_up_in_the_background_of_a_script_says_how_to_stop_it_and_leaves_no_process(start, wait_until):
+    process = start("up", through=shell("trap '' INT HUP TERM PIPE;"))
+    said = ""
+    while "Ready" not in said:
+        said = process.stdout.readline()
+    assert said == f"Ready. kill {process.pid} stops everything.\n"
+    processes = family(process)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    wait_until(lambda: gone(processes))
+
+
+def test_a_terminal_that_is_closed_stops_up(start, wait_until):
+    process = start("up", "--json", through=[sys.executable, "-c", UNIGNORED])
+    process.stdout.readline()
+    processes = family(process)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 129
+    wait_until(lambda: gone(processes))
+
+
+UNIGNORED = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def test_closed_standard_streams_are_no_matter_to_a_rescore(run, collection, tmp_path):
+    done = run("rescore", *collection, through=CLOSED)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len((tmp_path / "o.trec").read_text().splitlines()) == QUERIES * DEPTH
+    at = collection.index("o.trec")
+    refused = run("rescore", *collection[:at], "-", *collection[at + 1 :], through=["sh", "-c", 'exec "$@" >&-', "sh"])
+    assert refused.returncode == 2
+    assert refused.stderr == "rerankq: --output: standard output is not open for writing\n"
+
+
+def test_nothing_is_needed_of_the_place_where_a_rescore_is_started(run, collection, tmp_path):
+    nowhere = ["env", "-u", "HOME", "-C", "/proc"]
+    absolute = [str(tmp_path / part) if (tmp_path / part).is_file() else part for part in collection]
+    absolute[absolute.index("o.trec")] = str(tmp_path / "o.trec")
+    done = run("rescore", *absolute, through=nowhere, TMPDIR="/nowhere", TERM="dumb", COLUMNS="10")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("status", "nobody"), ("submit", "jobs.jsonl"), ("dead", "list")])
+def test_a_closed_pipe_ends_a_command_quietly(run, redis_url, tmp_path, arguments):
+    write(tmp_path / "jobs.jsonl", (json.dumps({"query": f"w{n}", "chunks": ["x"]}) for n in range(1000)))
+    into_a_closed_pipe = ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "sh"]
+    done = run(*arguments, through=into_a_closed_pipe, RERANKQ_BROKER_URL=redis_url)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_whoever_waits_is_told_where_no_worker_is_alive_and_what_goes_on_without_him(
+    start, run, redis_url, start_worker
+):
+    there = {"RERANKQ_BROKER_URL": redis_url}
+    process = start("submit", "-", "--wait", **there)
+    process.stdin.write('{"id": "one", "query": "a", "chunks": ["b"]}\n{"id": "two", "query": "a", "chunks": ["c"]}\n')
+    process.stdin.close()
+    process.stdin = None
+    said = process.stderr.readline()
+    assert said == "rerankq: no worker is alive; waiting for jobs one, two (rerankq worker starts one)\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err == "rerankq: stopped waiting; 2 jobs go on (rerankq result ID, or rerankq cancel ID):\none\ntwo\n"
+
+    waiting = start("result", "two", **there)
+    assert waiting.stderr.readline() == "rerankq: no worker is alive; waiting for job two (rerankq worker starts one)\n"
+    start_worker()
+    out, err = waiting.communicate(timeout=60)
+    assert json.loads(out)["job_id"] == "two"
+    assert json.loads(run("result", "one", **there).stdout)["job_id"] == "one"
+
+
+def test_a_result_that_is_not_waited_for_any_longer_goes_on(start, run, redis_url):
+    there = {"RERANKQ_BROKER_URL": redis_url}
+    run("submit", "-", given='{"id": "one", "query": "a", "chunks": ["b"]}', **there)
+    process = start("result", "one", **there)
+    process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "rerankq: stopped waiting; job one goes on\n")
+    late = run("result", "one", "--timeout", "0.5", **there)
+    assert (late.returncode, late.stderr) == (1, "rerankq: job one: no ranking within 0.5 s; it may still come\n")
+
+
+def test_a_rescore_is_told_where_no_worker_is_alive(start, collection, redis_url):
+    process = start("rescore", *collection, RERANKQ_BROKER_URL=redis_url)
+    assert process.stderr.readline().startswith("rerankq: no worker is alive; jobs are waiting")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
 
 
 def test_a_second_interrupt_ends_everything_at_once(start, wait_until):

@@ -76,6 +76,28 @@ def test_many_bad_lines_are_counted_not_all_said(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["result", "x", "--timeout", "nan"],
+        ["result", "x", "--timeout", "inf"],
+        ["result", "x", "--timeout", "-1"],
+        ["result", "x", "--timeout", "soon"],
+        ["worker", "--concurrency", "0"],
+        ["worker", "--concurrency", "1000000000000"],
+        ["up", "--flower-port", "0"],
+        ["up", "--flower-port", "65536"],
+        ["rescore", "--limit", "0"],
+        ["rescore", "--limit", "1.5"],
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_the_option(run, arguments):
+    # A job or a worker of that kind would be waited for.
+    done = run(*arguments, RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
+    assert done.exit_code == 2
+    assert f"Invalid value for '{arguments[-2]}'" in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
     ("option", "value", "said"),
     [
         ("--depth", "0", "--depth: expected 1 to 10000"),

@@ -102,11 +102,13 @@ def test_jobs_of_ours_are_forgotten_and_never_more_than_two_batches_are_known():
     assert desk.most_known <= 2 * flows.JOBS_AT_ONCE
 
 
-def test_jobs_of_others_are_neither_forgotten_nor_cancelled():
+def test_jobs_of_others_are_neither_forgotten_nor_cancelled_and_those_that_go_on_are_known():
     desk = FakeDesk()
-    outcomes = flow_of(desk).outcomes(keyed(["a", "b"]))
-    next(outcomes)
+    flow = flow_of(desk)
+    outcomes = flow.outcomes(keyed(["a", "b"]))
+    assert next(outcomes)[0] == "b"
     outcomes.close()
+    assert flow.under_way == {"id-of-a": None}
     assert desk.known == ["id-of-a", "id-of-b"]
     assert desk.cancelled == []
 

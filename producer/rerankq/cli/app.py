@@ -23,15 +23,19 @@ from . import stack as stacks
 from . import submit as submitting
 from .flow import Flow
 from .inputs import InputFault
-from .options import FAILED, WRONG, JobId, Json, Model, connected, settings_with
+from .options import FAILED, WRONG, JobId, Json, Model, Timeout, connected, settings_with
+from .worker_watch import WorkerWatch
 
 # By custom 128 + the signal's number.
-INTERRUPTED = 130
-TERMINATED = 143
+INTERRUPTED = 128 + signal.SIGINT
 
 
-class Terminated(KeyboardInterrupt):
-    """Raised by SIGTERM: whatever cleans up after Ctrl-C cleans up after this."""
+class Stopped(KeyboardInterrupt):
+    """Raised by SIGTERM and SIGHUP: whatever cleans up after Ctrl-C cleans up after this."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number
 
 
 class SpeakingGroup(TyperGroup):
@@ -39,19 +43,22 @@ class SpeakingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with _sigterm_raises():
+        with _stopping_signals_raise():
             try:
                 return super().invoke(ctx)
-            except InputFault as fault:
-                _end(str(fault), WRONG)
-            except SettingsInvalid as error:
+            except (InputFault, SettingsInvalid) as error:
                 _end(str(error), WRONG)
             except RerankqError as error:
                 _end(str(error), FAILED)
-            except Terminated:
-                raise typer.Exit(TERMINATED) from None
-            except KeyboardInterrupt:
-                raise typer.Exit(INTERRUPTED) from None
+            except KeyboardInterrupt as stop:
+                raise typer.Exit(getattr(stop, "status", INTERRUPTED)) from None
+            except BrokenPipeError:
+                raise  # ends quietly, with status 1
+            except OSError as error:
+                _end(str(error), FAILED)
+            finally:
+                # Here, where a closed pipe can still be met.
+                sys.stdout.flush()
 
 
 app = typer.Typer(
@@ -118,16 +125,23 @@ def up(
                 {"broker_url": url, "embedded": stack.embedded, "model": stack.settings.model, "flower": flower}
             )
         else:
-            print("\nReady. Ctrl-C stops everything.", flush=True)
+            print(f"\nReady. {how_to_stop()} stops everything.", flush=True)
         while True:
             stack.tend()
             time.sleep(0.5)
 
 
+def how_to_stop() -> str:
+    """Say what stops us: a background job of a script ignores SIGINT."""
+    return f"kill {os.getpid()}" if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else "Ctrl-C"
+
+
 @app.command()
 def worker(
     model: Model = None,
-    concurrency: Annotated[int | None, typer.Option(help="Jobs in flight. Default: RERANKQ_CONCURRENCY.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Jobs in flight. Default: RERANKQ_CONCURRENCY.")
+    ] = None,
     name: Annotated[str, typer.Option(help="The worker's name on this machine; two workers need two.")] = "rerankq",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Celery's banner, and a line per job.")] = False,
 ) -> None:
@@ -148,17 +162,18 @@ def submit(
 
     A file is checked first: if a line is no job, nothing is submitted. From standard input, jobs are submitted as they
     come and lines that are none are passed over. Either way such lines are named and the exit status is 2.
-    A job that fails has, with --wait, a JSON line with "line", "error_type" and "error"; the exit status is 1.
+    A job that fails has, with --wait, a JSON line with "line", "error_type" and "error"; the exit status is 1. Stopped
+    while waiting, it names the jobs that go on without it: "rerankq result ID" waits for one.
     """
     settings = connected()
     reader = submitting.Reader(jobs, show.say, max_bytes=_longest_line(settings))
+    pairs = None
     if submitting.can_be_read_twice(jobs):
-        reader.check()
+        pairs = reader.check()
         if reader.faults:
             raise InputFault(f"{jobs}: nothing was submitted; lines that are no jobs: {reader.faults}")
     with Client(settings) as client:
-        flow: Flow[str] = Flow(client)
-        failed = _print_rankings(flow, reader) if wait else _print_ids(flow, reader)
+        failed = _print_rankings(client, reader, pairs) if wait else _print_ids(Flow(client), reader)
     if reader.faults:
         raise typer.Exit(WRONG)
     if failed:
@@ -166,13 +181,16 @@ def submit(
 
 
 @app.command()
-def result(
-    job: JobId,
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds to wait; default: as long as it takes.")] = None,
-) -> None:
+def result(job: JobId, timeout: Timeout = None) -> None:
     """Wait for a job's ranking and print it as a line of JSON."""
     with Client(connected()) as client:
-        show.print_json(client.result(job, timeout).model_dump(mode="json"))
+        watch = WorkerWatch(client.workers, show.note)
+        try:
+            ranking = submitting.wait_for(client, job, timeout, lambda: watch.look(job_ids=[job]))
+        except KeyboardInterrupt:
+            show.note(f"stopped waiting; job {job} goes on")
+            raise
+        show.print_json(ranking.model_dump(mode="json"))
 
 
 @app.command()
@@ -259,14 +277,31 @@ def _print_ids(flow: Flow[str], reader: submitting.Reader) -> int:
     return failed
 
 
-def _print_rankings(flow: Flow[str], reader: submitting.Reader) -> int:
+def _print_rankings(client: Client, reader: submitting.Reader, pairs: int | None) -> int:
     failed = 0
-    outcomes = flow.outcomes(reader.jobs())
-    with closing(outcomes):  # type: ignore[type-var]  # it is a generator
-        for place, outcome in outcomes:
-            show.print_json(submitting.as_record(place, outcome))
-            failed += not isinstance(outcome, Ranking)
+    watch = WorkerWatch(client.workers, show.note, client.settings.conf_dir)
+    flow: Flow[tuple[str, int]] = Flow(client)
+    flow.tend = lambda: watch.look(set(flow.under_way.values()), list(flow.under_way))
+    outcomes = flow.outcomes(((place, len(job.chunks)), job) for place, job in reader.jobs())
+    with show.PairBar() as bar, closing(outcomes):  # type: ignore[type-var]  # it is a generator
+        bar.begin(pairs)
+        try:
+            for (place, size), outcome in outcomes:
+                with bar.aside():
+                    show.print_json(submitting.as_record(place, outcome))
+                failed += not isinstance(outcome, Ranking)
+                bar.advance(size)
+        except (KeyboardInterrupt, RerankqError) as stop:
+            _tell_what_goes_on([*flow.under_way, *getattr(stop, "accepted", ())])
+            raise
     return failed
+
+
+def _tell_what_goes_on(job_ids: list[str]) -> None:
+    if job_ids:
+        count = f"{len(job_ids)} jobs go" if len(job_ids) > 1 else "1 job goes"
+        show.note(f"stopped waiting; {count} on (rerankq result ID, or rerankq cancel ID):")
+        show.say("\n".join(job_ids))
 
 
 def _longest_line(settings: Settings) -> int:
@@ -280,15 +315,18 @@ def _end(text: str, status: int) -> NoReturn:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    def stop(*_: object) -> NoReturn:
-        raise Terminated
+def _stopping_signals_raise() -> Iterator[None]:
+    def stop(number: int, _: object) -> NoReturn:
+        raise Stopped(number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    # nohup has SIGHUP ignored, and means it.
+    numbers = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP])]
+    before = [(number, signal.signal(number, stop)) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 if sys.platform == "win32":  # pragma: no cover

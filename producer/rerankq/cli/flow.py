@@ -50,12 +50,15 @@ class Flow(Generic[K]):
         ours: the jobs are nobody else's: forgotten when done, cancelled when the flow is abandoned, and a model whose
             worker has vanished is waited for; otherwise a job for a model that nobody serves is refused.
         pause: waits, in seconds.
+
+    ``under_way`` are the ids of jobs that were submitted and have not ended, with the models that they name.
     """
 
     desk: Desk
     tend: Callable[[], None] = nothing
     ours: bool = False
     pause: Callable[[float], None] = time.sleep
+    under_way: dict[str, str | None] = field(default_factory=dict)
     _waiting: deque[dict[str, list[K]]] = field(default_factory=deque)
     _begun: bool = False
 
@@ -69,12 +72,15 @@ class Flow(Generic[K]):
             for batch in batches(jobs):
                 waiting: dict[str, list[K]] = {}
                 self._waiting.append(waiting)
-                for key, answer in self.submit(batch):
+                refused = []
+                for (key, answer), (_, job) in zip(self.submit(batch), batch, strict=True):
                     if isinstance(answer, RerankqError):
-                        yield key, answer
+                        refused.append((key, answer))
                     else:
                         # Equal jobs have equal ids, and one ranking.
                         waiting.setdefault(answer, []).append(key)
+                        self.under_way[answer] = job.model
+                yield from refused
                 if len(self._waiting) > 1:
                     yield from self._collect()
             while self._waiting:
@@ -141,6 +147,7 @@ class Flow(Generic[K]):
             try:
                 for job_id, outcome in self.desk.as_completed(list(waiting), timeout=LOOK_S):
                     ended.append(job_id)
+                    self.under_way.pop(job_id, None)
                     yield from ((key, outcome) for key in waiting.pop(job_id))
             except JobTimedOut:
                 pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,18 @@ Model = Annotated[
     typer.Option(
         "--model", help="A catalogue name, a hub name, a folder, 'bundled' or 'stub'. Default: RERANKQ_MODEL."
     ),
+]
+
+
+def _finite(seconds: float | None) -> float | None:
+    if seconds is not None and not isfinite(seconds):
+        msg = "expected a finite number of seconds"
+        raise typer.BadParameter(msg)
+    return seconds
+
+
+Timeout = Annotated[
+    float | None, typer.Option(min=0, callback=_finite, help="Seconds to wait; default: as long as it takes.")
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as submit printed it.")]
 

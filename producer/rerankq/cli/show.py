@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -63,6 +64,8 @@ class PairBar:
             console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
             transient=True,
+            # Standard output is for results, whatever is shown beside them.
+            redirect_stdout=False,
         )
         self._task = self._progress.add_task("", total=None)
 
@@ -74,6 +77,16 @@ class PairBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Make room for a result where both go to a terminal."""
+        if not sys.stdout.isatty():
+            yield
+            return
+        self._progress.stop()
+        yield
+        self._progress.start()
 
     def say(self, what: str) -> None:
         """Say what happens now."""

@@ -19,6 +19,7 @@ from ..embedded import EmbeddedRedis
 from ..errors import BrokerUnavailable, RerankqError
 from ..settings import Settings, with_database
 from . import celery_worker, leash
+from .worker_watch import WorkerWatch
 
 GRACE_S = 10.0
 """Seconds between asking a part to stop and killing it."""
@@ -296,7 +297,8 @@ def desk(
     """
     if settings.broker_url:
         with Client(settings) as client:
-            yield client, model, lambda: None
+            watch = WorkerWatch(client.workers, tell, settings.conf_dir)
+            yield client, model, lambda: watch.look({model})
         return
     own = settings.model_copy(update={"model": model or settings.model, "default_model": ""})
     with Stack(own, tell=tell) as stack, Client(stack.settings) as client:

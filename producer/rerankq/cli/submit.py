@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..contract import Ranking, RerankJob
-from ..errors import RerankqError
+from ..errors import JobTimedOut, RerankqError
 from . import inputs
-from .flow import Flow, batches
+from .flow import LOOK_S, Flow, batches
 from .inputs import InputFault
 
 Place = str
+
+
+class Waiting(Protocol):
+    """What is needed of a :class:`~rerankq.Client` to wait for a job."""
+
+    def result(self, job_id: str, timeout: float | None = None) -> Ranking: ...  # noqa: D102
+
 
 # More than these are counted, not said.
 FAULTS_SAID = 20
@@ -24,6 +32,7 @@ class Reader:
     def __init__(self, source: str, tell: Callable[[str], None], *, max_bytes: int = inputs.MAX_LINE_BYTES) -> None:
         self.source = source
         self.faults = 0
+        self.pairs = 0
         self._tell = tell
         self._max_bytes = max_bytes
 
@@ -35,11 +44,15 @@ class Reader:
             except InputFault as fault:
                 self._count(fault)
             else:
+                self.pairs += len(job.chunks)
                 yield line.place, job
 
     def check(self) -> int:
-        """Read it all and keep nothing; answer how many jobs there are."""
-        return sum(1 for _ in self.jobs())
+        """Read it all and keep nothing; answer how many pairs there are."""
+        self.pairs = 0
+        for _ in self.jobs():
+            pass
+        return self.pairs
 
     def _count(self, fault: InputFault) -> None:
         self.faults += 1
@@ -63,6 +76,23 @@ def ids(flow: Flow[Place], jobs: Iterable[tuple[Place, RerankJob]]) -> Iterator[
     """
     for batch in batches(jobs):
         yield from flow.submit(batch)
+
+
+def wait_for(desk: Waiting, job_id: str, timeout: float | None, look: Callable[[], None]) -> Ranking:
+    """Wait for a ranking, and *look* now and then who is to make it.
+
+    Raises:
+        JobTimedOut, JobFailed, JobExpired, JobCancelled, JobDead, JobUnknown: as a client's ``result``.
+    """
+    ends_at = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = None if ends_at is None else ends_at - time.monotonic()
+        try:
+            return desk.result(job_id, LOOK_S if left is None else max(0.0, min(LOOK_S, left)))
+        except JobTimedOut:
+            if left is not None and left <= LOOK_S:
+                raise JobTimedOut(f"job {job_id}: no ranking within {timeout} s; it may still come") from None
+        look()
 
 
 def as_record(place: Place, outcome: Ranking | RerankqError) -> dict[str, Any]:

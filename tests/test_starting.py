@@ -1,0 +1,24 @@
+"""The tests do not depend on how they are started."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+CHECK = """
+import importlib.util, signal, subprocess, sys
+found = importlib.util.spec_from_file_location("conftest", sys.argv[1])
+found.loader.exec_module(importlib.util.module_from_spec(found))
+for number in (signal.SIGINT, signal.SIGTERM):
+    with subprocess.Popen(["sleep", "600"]) as program:
+        program.send_signal(number)
+        assert program.wait(30) == -number, number
+"""
+
+
+def test_what_a_test_starts_can_be_interrupted_also_where_the_tests_run_in_the_background():
+    conftest = Path(__file__).with_name("conftest.py")
+    command = [sys.executable, "-c", CHECK, str(conftest)]
+    done = subprocess.run(
+        ["sh", "-c", "trap '' INT TERM; exec \"$@\"", "sh", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
