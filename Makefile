@@ -12,10 +12,10 @@ STAMP := $(VENV)/rerankq-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench chaos soak audit clean
+.PHONY: help install demo test lint format bench chaos differential soak audit clean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## Make .venv with everything in it; nothing to do while pyproject.toml and constraints.txt stay.
 
@@ -39,6 +39,9 @@ bench: $(STAMP)  ## Run the benchmarks within 20 minutes, and tell which numbers
 
 chaos: $(STAMP)  ## Kill, hang and cut what runs 2000 jobs (SEED=1 JOBS=2000), and hold every answer against the promise.
 	$(BIN)/python tests/chaos/chaos.py --seed $(SEED) --jobs $(JOBS)
+
+differential: $(STAMP)  ## Hold scores against sentence-transformers' predict, every family and runtime (MINUTES=30 SEED=1).
+	$(BIN)/python tests/worker/differential.py --minutes $(MINUTES) --seed $(SEED)
 
 soak: $(STAMP)  ## See whether memory, threads, connections and open files stay flat (MINUTES=30).
 	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
