@@ -6,8 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rerankq_worker import engine
-from rerankq_worker.engine.calibration import BUDGETS, LEVEL, levelling_point, measure
+from rerankq_worker.engine.calibration import BUDGETS, LEVEL, levelling_point, measure, seconds_per_token
+from rerankq_worker.engine.flights import Flights
 from rerankq_worker.engine.stub import StubEngine
+from rerankq_worker.engine.ticket import SharedPair
+from rerankq_worker.lease_policy import hangs
 
 CPU = BUDGETS["cpu"]
 
@@ -107,3 +110,26 @@ def test_a_template_longer_than_the_pairs_that_are_tried_does_not_end_the_start(
             return super().tokenise(query, chunks, max_length=max_length, **options)
 
     assert set(measure(Wordy(seconds_per_token=0), (512, 1024), patience_s=5)) == {512, 1024}
+
+
+def test_a_token_is_timed_before_the_first_batch_and_predicts_it():
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    engine = StubEngine(seconds_per_token=0.5, sleep=sleep)
+    measured = seconds_per_token(engine, clock=lambda: clock[0])
+    assert measured == pytest.approx(0.5)
+    assert clock[0] < 20, "a token that takes half a second must not keep a worker from starting"
+    flights = Flights(engine, lambda: clock[0], measured)
+    seen = []
+    engine._sleep = lambda seconds: (seen.append(flights.oldest), sleep(seconds))
+    (pair,) = engine.tokenise("q", ["word " * 200])
+    flights.launch([SharedPair(pair, None)], pair.length)
+    ((_, predicted),) = seen
+    assert predicted == pytest.approx(0.5 * pair.length)
+    flights.land()
+    assert flights.pace.predict(100) == pytest.approx(50), "what batches teach counts from then on"
+    assert not hangs(10 * predicted - 1, predicted)
+    assert hangs(10 * predicted + 1, predicted)

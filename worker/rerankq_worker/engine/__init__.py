@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from .batcher import Batcher
-from .calibration import BUDGETS, PATIENCE_S, levelling_point, measure
+from .calibration import BUDGETS, PATIENCE_S, levelling_point, measure, seconds_per_token
 from .checkpoint import find_checkpoint
 from .cores import allocator_environment, available_cores
 from .errors import (
@@ -48,6 +48,7 @@ __all__ = [
     "allocator_environment",
     "available_cores",
     "load",
+    "seconds_per_token",
     "text_hash",
 ]
 

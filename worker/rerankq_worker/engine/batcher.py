@@ -61,6 +61,8 @@ class Batcher:
     otherwise is halved too, until the pair is found that fails alone, or gives no finite logit: it fails the tickets
     that wait for it, and no others. When the engine does not even warm up then, it is dead: every ticket fails with
     EngineDied, and so does every later ``submit``.
+
+    ``seconds_per_token`` predicts the first batch, in ``stats``.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Batcher:
         bulk_share: float = 0.2,
         fill_tokens: int | None = None,
         lead_s: float = LEAD_S,
+        seconds_per_token: float = 0.0,
         window: int = WINDOW // 2,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -93,7 +96,7 @@ class Batcher:
         self._in_flight: dict[bytes, SharedPair] = {}
         self._tickets: set[Ticket] = set()
         self._budget = Budget(full, full)
-        self._flights = Flights(engine, clock)
+        self._flights = Flights(engine, clock, seconds_per_token)
         self._bulk_turn = BulkTurn(bulk_share)
         self._closing = False
         self._death: str | None = None

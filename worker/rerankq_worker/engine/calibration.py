@@ -25,6 +25,8 @@ LEVEL = 0.95
 _PAIR_TOKENS = 256
 _QUERY = "how long is a batch?"
 _ROUNDS = 5
+#: Few, since a token may take a second; and alone on a large GPU they take longer for each than a batch does.
+_SHORT_WORDS = 16
 
 
 def levelling_point(pace: Mapping[int, float], *, level: float = LEVEL) -> int:
@@ -77,6 +79,14 @@ def measure(
         else:
             pace[budget] = max(pace.get(budget, 0.0), cost / max(clock() - began, 1e-9))
     return pace
+
+
+def seconds_per_token(engine: Engine, *, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time one short pair: what a token takes at most, before any batch has taught better."""
+    (pair,) = engine.tokenise(_QUERY, ["word " * _SHORT_WORDS])
+    began = clock()
+    engine.forward([pair])
+    return (clock() - began) / pair.length
 
 
 def _turns(engine: Engine, budgets: Sequence[int]) -> Iterator[tuple[int, list[TokenisedPair]]]:

@@ -57,7 +57,8 @@ class Flights:
     For one thread; only ``oldest`` may be read from others.
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+    def __init__(self, engine: Engine, clock: Callable[[], float], seconds_per_token: float = 0.0) -> None:
+        self._seconds_per_token = seconds_per_token
         self._engine = engine
         self._clock = clock
         self._out: deque[_Launched] = deque()
@@ -120,7 +121,11 @@ class Flights:
             self._look()
 
     def _look(self) -> None:
-        self.oldest = (self._out[0].began, self.pace.predict(self._out[0].cost)) if self._out else None
+        self.oldest = (self._out[0].began, self._predict(self._out[0].cost)) if self._out else None
+
+    def _predict(self, cost: int) -> float:
+        # The first batch by what was measured beforehand: it may rightly take minutes.
+        return self.pace.predict(cost) or cost * self._seconds_per_token
 
 
 class _Crashed:
