@@ -127,7 +127,7 @@ def probe(backlog: Backlog, probes: int) -> dict[str, dict[str, float]]:
     ends = [calls.complete(one.id, one.fence, ranking_of(one.id), terms) for one in held]
     _, steps["complete"] = timed(backlog, lambda: ask(ends))
     _, steps["forget"] = timed(backlog, lambda: ask(calls.forget(one.id, terms) for one in held))
-    sweep = calls.sweep("bench", terms, judge=True, free_since={})
+    sweep = calls.sweep("bench", terms)
     _, steps[SWEEP] = timed(backlog, lambda: [backlog.ledger.ask(sweep) for _ in range(SWEEPS)])
     return steps
 

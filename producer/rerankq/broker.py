@@ -8,14 +8,15 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from celery import Celery
 from kombu import Connection, Exchange, Queue
 
-from .ledger.calls import Bell
+from .ledger.calls import Bell, Counted
 from .pools import PATIENCE
 from .settings import Settings, database_of, master_of, sentinels_of
 
@@ -27,6 +28,8 @@ BULK = "rerankq.bulk"
 # The priority of bells that overtake the others, and of those. kombu keeps a list in Redis for each; a worker looks
 # into the first one first. Brokers of other kinds take all as they come.
 AHEAD, IN_LINE = 5, 0
+# What a broker replies of a queue that it does not hold.
+NOT_FOUND = "404"
 
 
 def queue(name: str, *, no_ack: bool = False) -> Queue:
@@ -193,6 +196,57 @@ class Bells:
                     kwargsrepr="{}",
                     retry=False,
                 )
+
+
+class MessageCounts:
+    """Count the messages that the broker holds, in a thread of its own: a broker that hangs holds up nobody else."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._connection: Connection | None = None
+        self._counting: threading.Thread | None = None
+        self._found = Counted()
+
+    def ask(self, queues: Sequence[str], at: float) -> None:
+        """Begin to count, unless a count is under way; *at* is the ledger's time."""
+        if self._counting is None or not self._counting.is_alive():
+            self._counting = threading.Thread(
+                target=self._count, args=(queues, at), name="rerankq-message-counts", daemon=True
+            )
+            self._counting.start()
+
+    def take(self) -> Counted:
+        """Take what was counted since this was asked last; no messages of no queue where nothing was."""
+        found, self._found = self._found, Counted()
+        return found
+
+    def _count(self, queues: Sequence[str], at: float) -> None:
+        try:
+            self._found = Counted(at, {name: self._messages(name) for name in queues})
+        except Exception as error:  # noqa: BLE001  # whatever the broker's library raises, they are counted another time
+            logger.info("messages not counted: %s", error)
+            self._hang_up()
+
+    def _messages(self, name: str) -> int:
+        if self._connection is None:
+            self._connection = self._app.connection_for_write()
+            self._connection.ensure_connection(max_retries=1)
+        try:
+            # kombu looks for a queue in Redis under a name without our prefix; there, declaring one changes nothing.
+            passive = self._connection.transport.driver_type != "redis"
+            return int(self._connection.default_channel.queue_declare(name, passive=passive).message_count)
+        except self._connection.channel_errors as error:
+            if str(getattr(error, "reply_code", "")) != NOT_FOUND:
+                raise
+            # RabbitMQ closes a channel on which a queue is asked for that is not there.
+            self._hang_up()
+            return 0
+
+    def _hang_up(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.release()
 
 
 # Seconds that a fork waits for a batch of bells that is on its way.

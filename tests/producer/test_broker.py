@@ -1,6 +1,7 @@
 """Doorbells: rung from a thread of their own, in batches; late at worst, never in anybody's way."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -10,8 +11,8 @@ import pytest
 import redis
 
 from rerankq import broker
-from rerankq.broker import BULK, INTERACTIVE, TASK, Bells, make_app
-from rerankq.ledger import Bell
+from rerankq.broker import BULK, INTERACTIVE, TASK, Bells, MessageCounts, make_app
+from rerankq.ledger import Bell, Counted
 from rerankq.settings import Settings
 
 
@@ -115,6 +116,49 @@ def test_many_threads_ring_at_once(bells: Bells, messages: Callable):
         ringer.join()
     assert bells.flush(30)
     assert {message["headers"]["id"] for message in messages(BULK)} == {bell.id for bell in bells_for(64)}
+
+
+@pytest.fixture
+def counts(settings: Settings) -> Iterator[MessageCounts]:
+    counts = MessageCounts(make_app(settings))
+    yield counts
+    counts._hang_up()
+
+
+def counted(counts: MessageCounts, *queues: str) -> Counted:
+    counts.ask(queues, at=7.0)
+    counts._counting.join(30)
+    return counts.take()
+
+
+def test_messages_are_counted_by_queue_whether_they_overtake_or_not(bells: Bells, counts: MessageCounts):
+    assert counted(counts, BULK, INTERACTIVE) == Counted(7.0, {BULK: 0, INTERACTIVE: 0}), "none has been declared yet"
+    bells.ring([*bells_for(5), *bells_for(2, INTERACTIVE), Bell("lost", BULK, "label", ahead=True)])
+    assert bells.flush(30)
+    assert counted(counts, BULK, INTERACTIVE) == Counted(7.0, {BULK: 6, INTERACTIVE: 2})
+    assert counts.take().messages == {}, "what was counted is taken once"
+
+
+def test_a_broker_that_does_not_answer_is_no_empty_one_and_holds_nobody_up(redis_url: str):
+    away = MessageCounts(make_app(Settings(broker_url="redis://127.0.0.1:1/0", ledger_url=redis_url)))
+    assert counted(away, BULK) == Counted()
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        hangs = MessageCounts(make_app(Settings(broker_url=f"redis://127.0.0.1:{deaf.getsockname()[1]}/0")))
+        hangs.ask([BULK], at=1.0)
+        first = hangs._counting
+        hangs.ask([BULK], at=2.0)
+        assert hangs._counting is first, "one at a time"
+        assert hangs.take() == Counted()
+    first.join(60)
+    assert not first.is_alive()
+
+
+def test_a_queue_that_is_no_list_is_not_counted_as_empty(counts: MessageCounts, redis_url: str):
+    with redis.Redis.from_url(redis_url) as connection:
+        connection.set(f"rerankq:{BULK}", "of other hands")
+    assert counted(counts, BULK) == Counted()
 
 
 def test_a_broker_that_is_no_redis_gets_no_options_of_redis():

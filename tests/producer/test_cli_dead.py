@@ -35,12 +35,13 @@ def killed(client: Client, worker: Any) -> Callable[..., str]:
 
     def kill(name: str, query: str = "what kills?") -> str:
         client.submit(RerankJob(id=name, query=query, chunks=[SECRET], tenant="t"))
-        for _ in range(worker.terms.max_attempts):
-            claim = worker.claim(name)
-            worker.ledger.ask(calls.isolate(name, claim.fence, "stand-in"))
+        for number in range(worker.terms.max_attempts):
+            owner = f"stand-in-{number}-{name}"
+            claim = worker.ledger.ask(calls.claim(name, owner, worker.terms))
+            worker.ledger.ask(calls.isolate(name, claim.fence, owner))
             worker.redis.zadd("rerankq:running", {name: 1})
             worker.redis.delete("rerankq:sweeper")
-            worker.ledger.ask(calls.sweep("s", worker.terms, judge=True, free_since={}))
+            worker.ledger.ask(calls.sweep("s", worker.terms))
         assert worker.state(name) == "dead"
         return name
 

@@ -72,9 +72,10 @@ def leases_end(ledger: Ledger) -> None:
     ledger.redis.eval(script, 0)
 
 
-def sweep(ledger: Ledger, **free_since: float) -> calls.Swept:
+def sweep(ledger: Ledger, held_by_broker: dict[str, int] | None = None, **options) -> calls.Swept:
     ledger.redis.delete("rerankq:sweeper")
-    return ledger.ask(calls.sweep("s", TERMS, judge=True, free_since=free_since))
+    counted = calls.Counted(now(ledger), held_by_broker or {})
+    return ledger.ask(calls.sweep("s", TERMS, counted=counted, **options))
 
 
 def now(ledger: Ledger) -> float:
@@ -158,6 +159,163 @@ def test_a_worker_that_was_only_paused_answers_for_what_it_takes_afterwards(ledg
     assert claim(ledger, "killer", "other").suspect
 
 
+def paused(ledger: Ledger, name: str, owner: str) -> calls.Claim:
+    """A living worker takes a job, has the device alone with it, and is not heard of for longer than its lease."""
+    ledger.ask(calls.beat(owner, "{}", gone_after_s=60))
+    taken = claim(ledger, name, owner)
+    ledger.ask(calls.isolate(name, taken.fence, owner))
+    leases_end(ledger)
+    return taken
+
+
+def silent(ledger: Ledger, owner: str, seconds: float) -> None:
+    ledger.redis.hset("rerankq:workers", owner, f"{now(ledger) - seconds:.6f} {{}}")
+
+
+def test_an_innocent_whose_workers_are_only_paused_one_after_the_other_never_ends_dead(ledger: Ledger):
+    submit(ledger, "innocent")
+    for turn in range(4 * TERMS.max_attempts):
+        worker = f"w{turn % 2}"
+        paused(ledger, "innocent", worker)
+        sweep(ledger)
+        assert state(ledger, "innocent") in {"queued", "running"}
+        ledger.ask(calls.beat(worker, "{}", gone_after_s=60))
+        if state(ledger, "innocent") == "running":
+            # The last death waits: woken up, the worker completes what it has.
+            fence = int(ledger.redis.hget("rerankq:job:innocent", "fence"))
+            assert ledger.ask(calls.renew([("innocent", fence, 1)], TERMS)) == []
+            ledger.ask(calls.hand_back([("innocent", fence)]))
+        assert ledger.redis.hget("rerankq:job:innocent", "deaths") == b"0"
+
+
+def test_the_last_death_waits_until_the_worker_is_gone_by_a_second_sign(ledger: Ledger):
+    terms = TERMS._replace(max_attempts=1, lease_s=8)
+
+    def judged() -> int:
+        leases_end(ledger)
+        ledger.redis.delete("rerankq:sweeper")
+        return ledger.ask(calls.sweep("s", terms)).dead
+
+    submit(ledger, "silent", "signed off", "buried", "never registered")
+    for name in ("silent", "signed off", "buried"):
+        paused(ledger, name, f"w of {name}")
+    assert judged() == 0
+    silent(ledger, "w of silent", 23)
+    assert judged() == 0, "it may only be paused"
+    silent(ledger, "w of silent", 24.1)
+    assert judged() == 1
+    assert ledger.ask(calls.bury(["w of signed off", "w of buried", "nobody"])) == 2
+    assert judged() == 2
+    taken = claim(ledger, "never registered", "w")
+    ledger.ask(calls.isolate("never registered", taken.fence, "w"))
+    assert judged() == 1
+
+
+def test_a_worker_that_comes_back_takes_its_death_back_even_from_a_job_set_aside(ledger: Ledger):
+    submit(ledger, "innocent", payload=b"the payload")
+    for number in range(TERMS.max_attempts):
+        paused(ledger, "innocent", f"w{number}")
+        silent(ledger, f"w{number}", 1_000)
+        sweep(ledger)
+    assert state(ledger, "innocent") == "dead"
+    ledger.ask(calls.beat("w0", "{}", gone_after_s=60))
+    assert state(ledger, "innocent") == "queued"
+    assert ledger.ask(calls.dead()) == []
+    taken = claim(ledger, "innocent", "other")
+    assert (taken.payload, taken.suspect) == (b"the payload", True), "one of two deaths stands"
+    assert ledger.redis.hget("rerankq:job:innocent", "deaths") == b"1"
+    ledger.ask(calls.complete("innocent", taken.fence, ranking("innocent"), TERMS))
+    ledger.ask(calls.beat("w1", "{}", gone_after_s=60))
+    assert state(ledger, "innocent") == "done", "what ended is none the worse for it"
+
+
+def test_suspects_are_cleared_when_the_worker_that_left_them_lives(ledger: Ledger):
+    submit(ledger, "a", "b")
+    for name in "ab":
+        claim(ledger, name, "paused")
+    leases_end(ledger)
+    sweep(ledger)
+    claim(ledger, "a", "other")
+    leases_end(ledger)
+    sweep(ledger)
+    ledger.ask(calls.beat("paused", "{}", gone_after_s=60))
+    assert not claim(ledger, "b").suspect
+    assert claim(ledger, "a").suspect, "another worker's silence accuses it still"
+
+
+def test_a_lease_that_lapsed_has_until_the_sweeper_has_watched_for_its_own_length(ledger: Ledger):
+    submit(ledger, "long", "short")
+    claim(ledger, "long", terms=TERMS._replace(lease_s=60))
+    claim(ledger, "short", terms=TERMS._replace(lease_s=2))
+    leases_end(ledger)
+    # The sweeper's own leases are of 8 s.
+    assert sweep(ledger, watched_s=10).lapsed == 1
+    assert (state(ledger, "long"), state(ledger, "short")) == ("running", "queued")
+    assert ledger.redis.zscore("rerankq:running", "long") - now(ledger) == pytest.approx(50, abs=5)
+    leases_end(ledger)
+    assert sweep(ledger, watched_s=61).lapsed == 1
+
+
+def test_the_registry_keeps_each_worker_for_as_long_as_it_asked(ledger: Ledger):
+    said = '{"model": "m", "fingerprint": "f", "gone_after_s": 600.0}'
+    for name, age in (("long leases", 500), ("gone", 601)):
+        ledger.redis.hset("rerankq:workers", name, f"{now(ledger) - age:.6f} {said}")
+    ledger.ask(calls.beat("short leases", "{}", gone_after_s=60))
+    assert set(ledger.redis.hkeys("rerankq:workers")) == {b"long leases", b"short leases"}
+
+
+# Clocks. What is written down is what a clock left that was set back or forward since.
+
+
+def test_a_clock_set_back_lengthens_no_lease_beyond_its_own_length(ledger: Ledger):
+    submit(ledger, "a", "b")
+    claim(ledger, "a")
+    claim(ledger, "b", terms=TERMS._replace(lease_s=60))
+    sweep(ledger)
+    ledger.redis.zadd("rerankq:running", {"a": now(ledger) + 3_608, "b": now(ledger) + 3_660})
+    ledger.redis.set("rerankq:clock", now(ledger) + 3_600)
+    sweep(ledger)
+    left = {name: ends - now(ledger) for name, ends in ledger.redis.zrange("rerankq:running", 0, -1, withscores=True)}
+    assert left == {b"a": pytest.approx(8, abs=5), b"b": pytest.approx(60, abs=5)}
+
+
+def test_a_clock_set_back_makes_nobody_live_longer(ledger: Ledger):
+    ledger.ask(calls.beat("w", "{}", gone_after_s=60))
+    silent(ledger, "dead", -3_600)
+    ledger.ask(calls.beat("w", "{}", gone_after_s=60))
+    beaten = float(ledger.redis.hget("rerankq:workers", "dead").split()[0])
+    assert beaten <= now(ledger)
+
+
+def test_a_clock_set_back_keeps_no_sweeper_out(ledger: Ledger):
+    ledger.redis.set("rerankq:sweeper", "dead", px=3_600_000)
+    ledger.ask(calls.sweep("s", TERMS))
+    assert ledger.redis.pttl("rerankq:sweeper") <= 3_000
+
+
+def test_bells_rung_before_a_clock_was_set_back_are_sent_again_where_they_are_lost_and_only_there(ledger: Ledger):
+    submit(ledger, "a", "b")
+    rung_ago(ledger, {"a": -3_600, "b": -3_601})
+    assert sweep(ledger).overdue == (BULK,)
+    assert sweep(ledger, {BULK: 2}).bells == 0
+    assert sweep(ledger, {BULK: 1}).bells == 1
+    ledger.ask(calls.ring_on([BULK], TERMS))
+    assert sweep(ledger, {BULK: 2}).bells == 0
+    # Asked before the clock was set back: of no use.
+    ledger.redis.delete("rerankq:sweeper")
+    counted = calls.Counted(now(ledger) + 3_600, {BULK: 0})
+    assert ledger.ask(calls.sweep("s", TERMS, counted=counted)).bells == 0
+
+
+def test_whoever_comes_after_a_clock_was_set_back_stands_behind_those_who_wait(ledger: Ledger):
+    full = TERMS._replace(ring_window=0)
+    submit(ledger, "before", terms=full)
+    ledger.redis.zadd(f"rerankq:waiting:{BULK}", {"before": now(ledger) + 3_600})
+    after = [f"after-{number}" for number in range(9, -1, -1)]
+    submit(ledger, *after, terms=full)
+    assert [name.decode() for name in ledger.redis.zrange(f"rerankq:waiting:{BULK}", 0, -1)] == ["before", *after]
+
+
 def test_deaths_count_however_long_the_next_worker_takes_to_come(ledger: Ledger):
     submit(ledger, "poison")
     ledger.ask(calls.beat("w", "{}", gone_after_s=60))
@@ -192,8 +350,8 @@ def test_a_dead_job_keeps_its_payload_and_its_history(ledger: Ledger):
 def killed(ledger: Ledger, name: str) -> None:
     """Claimed, alone, dead: until the job is."""
     for number in range(TERMS.max_attempts):
-        taken = claim(ledger, name, f"w{number}")
-        ledger.ask(calls.isolate(name, taken.fence, f"w{number}"))
+        taken = claim(ledger, name, f"w{number} of {name}")
+        ledger.ask(calls.isolate(name, taken.fence, f"w{number} of {name}"))
         leases_end(ledger)
         sweep(ledger)
     assert state(ledger, name) == "dead"
@@ -295,48 +453,71 @@ def test_a_claim_whose_answer_was_lost_is_answered_again_but_a_second_bell_is_no
 # Bells
 
 
-def test_a_bell_much_older_than_the_newest_answered_one_is_rung_again(ledger: Ledger):
-    submit(ledger, "lost", "heard", "young")
-    rung = f"rerankq:rung:{BULK}"
-    ledger.redis.zadd(rung, {"lost": now(ledger) - 11, "young": now(ledger) - 5})
-    assert sweep(ledger).bells == 0, "as long as none was answered since, all may be waiting in the broker"
-    claim(ledger, "heard")
-    assert sweep(ledger).bells == 1
-    assert [bell.id for bell in ledger.ask(calls.ring_on([BULK], TERMS))] == ["lost"]
-    assert sweep(ledger).bells == 0
+def rung_ago(ledger: Ledger, ages: dict[str, float], queue: str = BULK) -> None:
+    ledger.redis.zadd(f"rerankq:rung:{queue}", {name: now(ledger) - age for name, age in ages.items()})
 
 
-def test_lost_bells_overtake_a_full_window_and_say_nothing_of_those_that_they_overtook(ledger: Ledger):
-    terms = TERMS._replace(ring_window=6)
-    submit(ledger, "lost-0", "lost-1", "heard", "out-0", "out-1", "out-2", "behind-0", "behind-1", terms=terms)
-    rung = f"rerankq:rung:{BULK}"
-    ages = {"lost-0": 40, "lost-1": 39, "heard": 25, "out-0": 24, "out-1": 23, "out-2": 22}
-    assert ledger.redis.zcard(rung) == len(ages)
-    ledger.redis.zadd(rung, {name: now(ledger) - age for name, age in ages.items()})
-    claim(ledger, "heard")
-    assert sweep(ledger).bells == 2
+def test_lost_bells_are_as_many_as_the_broker_lacks_and_those_out_for_longest(ledger: Ledger):
+    submit(ledger, "a", "b", "c", "young")
+    rung_ago(ledger, {"a": 20, "b": 30, "c": 10, "young": 1})
+    assert sweep(ledger, {BULK: 4}).bells == 0, "they are all in the broker, however long they wait"
+    assert sweep(ledger, {BULK: 7}).bells == 0, "doubled ones and those of ended jobs are in it too"
+    assert sweep(ledger, {BULK: 3}).bells == 1
+    assert [bell.id for bell in ledger.ask(calls.ring_on([BULK], TERMS))] == ["b"]
+    assert sweep(ledger, {BULK: 4}).bells == 0
+    assert sweep(ledger, {BULK: 0}).bells == 2, "what was rung lately may be on its way"
+    assert ledger.redis.zrange(f"rerankq:rung:{BULK}", 0, -1) == [b"young", b"b"]
+
+
+def test_the_broker_is_asked_only_where_bells_are_out_for_long(ledger: Ledger):
+    submit(ledger, "bulk")
+    submit(ledger, "interactive", priority="interactive")
+    assert sweep(ledger).overdue == ()
+    rung_ago(ledger, {"bulk": 4})
+    assert sweep(ledger).overdue == (BULK,)
+
+
+def test_bells_of_all_tenants_share_what_the_broker_holds(ledger: Ledger):
+    for tenant in ("one", "other"):
+        submit(ledger, f"{tenant}-0", f"{tenant}-1", tenant=tenant)
+        rung_ago(ledger, {f"{tenant}-0": 20 + len(tenant), f"{tenant}-1": 10 + len(tenant)}, f"{BULK}:{tenant}")
+    assert sweep(ledger, {BULK: 2}).bells == 2
+    assert {bell.id for bell in ledger.ask(calls.ring_on([BULK], TERMS))} == {"one-0", "other-0"}
+
+
+def test_what_was_rung_or_claimed_after_the_broker_was_asked_says_nothing_of_what_it_holds(ledger: Ledger):
+    submit(ledger, "a", "b")
+    rung_ago(ledger, {"a": 20, "b": 20})
+    asked_at = now(ledger)
+    submit(ledger, "later")
+    claim(ledger, "a")
+    ledger.redis.delete("rerankq:sweeper")
+    counted = calls.Counted(asked_at, {BULK: 1})
+    assert ledger.ask(calls.sweep("s", TERMS, counted=counted)).bells == 0
+
+
+def test_sending_again_never_makes_the_broker_hold_more_than_is_out(ledger: Ledger):
+    names = [f"j{number}" for number in range(20)]
+    submit(ledger, *names)
+    in_broker = 15
+    for _ in range(10):
+        rung_ago(ledger, dict.fromkeys(names, 20))
+        sweep(ledger, {BULK: in_broker})
+        in_broker += len(ledger.ask(calls.ring_on([BULK], TERMS)))
+    assert in_broker == len(names)
+
+
+def test_lost_bells_overtake_a_full_window(ledger: Ledger):
+    terms = TERMS._replace(ring_window=4)
+    submit(ledger, "lost-0", "lost-1", "out-0", "out-1", "behind-0", "behind-1", terms=terms)
+    rung_ago(ledger, {"lost-0": 40, "lost-1": 39, "out-0": 24, "out-1": 23})
+    assert sweep(ledger, {BULK: 2}).bells == 2
     bells = ledger.ask(calls.ring_on([BULK], terms))
-    assert [(bell.id, bell.ahead) for bell in bells][:2] == [("lost-0", True), ("lost-1", True)]
-    assert not any(bell.ahead for bell in bells[2:])
-    # Heard 20 s after the others were rung, and yet those are not lost: they were overtaken.
-    claim(ledger, "lost-0")
-    assert sweep(ledger).bells == 0
+    assert [(bell.id, bell.ahead) for bell in bells] == [("lost-0", True), ("lost-1", True)]
     # The window is full: lost a second time, it is rung for all the same.
-    ledger.redis.zadd(rung, {"lost-1": now(ledger) - 60})
-    ledger.redis.zadd(rung, {f"filler-{at}": now(ledger) for at in range(6)})
-    assert sweep(ledger).bells == 1
+    rung_ago(ledger, {"lost-1": 60} | {f"filler-{at}": 0 for at in range(6)})
+    assert sweep(ledger, {BULK: 9}).bells == 1
     assert [(bell.id, bell.ahead) for bell in ledger.ask(calls.ring_on([BULK], terms))] == [("lost-1", True)]
-
-
-def test_a_bell_that_was_out_while_a_slot_was_free_is_rung_again(ledger: Ledger):
-    submit(ledger, "lost")
-    submit(ledger, "elsewhere", queue="rerankq.bulk.other-model")
-    two_seconds_ago = now(ledger) - 3
-    for queue, name in ((BULK, "lost"), ("rerankq.bulk.other-model", "elsewhere")):
-        ledger.redis.zadd(f"rerankq:rung:{queue}", {name: two_seconds_ago})
-    assert sweep(ledger, **{BULK: now(ledger) - 1}).bells == 0, "a slot that is free for a second proves nothing"
-    assert sweep(ledger, **{BULK: now(ledger) - 60}).bells == 1
-    assert ledger.redis.zrange(f"rerankq:waiting:{BULK}", 0, -1) == [b"lost"]
 
 
 def test_a_flood_of_one_tenant_does_not_keep_another_waiting(ledger: Ledger):
@@ -368,9 +549,9 @@ def test_a_tenant_without_jobs_leaves_the_line_of_tenants(ledger: Ledger):
 def test_a_bell_whose_job_was_removed_by_other_hands_is_dropped(ledger: Ledger):
     submit(ledger, "a")
     ledger.redis.delete("rerankq:job:a")
-    assert sweep(ledger, **{BULK: 1.0}).bells == 0
-    ledger.redis.zadd(f"rerankq:rung:{BULK}", {"a": 1.0})
-    assert sweep(ledger, **{BULK: 1.0}).bells == 0
+    assert sweep(ledger, {BULK: 0}).bells == 0
+    rung_ago(ledger, {"a": 20})
+    assert sweep(ledger, {BULK: 0}).bells == 0
     assert ledger.redis.zcard(f"rerankq:rung:{BULK}") == 0
     assert ledger.ask(calls.claim("a", "w", TERMS)) == "unknown"
 
@@ -390,6 +571,29 @@ def test_a_longer_patience_prolongs_a_job_for_all_and_a_shorter_one_does_not_cut
     submit(ledger, "a", deadline_s=None)
     assert deadline() == float("inf")
     assert ledger.redis.zcard("rerankq:deadlines") == 0
+
+
+def test_what_ended_is_kept_for_as_long_as_the_most_patient_asked(ledger: Ledger):
+    def kept_s(name: str) -> int:
+        return ledger.redis.ttl(f"rerankq:job:{name}")
+
+    short, middle, long = (TERMS._replace(result_ttl_s=seconds) for seconds in (10, 1_000, 10_000))
+    submit(ledger, "patient", "hasty", "lifted", "cancelled", terms=middle)
+    ledger.ask(calls.submit(entry("patient"), long))
+    ledger.ask(calls.submit(entry("hasty"), short))
+    for name, expected in (("patient", 10_000), ("hasty", 1_000)):
+        ledger.ask(calls.complete(name, claim(ledger, name).fence, ranking(name), short))
+        assert kept_s(name) == pytest.approx(expected, abs=30)
+    ledger.ask(calls.submit(entry("hasty"), short))
+    assert kept_s("hasty") > 900, "who asks for less takes nothing from others"
+    ledger.ask(calls.submit(entry("hasty"), long))
+    assert kept_s("hasty") > 9_000
+    ledger.ask(calls.cancel("cancelled", short))
+    assert kept_s("cancelled") > 900
+    ledger.ask(calls.complete("lifted", claim(ledger, "lifted").fence, ranking("lifted"), long))
+    assert kept_s("lifted") > 9_000
+    submit(ledger, "for ever", terms=TERMS._replace(result_ttl_s=10**18))
+    assert ledger.ask(calls.cancel("for ever", TERMS)) == "cancelled", "more than Redis can count"
 
 
 def test_a_job_that_was_started_in_time_expires_no_more_however_often_it_is_queued_again(ledger: Ledger):
@@ -473,10 +677,11 @@ def test_one_sweeper_sweeps_at_a_time_and_its_lock_runs_out(ledger: Ledger):
     submit(ledger, "a")
     claim(ledger, "a")
     leases_end(ledger)
-    assert ledger.ask(calls.sweep("one", TERMS, judge=False, free_since={})) == calls.Swept()
-    assert ledger.ask(calls.sweep("other", TERMS, judge=True, free_since={})) == calls.Swept()
+    assert ledger.ask(calls.sweep("one", TERMS, watched_s=0)) == calls.Swept()
+    assert ledger.ask(calls.sweep("other", TERMS)) == calls.Swept()
     assert 0 < ledger.redis.pttl("rerankq:sweeper") <= 3_000
-    assert ledger.ask(calls.sweep("one", TERMS, judge=True, free_since={})).lapsed == 1
+    leases_end(ledger)
+    assert ledger.ask(calls.sweep("one", TERMS)).lapsed == 1
 
 
 def test_a_sweep_judges_so_many_and_the_next_one_goes_on(ledger: Ledger):
@@ -485,7 +690,7 @@ def test_a_sweep_judges_so_many_and_the_next_one_goes_on(ledger: Ledger):
     for name in names:
         claim(ledger, name)
     leases_end(ledger)
-    swept = [ledger.ask(calls.sweep("s", TERMS, judge=True, free_since={}, limit=10)).lapsed for _ in range(4)]
+    swept = [ledger.ask(calls.sweep("s", TERMS, limit=10)).lapsed for _ in range(4)]
     assert swept == [10, 10, 5, 0]
 
 
@@ -679,7 +884,7 @@ def fill(ledger: Ledger, count: int, *, first: int = 0) -> None:
 # SMEMBERS lists tenants and queues, HGETALL workers, the ranges are cut by LIMIT or COUNT.
 FLAT = {
     *("hget", "hmget", "hset", "hdel", "hincrby", "hgetall", "hexists", "exists", "get", "set", "incr", "del"),
-    *("zadd", "zrem", "zcard", "zcount", "zrank", "zscore", "zpopmin", "zrangebyscore", "sadd", "srem", "smembers"),
+    *("zadd", "zrem", "zcard", "zcount", "zrank", "zpopmin", "zrangebyscore", "zrevrange", "sadd", "srem", "smembers"),
     *("expire", "publish", "time", "type", "info", "evalsha"),
 }
 
@@ -703,7 +908,7 @@ def test_what_a_job_costs_does_not_grow_with_the_jobs_that_wait(ledger: Ledger):
             taken = claim(ledger, bell.id)
             ledger.ask(calls.renew([(bell.id, taken.fence, 0)], TERMS))
             ledger.ask(calls.complete(bell.id, taken.fence, ranking(bell.id), TERMS))
-        ledger.ask(calls.sweep("s", TERMS, judge=True, free_since={BULK: 1.0}))
+        ledger.ask(calls.sweep("s", TERMS, counted=calls.Counted(now(ledger), {BULK: 0})))
 
     fill(ledger, 1_000)
     a_few_jobs("warm")

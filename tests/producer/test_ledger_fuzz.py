@@ -46,8 +46,8 @@ def entry(name: str) -> Entry:
     )
 
 
-def take(ledger: Ledger, name: str) -> Claim:
-    claim = ledger.ask(calls.claim(name, "w", TERMS))
+def take(ledger: Ledger, name: str, owner: str) -> Claim:
+    claim = ledger.ask(calls.claim(name, owner, TERMS))
     assert isinstance(claim, Claim)
     return claim
 
@@ -59,7 +59,9 @@ def lapse(ledger: Ledger) -> None:
 
 def sweep(ledger: Ledger) -> None:
     ledger.redis.delete("rerankq:sweeper")
-    ledger.ask(calls.sweep("s", TERMS, judge=True, free_since={QUEUE: 1.0}, grace_s=0))
+    seconds, micros = ledger.redis.time()
+    counted = calls.Counted(seconds + micros / 1e6, {QUEUE: 0})
+    ledger.ask(calls.sweep("s", TERMS, counted=counted, grace_s=0))
 
 
 def bring_to(ledger: Ledger, name: str, state: str) -> int:
@@ -67,20 +69,20 @@ def bring_to(ledger: Ledger, name: str, state: str) -> int:
     assert ledger.ask(calls.submit(entry(name), TERMS)).state == "queued"
     if state == "queued":
         return 0
-    claim = take(ledger, name)
+    claim = take(ledger, name, "w0")
     if state == "done":
         ranking = Ranking(job_id=name, model=ModelName(name="m", fingerprint="f"), chunks=[])
         ledger.ask(calls.complete(name, claim.fence, ranking, TERMS))
     elif state == "failed":
         ledger.ask(calls.fail(name, claim.fence, "JobFailed", "why", TERMS))
     elif state in {"suspect", "dead"}:
-        for _ in range(TERMS.max_attempts if state == "dead" else 1):
-            ledger.ask(calls.isolate(name, claim.fence, "w"))
+        for number in range(TERMS.max_attempts if state == "dead" else 1):
+            ledger.ask(calls.isolate(name, claim.fence, f"w{number}"))
             lapse(ledger)
             sweep(ledger)
             if state == "suspect" or ledger.ask(calls.look(name, TERMS)).status.state == "dead":
                 break
-            claim = take(ledger, name)
+            claim = take(ledger, name, f"w{number + 1}")
     return claim.fence
 
 
@@ -186,10 +188,10 @@ def test_a_dead_job_that_cannot_be_retried_stays_dead_and_keeps_its_payload(ledg
 @given(found=st.dictionaries(st.binary(min_size=1, max_size=8), st.binary(max_size=60), max_size=3), more=st.data())
 def test_what_other_hands_wrote_among_the_workers_is_no_worker(ledger: Ledger, found: dict[bytes, bytes], more: Any):
     ledger.redis.flushall()
-    good = json.dumps({"model": "m", "fingerprint": "f", "queues": [QUEUE], "free_since": {QUEUE: 1.0}})
+    good = json.dumps({"model": "m", "fingerprint": "f", "queues": [QUEUE]})
     ledger.ask(calls.beat("good", good, gone_after_s=60))
     odd = st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda parts: st.lists(parts, max_size=3))
-    info = {"model": more.draw(odd), "fingerprint": "f", "free_since": more.draw(odd), "queues": more.draw(odd)}
+    info = {name: more.draw(odd) for name in ("model", "queues", "process", "gone_after_s")} | {"fingerprint": "f"}
     ledger.redis.hset("rerankq:workers", "odd", f"{ledger.redis.time()[0]} {json.dumps(info)}")
     for name, entry in found.items():
         ledger.redis.hset("rerankq:workers", name, entry)
@@ -197,7 +199,7 @@ def test_what_other_hands_wrote_among_the_workers_is_no_worker(ledger: Ledger, f
     living = {worker.id: worker for worker in ledger.workers()}
     assert {"good", "other"} <= living.keys()
     for worker in living.values():
-        assert all(isinstance(since, float) for since in worker.free_since.values())
+        assert isinstance(worker.process, str)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -41,13 +41,14 @@ class TwinJob:
     order: int
     payload: bytes
     state: str = "queued"
-    rung: bool = False
+    rung: int = 0
     lost: bool = False
     owner: str = ""
     fence: int = 0
     claims: int = 0
     deaths: int = 0
-    suspect: bool = False
+    forgiven: int = 0
+    suspect: int = 0
     lease_over: bool = False
     pairs_done: int = 0
     error_type: str = ""
@@ -56,6 +57,10 @@ class TwinJob:
     @property
     def line(self) -> tuple[str, str]:
         return self.queue, self.tenant
+
+    @property
+    def expires(self) -> bool:
+        return self.deadline == 0
 
     @property
     def ahead(self) -> bool:
@@ -69,7 +74,8 @@ class Twin:
         self.jobs: dict[str, TwinJob] = {}
         self.alone: dict[str, str] = {}
         self.registered: set[str] = set()
-        self.clock = itertools.count()
+        self.accused: dict[str, list[tuple[str, int, bool]]] = defaultdict(list)
+        self.clock = itertools.count(1)
 
     def waiting(self, queue: str, tenant: str) -> list[str]:
         line = [(not job.ahead, job.order, name) for name, job in self._line(queue, tenant, rung=False)]
@@ -80,7 +86,7 @@ class Twin:
 
     def _line(self, queue: str, tenant: str, *, rung: bool) -> Iterator[tuple[str, TwinJob]]:
         for name, job in self.jobs.items():
-            if job.state == "queued" and job.rung == rung and job.line == (queue, tenant):
+            if job.state == "queued" and bool(job.rung) == rung and job.line == (queue, tenant):
                 yield name, job
 
     def room(self, queue: str, tenant: str) -> int:
@@ -106,10 +112,25 @@ class Twin:
             self.end(job, "expired", "JobExpired")
 
     def end(self, job: TwinJob, state: str, error_type: str = "") -> None:
-        job.state, job.error_type, job.owner, job.rung = state, error_type, "", False
+        job.state, job.error_type, job.owner, job.rung = state, error_type, "", 0
 
-    def queue_again(self, job: TwinJob, *, suspect: bool) -> None:
-        job.state, job.owner, job.suspect, job.lease_over, job.rung = "queued", "", suspect, False, False
+    def queue_again(self, job: TwinJob, *, suspect: int) -> None:
+        job.state, job.owner, job.suspect, job.lease_over, job.rung = "queued", "", suspect, False, 0
+
+    def take_back(self, owner: str) -> None:
+        """It lives: whatever was accused because of its silence is not any more."""
+        if self.alone.get(owner) == "":
+            del self.alone[owner]
+        for name, fence, death in self.accused.pop(owner, []):
+            job = self.jobs.get(name)
+            if job is None or job.state not in {"queued", "running", "dead"} or fence <= job.forgiven:
+                continue
+            job.suspect = max(0, job.suspect - 1)
+            if death:
+                job.deaths = max(0, job.deaths - 1)
+                if job.state == "dead":
+                    job.error_type = ""
+                    self.queue_again(job, suspect=job.suspect)
 
     def leave_device(self, name: str) -> None:
         owner = self.jobs[name].owner
@@ -119,8 +140,9 @@ class Twin:
     def may_ring(self, name: str) -> bool:
         job = self.jobs[name]
         first = self.waiting(*job.line)[0] == name
-        job.rung = first and len(self.rung(*job.line)) < TERMS.ring_window
-        return job.rung
+        if first and len(self.rung(*job.line)) < TERMS.ring_window:
+            job.rung = next(self.clock)
+        return bool(job.rung)
 
     def submit(self, entry: Entry) -> tuple[str, bool]:
         job = self.jobs.get(entry.id)
@@ -132,7 +154,7 @@ class Twin:
                 if job.deadline is not None:
                     job.deadline = None if entry.deadline_s is None else max(job.deadline, entry.deadline_s)
                 if entry.priority == "interactive" and job.priority == "bulk":
-                    job.priority, job.queue, job.rung = "interactive", entry.queue, False
+                    job.priority, job.queue, job.rung = "interactive", entry.queue, 0
                     return state, self.may_ring(entry.id)
                 return state, False
             if state in {"running", "done", "dead"}:
@@ -151,10 +173,9 @@ class Twin:
         state = self.state(name)
         if state != "queued":
             return state
-        if self.alone.get(owner) == "":
-            del self.alone[owner]
+        self.take_back(owner)
         job = self.jobs[name]
-        job.state, job.owner, job.rung, job.pairs_done, job.lease_over = "running", owner, False, 0, False
+        job.state, job.owner, job.rung, job.pairs_done, job.lease_over = "running", owner, 0, 0, False
         job.deadline = None  # started in time
         job.claims += 1
         return job
@@ -221,17 +242,27 @@ class Twin:
         if state != "dead":
             return state, False
         job = self.jobs[name]
-        self.queue_again(job, suspect=True)
+        self.queue_again(job, suspect=1)
+        job.forgiven = job.fence
         job.claims, job.deaths, job.pairs_done, job.error_type, job.lost = 0, 0, 0, "", False
         return "queued", self.may_ring(name)
 
-    def sweep(self, *, judge: bool, lost: set[str]) -> tuple[int, int, int, int]:
+    def sweep(self, *, watched: bool, held_by_broker: dict[str, int]) -> tuple[int, int, int, int]:
         lapsed = dead = 0
-        for name, job in self.jobs.items() if judge else ():
+        for name, job in self.jobs.items():
             if job.state != "running" or not job.lease_over:
                 continue
-            lapsed += 1
             alone = self.alone.get(job.owner)
+            last = alone == name and job.deaths + 1 >= TERMS.max_attempts
+            if not watched or (last and job.owner in self.registered):
+                job.lease_over = False  # it has a while yet
+                continue
+            lapsed += 1
+            if alone not in {None, name}:
+                self.queue_again(job, suspect=job.suspect)
+                continue
+            job.suspect += 1
+            self.accused[job.owner].append((name, job.fence, alone == name))
             if alone == name:
                 self.alone[job.owner] = ""
                 job.deaths += 1
@@ -239,21 +270,26 @@ class Twin:
                     dead += 1
                     self.end(job, "dead", "JobDead")
                     continue
-            self.queue_again(job, suspect=job.suspect or alone in {None, name})
-        if judge:
-            self.alone = {
-                owner: name
-                for owner, name in self.alone.items()
-                if owner in self.registered or (name in self.jobs and self.jobs[name].owner == owner)
-            }
+            self.queue_again(job, suspect=job.suspect)
+        self.alone = {
+            owner: name
+            for owner, name in self.alone.items()
+            if owner in self.registered or (name in self.jobs and self.jobs[name].owner == owner)
+        }
         before = Counter(job.state for job in self.jobs.values())["expired"]
         for name in self.jobs:
             self.settle(name)
         expired = Counter(job.state for job in self.jobs.values())["expired"] - before
-        taken_back = [job for job in self.jobs.values() if job.state == "queued" and job.rung and job.queue in lost]
-        for job in taken_back:
-            job.rung, job.lost = False, True
-        return lapsed, dead, expired, len(taken_back)
+        bells = 0
+        for queue, messages in held_by_broker.items():
+            out = sorted(
+                (job for job in self.jobs.values() if job.state == "queued" and job.rung and job.queue == queue),
+                key=lambda job: job.rung,
+            )
+            for job in out[: max(0, len(out) - messages)]:
+                job.rung, job.lost = 0, True
+                bells += 1
+        return lapsed, dead, expired, bells
 
 
 @contextmanager
@@ -345,7 +381,7 @@ class BothLedgers(RuleBasedStateMachine):
         expected.fence = answer.fence
         self.fences.append((name, answer.fence))
         given = (answer.suspect, answer.priority, answer.payload)
-        assert given == (expected.suspect, expected.priority, expected.payload)
+        assert given == (expected.suspect > 0, expected.priority, expected.payload)
         room = 2 * len(self.twin.rung(*expected.line)) < TERMS.ring_window
         assert answer.ring_on == bool(room and self.twin.waiting(*expected.line))
         # Its answer may be lost on the way: asked again, it is the same.
@@ -408,7 +444,7 @@ class BothLedgers(RuleBasedStateMachine):
         else:
             assert (found.queue, found.tenant, found.pairs, found.deaths) == (*job.line, job.pairs, job.deaths)
             assert (found.payload, found.label) == (job.payload.decode(), f"label of {name}")
-            assert found.history[-1].event == "lease-over"
+            assert found.history[-1].event in {"lease-over", "came-back"}
 
     @rule(name=ids)
     def look(self, name: str) -> None:
@@ -425,17 +461,31 @@ class BothLedgers(RuleBasedStateMachine):
     def beat(self, worker: str, lives: bool) -> None:
         if lives:
             self.ask(calls.beat(worker, "{}", gone_after_s=1_000))
+            self.twin.take_back(worker)
             self.twin.registered.add(worker)
         else:
-            self.ledger.redis.hdel("rerankq:workers", worker)
+            assert self.ask(calls.bury([worker])) == (worker in self.twin.registered)
             self.twin.registered.discard(worker)
 
-    @rule(judge=st.sampled_from([True, True, False]), lost=st.sets(st.sampled_from(QUEUES)))
-    def sweep(self, judge: bool, lost: set[str]) -> None:
+    @rule(
+        watched=st.sampled_from([True, True, False]),
+        held_by_broker=st.dictionaries(st.sampled_from(QUEUES), st.integers(0, 3)),
+    )
+    def sweep(self, watched: bool, held_by_broker: dict[str, int]) -> None:
         self.ledger.redis.delete("rerankq:sweeper")
-        # A slot was free long before any bell rang, so all bells that are out are lost.
-        call = calls.sweep("s", TERMS, judge=judge, free_since=dict.fromkeys(lost, 1.0), grace_s=0)
-        assert self.ask(call) == self.twin.sweep(judge=judge, lost=lost)
+        counted = calls.Counted(self.now(), held_by_broker)
+        out = {job.queue for job in self.twin.jobs.values() if job.state == "queued" and job.rung and not job.expires}
+        swept = self.ask(calls.sweep("s", TERMS, watched_s=1e6 if watched else 0, counted=counted, grace_s=0))
+        assert set(swept.overdue) == out
+        assert swept[:4] == self.twin.sweep(watched=watched, held_by_broker=held_by_broker)
+        # What has a while yet has it for as long as the example lasts.
+        for name, job in self.twin.jobs.items():
+            if job.state == "running" and not job.lease_over:
+                self.ledger.redis.zadd("rerankq:running", {name: self.now() + FAR})
+
+    def now(self) -> float:
+        seconds, micros = self.ledger.redis.time()
+        return seconds + micros / 1e6
 
     @rule(most=st.sampled_from([1, 4, 100]), queues=st.sampled_from([QUEUES, QUEUES[:1], QUEUES[1:]]))
     def ring_on(self, most: int, queues: tuple[str, ...]) -> None:
@@ -450,7 +500,7 @@ class BothLedgers(RuleBasedStateMachine):
             assert names == self.twin.waiting(*line)[: len(names)], "the longest waiting first"
             assert len(names) <= room[line]
             for name in names:
-                self.twin.jobs[name].rung = True
+                self.twin.jobs[name].rung = next(self.twin.clock)
         for queue in queues:
             there = sum(room[queue, tenant] for tenant in TENANTS)
             assert sum(len(rung[queue, tenant]) for tenant in TENANTS) == min(most, there), "nothing is left unrung"
@@ -514,7 +564,7 @@ class BothLedgers(RuleBasedStateMachine):
             assert real["content"] == job.content
             assert (real["queue"], real["tenant"], real["priority"]) == (job.queue, job.tenant, job.priority)
             assert (real["fence"], real["claims"]) == (str(job.fence), str(job.claims))
-            assert (real["deaths"], real["suspect"]) == (str(job.deaths), str(int(job.suspect)))
+            assert (real["deaths"], real["suspect"]) == (str(job.deaths), str(job.suspect))
             assert real.get("owner", "") == job.owner
             assert (real["deadline"] == "") == (job.deadline is None)
             if job.deadline:
@@ -555,6 +605,9 @@ class BothLedgers(RuleBasedStateMachine):
         assert members("rerankq:deadlines") == those("queued") & deadlines
         alone = {owner.decode(): name.decode() for owner, name in self.ledger.redis.hgetall("rerankq:alone").items()}
         assert alone == self.twin.alone
+        for worker in WORKERS:
+            accused = {name.decode() for name in self.ledger.redis.smembers(f"rerankq:accused:{worker}")}
+            assert accused == {f"{'!' * death}{fence} {name}" for name, fence, death in self.twin.accused[worker]}
 
     @invariant()
     def every_line_with_a_backlog_is_known_to_the_ringer(self) -> None:

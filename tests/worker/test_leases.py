@@ -12,7 +12,8 @@ from rerankq.ledger import Claim, Ledger, Terms, calls, connect
 from rerankq.placing import Place
 from rerankq.settings import Settings
 from rerankq_worker import leases as leases_module
-from rerankq_worker.leases import PATIENCE, PATIENCE_S, Leases, hangs
+from rerankq_worker.lease_policy import PATIENCE, PATIENCE_S, hangs
+from rerankq_worker.leases import Leases
 
 WAIT_S = 20  # a test that hangs ends here; none that works waits so long
 
@@ -117,7 +118,7 @@ def test_an_old_fence_releases_nothing(world: World):
     assert world.leases.stop() == [("a", again.fence)]
     world.leases.renew()
     assert not new.cancelled.is_set()
-    assert not old.cancelled.is_set()
+    assert old.cancelled.is_set(), "its claim ended, or there would be no later one"
 
 
 def test_a_job_that_ended_while_its_lease_was_being_renewed_stops_no_later_claim(
@@ -136,6 +137,15 @@ def test_a_job_that_ended_while_its_lease_was_being_renewed_stops_no_later_claim
     world.leases.renew()
     assert not new.cancelled.is_set()
     assert not old.cancelled.is_set()
+
+
+def test_a_job_cancelled_and_at_once_submitted_again_is_worked_on_once(world: World):
+    _, old = world.held("a")
+    world.ledger.ask(calls.cancel("a", world.terms))
+    claim, new = world.held("a")
+    assert old.cancelled.is_set(), "whether or not the cancellation was heard"
+    assert not new.cancelled.is_set()
+    assert world.leases.stop() == [("a", claim.fence)]
 
 
 def test_cancelling_reaches_held_work_and_no_other(world: World):
@@ -213,6 +223,20 @@ def test_a_device_that_comes_round_is_forgiven(lively: World, monkeypatch: pytes
     lively.device_hangs = True
     assert lively.leases._hangs()
     assert not lively.gave_up.is_set(), "it hangs since just now, not since the first time"
+
+
+def test_after_a_pause_of_our_own_the_device_has_time_to_go_on(lively: World, monkeypatch: pytest.MonkeyPatch):
+    clock = [0.0]
+    monkeypatch.setattr(leases_module.time, "monotonic", lambda: clock[0])
+    lively.device_hangs = True
+    lively.leases._woke_up(slept_for=lively.terms.lease_s / 3 + 1)
+    assert lively.leases._hangs(), "a busy machine is no pause"
+    lively.leases._woke_up(slept_for=3_600)
+    assert not lively.leases._hangs()
+    assert not lively.leases.hung
+    clock[0] += PATIENCE_S
+    assert lively.leases._hangs()
+    assert lively.leases.hung
 
 
 def test_the_timer_outlives_a_ledger_that_is_away_and_any_bug(lively: World, monkeypatch: pytest.MonkeyPatch):

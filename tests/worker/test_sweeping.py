@@ -1,18 +1,25 @@
 """Sweeping: who may judge and when, bells that were lost, the registry, and a loop that nothing ends but stop."""
 
+import itertools
 import json
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rerankq import RerankJob
 from rerankq.client import enter, terms_of
 from rerankq.errors import BrokerUnavailable
-from rerankq.ledger import Bell, Claim, Ledger, Terms, calls, connect
+from rerankq.ledger import Bell, Claim, Counted, Ledger, Server, Swept, Terms, calls, connect
 from rerankq.placing import Place
 from rerankq.settings import Settings
+from rerankq_worker.lease_policy import BREAK_S, Watch
+from rerankq_worker.processes import mark_of
 from rerankq_worker.sweeping import RING_AT_ONCE, CancelListener, Sweeper
 
 WAIT_S = 20  # a test that hangs ends here; none that works waits so long
@@ -33,10 +40,14 @@ class World:
         self.settings = Settings(broker_url=url, model="stub", lease_s=5)
         self.terms: Terms = terms_of(self.settings)._replace(**terms)
         self.ledger = Ledger(connect(self.settings.ledger))
-        self.ledger.uptime_s = lambda: 1e6
+        self.server = Server("a run", 1e6)
+        self.ledger.server = lambda: self.server
         self.clock = Clock()
         self.rung: list[Bell] = []
-        self.free: dict[str, float] = {}
+        self.in_broker: dict[str, int] | None = {}
+        self.asked: list[str] = []
+        self.living = True
+        self.ended: set[str] = set()
         self.sweeper = self.another("w1")
 
     def another(self, worker: str, **options: object) -> Sweeper:
@@ -44,12 +55,24 @@ class World:
             self.ledger,
             self.terms,
             self,
+            self,
             worker=worker,
             queues=QUEUES,
             say=lambda: {"model": "stub", "fingerprint": "f"},
-            free_for=lambda: self.free,
+            lives=lambda: self.living,
+            ended=lambda mark: mark in self.ended,
             **{"clock": self.clock, **options},
         )
+
+    def ask(self, queues: Sequence[str], at: float) -> None:
+        self.asked += queues
+        self.counted = Counted(at, {name: self.in_broker.get(name, 0) for name in queues})
+
+    def take(self) -> Counted:
+        counted, self.counted = self.counted, Counted()
+        return counted
+
+    counted = Counted()
 
     def ring(self, bells: Sequence[Bell]) -> None:
         self.rung += bells
@@ -95,30 +118,92 @@ def test_a_lapsed_job_is_queued_again_and_rung_for(world: World):
     assert world.sweeper.sweep().lapsed == 1
     assert world.state("a") == "queued"
     assert world.names_rung() == ["a"]
-    assert world.claim("a").suspect
+    assert world.claim("a", "w3").suspect
 
 
-def test_after_a_pause_of_ones_own_nothing_is_judged_for_one_lease(world: World):
+def breaks(how: str, world: World) -> None:
+    """What keeps living workers from renewing in time."""
+    if how == "a pause of its own":
+        world.clock.now += world.terms.lease_s + 1
+    elif how == "another server":
+        world.server = Server("a replica that was promoted", 1e6)
+    elif how == "a clock set forward":
+        # As this one would see it: less time passed than the ledger tells.
+        world.clock.now -= 3_600
+
+
+@pytest.mark.parametrize("how", ["a pause of its own", "another server", "a clock set forward"])
+def test_after_a_break_nothing_is_judged_for_one_lease(world: World, how: str):
     world.submit("a")
     world.claim("a")
     world.sweeper.sweep()
-    world.clock.now += world.terms.lease_s + 1
+    breaks(how, world)
+    for _ in range(5):
+        world.lapse("a")
+        assert world.sweeper.sweep().lapsed == 0, "its worker may have been cut off as we were"
+        world.clock.now += world.terms.lease_s / 5
     world.lapse("a")
-    assert world.sweeper.sweep().lapsed == 0, "its worker may have been cut off as we were"
-    world.clock.now += world.terms.lease_s - 1
-    assert world.sweeper.sweep().lapsed == 0
-    world.clock.now += 1
+    world.clock.now += 0.1
     assert world.sweeper.sweep().lapsed == 1
 
 
-def test_a_young_server_is_not_judged_by(world: World):
+def test_a_young_server_is_not_judged_by_until_a_lease_has_passed_since_it_started(world: World):
     world.submit("a")
     world.claim("a")
     world.lapse("a")
-    world.ledger.uptime_s = lambda: world.terms.lease_s
+    world.server = Server("young", world.terms.lease_s - 1)
     assert world.sweeper.sweep().lapsed == 0
-    world.ledger.uptime_s = lambda: world.terms.lease_s + 1
+    world.lapse("a")
+    world.clock.now += 1.1
     assert world.sweeper.sweep().lapsed == 1
+
+
+def test_a_server_whose_clock_was_set_back_before_it_was_first_seen_is_not_young_for_as_long(world: World):
+    world.submit("a")
+    world.claim("a")
+    world.lapse("a")
+    world.server = Server("up for less than nothing", -3_590)
+    assert world.sweeper.sweep().lapsed == 1
+
+
+@given(
+    told=st.lists(
+        st.tuples(st.floats(0.1, 20), st.floats(-5_000, 5_000), st.sampled_from(["a", "a", "a", "b"])), max_size=20
+    )
+)
+def test_a_watch_is_as_long_as_the_unbroken_end_of_what_it_saw(told: list[tuple[float, float, str]]):
+    watch, now, ledger, seen = Watch(), 0.0, 1e9, []
+    for passed, step, run in told:
+        now, ledger = now + passed, ledger + passed + step
+        watch = watch.saw(now, ledger_now=ledger, server=Server(run, 100.0))
+        seen.append((now, ledger, run))
+    since = seen[0][0] - 100 if seen else -math.inf
+    for (before, ledger_before, run_before), (after, ledger_after, run) in itertools.pairwise(seen):
+        ahead = (ledger_after - ledger_before) - (after - before)
+        if run != run_before or after - before > BREAK_S or ahead > BREAK_S:
+            since = after
+    assert watch.watched_s(now) == pytest.approx(now - since)
+    assert watch.lost(now).watched_s(now + 2) == pytest.approx(2)
+
+
+def test_a_worker_that_cannot_work_gives_no_sign_of_life_and_judges_nobody(world: World):
+    world.submit("a")
+    world.claim("a")
+    world.lapse("a")
+    world.living = False
+    assert world.sweeper.sweep() == Swept()
+    assert world.ledger.workers() == []
+    world.living = True
+    assert world.sweeper.sweep().lapsed == 1
+
+
+def test_a_neighbour_whose_process_has_ended_is_taken_out_of_the_registry_once_it_is_silent(world: World):
+    world.ended = {"its mark"}
+    said = json.dumps({"model": "stub", "fingerprint": "f", "queues": list(QUEUES), "process": "its mark"})
+    for name, age, info in (("silent", 4, said), ("just now", 1, said), ("elsewhere", 4, said.replace("its", "no"))):
+        world.ledger.redis.hset("rerankq:workers", name, f"{world.now() - age:.6f} {info}")
+    world.sweeper.sweep()
+    assert {worker.id for worker in world.ledger.workers()} == {"w1", "just now", "elsewhere"}
 
 
 def test_only_one_of_two_sweepers_judges(world: World):
@@ -130,40 +215,24 @@ def test_only_one_of_two_sweepers_judges(world: World):
     assert world.sweeper.sweep().lapsed == 1
 
 
-def test_a_bell_that_nobody_heard_though_a_slot_was_free_is_rung_again(world: World):
+def test_a_bell_that_the_broker_does_not_hold_is_rung_again_however_busy_everybody_is(world: World):
     world.submit("a")
-    world.age_bell("a", 3)
-    assert world.sweeper.sweep().bells == 0, "no slot was free: it may still be in the broker"
-    world.free = {QUEUES[0]: 2.5}
+    assert world.sweeper.sweep().bells == 0
+    assert world.asked == [], "it was rung just now"
+    world.age_bell("a", 4)
+    assert world.sweeper.sweep().bells == 0, "first the broker is asked"
+    assert world.asked == [QUEUES[0]]
     assert world.sweeper.sweep().bells == 1
     assert world.names_rung() == ["a"]
     assert world.sweeper.sweep().bells == 0, "it was rung just now"
 
 
-def test_a_slot_that_was_free_for_another_queue_or_not_long_enough_proves_nothing(world: World):
+def test_a_bell_that_the_broker_holds_is_not_rung_again_however_long_it_waits(world: World):
     world.submit("a")
-    world.age_bell("a", 3)
-    world.free = {QUEUES[0]: 1.0, QUEUES[1]: 100.0}
-    assert world.sweeper.sweep().bells == 0
-
-
-def test_a_slot_free_at_any_living_worker_counts_and_at_one_that_is_gone_does_not(world: World):
-    world.submit("a")
-    world.age_bell("a", 8)
-    gone = {"model": "stub", "fingerprint": "f", "queues": list(QUEUES), "free_since": {QUEUES[0]: world.now() - 60}}
-    world.ledger.redis.hset("rerankq:workers", "gone", f"{world.now() - 10:.6f} {json.dumps(gone)}")
-    assert world.sweeper.sweep().bells == 0
-    world.ledger.redis.hset("rerankq:workers", "alive", f"{world.now():.6f} {json.dumps(gone)}")
-    assert world.sweeper.sweep().bells == 1
-
-
-def test_a_bell_much_older_than_the_newest_one_answered_is_rung_again(world: World):
-    world.submit("lost", "heard")
-    world.age_bell("lost", 30)
-    world.age_bell("heard", 5)
-    world.claim("heard")
-    assert world.sweeper.sweep().bells == 1
-    assert world.names_rung() == ["lost"]
+    world.age_bell("a", 1_000)
+    world.in_broker = {QUEUES[0]: 1}
+    for _ in range(3):
+        assert world.sweeper.sweep().bells == 0
 
 
 def test_a_backlog_longer_than_a_round_is_rung_on_round_by_round(redis_url: str):
@@ -188,13 +257,12 @@ def test_tenants_are_rung_for_in_turn(redis_url: str):
     world.ledger.redis.close()
 
 
-def test_a_sign_of_life_says_what_this_worker_is_and_since_when_it_has_room(world: World):
-    world.free = {QUEUES[0]: 7.0}
+def test_a_sign_of_life_says_what_this_worker_is_and_by_what_its_end_is_known(world: World):
     world.sweeper.beat()
     (worker,) = world.ledger.workers()
     assert (worker.id, worker.model, worker.fingerprint, worker.queues) == ("w1", "stub", "f", QUEUES)
     assert worker.age_s < 5
-    assert worker.free_since[QUEUES[0]] == pytest.approx(world.now() - 7, abs=1)
+    assert worker.process == mark_of(os.getpid())
 
 
 def running(sweeper: Sweeper) -> Sweeper:
@@ -250,11 +318,11 @@ def test_an_outage_postpones_judging(world: World, turns: Callable, monkeypatch:
     sweeper = world.another("w1", clock=time.monotonic)
     away, beat = [True], sweeper.beat
 
-    def beat_sometimes() -> None:
+    def beat_sometimes() -> float:
         if away:
             away.pop()
             raise BrokerUnavailable("away")
-        beat()
+        return beat()
 
     monkeypatch.setattr(sweeper, "beat", beat_sometimes)
     done = turns(sweeper, 3)
@@ -302,7 +370,7 @@ def test_who_stops_signs_off_and_a_lost_ledger_does_not_hold_it_up(world: World,
     def gone(*_: object) -> None:
         raise ConnectionError
 
-    monkeypatch.setattr(world.ledger.redis, "hdel", gone)
+    monkeypatch.setattr(world.ledger.redis, "evalsha", gone)
     other.stop()
     assert not other._thread.is_alive()
 

@@ -505,16 +505,6 @@ def test_revoking_cancels_in_the_ledger_and_the_same_content_can_be_submitted_ag
     assert state(worker) == "done"
 
 
-def test_room_is_told_only_for_queues_that_are_listened_to(worker: Any):
-    assert worker._free_for() == {}
-    worker.listens = frozenset(QUEUES[:1])
-    assert set(worker._free_for()) == {QUEUES[0]}
-    worker.listens = frozenset(QUEUES)
-    assert set(worker._free_for()) == set(QUEUES)
-    came_in(request("a", QUEUES[1]), request("b", QUEUES[1]))
-    assert set(worker._free_for()) == {QUEUES[0]}
-
-
 def test_what_the_registry_shows_is_enough_to_place_a_job(worker: Any):
     worker.sweeper.beat()
     (shown,) = worker.ledger.workers()

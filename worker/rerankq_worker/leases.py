@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -11,12 +12,10 @@ from typing import Protocol
 from rerankq.errors import RerankqError
 from rerankq.ledger import Ledger, Terms, calls
 
+from .lease_policy import BREAK_S, PATIENCE_S, renew_every_s
+
 logger = logging.getLogger("rerankq")
 
-# A batch may take this many times what its tokens predict, and never less than this many seconds,
-# before the device counts as hung.
-PATIENCE = 10.0
-PATIENCE_S = 60.0
 # Seconds that stopping waits for a renewal under way: the ledger may hang.
 JOIN_S = 1.0
 
@@ -27,15 +26,6 @@ class Work(Protocol):
     @property
     def pairs_done(self) -> int: ...  # noqa: D102
     def cancel(self) -> None: ...  # noqa: D102
-
-
-def hangs(running_s: float | None, predicted_s: float) -> bool:
-    """Whether a batch that has been on the device for *running_s* (None = no batch) is never coming back.
-
-    >>> hangs(61, predicted_s=1), hangs(61, predicted_s=10), hangs(None, predicted_s=0)
-    (True, False, False)
-    """
-    return running_s is not None and running_s > max(PATIENCE_S, PATIENCE * predicted_s)
 
 
 class Leases:
@@ -56,6 +46,7 @@ class Leases:
         self._held: dict[str, tuple[int, Work]] = {}
         self._stopped = threading.Event()
         self._hung_since: float | None = None
+        self._trusted_until = -math.inf
         self._thread = threading.Thread(target=self._run, name="rerankq-leases", daemon=True)
 
     def start(self) -> None:
@@ -70,10 +61,18 @@ class Leases:
         with self._lock:
             return [(job_id, fence) for job_id, (fence, _) in self._held.items()]
 
+    @property
+    def hung(self) -> bool:
+        """Whether the device hangs, so that leases are left to lapse: no work may be taken."""
+        return self._hung_since is not None
+
     def hold(self, job_id: str, fence: int, work: Work) -> None:
-        """Renew this job's lease from now on."""
+        """Renew this job's lease from now on; work on an earlier claim of it stops, which the ledger ended."""
         with self._lock:
+            earlier = self._held.get(job_id)
             self._held[job_id] = (fence, work)
+        if earlier is not None:
+            earlier[1].cancel()
 
     def release(self, job_id: str, fence: int) -> None:
         """Let go of it; a later claim of the same job (another fence) stays."""
@@ -99,7 +98,11 @@ class Leases:
             self.cancel((job_id, fences[job_id]) for job_id in lost)
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._terms.lease_s / 3):
+        while not self._stopped.is_set():
+            slept_at = time.monotonic()
+            if self._stopped.wait(renew_every_s(self._terms.lease_s)):
+                return
+            self._woke_up(slept_for=time.monotonic() - slept_at)
             if self._hangs():
                 continue
             try:
@@ -110,8 +113,13 @@ class Leases:
                 # This thread must outlive any bug in it: without it every lease lapses.
                 logger.exception("leases not renewed")
 
+    def _woke_up(self, *, slept_for: float) -> None:
+        if slept_for > self._terms.lease_s + BREAK_S:
+            # We were paused, and what the device does with us: the time of its batch ran on alone.
+            self._trusted_until = time.monotonic() + PATIENCE_S
+
     def _hangs(self) -> bool:
-        if not self._device_hangs():
+        if not self._device_hangs() or time.monotonic() < self._trusted_until:
             self._hung_since = None
             return False
         if self._hung_since is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,14 @@ from typing import Any, Protocol
 from redis.exceptions import RedisError
 
 from rerankq.errors import RerankqError
-from rerankq.ledger import Bell, Ledger, Swept, Terms, calls, translated
+from rerankq.ledger import Bell, Counted, Ledger, Swept, Terms, calls
+
+from .lease_policy import BEAT_S, BREAK_S, Watch, forget_after_s
+from .processes import has_ended, mark_of
 
 logger = logging.getLogger("rerankq")
 
-SWEEP_EVERY_S = 1.0
+SWEEP_EVERY_S = BEAT_S
 # Bells of one round: rung on faster than a worker can answer them, in batches that the broker takes in one go.
 RING_AT_ONCE = 256
 # Seconds that stopping waits for what is under way: the ledger may hang.
@@ -29,11 +33,18 @@ class Rings(Protocol):
     def ring(self, bells: Sequence[Bell]) -> None: ...  # noqa: D102
 
 
+class Counts(Protocol):
+    """Whoever counts the messages that the broker holds, without holding up who asks."""
+
+    def ask(self, queues: Sequence[str], at: float) -> None: ...  # noqa: D102
+    def take(self) -> Counted: ...  # noqa: D102
+
+
 class Sweeper:
     """Beats and sweeps every second, and rings on whenever a claim says that there is room.
 
-    *say* gives what the registry shall show of this worker; *free_for* gives, per queue, for how many seconds a slot
-    has been free.
+    *say* gives what the registry shall show of this worker; *lives* whether it can work: a worker whose device hangs or
+    died gives no sign of life. *counts* is asked for the messages of queues that have bells out for long.
     """
 
     def __init__(
@@ -41,23 +52,26 @@ class Sweeper:
         ledger: Ledger,
         terms: Terms,
         bells: Rings,
+        counts: Counts,
         *,
         worker: str,
         queues: Sequence[str],
         say: Callable[[], Mapping[str, Any]],
-        free_for: Callable[[], Mapping[str, float]],
+        lives: Callable[[], bool] = lambda: True,
+        ended: Callable[[str], bool] = has_ended,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
         self._terms = terms
         self._bells = bells
+        self._counts = counts
         self._worker = worker
         self._queues = queues
         self._say = say
-        self._free_for = free_for
+        self._lives = lives
+        self._ended = ended
         self._clock = clock
-        self._judges_from = clock()
-        self._swept_at = clock()
+        self._watch = Watch()
         self._wake = threading.Event()
         self._stopped = False
         self._away = False
@@ -74,8 +88,8 @@ class Sweeper:
         if self._thread.is_alive():
             self._thread.join(JOIN_S)
         try:
-            self._ledger.redis.hdel("rerankq:workers", self._worker)
-        except (RedisError, OSError) as error:
+            self._ledger.ask(calls.bury([self._worker]))
+        except RerankqError as error:
             logger.info("could not sign off: %s", error)
 
     def ring_on(self) -> None:
@@ -83,36 +97,40 @@ class Sweeper:
         self._wake.set()
 
     def sweep(self) -> Swept:
-        """Give a sign of life, sweep once, and ring on."""
+        """Give a sign of life, sweep once, and ring on; nothing of it where this worker cannot work."""
+        if not self._lives():
+            return Swept()
+        ledger_now = self.beat()
         now = self._clock()
-        # We ourselves were paused, or Redis was away: leases lapsed though their workers live. They get one lease.
-        if now - self._swept_at > max(self._terms.lease_s, 3 * SWEEP_EVERY_S):
-            self._judges_from = now + self._terms.lease_s
-        self._swept_at = now
-        self.beat()
-        judge = now >= self._judges_from and self._ledger.uptime_s() > self._terms.lease_s
-        free_since: dict[str, float] = {}
-        for worker in self._ledger.workers():
-            if worker.age_s < 3 * SWEEP_EVERY_S:
-                for queue, since in worker.free_since.items():
-                    free_since[queue] = min(since, free_since.get(queue, since))
-        swept = self._ledger.ask(calls.sweep(self._worker, self._terms, judge=judge, free_since=free_since))
+        self._watch = self._watch.saw(now, ledger_now=ledger_now, server=self._ledger.server())
+        self._bury()
+        swept = self._ledger.ask(
+            calls.sweep(self._worker, self._terms, watched_s=self._watch.watched_s(now), counted=self._counts.take())
+        )
         if swept.lapsed or swept.bells:
             logger.warning("%d leases lapsed (%d jobs dead), %d bells were lost", swept.lapsed, swept.dead, swept.bells)
+        if swept.overdue:
+            self._counts.ask(swept.overdue, ledger_now)
         self._ring_on()
         return swept
 
-    def beat(self) -> None:
-        """Tell the registry that this worker lives."""
-        with translated():
-            clock = self._ledger.redis.time()
-        now = clock[0] + clock[1] / 1e6
+    def beat(self) -> float:
+        """Tell the registry that this worker lives; answers the ledger's time."""
+        gone_after_s = forget_after_s(self._terms.lease_s)
         info = {
             **self._say(),
             "queues": list(self._queues),
-            "free_since": {queue: now - seconds for queue, seconds in self._free_for().items()},
+            "process": mark_of(os.getpid()),
+            "gone_after_s": gone_after_s,
         }
-        self._ledger.ask(calls.beat(self._worker, json.dumps(info), gone_after_s=max(60.0, 10 * self._terms.lease_s)))
+        return self._ledger.ask(calls.beat(self._worker, json.dumps(info), gone_after_s=gone_after_s))
+
+    def _bury(self) -> None:
+        """Say of workers on this machine that have ended: a successor need not wait for their silence."""
+        silent = [one for one in self._ledger.workers() if one.age_s > BREAK_S]
+        if ended := [one.id for one in silent if self._ended(one.process)]:
+            logger.warning("ended without a word: %s", ", ".join(ended))
+            self._ledger.ask(calls.bury(ended))
 
     def _ring_on(self) -> None:
         while bells := self._ledger.ask(calls.ring_on(self._queues, self._terms, most=RING_AT_ONCE)):
@@ -131,7 +149,7 @@ class Sweeper:
                     self._ring_on()
                 self._is_away(None)
             except RerankqError as error:
-                self._judges_from = self._clock() + self._terms.lease_s
+                self._watch = self._watch.lost(self._clock())
                 self._is_away(error)
                 self._wake.wait(SWEEP_EVERY_S)
             except Exception:

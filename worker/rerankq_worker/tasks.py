@@ -30,7 +30,7 @@ from kombu import Queue
 from kombu.common import ignore_errors
 
 from rerankq import __version__, catalogue, errors
-from rerankq.broker import AHEAD, BULK, IN_LINE, INTERACTIVE, TASK, Bells, make_app, queue
+from rerankq.broker import AHEAD, BULK, IN_LINE, INTERACTIVE, TASK, Bells, MessageCounts, make_app, queue
 from rerankq.client import terms_of
 from rerankq.contract import Ranking, State, job_of
 from rerankq.errors import BrokerUnavailable, JobCancelled, QueueFull, RerankqError
@@ -42,7 +42,8 @@ from . import cache, doorbell, engine
 from .engine import Batcher, EngineClosed, EngineDied, EngineError
 from .fusion.analyser import Analyser
 from .gate import Gate
-from .leases import Leases, hangs
+from .lease_policy import hangs
+from .leases import Leases
 from .reranker import Reranker, Work
 from .shutdown import ShutdownWatchdog, within
 from .slots import Slots
@@ -81,8 +82,6 @@ class Worker:
         self.ledger.workers()
         self.bells = Bells(app)
         self.slots = Slots(settings.concurrency)
-        # The queues that this worker listens to at present; none while the broker is away.
-        self.listens: frozenset[str] = frozenset()
         self.gate = Gate()
         self.stopping = threading.Event()
         self.dropped = False
@@ -97,7 +96,7 @@ class Worker:
             max_batch_tokens="measured" if settings.max_batch_tokens == "auto" else settings.max_batch_tokens,
             runtime=settings.runtime,
         )
-        self.batcher = Batcher(self.engine)
+        self.batcher = Batcher(self.engine, seconds_per_token=engine.seconds_per_token(self.engine))
         analyser = Analyser()
         analyser.warm()
         scores = cache.ScoreCache(cache.connect(settings.cache), ttl_s=settings.cache_ttl_s)
@@ -109,10 +108,11 @@ class Worker:
             self.ledger,
             self.terms,
             self.bells,
+            MessageCounts(app),
             worker=self.id,
             queues=[self.interactive, self.bulk],
             say=self._say,
-            free_for=self._free_for,
+            lives=self._lives,
         )
         self._started = time.monotonic()
 
@@ -175,9 +175,9 @@ class Worker:
             Ignore: if somebody else has it: the doorbell was a second one.
             RerankqError: how the job ended, where it was not ranked.
         """
-        if self.dropped:
-            # Its own jobs, handed back, are rung for at once: they are for others.
-            raise Ignore("in a hurry to stop: a sweeper will ring again")
+        if self.dropped or self.leases.hung:
+            # Its own jobs, handed back, are rung for at once: they are for others. A claim would be a sign of life.
+            raise Ignore("in a hurry to stop, or the device hangs: a sweeper will ring again")
         claim = self.ledger.ask(calls.claim(job_id, self.id, self.terms))
         if isinstance(claim, str):
             return second_bell(claim)
@@ -271,9 +271,8 @@ class Worker:
             "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
         }
 
-    def _free_for(self) -> dict[str, float]:
-        times = {self.interactive: self.slots.free_for(bulk=False), self.bulk: self.slots.free_for(bulk=True)}
-        return {name: seconds for name, seconds in times.items() if seconds is not None and name in self.listens}
+    def _lives(self) -> bool:
+        return not self.leases.hung and self.batcher.stats().alive
 
     def _device_hangs(self) -> bool:
         stats = self.batcher.stats()
@@ -438,13 +437,10 @@ class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
             self.bulk.on_message = c.create_task_handler()
             _open(channel, lambda: slots.has_room(bulk=True))
             self.bulk.consume()
-        worker.listens = frozenset(chosen)
         listening = self
 
     def stop(self, c: Any) -> None:
         """Listen no more."""
-        if worker is not None:
-            worker.listens = frozenset()
         if self.bulk is not None:
             ignore_errors(c, self.bulk.cancel)
 

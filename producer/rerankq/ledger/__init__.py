@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,13 +23,13 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import ConnectionError as LostConnection
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
 from ..errors import BrokerUnavailable, JobFailed, QueueFull, RerankqError
 from ..pools import open_pool
 from . import calls
-from .calls import Acceptance, Bell, Call, Claim, Entry, Look, Retrial, Swept, Terms
+from .calls import Acceptance, Bell, Call, Claim, Counted, Entry, Look, Retrial, Swept, Terms
 
 __all__ = [
     "Acceptance",
@@ -36,10 +37,12 @@ __all__ = [
     "Bell",
     "Call",
     "Claim",
+    "Counted",
     "Entry",
     "Ledger",
     "Look",
     "Retrial",
+    "Server",
     "Swept",
     "Terms",
     "WorkerInfo",
@@ -72,14 +75,21 @@ class WorkerInfo(NamedTuple):
     queues: tuple[str, ...]
     age_s: float
     pairs_per_s: float
-    free_since: dict[str, float]
     version: str = ""
     device: str = ""
+    process: str = ""
 
     @property
     def suffix(self) -> str:
         """What its queues append to the plain names: empty for the deployment's default model."""
         return self.queues[0].removeprefix("rerankq.interactive") if self.queues else ""
+
+
+class Server(NamedTuple):
+    """Which run of which server answers, and for how long, by its own clock, it has been up."""
+
+    run_id: str
+    uptime_s: float
 
 
 @cache
@@ -214,10 +224,15 @@ class Ledger:
             clock, found = pipe.execute()
         return _workers(clock, found)
 
-    def uptime_s(self) -> float:
-        """Seconds since the server started."""
+    def server(self) -> Server:
+        """Tell servers and their restarts apart."""
         with translated():
-            return float(self.redis.info("server")["uptime_in_seconds"])
+            try:
+                info = self.redis.info("server")
+            except NoPermissionError:
+                # Some hosts forbid INFO: then a restart is noticed as an outage alone.
+                info = {}
+        return Server(str(info.get("run_id", "")), float(info.get("uptime_in_seconds", math.inf)))
 
 
 class AsyncLedger:
@@ -314,7 +329,7 @@ def _worker(name: str, entry: str, now: float) -> WorkerInfo:
         queues=tuple(info.get("queues", ())),
         age_s=max(0.0, now - float(beaten)),
         pairs_per_s=float(info.get("pairs_per_s", 0)),
-        free_since={queue: float(since) for queue, since in info.get("free_since", {}).items()},
         version=str(info.get("version", "")),
         device=str(info.get("device", "")),
+        process=str(info.get("process", "")),
     )

@@ -29,6 +29,10 @@ class Call(Generic[Answer_co]):
     read: Callable[[object], Answer_co]
 
 
+# Seconds; longer than any lease.
+FOREVER_S = 1e9
+
+
 class Terms(NamedTuple):
     """What a deployment has agreed on, as far as the scripts need it."""
 
@@ -105,12 +109,23 @@ class Retrial(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """What a sweep found; all zero where another sweeper was at work."""
+    """What a sweep found; nothing where another sweeper was at work. *overdue* are queues with bells out for long."""
 
     lapsed: int = 0
     dead: int = 0
     expired: int = 0
     bells: int = 0
+    overdue: tuple[str, ...] = ()
+
+
+class Counted(NamedTuple):
+    """How many messages the broker held of each queue, and when, by the ledger's clock, it was asked."""
+
+    at: float = 0
+    messages: Mapping[str, int] = {}
+
+
+NOT_COUNTED = Counted()
 
 
 def submit(entry: Entry, terms: Terms) -> Call[Acceptance]:
@@ -253,15 +268,28 @@ def retry(job_id: str, terms: Terms) -> Call[Retrial]:
 
 
 def sweep(
-    sweeper: str, terms: Terms, *, judge: bool, free_since: Mapping[str, float], grace_s: float = 2, limit: int = 500
+    sweeper: str,
+    terms: Terms,
+    *,
+    watched_s: float = FOREVER_S,
+    counted: Counted = NOT_COUNTED,
+    grace_s: float = 3,
+    limit: int = 500,
 ) -> Call[Swept]:
-    """Judge lapsed leases (if *judge*), expire, and take back lost bells.
+    """Judge lapsed leases, expire, and take back bells that are out for *grace_s* and that the broker lacks.
 
-    *free_since* says, per queue, since when (the ledger's time) a slot for it has been free without a break.
+    *watched_s* says for how long the sweeper has seen the ledger without a break.
     """
-    slots = [part for queue, since in free_since.items() for part in (queue, since)]
-    args = (sweeper, int(judge), terms.max_attempts, *_end(terms), limit, grace_s, *slots)
-    return Call("sweep", args, lambda answer: Swept(*map(_int, _list(answer))))
+    messages = [part for queue, found in counted.messages.items() for part in (queue, found)]
+    watched = min(watched_s, FOREVER_S)
+    args = (sweeper, watched, terms.lease_s, terms.max_attempts, *_end(terms), limit, grace_s, counted.at, *messages)
+
+    def read(answer: object) -> Swept:
+        numbers = _list(answer)
+        lapsed, dead, expired, bells = map(_int, numbers[:4] or [0] * 4)
+        return Swept(lapsed, dead, expired, bells, tuple(map(_text, numbers[4:])))
+
+    return Call("sweep", args, read)
 
 
 def ring_on(queues: Sequence[str], terms: Terms, *, most: int = 256) -> Call[list[Bell]]:
@@ -280,6 +308,11 @@ def ring_on(queues: Sequence[str], terms: Terms, *, most: int = 256) -> Call[lis
 def beat(worker: str, info: str, *, gone_after_s: float) -> Call[float]:
     """Register a worker's sign of life; answers the ledger's time."""
     return Call("beat", (worker, info, gone_after_s), lambda answer: float(_text(answer)))
+
+
+def bury(workers: Sequence[str]) -> Call[int]:
+    """Say of workers that they have ended; answers how many of them the registry held."""
+    return Call("bury", workers, _int)
 
 
 def _ranking(job_id: str, text: bytes) -> Ranking:

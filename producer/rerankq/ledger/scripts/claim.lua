@@ -12,24 +12,15 @@ if state ~= 'queued' and not again then return {state} end
 
 local time = now()
 if not again then
-  local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'fence', 'claims', 'lost')
-  local queue, tenant = job[1], job[2]
-  local rung_at = redis.call('ZSCORE', rung_key(queue, tenant), id)
-  -- One that was rung ahead says nothing of those that it overtook.
-  if rung_at and job[5] == '0' and not job[6] then
-    -- The newest bell that was answered: bells of this queue that are much older than it are lost.
-    local newest = redis.call('HGET', 'rerankq:answered', queue)
-    if not newest or tonumber(newest) < tonumber(rung_at) then redis.call('HSET', 'rerankq:answered', queue, rung_at) end
-  end
-  -- Whoever claims lives: it was not dead when a job alone on its device lost its lease, only paused.
-  if redis.call('HGET', 'rerankq:alone', owner) == '' then redis.call('HDEL', 'rerankq:alone', owner) end
-  take_out(id, queue, tenant, tonumber(job[3]))
+  take_back(owner)
+  local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'fence')
+  take_out(id, job[1], job[2], tonumber(job[3]))
   -- By the clock, so that it rises even where the count was lost: over forgetting, submitting again, and a ledger
   -- restored from an older copy no late twin's fence fits again.
   local fence = math.max(tonumber(job[4]) + 1, math.floor(time * 1000000))
   if redis.call('HINCRBY', key, 'claims', 1) > 1 then note(key, 'claimed', owner) end
   redis.call('HSET', key, 'state', 'running', 'owner', owner, 'claim', call, 'fence', string.format('%.0f', fence),
-    'started', stamp(time), 'done_pairs', 0,
+    'started', stamp(time), 'lease_s', lease_s, 'done_pairs', 0,
     -- It has been started in time: queued again after its worker died, it waits for another as long as it takes.
     'deadline', '')
   redis.call('ZADD', 'rerankq:running', stamp(time + lease_s), id)
@@ -38,4 +29,5 @@ end
 local job = redis.call('HMGET', key, 'fence', 'suspect', 'priority', 'created', 'payload', 'queue', 'tenant')
 local rung, waiting = rung_key(job[6], job[7]), waiting_key(job[6], job[7])
 local more = redis.call('ZCARD', rung) * 2 < window and redis.call('EXISTS', waiting) == 1
-return {'claimed', job[1], tonumber(job[2]), job[3], stamp(time - tonumber(job[4])), job[5] or '', more and 1 or 0}
+local waited = math.max(0, time - tonumber(job[4]))
+return {'claimed', job[1], tonumber(job[2]), job[3], stamp(waited), job[5] or '', more and 1 or 0}

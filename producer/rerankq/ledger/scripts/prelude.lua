@@ -49,10 +49,16 @@ local function place(key)
   return stamp(tonumber(job[1]) - ((tonumber(job[2]) > 0 or job[3]) and 10000000000 or 0))
 end
 
-local function put_in(id, queue, tenant, pairs_in, deadline)
+-- The last place of a line: by the time, and behind all others even where the clock was set back since they came.
+local function last_place(queue, tenant)
+  local last = redis.call('ZREVRANGE', waiting_key(queue, tenant), 0, 0, 'WITHSCORES')[2]
+  return stamp(math.max(now(), tonumber(last or 0) + 0.000001))
+end
+
+local function put_in(id, queue, tenant, pairs_in, deadline, at)
   redis.call('SADD', 'rerankq:queues', queue)
   redis.call('SADD', tenants_key(queue), tenant)
-  redis.call('ZADD', waiting_key(queue, tenant), place(job_key(id)), id)
+  redis.call('ZADD', waiting_key(queue, tenant), at or place(job_key(id)), id)
   if deadline ~= '' then redis.call('ZADD', 'rerankq:deadlines', deadline, id) end
   count(queue, tenant, pairs_in)
 end
@@ -74,15 +80,22 @@ local function note(key, event, detail)
   end
 end
 
+local function whole(text) return text and #text < 17 and string.match(text, '^%d+$') end
+local function seconds(text) return text and #text < 20 and string.match(text, '^%d+%.?%d*$') end
+
+-- The longer of two times to live, the first of which may be no number; Redis refuses what is beyond its own clock.
+local function longer(ttl, other)
+  return string.format('%.0f', math.min(math.max(whole(ttl) and tonumber(ttl) or 0, tonumber(other)), 1000000000))
+end
+
+-- What ended is kept for as long as the most patient asked of those who submitted it and of those who end it.
 local function finish(key, id, state, ttl, channel)
+  ttl = longer(redis.call('HGET', key, 'ttl'), ttl)
   redis.call('HDEL', key, 'owner', 'claim', 'payload')
   redis.call('HSET', key, 'state', state, 'ended', stamp(now()))
   redis.call('EXPIRE', key, ttl)
   redis.call('PUBLISH', channel .. ':job:' .. id, state)
 end
-
-local function whole(text) return text and #text < 17 and string.match(text, '^%d+$') end
-local function seconds(text) return text and #text < 20 and string.match(text, '^%d+%.?%d*$') end
 
 -- Whether every field that the scripts count with is there and fit for it. Other hands than ours can write to a record.
 local function sound(key)
@@ -158,4 +171,56 @@ local function queue_again(key, id, suspect)
   redis.call('HDEL', key, 'owner', 'claim')
   redis.call('HSET', key, 'state', 'queued', 'suspect', suspect)
   put_in(id, job[1], job[2], tonumber(job[3]), job[4] or '')
+end
+
+-- Life. That a lease lapsed is one sign that its worker is gone, its silence the other. On the first the job is queued
+-- again at once, accused: a suspect, and where it was alone on the device a death counts. A later sign of life of the same
+-- worker, a heartbeat or a claim, takes all that back. The death that would set a job aside waits for the second sign.
+
+-- Seconds of a claim's lease: its owner's own, told when it claimed; *default* for what an older version claimed.
+local function lease_of(key, default)
+  local lease = seconds(redis.call('HGET', key, 'lease_s'))
+  return lease and tonumber(lease) > 0 and tonumber(lease) or default
+end
+
+-- Whether a worker is gone by its heartbeat: it signed off, or was found ended, or has been silent for so long.
+local function gone(owner, silent_s)
+  local entry = redis.call('HGET', 'rerankq:workers', owner)
+  local beaten = entry and tonumber(string.match(entry, '^(%S+)') or '')
+  return not beaten or beaten <= now() - silent_s
+end
+
+local function accused_key(owner) return 'rerankq:accused:' .. owner end
+
+-- Kept for a day: for so long may a worker be paused. '!': its death counts against the job.
+local function accuse(owner, id, fence, death)
+  redis.call('SADD', accused_key(owner), (death and '!' or '') .. fence .. ' ' .. id)
+  redis.call('EXPIRE', accused_key(owner), 86400)
+end
+
+-- This worker lives: what was accused because of its silence is not any more.
+local function take_back(owner)
+  if redis.call('HGET', 'rerankq:alone', owner) == '' then redis.call('HDEL', 'rerankq:alone', owner) end
+  local accused = redis.call('SMEMBERS', accused_key(owner))
+  if #accused == 0 then return end
+  redis.call('DEL', accused_key(owner))
+  for _, member in ipairs(accused) do
+    local death, fence, id = string.match(member, '^(!?)(%d+) (.*)$')
+    death = death == '!'
+    local key = job_key(id)
+    local state = written(key)
+    local open = (state == 'queued' or state == 'running' or state == 'dead') and sound(key)
+    -- Of a claim before it was retried: that was forgiven then.
+    if open and tonumber(fence) > tonumber(redis.call('HGET', key, 'forgiven') or 0) then
+      for _, name in ipairs(death and {'suspect', 'deaths'} or {'suspect'}) do
+        if tonumber(redis.call('HGET', key, name)) > 0 then redis.call('HINCRBY', key, name, -1) end
+      end
+      note(key, 'came-back', owner)
+      if death and state == 'dead' then
+        redis.call('ZREM', 'rerankq:dead', id)
+        redis.call('HDEL', key, 'ended', 'error_type', 'error')
+        queue_again(key, id, redis.call('HGET', key, 'suspect'))
+      end
+    end
+  end
 end

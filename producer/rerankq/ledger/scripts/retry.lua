@@ -8,7 +8,7 @@ local state = settle(id, ttl, channel)
 if state ~= 'dead' or not sound(key) then return {state, 0, '', ''} end
 redis.call('ZREM', 'rerankq:dead', id)
 redis.call('HDEL', key, 'started', 'ended', 'error_type', 'error', 'lost')
-redis.call('HSET', key, 'claims', 0, 'deaths', 0, 'done_pairs', 0)
+redis.call('HSET', key, 'claims', 0, 'deaths', 0, 'done_pairs', 0, 'forgiven', redis.call('HGET', key, 'fence'))
 note(key, 'retried', '')
 -- Still a suspect: if it kills again, it does so alone.
 queue_again(key, id, 1)

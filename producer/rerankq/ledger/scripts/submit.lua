@@ -11,6 +11,10 @@ local held = redis.call('HGET', key, 'content')
 if held then
   if held ~= content then return {'conflict', 0} end
   local state = settle(id, ttl, channel)
+  if state == 'queued' or state == 'running' then
+    -- A full server may refuse to note it: that is no fault of the job.
+    redis.pcall('HSET', key, 'ttl', longer(redis.call('HGET', key, 'ttl'), ttl))
+  end
   if state == 'queued' then
     local job = redis.call('HMGET', key, 'queue', 'priority', 'deadline')
     -- Whoever asks with more patience gives it to all: an earlier, shorter deadline must not expire this one.
@@ -29,7 +33,8 @@ if held then
     end
     return {state, 0}
   end
-  if state == 'done' then redis.call('EXPIRE', key, ttl) end
+  -- Never for less time than somebody asked before.
+  if state == 'done' then redis.call('EXPIRE', key, longer(tostring(redis.call('TTL', key)), ttl)) end
   if state == 'running' or state == 'done' or state == 'dead' then return {state, 0} end
 end
 
@@ -46,6 +51,6 @@ local deadline = deadline_s == '' and '' or stamp(now() + tonumber(deadline_s))
 if held or redis.call('EXISTS', key) == 1 then redis.call('DEL', key) end
 redis.call('HSET', key, 'state', 'queued', 'content', content, 'queue', queue, 'tenant', tenant, 'priority', priority,
   'pairs', pairs_in, 'deadline', deadline, 'label', label, 'model', model, 'payload', payload, 'created', created,
-  'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)
-put_in(id, queue, tenant, pairs_in, deadline)
+  'ttl', ttl, 'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)
+put_in(id, queue, tenant, pairs_in, deadline, last_place(queue, tenant))
 return {'queued', may_ring(id, queue, tenant, window)}

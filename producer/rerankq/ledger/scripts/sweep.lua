@@ -1,54 +1,76 @@
--- sweeper judge max_attempts ttl channel limit grace_s then queue free_since, repeated
+-- sweeper watched_s lease_s max_attempts ttl channel limit grace_s counted_at then queue messages, repeated
 -- Judge lapsed leases, expire, and take back lost bells so that they are rung again.
--- Answers {lapsed, dead, expired, bells taken back}, or {} where another sweeper holds the lock.
+-- watched_s: for how long this sweeper has seen the ledger without a break; a lease that lapsed has until it was whole.
+-- lease_s: of what claims tell no lease. counted_at: when the broker was asked how many messages it holds of each queue.
+-- Answers {lapsed, dead, expired, bells taken back, queue...}, the queues with bells out for longer than grace_s; or {}
+-- where another sweeper holds the lock.
 begin_freeing()
 local lock = redis.call('GET', 'rerankq:sweeper')
-if lock and lock ~= ARGV[1] then return {} end
+if lock and lock ~= ARGV[1] then
+  -- It lasts longer only where the clock was set back.
+  if redis.call('PTTL', 'rerankq:sweeper') > 3000 then redis.call('PEXPIRE', 'rerankq:sweeper', 3000) end
+  return {}
+end
 redis.call('SET', 'rerankq:sweeper', ARGV[1], 'PX', 3000)
-local judge, max_attempts, ttl, channel = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
-local limit, grace = tonumber(ARGV[6]), tonumber(ARGV[7])
+local watched, lease_s, max_attempts, ttl, channel = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6]
+local limit, grace, counted_at = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
 local time = now()
 local lapsed, dead, expired, bells = 0, 0, 0, 0
 
+local last = tonumber(redis.call('GET', 'rerankq:clock') or '')
+redis.call('SET', 'rerankq:clock', stamp(time))
+if last and time < last then
+  -- The clock was set back: no lease ends later than its own length from now.
+  local held = redis.call('ZRANGE', 'rerankq:running', 0, -1, 'WITHSCORES')
+  for at = 1, #held, 2 do
+    local latest = time + lease_of(job_key(held[at]), lease_s)
+    if tonumber(held[at + 1]) > latest then redis.call('ZADD', 'rerankq:running', stamp(latest), held[at]) end
+  end
+end
+
 local function judge_lapsed(id)
   local key = job_key(id)
-  local job = redis.call('HMGET', key, 'owner', 'suspect')
-  local owner = job[1] or ''
+  local job = redis.call('HMGET', key, 'owner', 'suspect', 'deaths', 'fence')
+  local owner, lease = job[1] or '', lease_of(key, lease_s)
   local alone = redis.call('HGET', 'rerankq:alone', owner)
+  local wait = watched < lease and lease - watched
+  -- The death that sets it aside: as long as its worker may only be paused, the claim stands.
+  if alone == id and job[3] + 1 >= max_attempts and not gone(owner, 3 * lease) then wait = wait or 1 end
+  if wait then return redis.call('ZADD', 'rerankq:running', stamp(time + wait), id) end
+
+  redis.call('ZREM', 'rerankq:running', id)
   note(key, 'lease-over', owner)
   lapsed = lapsed + 1
   -- Another job was alone on that device: this one is innocent.
   if alone and alone ~= id then return queue_again(key, id, job[2]) end
-  if not alone then return queue_again(key, id, 1) end
+  accuse(owner, id, job[4], alone == id)
+  if not alone then return queue_again(key, id, job[2] + 1) end
   -- It was alone on the device when its worker died: this death counts. That there was one alone stays known, for the
   -- jobs that were parked beside it.
   redis.call('HSET', 'rerankq:alone', owner, '')
   local deaths = redis.call('HINCRBY', key, 'deaths', 1)
-  if deaths < max_attempts then return queue_again(key, id, 1) end
+  if deaths < max_attempts then return queue_again(key, id, job[2] + 1) end
   dead = dead + 1
   redis.call('HDEL', key, 'owner', 'claim')
-  redis.call('HSET', key, 'state', 'dead', 'ended', stamp(time), 'error_type', 'JobDead',
+  redis.call('HSET', key, 'state', 'dead', 'suspect', job[2] + 1, 'ended', stamp(time), 'error_type', 'JobDead',
     'error', 'its worker died ' .. deaths .. ' times while alone with it')
   redis.call('PERSIST', key)
   redis.call('ZADD', 'rerankq:dead', stamp(time), id)
   redis.call('PUBLISH', channel .. ':job:' .. id, 'dead')
 end
 
-if judge == '1' then
-  local over = redis.call('ZRANGEBYSCORE', 'rerankq:running', '-inf', stamp(time), 'LIMIT', 0, limit)
-  for _, id in ipairs(over) do
-    redis.call('ZREM', 'rerankq:running', id)
-    if settle(id, ttl, channel) == 'running' then judge_lapsed(id) end
-  end
-  if #over < limit then
-    -- All leases that were over are judged: what gone workers had alone has served.
-    local alone = redis.call('HGETALL', 'rerankq:alone')
-    for at = 1, #alone, 2 do
-      local owner = alone[at]
-      local holds = redis.pcall('HGET', job_key(alone[at + 1]), 'owner') == owner
-      if not holds and redis.call('HEXISTS', 'rerankq:workers', owner) == 0 then
-        redis.call('HDEL', 'rerankq:alone', owner)
-      end
+local over = redis.call('ZRANGEBYSCORE', 'rerankq:running', '-inf', stamp(time), 'LIMIT', 0, limit)
+for _, id in ipairs(over) do
+  if settle(id, ttl, channel) == 'running' then judge_lapsed(id) else redis.call('ZREM', 'rerankq:running', id) end
+end
+if #over < limit then
+  -- All leases that were over are judged: what gone workers had alone has served.
+  local alone = redis.call('HGETALL', 'rerankq:alone')
+  for at = 1, #alone, 2 do
+    local owner = alone[at]
+    local holds = redis.pcall('HGET', job_key(alone[at + 1]), 'owner') == owner
+    if not holds and redis.call('HEXISTS', 'rerankq:workers', owner) == 0 then
+      redis.call('HDEL', 'rerankq:alone', owner)
     end
   end
 end
@@ -58,26 +80,54 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', 'rerankq:deadlines', '-inf', sta
   else redis.call('ZREM', 'rerankq:deadlines', id) end
 end
 
-local free_since = {}
-for at = 8, #ARGV, 2 do free_since[ARGV[at]] = tonumber(ARGV[at + 1]) end
-for _, queue in ipairs(redis.call('SMEMBERS', 'rerankq:queues')) do
-  local answered = (tonumber(redis.call('HGET', 'rerankq:answered', queue) or '') or 0) - 10
-  local cutoff = answered
-  local free = free_since[queue]
-  -- A slot was free all this time, so every bell in the broker has been heard.
-  if free and time - free >= grace then cutoff = math.max(cutoff, time - grace) end
-  for _, tenant in ipairs(redis.call('SMEMBERS', tenants_key(queue))) do
+-- Lost bells: more of a queue are out than its broker holds messages. Those out for longest are taken back, as many as
+-- are missing. So the broker never holds more messages for being rung again than bells are out.
+local held_by_broker = {}
+for at = 10, #ARGV, 2 do held_by_broker[ARGV[at]] = tonumber(ARGV[at + 1]) end
+-- A bell that was rung later than now was rung before the clock was set back.
+local future = '(' .. stamp(time)
+local overdue = {}
+
+local function out_for_longest(queue, tenants, most)
+  local found = {}
+  for _, tenant in ipairs(tenants) do
     local rung = rung_key(queue, tenant)
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', rung, '-inf', stamp(cutoff), 'LIMIT', 0, limit)) do
+    for _, range in ipairs({{future, '+inf'}, {'-inf', stamp(counted_at - grace)}}) do
+      local bells_in = redis.call('ZRANGEBYSCORE', rung, range[1], range[2], 'WITHSCORES', 'LIMIT', 0, most)
+      for at = 1, #bells_in, 2 do
+        local rung_at = tonumber(bells_in[at + 1])
+        found[#found + 1] = {rung_at > time and 0 or rung_at, bells_in[at], rung, waiting_key(queue, tenant)}
+      end
+    end
+  end
+  table.sort(found, function(one, other) return one[1] < other[1] end)
+  return found
+end
+
+for _, queue in ipairs(redis.call('SMEMBERS', 'rerankq:queues')) do
+  local tenants = redis.call('SMEMBERS', tenants_key(queue))
+  local messages = counted_at <= time and held_by_broker[queue]
+  local missing, old = messages and -messages or 0, 0
+  for _, tenant in ipairs(tenants) do
+    local rung = rung_key(queue, tenant)
+    local before = redis.call('ZCOUNT', rung, future, '+inf')
+    old = old + before + redis.call('ZCOUNT', rung, '-inf', stamp(time - grace))
+    if messages then missing = missing + before + redis.call('ZCOUNT', rung, '-inf', stamp(counted_at)) end
+  end
+  if old > 0 then overdue[#overdue + 1] = queue end
+  if messages and missing > 0 and old > 0 then
+    local found = out_for_longest(queue, tenants, math.min(missing, limit))
+    for at = 1, math.min(missing, limit, #found) do
+      local _, id, rung, waiting = unpack(found[at])
       redis.call('ZREM', rung, id)
       -- Not where the job was removed or damaged by other hands than ours: there is nothing to ring for.
       if written(job_key(id)) == 'queued' then
         -- It has waited for its turn once: its next bell overtakes the others.
         redis.call('HSET', job_key(id), 'lost', 1)
-        redis.call('ZADD', waiting_key(queue, tenant), place(job_key(id)), id)
+        redis.call('ZADD', waiting, place(job_key(id)), id)
         bells = bells + 1
       end
     end
   end
 end
-return {lapsed, dead, expired, bells}
+return {lapsed, dead, expired, bells, unpack(overdue)}
