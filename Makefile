@@ -7,23 +7,31 @@ TORCH_INDEX ?=
 SEED ?= 1
 JOBS ?= 2000
 MINUTES ?= 30
+PROCESSES ?= 4
+LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/rerankq-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench chaos differential soak audit clean
+.PHONY: help install demo test test-lowest lint format bench chaos differential soak audit clean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s
+", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## Make .venv with everything in it; nothing to do while pyproject.toml and constraints.txt stay.
 
 demo: $(STAMP)  ## Rank a few queries with the bundled model, and show what moved and why.
 	$(BIN)/rerankq demo
 
-test: lint  ## Lint, check types, run every test.
-	$(BIN)/python -m pytest
+test: lint  ## Lint, check types, run every test, four files at a time (PROCESSES=4): most of it is waiting.
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
+
+# Old libraries warn of what their successors dropped: here a warning is no error.
+test-lowest: $(LOWEST)/rerankq-installed  ## Run demo, command line and both packages' tests with the lowest versions allowed.
+	$(LOWEST)/bin/rerankq demo
+	$(LOWEST)/bin/python -m pytest --numprocesses $(PROCESSES) --dist loadfile -W default tests/producer tests/worker
 
 lint: $(STAMP)  ## Check style and types.
 	$(BIN)/ruff check .
@@ -50,8 +58,8 @@ audit: $(STAMP)  ## Look for known weaknesses in what constraints.txt pins; need
 	$(PIP) pip-audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
-clean:  ## Remove the environment and what the tools left.
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## Remove the environments and what the tools left.
+	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamp comes last: an interrupted installation is started again. torch comes before all that needs it, alone, so
 # that TORCH_INDEX decides which build of it there will be.
@@ -63,4 +71,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --upgrade pip
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) --editable '.[all]' --group dev
+	@touch $@
+
+# torch apart, as above: its lowest version would be another build. The tools that run the tests are as new as they come.
+$(LOWEST)/rerankq-installed: pyproject.toml constraints.txt $(STAMP)
+	@echo "Installing the lowest versions into $(LOWEST) (once; this can take some minutes)"
+	@$(PYTHON) -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@grep '^torch==' constraints.txt > $(LOWEST)/torch.txt
+	@$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --override $(LOWEST)/torch.txt \
+	  --resolution lowest-direct --editable '.[all]'
+	@$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --override $(LOWEST)/torch.txt --group dev
 	@touch $@
