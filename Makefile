@@ -47,6 +47,7 @@ bench: $(STAMP)  ## Run the benchmarks within 20 minutes, and tell which numbers
 
 chaos: $(STAMP)  ## Kill, hang and cut what runs 2000 jobs (SEED=1 JOBS=2000), and hold every answer against the promise.
 	$(BIN)/python tests/chaos/chaos.py --seed $(SEED) --jobs $(JOBS)
+	$(BIN)/python tests/chaos/chaos.py --seed $(SEED) --jobs $(JOBS) --sentinel
 
 differential: $(STAMP)  ## Hold scores against sentence-transformers' predict, every family and runtime (MINUTES=30 SEED=1).
 	$(BIN)/python tests/worker/differential.py --minutes $(MINUTES) --seed $(SEED)

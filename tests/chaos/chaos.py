@@ -1,6 +1,9 @@
 """Is every accepted job answered, and rightly, while workers, Redis and the network are killed, hung and cut?
 
-    python tests/chaos/chaos.py [--seed 1] [--jobs 2000] [--kills 20] [--fsync everysec] [--json]
+    python tests/chaos/chaos.py [--seed 1] [--jobs 2000] [--kills 12] [--sentinel] [--fsync everysec] [--json]
+
+Workers are killed and hung; Redis is killed and hung, and its clock is set; the network is cut, or swallows what is sent.
+With ``--sentinel`` Redis is a master with a replica, and each of its deaths and hangs a failover.
 
 Producer processes submit jobs (interactive and bulk, of several tenants, with copies, deadlines, cancellations, one
 tenant's flood and one job that kills its worker) while a schedule made from the seed is carried out. Then every journal
@@ -28,7 +31,7 @@ from scene import verdict  # first: it puts gear on the path
 
 from gear.report import keep, machine  # isort: skip
 from gear.workers import forget_settings  # isort: skip
-from scene.actors import Producers, RedisServer, Worker, leftovers
+from scene.actors import Clock, Producers, RedisServer, WatchedRedis, Worker, leftovers
 from scene.alone import rank_alone
 from scene.proxy import Proxy
 from scene.schedule import Blow, Order, Shape, blows, orders, seconds_per_token
@@ -43,8 +46,16 @@ WORTH_A_BLOW = 4
 class Run:
     """One run: carries out the schedule, tends the workers, and notes what became of the jobs they held."""
 
-    def __init__(self, server: RedisServer, workers: list[Worker], proxies: list[Proxy], planned: list[Blow]) -> None:
+    def __init__(
+        self,
+        server: RedisServer | WatchedRedis,
+        clock: Clock | None,
+        workers: list[Worker],
+        proxies: list[Proxy],
+        planned: list[Blow],
+    ) -> None:
         self._server = server
+        self._clock = clock
         self._workers = workers
         self._proxies = proxies
         self._began = time.monotonic()
@@ -53,6 +64,9 @@ class Run:
         self.lost: list[Orphans] = []
         self.redis_deaths: list[float] = []
         self.cuts: list[tuple[float, float]] = []
+        self.holes: list[tuple[float, float]] = []
+        self.freezes: list[tuple[float, float]] = []
+        self.clock_steps: list[float] = []
         self.outages: list[tuple[float, float]] = []
         self.worker_deaths = 0
         for blow in planned:
@@ -76,12 +90,20 @@ class Run:
         heapq.heappush(self._due, (at_s, len(self._due) + id(act), act))
 
     def _strike(self, blow: Blow, latest: float) -> None:
-        if blow.kind == "redis":
-            self._kill_redis(blow)
-        elif blow.kind == "partition":
-            self._part(blow)
-        elif not self._hit_a_worker(blow, at_any_rate=self.now() >= latest):
-            self._at(self.now() + LOOK_EVERY_S, lambda: self._strike(blow, latest))
+        match blow.kind:
+            case "redis":
+                self._kill_redis(blow)
+            case "freeze":
+                self._freeze_redis(blow)
+            case "clock":
+                self._set_the_clock(blow)
+            case "partition":
+                self._part(blow, Proxy.cut, Proxy.heal, self.cuts, "cut off")
+            case "hole":
+                self._part(blow, Proxy.swallow, Proxy.forward, self.holes, "swallowed what is sent by")
+            case _:
+                if not self._hit_a_worker(blow, at_any_rate=self.now() >= latest):
+                    self._at(self.now() + LOOK_EVERY_S, lambda: self._strike(blow, latest))
 
     def _hit_a_worker(self, blow: Blow, *, at_any_rate: bool) -> bool:
         """Hit the worker that the schedule names, or the next one that is up and holds jobs."""
@@ -117,19 +139,45 @@ class Run:
 
         self._at(self.now() + blow.length_s, again)
 
-    def _part(self, blow: Blow) -> None:
-        cut = self._proxies if blow.worker is None else [self._proxies[blow.worker]]
+    def _freeze_redis(self, blow: Blow) -> None:
+        at = self._server.freeze()
+        if isinstance(self._server, WatchedRedis):
+            # What had not reached the replica by then is lost with the failover.
+            self.redis_deaths.append(at)
+        tell(self.now(), f"hung redis for {blow.length_s:.1f} s")
+
+        def thaw() -> None:
+            self._server.thaw()
+            self.freezes.append((at, time.time()))
+
+        self._at(self.now() + blow.length_s, thaw)
+
+    def _set_the_clock(self, blow: Blow) -> None:
+        if self._clock is not None:
+            self._clock.step(round(blow.length_s))
+            self.clock_steps.append(time.time())
+            tell(self.now(), f"set the clock of redis by {blow.length_s:+.0f} s")
+
+    def _part(
+        self,
+        blow: Blow,
+        begin: Callable[[Proxy], None],
+        end: Callable[[Proxy], None],
+        told: list[tuple[float, float]],
+        what: str,
+    ) -> None:
+        struck = self._proxies if blow.worker is None else [self._proxies[blow.worker]]
         at = time.time()
-        for proxy in cut:
-            proxy.cut()
-        tell(self.now(), f"cut {len(cut)} workers off for {blow.length_s:.1f} s")
+        for proxy in struck:
+            begin(proxy)
+        tell(self.now(), f"{what} {len(struck)} workers for {blow.length_s:.1f} s")
 
-        def heal() -> None:
-            for proxy in cut:
-                proxy.heal()
-            self.cuts.append((at, time.time()))
+        def over() -> None:
+            for proxy in struck:
+                end(proxy)
+            told.append((at, time.time()))
 
-        self._at(self.now() + blow.length_s, heal)
+        self._at(self.now() + blow.length_s, over)
 
 
 def tell(at_s: float, what: str) -> None:
@@ -158,14 +206,22 @@ def carry_out(args: argparse.Namespace, shape: Shape, folder: Path) -> dict[str,
         **dict(setting.split("=", 1) for setting in args.set),
     }
     with ExitStack() as open_:
-        server = RedisServer(folder, fsync=args.fsync)
-        open_.callback(server.close)
-        proxies = [Proxy(server.port) for _ in range(shape.workers)]
-        for proxy in proxies:
-            open_.callback(proxy.close)
+        clock = Clock.made(folder) if shape.clock_steps else None
+        server: RedisServer | WatchedRedis
+        if args.sentinel:
+            server, proxies = WatchedRedis(folder, fsync=args.fsync), []
+            open_.callback(server.close)
+            urls_of_workers = [server.url] * shape.workers
+        else:
+            server = RedisServer(folder / "redis", fsync=args.fsync, clock=clock)
+            open_.callback(server.close)
+            proxies = [Proxy(server.port) for _ in range(shape.workers)]
+            for proxy in proxies:
+                open_.callback(proxy.close)
+            urls_of_workers = [f"redis://127.0.0.1:{proxy.port}/0" for proxy in proxies]
         workers = []
-        for number, proxy in enumerate(proxies):
-            workers.append(Worker(f"w{number}", f"redis://127.0.0.1:{proxy.port}/0", environment))
+        for number, url in enumerate(urls_of_workers):
+            workers.append(Worker(f"w{number}", url, environment))
             open_.callback(workers[-1].close)
         open_.callback(lambda: [worker.wait() for worker in workers])
         open_.callback(lambda: [worker.ask_to_stop() for worker in workers])
@@ -176,7 +232,7 @@ def carry_out(args: argparse.Namespace, shape: Shape, folder: Path) -> dict[str,
         patience_s = shape.span_s + PATIENCE_S + 10 * args.lease
         producers = Producers(folder, urls, starts_at=time.time() + 1, patience_s=patience_s)
         open_.callback(producers.close)
-        run = Run(server, workers, proxies, blows(args.seed, shape))
+        run = Run(server, clock, workers, proxies, blows(args.seed, shape))
         open_.callback(run.watch.close)
         while producers.running() or not run.over():
             run.step()
@@ -203,13 +259,16 @@ def judge(made: list[Order], events: list[dict[str, Any]], alone: dict[int, Any]
         for order in made
         if (found := verdict.faults(order, by_order[order.number], alone.get(order.number), run.redis_deaths))
     }
-    away = [*run.outages, *run.cuts]
+    away = [*run.outages, *run.cuts, *run.holes, *run.freezes, *((at, at) for at in run.clock_steps)]
     kills = [one for one in run.lost if one.kind == "kill" and one.claims]
     clear = [one for one in kills if not any(began - 15 < one.lost_at < ended + 15 for began, ended in away)]
     return verdict.summary(made, events, run.redis_deaths) | {
         "kills_of_workers": sum(one.kind == "kill" for one in run.lost),
         "hangs_of_workers": sum(one.kind == "hang" for one in run.lost),
+        "hangs_of_redis": len(run.freezes),
+        "clock_steps_of_redis": len(run.clock_steps),
         "partitions": len(run.cuts),
+        "black_holes": len(run.holes),
         "jobs_running_when_killed": sum(len(one.claims) for one in kills),
         "seconds_from_a_kill_until_the_first_of_its_jobs_runs_again": verdict.spread(
             [min(one.again_s.values()) for one in clear if one.again_s]
@@ -248,10 +307,18 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--producers", type=int, default=3)
     parser.add_argument("--chunks", type=int, default=16, help="chunks of a job, on average")
-    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of a worker")
-    parser.add_argument("--hangs", type=int, default=3, help="SIGSTOPs of a worker, longer than a lease")
+    parser.add_argument("--kills", type=int, default=10, help="SIGKILLs of a worker")
+    parser.add_argument("--hangs", type=int, default=10, help="SIGSTOPs of a worker, longer than a lease")
     parser.add_argument("--redis-kills", type=int, default=3)
-    parser.add_argument("--partitions", type=int, default=1)
+    parser.add_argument("--freezes", type=int, default=3, help="SIGSTOPs of Redis")
+    parser.add_argument(
+        "--partitions", type=int, default=2, help="times that nothing gets through, and nothing is lost"
+    )
+    parser.add_argument("--holes", type=int, default=2, help="times that connections lose what is sent, for ever")
+    parser.add_argument(
+        "--clock-steps", type=int, default=2, help="times that Redis's clock is set; needs a C compiler"
+    )
+    parser.add_argument("--sentinel", action="store_true", help="failovers; without partitions, holes and clock steps")
     parser.add_argument("--lease", type=float, default=8, help="RERANKQ_LEASE_S")
     parser.add_argument("--attempts", type=int, default=3, help="RERANKQ_MAX_ATTEMPTS")
     parser.add_argument("--model", default="stub", help="`stub`, as slow as --busy wants it, or `bundled`")
@@ -261,7 +328,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON and keep no file")
     args = parser.parse_args()
     forget_settings()
-    span_s = args.span or 1.25 * args.lease * (args.kills + args.hangs + args.redis_kills + args.partitions)
+    if args.sentinel:
+        # Sentinel says where the servers are: there is no place for a proxy. It suspends itself when a clock is set.
+        args.partitions = args.holes = args.clock_steps = 0
+    struck = args.kills + args.hangs + args.redis_kills + args.freezes + args.partitions + args.holes + args.clock_steps
+    span_s = args.span or 1.25 * args.lease * struck
     shape = Shape(
         jobs=args.jobs,
         span_s=span_s,
@@ -272,14 +343,18 @@ def main() -> int:
         kills=args.kills,
         hangs=args.hangs,
         redis_kills=args.redis_kills,
+        freezes=args.freezes,
         partitions=args.partitions,
+        holes=args.holes,
+        clock_steps=args.clock_steps,
     )
     if args.model == "stub":
         args.model = f"stub:{seconds_per_token(shape, args.busy):.2g}"
     here, before = machine(), {one.pid for one in psutil.Process().children(recursive=True)}
     folder = Path(tempfile.mkdtemp(prefix="rerankq-chaos-"))
     try:
-        answer = {"seed": args.seed, "fsync": args.fsync, "model": args.model} | shape._asdict()
+        answer = {"seed": args.seed, "fsync": args.fsync, "model": args.model, "sentinel": args.sentinel}
+        answer |= shape._asdict()
         answer |= carry_out(args, shape, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -288,7 +363,7 @@ def main() -> int:
         print(json.dumps(answer))
     else:
         show(answer)
-        keep("chaos", answer, here, quick=args.jobs < 2_000)
+        keep("chaos.sentinel" if args.sentinel else "chaos", answer, here, quick=args.jobs < 2_000)
     return 1 if is_broken(answer) else 0
 
 

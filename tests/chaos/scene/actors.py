@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,26 +27,52 @@ PRODUCER = (sys.executable, str(Path(__file__).with_name("producing.py")))
 BY_SIGKILL = 128 + signal.SIGKILL
 
 
-class RedisServer:
-    """A server with an append-only file that is killed and started again on its port."""
+class Clock:
+    """A wall clock that can be set, for programs that are started with :attr:`environment`."""
 
-    def __init__(self, folder: Path, *, fsync: str) -> None:
+    def __init__(self, folder: Path, library: Path) -> None:
+        self._file = folder / "clock.offset"
+        self._offset_s = 0
+        self.step(0)
+        self.environment = {"LD_PRELOAD": str(library), "CLOCK_OFFSET_FILE": str(self._file)}
+
+    @classmethod
+    def made(cls, folder: Path) -> Clock | None:
+        """Make one; None where there is no C compiler to make it with."""
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        if compiler is None:
+            return None
+        source, library = Path(__file__).with_name("clock.c"), folder / "clock.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+        return cls(folder, library)
+
+    def step(self, seconds: int) -> None:
+        """Set it on by so many seconds, or back."""
+        self._offset_s += seconds
+        # In place: the programs have it mapped.
+        with self._file.open("r+b" if self._file.exists() else "wb") as file:
+            file.write(self._offset_s.to_bytes(8, sys.byteorder, signed=True))
+
+
+class RedisServer:
+    """A server with an append-only file that is killed and started again on its port, and may hang."""
+
+    def __init__(
+        self, folder: Path, *, fsync: str, clock: Clock | None = None, replica_of: RedisServer | None = None
+    ) -> None:
+        folder.mkdir(exist_ok=True)
         self.port = free_port(0)
         self.url = f"redis://127.0.0.1:{self.port}/0"
         command = [str(find_binary()), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
         command += ["--appendonly", "yes", "--appendfsync", fsync, "--save", "", "--loglevel", "warning"]
-        self._part = Part("redis", command, {}, quiet=True)
+        if replica_of is not None:
+            command += ["--replicaof", "127.0.0.1", str(replica_of.port)]
+        self._part = Part("redis", command, clock.environment if clock else {}, quiet=True)
         self.start()
 
     def start(self) -> None:
         self._part.start(time.monotonic())
-        with redis.Redis(port=self.port) as connection:
-            for _ in range(1_000):
-                with suppress(redis.RedisError):
-                    if connection.ping():
-                        return
-                time.sleep(0.02)
-        raise RuntimeError(f"redis-server did not start: {self._part.said()}")
+        self._answers()
 
     def kill(self) -> float:
         """SIGKILL; answers when, in seconds since the epoch."""
@@ -54,13 +82,95 @@ class RedisServer:
         self._part.kill()
         return at
 
+    def freeze(self) -> float:
+        """SIGSTOP; answers when, in seconds since the epoch."""
+        self.process().suspend()
+        return time.time()
+
+    def thaw(self) -> None:
+        self.process().resume()
+
     def process(self) -> psutil.Process:
         return program_of(self._part)
 
     def close(self) -> None:
+        with suppress(psutil.Error, RuntimeError):
+            self.thaw()
         self._part.ask_to_stop()
         self._part.wait()
         self._part.close()
+
+    def _answers(self) -> None:
+        with redis.Redis(port=self.port) as connection:
+            for _ in range(1_000):
+                with suppress(redis.RedisError):
+                    if connection.ping():
+                        return
+                time.sleep(0.02)
+        raise RuntimeError(f"redis-server did not start: {self._part.said()}")
+
+
+class WatchedRedis:
+    """Master, replica, and a Sentinel that watches them. What befalls it befalls the master of the moment.
+
+    A server that died or hung is made the other's replica by Sentinel when it is back.
+    """
+
+    DOWN_AFTER_S = 2.0
+
+    def __init__(self, folder: Path, *, fsync: str) -> None:
+        first = RedisServer(folder / "first", fsync=fsync)
+        self._servers = [first, RedisServer(folder / "second", fsync=fsync, replica_of=first)]
+        self._port = free_port(0)
+        conf = folder / "sentinel.conf"
+        conf.write_text(
+            f"port {self._port}\nbind 127.0.0.1\ndir {folder}\n"
+            f"sentinel monitor jobs 127.0.0.1 {first.port} 1\n"
+            f"sentinel down-after-milliseconds jobs {self.DOWN_AFTER_S * 1_000:.0f}\n"
+            "sentinel failover-timeout jobs 4000\n"
+        )
+        self._sentinel = Part("sentinel", [str(find_binary()), str(conf), "--sentinel"], {}, quiet=True)
+        self._sentinel.start(time.monotonic())
+        self.url = f"sentinel://127.0.0.1:{self._port}/0?master=jobs"
+        self._struck: RedisServer | None = None
+        self._knows_both()
+
+    def kill(self) -> float:
+        self._struck = self._master()
+        return self._struck.kill()
+
+    def start(self) -> None:
+        assert self._struck is not None
+        self._struck.start()
+
+    def freeze(self) -> float:
+        self._struck = self._master()
+        return self._struck.freeze()
+
+    def thaw(self) -> None:
+        assert self._struck is not None
+        self._struck.thaw()
+
+    def close(self) -> None:
+        self._sentinel.kill()
+        self._sentinel.close()
+        for server in self._servers:
+            server.close()
+
+    def _master(self) -> RedisServer:
+        with redis.Redis(port=self._port) as sentinel:
+            address = sentinel.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "jobs")
+        return next(server for server in self._servers if server.port == int(address[1]))
+
+    def _knows_both(self) -> None:
+        with redis.Redis(port=self._port, decode_responses=True) as sentinel:
+            for _ in range(1_000):
+                with suppress(redis.RedisError):
+                    replicas = sentinel.sentinel_slaves("jobs")
+                    if any("slave" in one["flags"] and not one.get("is_disconnected") for one in replicas):
+                        return
+                time.sleep(0.02)
+        raise RuntimeError(f"the sentinel found no replica: {self._sentinel.said()}")
 
 
 class Worker:

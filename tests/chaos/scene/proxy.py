@@ -1,4 +1,4 @@
-"""A way to Redis that can be cut: a proxy that stops forwarding and closes nothing, as a network that is parted."""
+"""A way to Redis that can be cut or swallow: a proxy that stops forwarding and closes nothing, as a parted network."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
+        self._swallows = False
         self._open, self._server = self._call(self._listen())
         self.port: int = self._server.sockets[0].getsockname()[1]
 
@@ -25,6 +26,14 @@ class Proxy:
     def heal(self) -> None:
         """Forward again, what was sent meanwhile first."""
         self._loop.call_soon_threadsafe(self._open.set)
+
+    def swallow(self) -> None:
+        """Be a black hole from now on: what is sent is taken and lost, on connections that are open and on new ones."""
+        self._swallows = True
+
+    def forward(self) -> None:
+        """Forward what comes over new connections; those that lost something lead nowhere for ever, and stay open."""
+        self._swallows = False
 
     def close(self) -> None:
         """Close everything."""
@@ -54,15 +63,23 @@ class Proxy:
         with suppress(OSError), closing(writer):
             await self._open.wait()
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._goal)
+            lost = asyncio.Event()
             with closing(far_writer):
-                await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+                await asyncio.gather(self._pump(reader, far_writer, lost), self._pump(far_reader, writer, lost))
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lost: asyncio.Event) -> None:
+        """Forward one way; *lost* is set once this connection has swallowed something, either way."""
         with suppress(OSError):
             while data := await reader.read(65_536):
                 await self._open.wait()
+                if self._swallows:
+                    lost.set()
+                if lost.is_set():
+                    continue
                 writer.write(data)
                 await writer.drain()
-        # An end is news too, and must not get through a cut.
+        # An end is news too, and must get through neither a cut nor a hole.
         await self._open.wait()
+        if lost.is_set():
+            return
         writer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -16,8 +17,10 @@ FLOOD, COPIES, DEADLINES, CANCELLED = 0.2, 0.06, 0.06, 0.05
 # When the flood and the poison come, as shares of the run.
 FLOOD_AT, POISON_AT = 0.4, 0.25
 
-BlowKind = Literal["kill", "hang", "redis", "partition"]
+BlowKind = Literal["kill", "hang", "redis", "freeze", "partition", "hole", "clock"]
 Fate = Literal["plain", "deadline", "cancel", "poison"]
+# What the clock of Redis is set by, in turn: an hour back, ten minutes on. Less than a ranking is kept for.
+CLOCK_STEPS_S = (-3_600, 600)
 WORDS = ["tide", "moon", "sea", "bread", "oven", "ledger", "bell", "river", "stone", "glass", "paper", "ink", "wheel"]
 
 
@@ -33,11 +36,17 @@ class Shape(NamedTuple):
     kills: int = 20
     hangs: int = 3
     redis_kills: int = 3
+    freezes: int = 0
     partitions: int = 1
+    holes: int = 0
+    clock_steps: int = 0
 
 
 class Blow(NamedTuple):
-    """Something that happens to a worker, to all of them (``worker`` None), or to Redis, and for how long."""
+    """Something that happens to a worker, to all of them (``worker`` None), or to Redis, and for how long.
+
+    Of a clock that is set, ``length_s`` is by how much.
+    """
 
     at_s: float
     kind: BlowKind
@@ -80,30 +89,36 @@ def blows(seed: int, shape: Shape) -> list[Blow]:
         *["kill"] * shape.kills,
         *["hang"] * shape.hangs,
         *["redis"] * shape.redis_kills,
+        *["freeze"] * shape.freezes,
         *["partition"] * shape.partitions,
+        *["hole"] * shape.holes,
+        *["clock"] * shape.clock_steps,
     ]
     chance.shuffle(kinds)
     gaps = [chance.uniform(0.5, 1.5) for _ in range(len(kinds) + 1)]
     scale = shape.span_s / sum(gaps)
-    at_s, answer, cuts = 0.0, [], 0
+    at_s, answer, turns = 0.0, [], Counter[BlowKind]()
     for kind, gap in zip(kinds, gaps, strict=False):
         at_s += gap * scale
+        turn, turns[kind] = turns[kind], turns[kind] + 1
         worker: int | None = chance.randrange(shape.workers)
-        if kind == "redis":
+        # Of what befalls the network the first befalls all workers, the second one of them, and so on in turn.
+        if kind in {"redis", "freeze", "clock"} or (kind in {"partition", "hole"} and turn % 2 == 0):
             worker = None
-        if kind == "partition":
-            # The first cuts all workers off, the second one of them, and so on in turn.
-            worker, cuts = (None if cuts % 2 == 0 else worker), cuts + 1
-        answer.append(Blow(at_s, kind, worker, _length(kind, shape.lease_s, chance)))
+        answer.append(Blow(at_s, kind, worker, _length(kind, turn, shape.lease_s, chance)))
     return answer
 
 
-def _length(kind: BlowKind, lease_s: float, chance: random.Random) -> float:
+def _length(kind: BlowKind, turn: int, lease_s: float, chance: random.Random) -> float:
     match kind:
         case "kill":  # until a supervisor starts it again
             return 1.0
         case "redis":
             return chance.uniform(0.5, 3.0)
+        case "freeze":  # shorter than a lease, and longer
+            return lease_s * chance.uniform(0.5, 1.8)
+        case "clock":
+            return CLOCK_STEPS_S[turn % len(CLOCK_STEPS_S)]
         case _:  # longer than a lease, so that its jobs go to others
             return lease_s * chance.uniform(1.2, 1.8)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import redis
 from redis.exceptions import RedisError
 
+from rerankq.pools import open_pool
 from rerankq.settings import with_database
 
 ANSWER_S = 2.0
@@ -34,9 +36,14 @@ class Watch:
     """Read the ledger directly, never through a proxy; answers nothing while Redis is away."""
 
     def __init__(self, url: str) -> None:
-        self._redis = redis.Redis.from_url(
-            with_database(url, 1), decode_responses=True, socket_timeout=ANSWER_S, socket_connect_timeout=ANSWER_S
+        pool = open_pool(
+            redis.ConnectionPool,
+            with_database(url, 1),
+            decode_responses=True,
+            socket_timeout=ANSWER_S,
+            socket_connect_timeout=ANSWER_S,
         )
+        self._redis = redis.Redis.from_pool(pool)
 
     def is_registered(self, token: str) -> bool:
         try:
@@ -54,15 +61,15 @@ class Watch:
         return {one: int(claims) for one, (owner, claims) in found.items() if token in (owner or "")}
 
     def look_after(self, lost: Iterable[Orphans]) -> None:
-        """Note which orphans have been claimed again since."""
+        """Note which orphans have been claimed again since, by our own clock: that of Redis may have been set."""
         for orphans in lost:
             try:
-                found = self._read(orphans.waiting, "claims", "started", "state")
+                found = self._read(orphans.waiting, "claims", "state")
             except RedisError:
                 return
-            for one, (claims, started, state) in found.items():
+            for one, (claims, state) in found.items():
                 if claims is not None and int(claims) > orphans.claims[one]:
-                    orphans.again_s[one] = float(started) - orphans.lost_at
+                    orphans.again_s[one] = time.time() - orphans.lost_at
                 elif state not in {"queued", "running"}:
                     orphans.ended.add(one)
 
