@@ -16,6 +16,7 @@ class Proxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
         self._swallows = False
+        self._served: set[asyncio.Task] = set()
         self._open, self._server = self._call(self._listen())
         self.port: int = self._server.sockets[0].getsockname()[1]
 
@@ -60,6 +61,10 @@ class Proxy:
         await asyncio.sleep(0)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # The loop itself holds its tasks weakly: one whose ends have nothing more to say would be collected.
+        me = asyncio.current_task()
+        self._served.add(me)
+        me.add_done_callback(self._served.discard)
         with suppress(OSError), closing(writer):
             await self._open.wait()
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._goal)
