@@ -2,7 +2,8 @@
 
     python tests/chaos/chaos.py [--seed 1] [--jobs 2000] [--kills 12] [--sentinel] [--fsync everysec] [--json]
 
-Workers are killed and hung; Redis is killed and hung, and its clock is set; the network is cut, or swallows bytes. ``--sentinel`` Redis is a master with a replica, and each of its deaths and hangs a failover.
+Workers are killed and hung; Redis is killed and hung, and its clock is set; the network is cut, or swallows what is
+sent. With ``--sentinel`` Redis is a master with a replica, and each of its deaths and hangs a failover.
 
 Producer processes submit jobs (interactive and bulk, of several tenants, with copies, deadlines, cancellations, one
 tenant's flood and one job that kills its worker) while a schedule made from the seed is carried out. Then every journal
