@@ -68,7 +68,8 @@ def models(conf_dir: Path | None = None) -> dict[str, ModelCard]:
 
 
 def canonical(name: str, conf_dir: Path | None = None) -> str:
-    """Give the catalogue's full name for a model or one of its aliases; any other name unchanged."""
+    """Give the catalogue's full name for a model or one of its aliases; any other name but for slashes at its end."""
+    name = name.rstrip("/") or name
     for full, card in models(conf_dir).items():
         if name in card.aliases:
             return full

@@ -100,13 +100,15 @@ def enter(job: RerankJob, place: Place, settings: Settings) -> Entry:
     if job.long_chunks == "window":
         raise JobRejected("'window' is not available yet; use 'truncate'", field="long_chunks")
     # The numbers travel, not a profile's name: a profile edited later must not change an accepted job.
-    resolved = job.model_copy(update={"fusion": catalogue.resolve(job.fusion, settings.conf_dir)})
+    # And the model's full name, whatever alias was used; a job that names none is for whatever is the default then.
+    named = {} if job.model is None else {"model": place.model}
+    resolved = job.model_copy(update={"fusion": catalogue.resolve(job.fusion, settings.conf_dir), **named})
     payload = payload_of(resolved)
     if len(payload) > settings.max_job_bytes:
         raise JobTooLarge(f"{len(payload)} bytes as JSON; at most {settings.max_job_bytes} are allowed", field="job")
     content = digest(payload)
     return Entry(
-        id=job_id(job, content, model=place.model, weights=place.weights),
+        id=job_id(job, content),
         content=content,
         queue=queue_name(job.priority, place.suffix),
         tenant=job.tenant,
@@ -116,6 +118,7 @@ def enter(job: RerankJob, place: Place, settings: Settings) -> Entry:
         label=label_of(job, model=place.model),
         model=place.model,
         payload=payload,
+        weights=place.weights,
     )
 
 

@@ -366,13 +366,15 @@ def digest(*parts: str | bytes) -> str:
     return sponge.hexdigest()
 
 
-def job_id(job: RerankJob, content: str, *, model: str, weights: str) -> str:
-    """Name a job: the caller's id, else its content's with the model's, else (cache not ``use``) a random one."""
+def job_id(job: RerankJob, content: str) -> str:
+    """Name a job: the caller's id, else (cache not ``use``) a random one, else its content's with the model's name.
+
+    No weights are part of it: whoever submits before the first worker comes, or while weights are renewed, gets the
+    same.
+    """
     if job.id is not None:
         return job.id
-    if job.cache != "use":
-        return secrets.token_hex(16)
-    return digest(content, model, weights)
+    return content if job.cache == "use" else secrets.token_hex(16)
 
 
 def label_of(job: RerankJob, *, model: str) -> str:

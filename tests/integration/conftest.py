@@ -20,7 +20,7 @@ from rerankq.settings import Settings
 HERE = Path(__file__).parent
 
 # Programs, not tests: the search for doctests would import them, and importing one is starting a worker.
-collect_ignore = ["hanging.py", "killable.py", "poisonable.py"]
+collect_ignore = ["hanging.py", "killable.py", "poisonable.py", "renewed.py"]
 
 
 class RunningWorker:

@@ -13,6 +13,7 @@ import redis
 
 from rerankq import Client, ModelUnknown, Ranking
 from rerankq.broker import INTERACTIVE, TASK, make_app, queue
+from rerankq.placing import suffix_of
 from rerankq.settings import Settings
 
 
@@ -77,7 +78,7 @@ def test_a_second_model_is_served_beside_the_first(redis_url: str, start_worker:
     first = start_worker(RERANKQ_MODEL="stub")
     start_worker(RERANKQ_MODEL="stub:1e-6", RERANKQ_DEFAULT_MODEL="stub")
     queues = {one["name"] for answer in asked(celery, "active_queues", workers=2) for one in answer}
-    suffixed = {"rerankq.interactive.stub-1e-6", "rerankq.bulk.stub-1e-6"}
+    suffixed = {name + suffix_of("stub:1e-6", "stub") for name in ("rerankq.interactive", "rerankq.bulk")}
     assert queues == {"rerankq.interactive", "rerankq.bulk"} | suffixed
     with Client(Settings(broker_url=redis_url, default_model="stub")) as client:
         for model, name in [(None, "stub"), ("stub", "stub"), ("stub:1e-6", "stub:1e-6")]:

@@ -32,7 +32,7 @@ from rerankq.errors import JobRejected, JobTooLarge
 from rerankq.placing import Place
 from rerankq.settings import Settings
 
-HERE = Place("m", "weights of m", "")
+HERE = Place("m", ("weights of m",), "")
 SURROGATE = "broken \ud800 text"
 
 
@@ -40,8 +40,8 @@ def with_(**fields: Any) -> dict[str, Any]:
     return {"query": "why?", "chunks": ["because"], **fields}
 
 
-def id_of(job: RerankJob, weights: str = "w") -> str:
-    return job_id(job, digest(payload_of(job)), model="m", weights=weights)
+def id_of(job: RerankJob) -> str:
+    return job_id(job, digest(payload_of(job)))
 
 
 # What is refused, and how
@@ -300,9 +300,20 @@ def test_no_field_is_forgotten_in_what_names_a_job():
     assert {*OTHER, "id", "cache", "deadline_s", "priority"} == set(RerankJob.model_fields)
 
 
-def test_the_weights_of_the_model_change_the_id_and_so_does_a_profile_that_was_edited():
-    job = parse_job(with_())
-    assert id_of(job, weights="old") != id_of(job, weights="new")
+def test_the_weights_of_the_model_and_its_aliases_do_not_change_the_id_or_the_content_and_its_name_does():
+    settings = Settings()
+    for named in ({}, {"model": "m"}, {"model": "m", "id": "mine"}):
+        job = parse_job(with_(**named))
+        here, elsewhere = enter(job, HERE, settings), enter(job, Place("m", (), ".m"), settings)
+        assert (here.id, here.content, here.payload) == (elsewhere.id, elsewhere.content, elsewhere.payload)
+    full, short = (enter(parse_job(with_(model=name)), HERE, settings) for name in ("m", "an alias of m"))
+    assert (full.id, full.content, full.payload) == (short.id, short.content, short.payload)
+    other = enter(parse_job(with_(model="n")), Place("n", ("weights of m",), ""), settings)
+    unnamed = enter(parse_job(with_()), HERE, settings)
+    assert len({full.id, other.id, unnamed.id}) == 3
+
+
+def test_a_profile_that_was_edited_changes_the_id():
     settings = Settings()
     by_name = enter(parse_job(with_(fusion="model")), HERE, settings)
     by_numbers = enter(job_of(by_name.payload), HERE, settings)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rerankq.errors import ModelUnknown
 from rerankq.ledger import WorkerInfo
-from rerankq.placing import Place, find_place, queue_name, suffix_of
+from rerankq.placing import Place, find_place, former_queues, queue_name, suffix_of
 
 LIVE_S = 24
 
@@ -24,30 +24,47 @@ def place(model: str | None, *workers: WorkerInfo, listed: tuple[str, ...] = ())
 
 
 def test_a_job_without_a_model_goes_to_the_default_queues_and_knows_the_weights_that_answer_there():
-    assert place(None, worker("m", "w"), worker("other", suffix=".other")) == Place("m", "w", "")
+    assert place(None, worker("m", "w"), worker("other", suffix=".other")) == Place("m", ("w",), "")
 
 
 def test_without_any_worker_a_job_waits_for_the_default_model():
-    assert place(None) == Place("the default", "", "")
-    assert place(None, worker("other", suffix=".other")) == Place("the default", "", "")
+    assert place(None) == Place("the default", (), "")
+    assert place(None, worker("other", suffix=".other")) == Place("the default", (), "")
 
 
-def test_a_worker_that_is_gone_for_the_moment_still_tells_which_weights_will_answer():
-    assert place(None, worker("m", "w", age_s=1_000)) == Place("m", "w", "")
-    assert place(None, worker("m", "old", age_s=1_000), worker("m", "new")) == Place("m", "new", "")
+def test_a_worker_that_is_gone_for_the_moment_still_tells_which_model_will_answer_but_not_by_which_weights():
+    assert place(None, worker("m", "w", age_s=1_000)) == Place("m", (), "")
+    assert place(None, worker("m", "old", age_s=1_000), worker("m", "new")) == Place("m", ("new",), "")
+
+
+def test_all_weights_that_answer_while_a_fleet_is_renewed_are_known():
+    fleet = [worker("m", "new"), worker("m", "old"), worker("m", "old"), worker("n", "other", suffix=".n")]
+    assert place(None, *fleet).weights == place("m", *fleet).weights == ("new", "old")
+    assert place("n", *fleet).weights == ("other",)
 
 
 def test_a_named_model_is_found_by_its_name_or_an_alias_while_its_worker_lives():
     serving = worker("full/name", "w", suffix=".full-name", aliases=("short",))
     for name in ("full/name", "short"):
-        assert place(name, serving) == Place("full/name", "w", ".full-name")
+        assert place(name, serving) == Place("full/name", ("w",), ".full-name")
     with pytest.raises(ModelUnknown, match=r"'full/name'; served here: none"):
         place("full/name", serving._replace(age_s=LIVE_S + 1))
 
 
-def test_a_listed_model_is_accepted_before_its_worker_comes_and_with_its_weights_where_known():
-    assert place("a/b", listed=("a/b",)) == Place("a/b", "", ".a-b")
-    assert place("a/b", worker("a/b", "w", age_s=1_000), listed=("a/b",)) == Place("a/b", "w", ".a-b")
+def test_the_short_name_of_two_folders_is_refused_unless_their_weights_are_the_same():
+    one = worker("/a/model", "w", suffix=".a", aliases=("model",))
+    other = worker("/b/model", "x", suffix=".b", aliases=("model",))
+    with pytest.raises(ModelUnknown, match="'model' may be any of /a/model, /b/model"):
+        place("model", one, other)
+    assert place("model", one, other._replace(fingerprint="w")) == Place("/a/model", ("w",), ".a")
+    assert place("/b/model", one, other) == Place("/b/model", ("x",), ".b")
+    named_so = worker("model", "y", suffix=".model")
+    assert place("model", one, other, named_so) == Place("model", ("y",), ".model"), "a full name goes before aliases"
+
+
+def test_a_listed_model_is_accepted_before_its_worker_comes():
+    assert place("a/b", listed=("a/b",)) == Place("a/b", (), suffix_of("a/b", "the default"))
+    assert place("a/b", worker("a/b", "w", age_s=1_000), listed=("a/b",)).weights == ()
     assert place("the default", listed=("the default",)).suffix == ""
 
 
@@ -58,20 +75,45 @@ def test_an_unknown_model_is_told_what_there_is():
 
 def test_the_choice_does_not_depend_on_the_order_of_the_registry():
     fleet = [worker("m", "b"), worker("m", "a"), worker("m", "c", age_s=99)]
-    assert {place(None, *order) for order in itertools.permutations(fleet)} == {Place("m", "a", "")}
-    assert {place("m", *order) for order in itertools.permutations(fleet)} == {Place("m", "a", "")}
+    assert {place(None, *order) for order in itertools.permutations(fleet)} == {Place("m", ("a", "b"), "")}
+    assert {place("m", *order) for order in itertools.permutations(fleet)} == {Place("m", ("a", "b"), "")}
 
 
-def test_names_that_differ_only_in_what_no_queue_can_say_have_queues_of_their_own():
-    names = ["/srv/模型", "/srv/别的", "模型", "x" * 81, "x" * 80 + "y", "é", "e"]
-    assert len({suffix_of(name, "") for name in names}) == len(names) - 1, "a folder is named by its last part"
+ALIKE = [
+    *("org/m.v1", "org/m-v1", "org/M-v1", "org m-v1", "org/m-v1 ", "org-m-v1"),
+    *("/a/model", "/b/model", "./model", "../model", "~/model", "model", "/model"),
+    *("/srv/模型", "/srv/别的", "模型", "caf\u00e9", "cafe\u0301", "cafe", "\ud800", "\udcff"),
+    *("x" * 80, "x" * 81, "x" * 80 + "y", "x" * 10_000),
+]
 
 
-@given(st.text(st.characters(codec="utf-8"), min_size=1))
+def test_names_that_differ_only_in_what_a_queue_cannot_say_have_queues_of_their_own():
+    assert len({suffix_of(name, "another") for name in ALIKE}) == len(ALIKE)
+    assert "" not in {suffix_of(name, "another") for name in ALIKE}
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=5, unique=True))
+def test_no_two_models_share_a_queue(names: list[str]):
+    assert len({suffix_of(name, "\0") for name in names}) == len(names)
+
+
+@given(st.text(min_size=1))
 def test_any_name_of_a_model_gives_a_queue_that_any_broker_takes(name: str):
-    assert re.fullmatch(r"rerankq\.bulk\.[A-Za-z0-9_-]{0,80}", queue_name("bulk", suffix_of(name, "")))
+    assert re.fullmatch(r"rerankq\.bulk\.[A-Za-z0-9_-]{17,57}", queue_name("bulk", suffix_of(name, "\0")))
 
 
-def test_a_folder_is_named_by_its_last_part():
-    assert suffix_of("/srv/models/mine/", "x") == suffix_of("./mine", "x") == suffix_of("~/mine", "x") == ".mine"
+def test_the_default_keeps_the_plain_names_and_a_folder_shows_its_last_part():
     assert suffix_of("the default", "the default") == ""
+    assert all(suffix_of(one, "x").startswith(".mine-") for one in ("/srv/models/mine", "./mine", "~/mine"))
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1), st.booleans())
+def test_jobs_in_a_models_former_queues_come_to_those_that_it_has_now(name: str, is_default: bool):
+    default = name if is_default else name + "x"
+    own = {queue_name(one, suffix_of(name, default)) for one in ("interactive", "bulk")}
+    found = former_queues(name, default)
+    assert set(found.values()) == own
+    assert own.isdisjoint(found)
+    assert {"rerankq.interactive", "rerankq.bulk"}.isdisjoint(found), "what the plain ones hold may be anybody's"
+    if is_default:
+        assert queue_name("bulk", suffix_of(name, "another")) in found

@@ -41,7 +41,7 @@ class World:
         self.leases = Leases(self.ledger, self.terms, device_hangs=lambda: self.device_hangs, give_up=self.gave_up.set)
 
     def claimed(self, name: str, owner: str = "w1") -> Claim:
-        entry = enter(RerankJob(id=name, query="q", chunks=["x"] * 5), Place("stub", "", ""), self.settings)
+        entry = enter(RerankJob(id=name, query="q", chunks=["x"] * 5), Place("stub", (), ""), self.settings)
         self.ledger.ask(calls.submit(entry, self.terms))
         claim = self.ledger.ask(calls.claim(name, owner, self.terms))
         assert isinstance(claim, Claim)

@@ -80,7 +80,7 @@ class World:
     def submit(self, *names: str, tenant: str = "", priority: str = "interactive") -> None:
         for name in names:
             job = RerankJob(id=name, query="q", chunks=["x"], tenant=tenant, priority=priority)
-            self.ledger.ask(calls.submit(enter(job, Place("stub", "", ""), self.settings), self.terms))
+            self.ledger.ask(calls.submit(enter(job, Place("stub", (), ""), self.settings), self.terms))
 
     def claim(self, name: str, owner: str = "w2") -> Claim:
         claim = self.ledger.ask(calls.claim(name, owner, self.terms))

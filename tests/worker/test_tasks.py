@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from rerankq import JobCancelled, JobDead, JobExpired, RerankJob
 from rerankq.broker import make_app
 from rerankq.client import enter
-from rerankq.errors import BrokerUnavailable, JobRejected, JobTooLarge, ModelUnknown
+from rerankq.errors import BrokerUnavailable, JobRejected, JobTooLarge
 from rerankq.ledger import calls
-from rerankq.placing import Place
+from rerankq.placing import Place, queue_name, suffix_of
 from rerankq.settings import Settings
 from rerankq_worker.engine import EngineDied, PairFailed
 
@@ -58,7 +58,8 @@ def worker(program: Any, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def submit(worker: Any, name: str = "a", chunks: tuple[str, ...] = ("one", "two"), **fields: Any) -> str:
     job = RerankJob(id=name, query="q", chunks=list(chunks), fusion="model", **fields)
-    worker.ledger.ask(calls.submit(enter(job, Place(worker.model, "", ""), worker.settings), worker.terms))
+    place = Place(job.model or worker.model, (), "")
+    worker.ledger.ask(calls.submit(enter(job, place, worker.settings), worker.terms))
     return name
 
 
@@ -94,10 +95,75 @@ def test_a_second_bell_does_nothing(worker: Any):
     assert worker.rerank("never submitted") == "nothing to do: unknown"
 
 
-def test_a_job_that_names_another_model_than_the_workers_is_not_scored_by_it(worker: Any):
-    with pytest.raises(ModelUnknown, match="another/model"):
+def queue_of(worker: Any, name: str = "a") -> str:
+    return worker.ledger.redis.hget(f"rerankq:job:{name}", "queue").decode()
+
+
+def beat_as(worker: Any, model: str, *queues: str) -> None:
+    """Let another worker live."""
+    shown = {"model": model, "fingerprint": "f", "queues": queues}
+    worker.ledger.ask(calls.beat(f"another of {model}", json.dumps(shown), gone_after_s=60))
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_job_of_another_model_is_sent_on_to_its_queue_and_not_failed(worker: Any, lives: bool):
+    suffix = suffix_of("another/model", worker.model)
+    where = f"rerankq.interactive{'.its-own' if lives else suffix}"
+    if lives:
+        beat_as(worker, "another/model", where, "rerankq.bulk.its-own")
+    with pytest.raises(Ignore, match="sent on to"):
+        worker.rerank(submit(worker, model="another/model", deadline_s=60))
+    assert (state(worker), queue_of(worker)) == ("queued", where)
+    told = look(worker).status
+    assert (told.attempts, told.started_at) == (0, None)
+    record = worker.ledger.redis.hgetall("rerankq:job:a")
+    assert float(record[b"deadline"]) == pytest.approx(float(record[b"created"]) + 60, abs=1), "its deadline holds"
+    (bell,) = worker.ledger.ask(calls.ring_on([where], worker.terms))
+    assert (bell.id, bell.queue, bell.ahead) == ("a", where, False)
+    assert worker.ledger.redis.hget("rerankq:backlog", where) == b"2"
+    assert not worker.ledger.redis.hexists("rerankq:backlog", QUEUES[0])
+
+
+def test_a_job_of_another_model_that_shares_its_queue_does_not_go_round_and_round(worker: Any):
+    # Two programs, each with a model of its own and both told that theirs is the default.
+    beat_as(worker, "another/model", *QUEUES)
+    with pytest.raises(Ignore, match="sent on to"):
         worker.rerank(submit(worker, model="another/model"))
-    assert state(worker) == "failed"
+    assert (state(worker), queue_of(worker)) == ("queued", QUEUES[0])
+    assert worker.ledger.ask(calls.ring_on(QUEUES, worker.terms)) == [], "not rung for at once"
+    assert worker.ledger.redis.zscore(f"rerankq:rung:{QUEUES[0]}", "a"), "but when its bell counts as lost"
+
+
+def test_a_job_of_another_model_that_was_taken_away_meanwhile_is_left_alone(worker: Any, monkeypatch):
+    workers = worker.ledger.workers
+    monkeypatch.setattr(worker.ledger, "workers", lambda: (take_away(worker), workers())[1])
+    with pytest.raises(Ignore):
+        worker.rerank(submit(worker, model="another/model"))
+    assert (state(worker), queue_of(worker)) == ("queued", QUEUES[0])
+
+
+def test_jobs_left_in_a_models_former_queues_are_adopted_unless_somebody_listens_there(worker: Any):
+    left = [queue_name(priority, suffix_of(worker.model, "another")) for priority in ("interactive", "bulk")]
+    for name, queue, tenant in [("a", left[0], ""), ("b", left[1], ""), ("c", left[1], "t"), ("d", left[1], "t")]:
+        entry = enter(
+            RerankJob(id=name, query="q", chunks=["x", "y"], tenant=tenant), Place("m", (), ""), worker.settings
+        )
+        worker.ledger.ask(calls.submit(entry._replace(queue=queue), worker.terms))
+    worker.ledger.ask(calls.cancel("d", worker.terms))
+    beat_as(worker, worker.model, *left)
+    assert worker.adopt() == 0
+    worker.ledger.redis.delete("rerankq:workers")
+    assert worker.adopt() == 3
+    assert [queue_of(worker, name) for name in "abcd"] == [QUEUES[0], QUEUES[1], QUEUES[1], left[1]]
+    backlog = {
+        f"rerankq:backlog {name}": int(count) for name, count in worker.ledger.redis.hgetall("rerankq:backlog").items()
+    }
+    assert sum(backlog.values()) == 3 * 6, "all, by queue, and by tenant"
+    assert {bell.id for bell in worker.ledger.ask(calls.ring_on(QUEUES, worker.terms))} == {"a", "b", "c"}
+    assert worker.adopt() == 0
+    for name in "abc":
+        worker.rerank(name)
+        assert state(worker, name) == "done"
 
 
 def test_expired_cancelled_and_dead_jobs_raise_as_such(worker: Any):
@@ -516,8 +582,9 @@ def test_what_the_registry_shows_is_enough_to_place_a_job(worker: Any):
     [
         ("stub", "", QUEUES),
         ("stub", "stub", QUEUES),
-        ("stub:1e-6", "stub", ("rerankq.interactive.stub-1e-6", "rerankq.bulk.stub-1e-6")),
-        ("/srv/models/mine", "bundled", ("rerankq.interactive.mine", "rerankq.bulk.mine")),
+        ("stub:1e-6", "stub", tuple(name + suffix_of("stub:1e-6", "stub") for name in QUEUES)),
+        ("/srv/mine/", "stub", tuple(name + suffix_of("/srv/mine", "stub") for name in QUEUES)),
+        ("/srv/mine", "/srv/mine/", QUEUES),
     ],
 )
 def test_a_second_model_has_queues_of_its_own(program: Any, model: str, default: str, queues: tuple[str, str]):

@@ -30,12 +30,12 @@ from kombu import Queue
 from kombu.common import ignore_errors
 
 from rerankq import __version__, catalogue, errors
-from rerankq.broker import AHEAD, BULK, IN_LINE, INTERACTIVE, TASK, Bells, MessageCounts, make_app, queue
-from rerankq.client import terms_of
+from rerankq.broker import AHEAD, IN_LINE, TASK, Bells, MessageCounts, make_app, queue
+from rerankq.client import live_for, terms_of
 from rerankq.contract import Ranking, State, job_of
 from rerankq.errors import BrokerUnavailable, JobCancelled, QueueFull, RerankqError
 from rerankq.ledger import Call, Claim, Ledger, calls, connect
-from rerankq.placing import suffix_of
+from rerankq.placing import find_place, former_queues, queue_name, suffix_of
 from rerankq.settings import Settings
 
 from . import cache, doorbell, engine
@@ -60,10 +60,20 @@ HAND_BACK_S = 2.0
 CLOSE_S = 2.0
 # Seconds between tries to tell the ledger how a job ended.
 TELL_AGAIN_S = 1.0
+# Seconds between looks for jobs of this model in queues to which nobody listens any more.
+ADOPT_EVERY_S = 5.0
 # Seconds for which events wait for each other.
 EVENTS_EVERY_S = 0.05
 # Seconds between tries to reach a broker that is away: the first pause, what each next one is longer, the longest.
 RECONNECT = {"interval_start": 1, "interval_step": 1, "interval_max": 3}
+
+
+class OtherModel(Exception):
+    """Raised when a job names a model that this worker does not serve."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.model = model
 
 
 class Worker:
@@ -74,6 +84,7 @@ class Worker:
         self.terms = terms_of(settings)
         self.id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.model = catalogue.canonical(settings.model, settings.conf_dir)
+        self.default = catalogue.canonical(settings.default_model or settings.model, settings.conf_dir)
         folder = Path(self.model)
         self.names = {self.model, settings.model, *([folder.name] if folder.is_dir() else [])}
         self.interactive, self.bulk = queues_of(settings)
@@ -123,6 +134,27 @@ class Worker:
         self.listener.start()
         self.sweeper.start()
         threading.Thread(target=self.drain, name="rerankq-drain", daemon=True).start()
+        threading.Thread(target=self._adopt_again_and_again, name="rerankq-adoption", daemon=True).start()
+
+    def adopt(self) -> int:
+        """Move jobs of this model here from the queues that were its own under another default or an earlier version.
+
+        Not where a living worker still listens. Answers how many were moved.
+        """
+        live_s = live_for(self.settings.lease_s)
+        heard = {queue for worker in self.ledger.workers() if worker.age_s <= live_s for queue in worker.queues}
+        moves = {old: own for old, own in former_queues(self.model, self.default).items() if old not in heard}
+        return self.ledger.ask(calls.adopt(moves)) if moves else 0
+
+    def _adopt_again_and_again(self) -> None:
+        while True:
+            try:
+                if moved := self.adopt():
+                    logger.warning("%d jobs adopted from queues to which nobody listens", moved)
+            except RerankqError as error:
+                logger.info("no jobs adopted: %s", error)
+            if self.stopping.wait(ADOPT_EVERY_S):
+                return
 
     def drain(self) -> None:
         """Once told to stop, let jobs finish for ``drain_s``; then hand back the rest, before somebody kills us."""
@@ -200,6 +232,8 @@ class Worker:
             with suppress(RerankqError):
                 self.ledger.ask(calls.hand_back([(job_id, claim.fence)]))
             raise Ignore(f"job {job_id} handed back: {error}") from error
+        except OtherModel as other:
+            raise Ignore(f"job {job_id} sent on to {self._reroute(claim, other)}") from other
         except Exception as error:
             self._failed(claim, error)
             raise
@@ -215,10 +249,26 @@ class Worker:
             said = f"{len(claim.payload)} bytes as JSON; this worker takes at most {self.settings.max_job_bytes}"
             raise errors.JobTooLarge(said, field="job")
         job = job_of(claim.payload)
-        if job.model is not None and catalogue.canonical(job.model, self.settings.conf_dir) not in self.names:
-            # The deployment's default model was changed while the job waited in its queue.
-            raise errors.ModelUnknown(f"model: the job names {job.model!r}, this worker serves {self.model!r}")
+        model = self.model if job.model is None else catalogue.canonical(job.model, self.settings.conf_dir)
+        if model not in self.names:
+            # The deployment's default model was changed while the job waited in its queue, most likely.
+            raise OtherModel(model)
         return self.reranker.rank(claim.id, job, work, priority=claim.priority, waited_s=claim.waited_s)
+
+    def _reroute(self, claim: Claim, other: OtherModel) -> str:
+        """Send a job of another model on to where that is served, or waited for; answers its queue."""
+        settings = self.settings
+        try:
+            listed = [catalogue.canonical(name, settings.conf_dir) for name in settings.models]
+            live_s = live_for(settings.lease_s)
+            place = find_place(other.model, self.ledger.workers(), listed=listed, default=self.default, live_s=live_s)
+            suffix = place.suffix
+        except errors.ModelUnknown:
+            # It was accepted, so it is not failed for want of a worker: one may be starting. Its deadline holds.
+            suffix = suffix_of(other.model, self.default)
+        queue = queue_name(claim.priority, suffix)
+        self._tell(calls.reroute(claim.id, claim.fence, queue, other.model))
+        return queue
 
     @contextmanager
     def _on_the_device(self, claim: Claim, work: Work) -> Iterator[None]:
@@ -331,7 +381,7 @@ def queues_of(settings: Settings) -> tuple[str, str]:
         for name in (settings.model, settings.default_model or settings.model)
     )
     suffix = suffix_of(model, default)
-    return INTERACTIVE + suffix, BULK + suffix
+    return queue_name("interactive", suffix), queue_name("bulk", suffix)
 
 
 def heard(name: str) -> Queue:

@@ -46,7 +46,7 @@ class Terms(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A job as the ledger takes it."""
+    """A job as the ledger takes it; ``weights``: the fingerprints whose stored ranking would be today's."""
 
     id: str
     content: str
@@ -58,6 +58,7 @@ class Entry(NamedTuple):
     label: str
     model: str
     payload: bytes
+    weights: tuple[str, ...] = ()
 
 
 class Acceptance(NamedTuple):
@@ -132,7 +133,7 @@ def submit(entry: Entry, terms: Terms) -> Call[Acceptance]:
     """Accept a job: this write *is* acceptance."""
     deadline = "" if entry.deadline_s is None else entry.deadline_s
     limits = (terms.max_queued_pairs, terms.max_memory_percent, terms.ring_window)
-    args = (*entry[:6], deadline, *entry[7:], *limits, *_end(terms))
+    args = (*entry[:6], deadline, *entry[7:10], *limits, *_end(terms), ",".join(entry.weights))
 
     def read(answer: object) -> Acceptance:
         first, second = _list(answer)
@@ -180,7 +181,8 @@ def isolate(job_id: str, fence: int, owner: str) -> Call[bool]:
 
 def complete(job_id: str, fence: int, ranking: Ranking, terms: Terms) -> Call[State]:
     """Store a ranking; answers ``done``, or the state that refused it."""
-    return Call("complete", (job_id, fence, *_end(terms), ranking.model_dump_json().encode()), _state)
+    args = (job_id, fence, *_end(terms), ranking.model_dump_json().encode(), ranking.model.fingerprint)
+    return Call("complete", args, _state)
 
 
 def fail(job_id: str, fence: int, error_type: str, error: str, terms: Terms) -> Call[State]:
@@ -191,6 +193,16 @@ def fail(job_id: str, fence: int, error_type: str, error: str, terms: Terms) -> 
 def hand_back(held: Iterable[tuple[str, int]]) -> Call[int]:
     """Queue running jobs again, under no suspicion."""
     return Call("hand_back", [part for lease in held for part in lease], _int)
+
+
+def reroute(job_id: str, fence: int, queue: str, model: str) -> Call[bool]:
+    """Queue a job that was claimed by a worker of another model where its own is served, as if never claimed."""
+    return Call("reroute", (job_id, fence, queue, model), bool)
+
+
+def adopt(moves: Mapping[str, str], *, limit: int = 500) -> Call[int]:
+    """Move jobs that wait in queues to which nobody listens to those named beside them; answers how many."""
+    return Call("adopt", (limit, *(queue for move in moves.items() for queue in move)), _int)
 
 
 def cancel(job_id: str, terms: Terms) -> Call[State]:

@@ -13,7 +13,7 @@ if state ~= 'queued' and not again then return {state} end
 local time = now()
 if not again then
   take_back(owner)
-  local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'fence')
+  local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'fence', 'claims', 'deadline')
   take_out(id, job[1], job[2], tonumber(job[3]))
   -- By the clock, so that it rises even where the count was lost: over forgetting, submitting again, and a ledger
   -- restored from an older copy no late twin's fence fits again.
@@ -23,6 +23,9 @@ if not again then
     'started', stamp(time), 'lease_s', lease_s, 'done_pairs', 0,
     -- It has been started in time: queued again after its worker died, it waits for another as long as it takes.
     'deadline', '')
+  -- But for a worker that finds it to be of another model: it was not started then.
+  if job[6] ~= '' then redis.call('HSET', key, 'start_by', job[6])
+  elseif job[5] ~= '0' then redis.call('HDEL', key, 'start_by') end
   redis.call('ZADD', 'rerankq:running', stamp(time + lease_s), id)
 end
 

@@ -1,10 +1,11 @@
--- id content queue tenant priority pairs deadline_s label model payload | max_pairs max_memory window ttl channel
+-- id content queue tenant priority pairs deadline_s label model payload | max_pairs max_memory window ttl channel | weights
 -- Answers {state, ring}; {'conflict', 0}: the id stands for other content; {'full', pairs waiting}: the backlog is at
 -- its limit; {'crowded', percent}: the server's memory is.
+-- weights: fingerprints of the living workers of its model, by commas. A ranking of others is not today's: the job is queued again.
 local id, content, queue, tenant, priority = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local pairs_in, deadline_s, label, model, payload = tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local max_pairs, max_memory, window = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
-local ttl, channel = ARGV[14], ARGV[15]
+local ttl, channel, weights = ARGV[14], ARGV[15], ARGV[16]
 local key = job_key(id)
 
 local held = redis.call('HGET', key, 'content')
@@ -25,7 +26,8 @@ if held then
       if deadline == '' then redis.call('ZREM', 'rerankq:deadlines', id)
       else redis.call('ZADD', 'rerankq:deadlines', deadline, id) end
     end
-    if priority == 'interactive' and job[2] == 'bulk' then
+    -- An interactive submission lifts a bulk job; and whoever submits knows better where its model is served today.
+    if priority == 'interactive' and job[2] == 'bulk' or priority == job[2] and queue ~= job[1] then
       take_out(id, job[1], tenant, pairs_in)
       redis.call('HSET', key, 'queue', queue, 'priority', priority, 'label', label, 'model', model)
       put_in(id, queue, tenant, pairs_in, deadline)
@@ -33,9 +35,12 @@ if held then
     end
     return {state, 0}
   end
+  local by = state == 'done' and redis.call('HGET', key, 'weights')
+  -- Any of them will do: while a fleet is renewed, jobs do not go back and forth.
+  local outdated = by and weights ~= '' and not string.find(',' .. weights .. ',', ',' .. by .. ',', 1, true)
   -- Never for less time than somebody asked before.
-  if state == 'done' then redis.call('EXPIRE', key, longer(tostring(redis.call('TTL', key)), ttl)) end
-  if state == 'running' or state == 'done' or state == 'dead' then return {state, 0} end
+  if state == 'done' and not outdated then redis.call('EXPIRE', key, longer(tostring(redis.call('TTL', key)), ttl)) end
+  if state == 'running' or state == 'done' and not outdated or state == 'dead' then return {state, 0} end
 end
 
 local waiting = tonumber(redis.call('HGET', 'rerankq:backlog', '*') or '0')
