@@ -82,12 +82,8 @@ class Settings(BaseSettings):
     conf_dir: Path | None = Field(
         None, description="Folder whose models.toml and fusion.toml replace the shipped ones."
     )
-    api_keys: Annotated[list[str], NoDecode] = Field(
-        default=[], description="Keys of the gateway (commas).", repr=False
-    )
-    port: int = Field(8080, ge=1, le=65_535, description="Port of the gateway.")
 
-    @field_validator("models", "api_keys", mode="before")
+    @field_validator("models", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
