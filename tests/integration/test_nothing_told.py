@@ -10,7 +10,8 @@ import pytest
 
 from rerankq import BrokerUnavailable, Chunk, Client, JobFailed, Ranking, RerankJob
 from rerankq.broker import make_app
-from rerankq.settings import Settings, masked
+from rerankq.settings import Settings
+from rerankq.urls import masked
 
 MARK = "Sphinx-of-black-quartz"
 

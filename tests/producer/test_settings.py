@@ -6,7 +6,7 @@ import pytest
 
 from rerankq import AsyncClient, Client
 from rerankq.errors import BrokerUnavailable, SettingsInvalid
-from rerankq.settings import Settings, database_of, with_database
+from rerankq.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -64,26 +64,9 @@ def test_all_mistakes_are_told_together(monkeypatch: pytest.MonkeyPatch):
         assert "secret" not in str(caught.value), "URLs hold passwords"
 
 
-@pytest.mark.parametrize("special", list("/?#[]\u2100"))
-@pytest.mark.parametrize("before", ["secret", "12"])
-def test_a_password_that_spoils_its_url_is_not_quoted_and_not_taken_for_a_host(special: str, before: str):
-    for url in (f"redis://:{before}{special}secret@host:6379/0", f"amqps://me:{before}{special}secret@host//"):
-        with pytest.raises(SettingsInvalid, match=r"RERANKQ_BROKER_URL: cannot be read; in a password write") as caught:
-            Settings(broker_url=url, ledger_url="redis://host/1")
-        assert before not in str(caught.value)
-
-
 def test_a_database_that_is_no_number_is_not_taken_for_the_first():
     with pytest.raises(SettingsInvalid, match="RERANKQ_LEDGER_URL: expected the number of a database"):
         Settings(broker_url="redis://host/0", ledger_url="redis://host/jobs")
-
-
-@pytest.mark.parametrize(
-    "url", ["sentinel://one,two/0", "sentinel://one,,two/0?master=m", "sentinel://one?master=m&x=1"]
-)
-def test_a_url_of_sentinel_names_its_hosts_and_its_master_and_nothing_else(url: str):
-    with pytest.raises(SettingsInvalid, match="RERANKQ_BROKER_URL: expected the sentinels and the master's name"):
-        Settings(broker_url=url)
 
 
 def test_every_setting_says_what_it_is():
@@ -105,9 +88,16 @@ def test_a_broker_that_is_no_redis_wants_a_ledger_of_its_own():
         Settings(broker_url="amqp://guest@host//", concurrency=0)
     assert "RERANKQ_CONCURRENCY" in str(caught.value), "with the others"
     settings = Settings(broker_url="amqp://guest@host//", ledger_url="redis://other:6379/5")
-    assert (settings.ledger, settings.cache) == ("redis://other:6379/5", "redis://other:6379/2")
+    assert (settings.ledger, settings.cache) == ("redis://other:6379/5", "redis://other:6379/6")
     settings = Settings(broker_url="amqp://guest@host//", ledger_url="redis://other", cache_url="redis://scores")
     assert settings.cache == "redis://scores"
+
+
+def test_deployments_on_one_server_with_brokers_of_their_own_share_no_ledger_and_no_channel():
+    deployments = [Settings(broker_url=f"redis://host/{number}") for number in range(14)]
+    for role in ("broker", "ledger", "channel"):
+        assert len({getattr(settings, role) for settings in deployments}) == 14
+    assert (deployments[5].ledger, deployments[5].cache) == ("redis://host/6", "redis://host/7")
 
 
 def test_without_a_url_every_role_says_how_to_set_one():
@@ -122,21 +112,3 @@ def test_channels_carry_the_deployments_name_because_they_ignore_databases():
     assert one.channel == "rerankq:1"
     assert other.channel == "rerankq:9"
     assert Settings(broker_url="redis://host", deployment="blue").channel == "rerankq:blue"
-
-
-@pytest.mark.parametrize(
-    ("url", "database", "expected"),
-    [
-        ("redis://host", 1, "redis://host/1"),
-        ("redis://host/?ssl_cert_reqs=none", 1, "redis://host/1?ssl_cert_reqs=none"),
-        ("rediss://user:p%40ss@host:1/3", 2, "rediss://user:p%40ss@host:1/2"),
-        ("redis://host?db=4", 1, "redis://host/1"),
-        ("sentinel://:pw@one:1,two/0?master=m", 1, "sentinel://:pw@one:1,two/1?master=m"),
-        ("unix:///run/r.sock", 1, "unix:///run/r.sock?db=1"),
-        ("unix:///run/r.sock?db=4&password=x", 1, "unix:///run/r.sock?password=x&db=1"),
-        ("unix://user:pw@/run/r.sock", 1, "unix://user:pw@/run/r.sock?db=1"),
-    ],
-)
-def test_a_url_is_pointed_at_another_database_and_keeps_the_rest(url: str, database: int, expected: str):
-    assert with_database(url, database) == expected
-    assert database_of(expected) == database

@@ -15,16 +15,16 @@ import redis
 from numpy.typing import NDArray
 from redis.exceptions import RedisError, ResponseError
 
-from rerankq.pools import open_pool
+from rerankq.connections import cache as connect
+
+__all__ = ["CUT", "Known", "ScoreCache", "connect", "score_fingerprint"]
 
 logger = logging.getLogger("rerankq")
 
 Logits = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
-# Seconds to wait for the cache, and to leave it alone after it did not answer: a broken cache must not cost
-# every job a timeout.
-ANSWER_S = 0.5
+# Seconds to leave the cache alone after it did not answer: a broken cache must not cost every job a timeout.
 REST_S = 5.0
 # A pair that was cut has a second field beside its logit, whose four bytes have no room for it: a truncation is never
 # silent, not even from the cache. In the same hash, so that no eviction or expiry takes one without the other.
@@ -55,12 +55,6 @@ def score_fingerprint(engine: str, *, max_length: int, query_max_tokens: int, lo
     """
     parts = f"{engine}|{max_length}|{query_max_tokens}|{long_chunks}"
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
-
-
-def connect(url: str) -> redis.Redis:
-    """Open a pool of connections for the cache; connects on first use."""
-    pool = open_pool(redis.ConnectionPool, url, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S)
-    return redis.Redis.from_pool(pool)
 
 
 class ScoreCache:

@@ -15,7 +15,8 @@ import typer
 from typer.core import TyperGroup
 
 from .. import Client, Ranking, RerankqError, SettingsInvalid, __version__
-from ..settings import Settings, masked
+from ..settings import Settings
+from ..urls import masked
 from . import celery_worker, dead, doctor, show
 from . import demo as demonstration
 from . import rescore as rescoring

@@ -8,13 +8,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
-from urllib.parse import urlsplit
 
 from .. import BrokerUnavailable, RerankqError, __version__, catalogue
 from ..broker import INTERACTIVE, make_app
 from ..client import live_for, terms_of
 from ..ledger import Ledger, calls, connect, translated
-from ..settings import AMQP, Settings, masked, with_database
+from ..settings import Settings
+from ..urls import AMQP, masked, parts_of, with_database
 from .findings import Facts, Server, Work, WorkerSeen
 
 ROUND_TRIPS = 9
@@ -24,7 +24,7 @@ NOBODY = "rerankq-doctor"
 def examine(settings: Settings) -> Facts:
     """Find out everything; what cannot be reached stands as a fault, and nothing is changed."""
     roles = {"broker": settings.broker, "ledger": settings.ledger, "cache": settings.cache}
-    amqp = urlsplit(settings.broker).scheme in AMQP
+    amqp = parts_of(settings.broker).scheme in AMQP
     if amqp:
         del roles["broker"]
     by_server = defaultdict(list)

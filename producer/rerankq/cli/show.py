@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..contract import JobStatus
-from ..settings import masked
+from ..urls import masked
 from .demo import Comparison, Demo, move_of, place_of_answer
 from .rescore import Report
 from .stack import Stack

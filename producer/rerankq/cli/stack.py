@@ -17,7 +17,8 @@ from typing import IO, NamedTuple, Self
 from .. import Client
 from ..embedded import EmbeddedRedis
 from ..errors import BrokerUnavailable, RerankqError
-from ..settings import Settings, with_database
+from ..settings import Settings
+from ..urls import with_database
 from . import celery_worker, leash
 from .worker_watch import WorkerWatch
 

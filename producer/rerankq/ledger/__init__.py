@@ -19,15 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import redis
 import redis.asyncio
-from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
-from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import NoPermissionError, NoScriptError, OutOfMemoryError, RedisError, ResponseError
-from redis.retry import Retry
 
-from ..errors import BrokerUnavailable, JobFailed, QueueFull, RerankqError
-from ..pools import open_pool
+from ..connections import NoSuchDatabase
+from ..connections import ledger as connect
+from ..connections import ledger_async as connect_async
+from ..connections import listening as line
+from ..errors import BrokerUnavailable, JobFailed, QueueFull, RerankqError, SettingsInvalid
 from . import calls
 from .calls import Acceptance, Bell, Call, Claim, Counted, Entry, Look, Retrial, Swept, Terms
 
@@ -54,13 +52,6 @@ __all__ = [
 
 Answer = TypeVar("Answer")
 
-# Seconds: to connect, and to wait for an answer. A ledger that hangs longer is one that is down.
-CONNECT_S = 3.0
-ANSWER_S = 10.0
-# A lost connection is tried again so often, soon: every script may run twice. A slow answer is not waited for twice.
-TRIES = 3
-# Connections of one client; callers beyond them queue for one.
-CONNECTIONS = 64
 # Seconds for which work on answers may keep the event loop to itself.
 WORK_S = 0.002
 
@@ -100,50 +91,6 @@ def source(script: str) -> tuple[str, str]:
     return text, sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-def connect(url: str) -> redis.Redis:
-    """Open a pool of connections for the ledger; connects on first use."""
-    pool = open_pool(
-        redis.BlockingConnectionPool,
-        url,
-        max_connections=CONNECTIONS,
-        timeout=ANSWER_S,
-        retry=Retry(_backoff(), TRIES, (LostConnection,)),
-        **_socket(url),
-    )
-    return redis.Redis.from_pool(pool)
-
-
-def connect_async(url: str) -> redis.asyncio.Redis:
-    """As :func:`connect`, for asyncio."""
-    pool = open_pool(
-        redis.asyncio.BlockingConnectionPool,
-        url,
-        max_connections=CONNECTIONS // 4,
-        timeout=None,
-        retry=AsyncRetry(_backoff(), TRIES, (LostConnection,)),
-        **_socket(url),
-    )
-    return redis.asyncio.Redis.from_pool(pool)
-
-
-def line(url: str) -> AbstractConnection:
-    """Make one connection to listen on: not connected yet, bears any silence, mends nothing unseen."""
-    options = {**_socket(url), "socket_timeout": None, "health_check_interval": 0, "protocol": 2}
-    pool = open_pool(redis.asyncio.ConnectionPool, url, retry=AsyncRetry(NoBackoff(), 0), **options)
-    connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # of redis-py
-    return connection
-
-
-def _socket(url: str) -> dict[str, Any]:
-    options = {"socket_connect_timeout": CONNECT_S, "socket_timeout": ANSWER_S, "health_check_interval": 30}
-    # redis-py's connection to a Unix socket knows no keepalive.
-    return options if url.startswith("unix:") else {**options, "socket_keepalive": True}
-
-
-def _backoff() -> ExponentialWithJitterBackoff:
-    return ExponentialWithJitterBackoff(base=0.02, cap=0.5)
-
-
 async def breathe(since: float) -> float:
     """Let the event loop run if it was last let run before *since* + ``WORK_S``; answers when that was now."""
     if time.monotonic() - since < WORK_S:
@@ -157,6 +104,8 @@ def translated() -> Iterator[None]:
     """Turn Redis's errors into ours: the one border where that happens."""
     try:
         yield
+    except NoSuchDatabase as error:
+        raise SettingsInvalid(str(error)) from error
     except ResponseError as error:
         raise _refusal(error) from error
     except (RedisError, OSError) as error:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import redis
 from redis.exceptions import RedisError
 
-from rerankq.pools import open_pool
-from rerankq.settings import with_database
+from rerankq import connections
+from rerankq.urls import with_database
 
 ANSWER_S = 2.0
 
@@ -36,14 +36,9 @@ class Watch:
     """Read the ledger directly, never through a proxy; answers nothing while Redis is away."""
 
     def __init__(self, url: str) -> None:
-        pool = open_pool(
-            redis.ConnectionPool,
-            with_database(url, 1),
-            decode_responses=True,
-            socket_timeout=ANSWER_S,
-            socket_connect_timeout=ANSWER_S,
-        )
-        self._redis = redis.Redis.from_pool(pool)
+        kind, options = connections.broker(with_database(url, 1))
+        options |= {"decode_responses": True, "socket_timeout": ANSWER_S, "socket_connect_timeout": ANSWER_S}
+        self._redis = redis.Redis.from_pool(redis.ConnectionPool(connection_class=kind, **options))
 
     def is_registered(self, token: str) -> bool:
         try:
