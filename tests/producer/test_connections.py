@@ -30,7 +30,7 @@ from rerankq.settings import Settings
 NOBODY = "sentinel://:secret@127.0.0.1:1,127.0.0.1:2/0?master=jobs"
 KINDS = ["redis", "rediss", "unix", "sentinel", "sentinels"]
 # What a test's server is given to answer in, in seconds: its answers are held until the client gave them up.
-ANSWER_S = 0.3
+ANSWER_S = 1.0
 
 
 def test_sentinels_that_are_all_away_are_an_outage_told_in_a_line():
@@ -211,7 +211,7 @@ def test_a_late_answer_is_not_read_as_the_next_ones_by_asyncio_either(deployment
                     await client.get("a")
                 # Whoever stops waiting by himself leaves no answer behind either.
                 with pytest.raises(TimeoutError):
-                    async with asyncio.timeout(ANSWER_S / 3):
+                    async with asyncio.timeout(ANSWER_S / 10):
                         await client.get("a")
                 deployment.stalling.release()
                 for _ in ROUNDS:

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rerankq.embedded import EmbeddedRedis
-from rerankq_worker import cache
 from rerankq_worker.cache import REST_S, ScoreCache, connect, score_fingerprint
 from rerankq_worker.engine import text_hash
 
@@ -180,11 +179,10 @@ def test_a_server_that_is_gone_is_left_alone_for_a_while(sent: list[object], cap
         assert len(caplog.records) == 2, "and again after the rest"
 
 
-def test_a_server_that_hangs_costs_one_wait_and_serves_when_it_is_back(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cache, "ANSWER_S", 0.05)
+def test_a_server_that_hangs_costs_one_wait_and_serves_when_it_is_back():
     with EmbeddedRedis() as server, redis.Redis.from_url(server.url) as told:
         clock = Clock()
-        with connect(server.url) as client:
+        with connect(f"{server.url}?socket_timeout=0.2") as client:
             scores = ScoreCache(client, ttl_s=60, clock=clock)
             scores.write("fp", QUERY, HASHES[:1], floats(1), flags(0))
             number = told.info("server")["process_id"]
