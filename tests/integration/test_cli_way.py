@@ -1,5 +1,6 @@
 """The command line with real processes: what a person types, what comes out, and what is left behind."""
 
+import base64
 import bz2
 import json
 import math
@@ -10,6 +11,8 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 
 import psutil
 import pytest
@@ -131,6 +134,14 @@ def test_the_report_names_the_model_that_scored(run, collection, redis_url, star
     assert report["model"] == "stub"
     told = run("rescore", *collection, "--force", **there).stdout
     assert f"scored by stub (weights {report['weights']}), fusion default" in told
+
+
+def test_the_report_names_signals_with_weight_that_no_chunk_has(run, collection):
+    report = run("rescore", *collection, "--limit", "2", "--fusion", "elasticsearch")
+    assert "the weight of vector counts for nothing: no chunk of 2 queries has this signal" in report.stdout
+    assert "keyword counts" not in report.stdout
+    in_json = json.loads(run("rescore", *collection, "--limit", "3", "--fusion", "model", "--force", "--json").stdout)
+    assert in_json["missing"] == {}
 
 
 def test_a_limit_takes_the_first_queries_of_the_run(run, collection, tmp_path):
@@ -353,6 +364,29 @@ def test_up_runs_until_it_is_stopped_and_leaves_no_process(start, run, wait_unti
     process.communicate(timeout=60)
     assert process.returncode == status
     wait_until(lambda: gone(processes))
+
+
+@pytest.mark.parametrize(("password", "revoked"), [("", False), ("me:secret", True)])
+def test_flower_revokes_a_job_where_a_password_is_set_and_only_shows_without(start, password, revoked, wait_until):
+    process = start("up", "--json", FLOWER_BASIC_AUTH=password)
+    url = json.loads(process.stdout.readline())["flower"]
+    revoke = urllib.request.Request(f"{url}/api/task/revoke/some-job", method="POST")
+    revoke.add_header("Authorization", f"Basic {base64.b64encode(password.encode()).decode()}")
+    found = []
+
+    def answered():
+        try:
+            with urllib.request.urlopen(revoke) as response:
+                found.append(response.status)
+        except urllib.error.HTTPError as error:
+            found.append(error.code)
+            error.close()
+        except urllib.error.URLError:  # it is not up yet
+            return False
+        return True
+
+    wait_until(answered, seconds=60)
+    assert (found[-1] == 200) == revoked, found
 
 
 def test_up_starts_a_worker_that_died_again(start, run, wait_until):

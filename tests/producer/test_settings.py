@@ -30,7 +30,6 @@ def test_each_field_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch):
     settings = Settings()
     assert (settings.broker_url, settings.lease_s, settings.models) == ("redis://broker:6379/0", 2.5, ["a/b", "c", "d"])
     assert (settings.max_batch_tokens, settings.dtype, settings.conf_dir) == (4096, "bfloat16", Path("/srv/conf"))
-    assert "two" not in repr(settings), "keys are secrets"
 
 
 def test_a_file_works_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch):

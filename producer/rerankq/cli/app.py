@@ -68,12 +68,9 @@ app = typer.Typer(
     add_completion=False,
     # A traceback with every local variable would print passwords and people's texts.
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="Asynchronous batch reranking. Begin with: rerankq demo",
 )
-
-app.add_typer(dead.app, name="dead")
-app.command()(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:
@@ -259,6 +256,11 @@ def rescore(  # noqa: PLR0917 - typer reads them as options
     if report.failed:
         show.show_failed(report.failed)
         raise typer.Exit(FAILED)
+
+
+# Here, so that the help begins where a person begins.
+app.command()(doctor.doctor)
+app.add_typer(dead.app, name="dead")
 
 
 def _print_ids(flow: Flow[str], reader: submitting.Reader) -> int:

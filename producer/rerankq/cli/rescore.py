@@ -6,14 +6,14 @@ import hashlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from .. import catalogue
-from ..contract import Ranking, RerankJob
+from ..contract import Ranking, RerankJob, Signal
 from ..errors import JobRejected, RerankqError
 from ..settings import Settings
 from . import inputs, metrics, output
@@ -160,8 +160,8 @@ def job_of(first: FirstStage, job_id: str, *, fusion: str, model: str | None) ->
     )
 
 
-def answer_of(query: str, ranking: Ranking) -> Answer:
-    """Keep of a ranking what the output and the measures need."""
+def answer_of(query: str, ranking: Ranking, weights: Mapping[Signal, float]) -> Answer:
+    """Keep of a ranking, made with these *weights* of signals, what the output, the measures and the report need."""
     usage = ranking.usage
     return Answer(
         query=query,
@@ -171,13 +171,14 @@ def answer_of(query: str, ranking: Ranking) -> Answer:
         pairs=usage.pairs,
         cached_pairs=usage.cached_pairs,
         truncated_pairs=usage.truncated_pairs,
-        missing=signals_nowhere(ranking),
+        missing=signals_nowhere(ranking, weights),
     )
 
 
-def signals_nowhere(ranking: Ranking) -> tuple[str, ...]:
+def signals_nowhere(ranking: Ranking, weights: Mapping[Signal, float]) -> tuple[str, ...]:
     """Name the signals that the fusion weighs and no chunk has."""
-    return tuple(sorted(set.intersection(*(set(chunk.missing) for chunk in ranking.chunks)) if ranking.chunks else ()))
+    found = {signal for chunk in ranking.chunks for signal in chunk.scores}
+    return tuple(signal for signal, weight in weights.items() if weight > 0 and signal not in found)
 
 
 @dataclass
@@ -203,6 +204,7 @@ def score(
     desk: Desk,
     *,
     fusion: str,
+    weights: Mapping[Signal, float],
     model: str | None,
     tend: Callable[[], None] = nothing,
     advance: Callable[[int], None] = lambda _: None,
@@ -214,6 +216,7 @@ def score(
         journal: the work done so far.
         desk: the client.
         fusion: the profile's name.
+        weights: of its signals.
         model: the model to name in jobs; None = the deployment's own.
         tend: called now and then.
         advance: hears of every query that ended, by its number of pairs.
@@ -228,7 +231,7 @@ def score(
             if isinstance(outcome, RerankqError):
                 tally.failed[query] = f"{type(outcome).__name__}: {outcome}"
             else:
-                answer = answer_of(query, outcome)
+                answer = answer_of(query, outcome, weights)
                 journal.append(answer)
                 tally.add(answer)
             advance(counts[query])
@@ -347,4 +350,13 @@ def _finish(plan: Plan, settings: Settings, collection: Collection, journal: Jou
     bar.say("connecting" if settings.broker_url else "loading the model")
     with desk(settings, plan.model, bar.tell) as (client, model, tend):
         bar.begin(sum(counts.values()), done)
-        return score(collection, journal, client, fusion=plan.fusion, model=model, tend=tend, advance=bar.advance)
+        return score(
+            collection,
+            journal,
+            client,
+            fusion=plan.fusion,
+            weights=catalogue.resolve(plan.fusion, settings.conf_dir).weights,
+            model=model,
+            tend=tend,
+            advance=bar.advance,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from ..contract import JobStatus
 from ..urls import masked
 from .demo import Comparison, Demo, move_of, place_of_answer
 from .rescore import Report
-from .stack import Stack
+from .stack import Stack, flower_environment
 
 
 def print_json(value: Any, file: TextIO | None = None) -> None:
@@ -131,7 +132,7 @@ def report_sentences(report: Report) -> Iterator[str]:
     if report.model:
         yield f"scored by {report.model} (weights {report.weights}), fusion {report.fusion}"
     for signal, queries in report.missing.items():
-        yield f"fusion {report.fusion} weighs {signal}, which no chunk of {queries} queries has"
+        yield f"the weight of {signal} counts for nothing: no chunk of {queries} queries has this signal"
     for source, lines in report.skipped_lines.items():
         yield f"{lines} invalid lines of {source} skipped"
 
@@ -157,10 +158,12 @@ def show_status(status: JobStatus, now: float) -> None:
 def show_stack(stack: Stack, flower: str | None) -> None:
     """Print where the parts of a stack are."""
     url = stack.settings.broker
+    read_only = flower_environment(os.environ)["FLOWER_READ_ONLY"] == "true"
+    control = " (shows only; FLOWER_BASIC_AUTH=user:password lets you revoke jobs)" if read_only else ""
     # The password of a Redis that was here before is nobody's to print.
     print(f"Redis    {url} (embedded: gone when this ends)" if stack.embedded else f"Redis    {masked(url)} (yours)")
     print(f"worker   {stack.settings.model}")
-    print(f"Flower   {flower or 'not installed: pip install flower'}")
+    print(f"Flower   {f'{flower}{control}' if flower else 'not installed: pip install flower'}")
     if stack.embedded:
         print(f"\nIn another terminal:\n  export RERANKQ_BROKER_URL='{url}'", flush=True)
 

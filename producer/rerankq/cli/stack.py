@@ -188,7 +188,7 @@ class Stack:
             opening.callback(self.stop)
             self._add("worker", celery_worker.command(name="rerankq"))
             if self._flower_port is not None:
-                self._add("Flower", flower_command(self._flower_port), FLOWER_ENVIRONMENT)
+                self._add("Flower", flower_command(self._flower_port), flower_environment(os.environ))
             self._open = opening.pop_all()
         return self
 
@@ -248,14 +248,26 @@ def settings_for(url: str, settings: Settings) -> Settings:
     )
 
 
-# On the loopback anybody's page in a browser can reach it, so it shows and does not control. By the environment, since
-# older Flowers refuse options that they do not know.
+# By the environment, since older Flowers refuse options that they do not know.
 FLOWER_ENVIRONMENT = {
     "FLOWER_READ_ONLY": "true",
     "FLOWER_UNAUTHENTICATED_API": "false",
     # As in conf/flower.py, which an installed package does not have; the queue's and the worker's names are left out.
     "FLOWER_TASKS_COLUMNS": "uuid,args,state,result,exception,received,runtime",
 }
+
+
+def flower_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Write Flower's settings: without a password of its own it shows and does not control.
+
+    On the loopback anybody's page in a browser can reach it.
+
+    >>> flower_environment({"FLOWER_BASIC_AUTH": "me:secret"})["FLOWER_READ_ONLY"]
+    'false'
+    """
+    if not environment.get("FLOWER_BASIC_AUTH"):
+        return FLOWER_ENVIRONMENT
+    return {**FLOWER_ENVIRONMENT, "FLOWER_READ_ONLY": environment.get("FLOWER_READ_ONLY") or "false"}
 
 
 def flower_command(port: int) -> list[str]:
