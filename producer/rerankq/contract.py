@@ -135,7 +135,9 @@ class Fusion(Record):
     method: Literal["weighted", "rrf"] = "weighted"
     weights: Annotated[dict[Signal, Weight], AfterValidator(_sorted)] = Field({"model": 1.0}, min_length=1)
     normalise: Annotated[dict[Signal, Normalisation], AfterValidator(_sorted)] = Field(
-        default_factory=dict, description="Per signal; what is not named takes the default profile's rule."
+        default_factory=dict,
+        description="Per signal; by default model sigmoid, token and vector none, keyword minmax, pagerank percent, "
+        "tags cosine.",
     )
     boosts: Annotated[dict[TextField, Weight], AfterValidator(_sorted)] = Field(default_factory=dict)
     rrf_k: int = Field(60, ge=1)
@@ -190,7 +192,12 @@ class RerankJob(Record):
     query_max_tokens: int = Field(128, ge=1)
     long_chunks: Literal["truncate", "window"] = "truncate"
     cache: Literal["use", "refresh", "bypass"] = "use"
-    skip_at_or_below: int = Field(0, ge=0)
+    skip_at_or_below: int = Field(
+        0,
+        ge=0,
+        description="Chunks; a job with so few keeps its first-stage order, unscored, unless ``min_score`` is to be "
+        "judged.",
+    )
     tenant: str = Field("", pattern=r"^[A-Za-z0-9._@-]{0,128}$")
     return_text: bool = False
 
@@ -214,7 +221,9 @@ class RankedChunk(Record):
         default_factory=dict, description="Every signal by name, normalised; missing ones are left out."
     )
     model_logit: float | None = Field(None, description="Raw; None where the chunk was not scored.")
-    missing: list[str] = Field(default_factory=list)
+    missing: list[str] = Field(
+        default_factory=list, description="Signals with a weight that this chunk, or the whole job, has no value of."
+    )
     truncated: bool = False
     cached: bool = False
     span: tuple[int, int] | None = Field(
@@ -236,7 +245,11 @@ class Usage(Record):
 
     pairs: int = 0
     cached_pairs: int = 0
-    tokens: int = Field(0, description="Real tokens of the pairs that this job had computed; no padding.")
+    tokens: int = Field(
+        0,
+        description="Real tokens, no padding, of the pairs computed for this job: equal ones once, none that were "
+        "known or computed for another job.",
+    )
     truncated_pairs: int = 0
 
 
@@ -251,7 +264,10 @@ class Timings(Record):
 
 
 class Ranking(Record):
-    """A job's answer: its chunks, best first."""
+    """A job's answer: its chunks, best first.
+
+    By score; equal scores by the model's raw logit, equal logits in the job's order.
+    """
 
     job_id: str
     model: ModelName

@@ -36,6 +36,7 @@ def slow_fused(signals, spec):
     """The rules of fusion, chunk by chunk, as one would say them aloud. Signals hold numbers or None."""
     chunks = len(next(iter(signals.values())))
     in_play = [n for n, row in signals.items() if spec.weights.get(n, 0) > 0 and any(v is not None for v in row)]
+    nowhere = [n for n in SIGNALS if spec.weights.get(n, 0) > 0 and n not in in_play]
     scores, missing = [], []
     for chunk in range(chunks):
         lacking = [name for name in in_play if signals[name][chunk] is None]
@@ -57,7 +58,7 @@ def slow_fused(signals, spec):
                 if name not in sharing:
                     score += spec.weights[name] * signals[name][chunk]
         scores.append(score)
-        missing.append(lacking)
+        missing.append(lacking + nowhere)
     return scores, missing
 
 
@@ -95,7 +96,7 @@ def test_the_order_in_which_chunks_arrive_changes_no_score(job, random):
 
 wild = st.one_of(st.none(), st.floats(), st.sampled_from([1e308, -1e308, 5e-324]))
 any_rule = st.dictionaries(st.sampled_from(SIGNALS), st.sampled_from(sorted(RULES)))
-any_weight = st.dictionaries(st.sampled_from(SIGNALS), st.sampled_from([0, 5e-324, 0.3, 1, 1e300]))
+any_weight = st.dictionaries(st.sampled_from(SIGNALS), st.sampled_from([0, 5e-324, 0.3, 1, 1e300, 1e308, 1.7e308]))
 
 
 @given(st.lists(st.tuples(wild, wild, wild), max_size=5), any_rule, any_weight, st.sampled_from(["weighted", "rrf"]))
@@ -130,13 +131,13 @@ def test_the_weight_of_what_a_chunk_lacks_goes_to_its_other_signals(missing):
 
 
 @pytest.mark.parametrize("method", ["weighted", "rrf"])
-def test_a_signal_that_no_chunk_has_plays_no_part(method):
+def test_a_signal_that_no_chunk_has_plays_no_part_and_is_named(method):
     spec = Spec(method, weights={"model": 0.7, "token": 0.3}, normalise=PLAIN)
     alone = fusion.fuse({"model": [0.2, 0.4]}, spec)
     for absent in (None, [None, math.nan], [math.inf, -math.inf]):
         blend = fusion.blend({"model": [0.2, 0.4], "token": absent}, spec)
         np.testing.assert_array_equal(blend.scores, alone)
-        assert blend.missing == [[], []]
+        assert blend.missing == [["token"], ["token"]]
         assert list(blend.normalised) == ["model"]
 
 
@@ -177,6 +178,7 @@ def test_no_signals_and_no_chunks_give_no_scores():
         ({"model": [1.0]}, Spec(method="mean"), "mean"),
         ({"model": [1.0]}, Spec(weights={"model": -1}), "negative"),
         ({"model": [1.0]}, Spec(weights={"model": math.nan}), "finite"),
+        ({"model": [1.0]}, Spec(weights={"model": math.inf}), "finite"),
         ({"model": [1.0], "token": [1.0, 2.0]}, Spec(), "length"),
         ({"model": [[1.0]]}, Spec(), "shape"),
     ],
@@ -247,13 +249,58 @@ def test_reciprocal_ranks_of_nothing_are_nothing():
 score_lists = st.lists(st.one_of(st.floats(), st.sampled_from([0.0, -0.0, 1.0])), max_size=10)
 
 
-@given(score_lists, st.one_of(st.none(), st.floats(-2, 2)), st.one_of(st.none(), st.integers(0, 12)))
-def test_a_ranking_equals_its_slow_twin(scores, min_score, top_k):
-    order = sorted(
-        range(len(scores)), key=lambda i: (math.isnan(scores[i]), 0 if math.isnan(scores[i]) else -scores[i])
-    )
+def descending(value):
+    return (math.isnan(value), 0 if math.isnan(value) else -value)
+
+
+@given(score_lists, st.data(), st.one_of(st.none(), st.floats(-2, 2)), st.one_of(st.none(), st.integers(0, 12)))
+def test_a_ranking_equals_its_slow_twin(scores, data, min_score, top_k):
+    some = st.lists(st.floats() | st.sampled_from([0.0, 1.0]), min_size=len(scores), max_size=len(scores))
+    logits = data.draw(st.none() | some)
+    raw = [0.0] * len(scores) if logits is None else logits
+    order = sorted(range(len(scores)), key=lambda i: (descending(scores[i]), descending(raw[i]), i))
     kept = [place for place in order if min_score is None or scores[place] >= min_score]
-    assert fusion.rank(scores, min_score, top_k).tolist() == (kept if top_k is None else kept[:top_k])
+    ranked = fusion.rank(scores, min_score, top_k, logits=logits).tolist()
+    assert ranked == (kept if top_k is None else kept[:top_k])
+
+
+@given(st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=12), st.sampled_from([0.0, 0.3, 1e300]))
+def test_wherever_all_else_is_equal_the_order_is_that_of_the_logits_however_far_the_sigmoid_is_saturated(logits, token):
+    spec = Spec(weights={"model": 0.7, "token": token})
+    scores = fusion.fuse({"model": logits, "token": [0.5] * len(logits)}, spec)
+    ranked = fusion.rank(scores, logits=logits).tolist()
+    assert ranked == sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+
+
+def test_one_logit_per_score_is_needed_to_order_by_both():
+    with pytest.raises(ValueError, match="one logit per score"):
+        fusion.rank([1.0, 2.0], logits=[1.0])
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1e308), (1.7e308, 1.7e308), (5e-324, 5e-324), (1e308, 5e-324)])
+@pytest.mark.parametrize("method", ["weighted", "rrf"])
+def test_whatever_weights_add_up_to_scores_are_finite_and_what_a_chunk_lacks_is_shared_out(method, weights):
+    spec = Spec(method, weights=dict(zip(("model", "token"), weights, strict=True)), normalise=PLAIN)
+    scores = fusion.fuse({"model": [0.9, 0.1, 0.9], "token": [0.5, 0.5, None]}, spec)
+    assert np.isfinite(scores).all()
+    assert scores[0] >= scores[1]
+    if method == "weighted" and weights == (5e-324, 5e-324):
+        return  # too small to be multiplied by anything
+    if method == "weighted":
+        assert scores[2] >= scores[0]
+
+
+def test_reciprocal_ranks_take_any_constant_and_any_weight():
+    signals = {"model": [2.0, 1.0]}
+    assert fusion.reciprocal_rank_fusion(signals, k=10**400).tolist() == pytest.approx([0.0, 0.0])
+    all_signals = {name: [2.0, 1.0] for name in SIGNALS}
+    assert np.isfinite(fusion.reciprocal_rank_fusion(all_signals, 0, dict.fromkeys(SIGNALS, 1.7e308))).all()
+
+
+def test_a_rule_that_is_not_named_is_the_signals_own():
+    signals = {"model": [0.0], "keyword": [3.0], "pagerank": [50.0], "tags": [0.5], "token": [0.5], "vector": [0.5]}
+    blend = fusion.blend(signals, Spec(weights=dict.fromkeys(SIGNALS, 1.0)))
+    assert {row.tolist()[0] for row in blend.normalised.values()} == {0.5}
 
 
 def test_a_negative_top_k_is_refused():

@@ -1,5 +1,6 @@
 """The story of one job, with the stub engine: a ranking is what plain scoring and plain fusion say, known or not."""
 
+import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -96,7 +97,8 @@ def plain(job: RerankJob) -> tuple[list[int], Blend, np.ndarray]:
         "tags": rank_feature_scores(job.query_tags, [chunk.tags for chunk in job.chunks]),
     }
     blended = blend({name: signals[name] for name in signals_needed(fusion)}, fusion)
-    return rank(blended.scores, job.min_score, job.top_k).tolist(), blended, logits
+    raw = logits if "model" in signals_needed(fusion) else np.full(len(job.chunks), np.nan)
+    return rank(blended.scores, job.min_score, job.top_k, logits=raw).tolist(), blended, logits
 
 
 def assert_plain(ranking: Ranking, job: RerankJob) -> None:
@@ -190,6 +192,117 @@ def test_equal_chunks_of_one_job_are_computed_once_and_ranked_each(world: World)
     twins = job(["same"] * 20)
     assert_plain(world.rank(twins), twins)
     assert sum(world.engine.computed.values()) == 1
+
+
+class NoisyEngine(ScriptedEngine):
+    """Its logits depend a little on the batch, as real ones do on the kernels that its shape chooses."""
+
+    def forward(self, batch):
+        return super().forward(batch) + np.float32(1e-4) * np.float32(len(batch) + random.random())
+
+
+@pytest.mark.parametrize("way", ["use", "refresh", "bypass"])
+def test_equal_pairs_of_a_job_are_computed_once_and_scored_equally_whatever_becomes_of_the_cache(
+    world: World, way: str
+):
+    noisy = NoisyEngine()
+    with Batcher(noisy, max_batch_tokens=24) as batcher:
+        reranker = Reranker(noisy, batcher, ScoreCache(world.client, ttl_s=60), Analyser(), name="noisy")
+        # The third reads as the first, and so does what is cut off the same text.
+        texts = ["the same", "another one", "the  same ", "the same"] * 10 + ["w " * 600, "w " * 700]
+        ranking = reranker.rank("id", job(texts, cache=way), Work(), priority="bulk", waited_s=0)
+    by_index = {chunk.index: chunk for chunk in ranking.chunks}
+    for alike in (range(0, 40, 4), range(2, 40, 4), range(3, 40, 4)):
+        assert {by_index[at].model_logit for at in alike} == {by_index[0].model_logit}
+        assert {by_index[at].score for at in alike} == {by_index[0].score}
+    assert by_index[40].model_logit == by_index[41].model_logit
+    assert set(noisy.computed.values()) == {1}
+    assert len(noisy.computed) == 3
+    pairs = noisy.tokenise("why do tides rise", ["the same", "another one", "w " * 600])
+    assert ranking.usage.tokens == sum(pair.length for pair in pairs)
+    assert ranking.usage.pairs == 42
+
+
+def test_the_tokens_of_a_pair_that_two_jobs_wait_for_are_counted_once(held: World):
+    wanted = [job(TEXTS), job(TEXTS)]
+    with ThreadPoolExecutor(2) as threads:
+        rankings = [threads.submit(held.rank, one) for one in wanted]
+        while held.batcher.stats().tickets < 2:
+            threading.Event().wait(0.001)
+        held.engine.gate.set()
+        tokens = [ranking.result(WAIT_S).usage.tokens for ranking in rankings]
+    pairs = held.engine.tokenise("why do tides rise", list(dict.fromkeys(TEXTS)))
+    assert sorted(tokens) == [0, sum(pair.length for pair in pairs)]
+
+
+class Told(StubEngine):
+    """Gives each chunk the logit that it is told."""
+
+    def __init__(self, logits: dict[str, float]) -> None:
+        super().__init__(seconds_per_token=0)
+        self.logits = {self.tokenise("q", [text])[0].ids.tobytes(): logit for text, logit in logits.items()}
+
+    def forward(self, batch):
+        return np.array([self.logits[pair.ids.tobytes()] for pair in batch], dtype=np.float32)
+
+
+@pytest.mark.parametrize("profile", ["model", "default", "ragflow", "elasticsearch", "rrf"])
+@pytest.mark.parametrize(
+    "logits", [(38.0, 45.0, 60.0, 37.0), (-40.0, -38.0, -36.0, -39.0), (-800.0, -760.0, -900.0, -750.0)]
+)
+def test_chunks_that_differ_in_their_logits_alone_are_ordered_by_them_however_saturated(
+    world: World, profile: str, logits: tuple[float, ...]
+):
+    told = Told({f"chunk{at}": logit for at, logit in enumerate(logits)})
+    with Batcher(told) as batcher:
+        reranker = Reranker(told, batcher, ScoreCache(world.client, ttl_s=60), Analyser(), name="told")
+        wanted = RerankJob(
+            query="q", chunks=[f"chunk{at}" for at in range(4)], fusion=profiles()[profile], cache="bypass"
+        )
+        ranking = reranker.rank("id", wanted, Work(), priority="bulk", waited_s=0)
+    assert [chunk.model_logit for chunk in ranking.chunks] == sorted(logits, reverse=True)
+
+
+def test_a_signal_with_a_weight_that_no_chunk_has_is_named(world: World):
+    ranking = world.rank(job(fusion=profiles()["elasticsearch"]))
+    assert {tuple(chunk.missing) for chunk in ranking.chunks} == {("vector", "keyword")}
+    assert_plain(ranking, job(fusion=profiles()["elasticsearch"]))
+
+
+def test_a_logit_that_is_no_number_fails_its_job(world: World):
+    told = Told({"fine": 1.0, "odd": float("nan")})
+    with Batcher(told) as batcher:
+        reranker = Reranker(told, batcher, ScoreCache(world.client, ttl_s=60), Analyser(), name="told")
+        with pytest.raises(PairFailed, match="finite"):
+            reranker.rank(
+                "id", RerankJob(query="q", chunks=["fine", "odd"], fusion=MODEL), Work(), priority="bulk", waited_s=0
+            )
+        fine = RerankJob(query="q", chunks=["fine"], fusion=MODEL)
+        assert reranker.rank("id", fine, Work(), priority="bulk", waited_s=0).chunks[0].model_logit == 1.0
+
+
+def test_a_least_score_is_judged_by_scores_however_few_chunks_there_are(world: World):
+    few = job(skip_at_or_below=10, min_score=0.5)
+    ranking = world.rank(few)
+    assert not ranking.skipped
+    assert_plain(ranking, few)
+    assert all(chunk.score >= 0.5 for chunk in ranking.chunks)
+
+
+def test_a_ranking_tells_waiting_for_the_device_from_computing(world: World, monkeypatch: pytest.MonkeyPatch):
+    submit = world.batcher.submit
+
+    def busy(*args, **named):
+        ticket = submit(*args, **named)
+        ticket.result(WAIT_S)
+        ticket.device_s, ticket._submitted = 0.25, ticket._ended - 1.0
+        return ticket
+
+    monkeypatch.setattr(world.batcher, "submit", busy)
+    timings = world.rank(job(cache="bypass")).timings_ms
+    assert (timings.inference, timings.waiting) == (250, 750)
+    known = world.rank(job()) and world.rank(job())
+    assert (known.timings_ms.inference, known.timings_ms.waiting) == (0, 0)
 
 
 def test_another_query_length_or_cut_shares_no_score(world: World):

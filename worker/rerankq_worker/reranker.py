@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from rerankq.contract import Fusion, ModelName, Priority, Ranking, RerankJob, Ti
 from rerankq.errors import JobCancelled, JobFailed
 
 from .cache import Known, ScoreCache, score_fingerprint
-from .engine import Batcher, Engine, Ticket, TicketCancelled, text_hash
+from .engine import Batcher, Engine, Ticket, TicketCancelled, TokenisedPair, text_hash
 from .fusion import Blend, FusionSpec, blend, rank, rank_feature_scores, signals_needed, token_signal
 from .fusion.analyser import Analyser
 
@@ -67,6 +68,7 @@ class Scored:
     truncated: NDArray[np.bool_]
     tokens: int = 0
     tokenise_s: float = 0
+    waiting_s: float = 0
     inference_s: float = 0
 
 
@@ -93,7 +95,8 @@ class Reranker:
             raise JobFailed("long_chunks: 'window' is not available yet; use 'truncate'")
         if not isinstance(job.fusion, Fusion):
             raise JobFailed(f"fusion: expected numbers, got the name {job.fusion!r}; submit through the client")
-        if len(job.chunks) <= job.skip_at_or_below:
+        # A least score can be judged by scores alone.
+        if len(job.chunks) <= job.skip_at_or_below and job.min_score is None:
             return self._unscored(job_id, job, began, waited_s)
         fusion = cast("FusionSpec", job.fusion)  # its keys are literals, and Mapping's keys are invariant
         needed = signals_needed(fusion)
@@ -114,6 +117,7 @@ class Reranker:
             timings_ms=Timings(
                 queued=_ms(waited_s),
                 tokenise=_ms(scored.tokenise_s),
+                waiting=_ms(scored.waiting_s),
                 inference=_ms(scored.inference_s),
                 total=_ms(time.perf_counter() - began),
             ),
@@ -149,11 +153,13 @@ class Reranker:
             hashes=[hashes[at] for at in unknown],
         )
         scored.truncated[unknown] = [pair.truncated for pair in pairs]
-        scored.tokens = sum(pair.length for pair in pairs)
-        tokenised = time.perf_counter()
+        scored.tokenise_s = time.perf_counter() - began
 
-        join = bytes.fromhex(fingerprint) + query
-        keys = [join + hashes[at] for at in unknown] if job.cache == "use" else None
+        # Equal pairs of a job are computed once and get one logit, in two batches they might get two; with those of
+        # other jobs it shares them only where it takes what is known.
+        join = bytes.fromhex(fingerprint) + query if job.cache == "use" else secrets.token_bytes(16)
+        first: dict[bytes, bytes] = {}
+        keys = [first.setdefault(_content(pair), join + hashes[at]) for pair, at in zip(pairs, unknown, strict=True)]
         ticket = self._batcher.submit(pairs, priority=priority, keys=keys, tenant=job.tenant)
         work.go_on(ticket=ticket)
         try:
@@ -165,7 +171,7 @@ class Reranker:
         if job.cache != "bypass":
             self._cache.write(fingerprint, query, [hashes[at] for at in unknown], logits, scored.truncated[unknown])
         scored.logits[unknown] = logits
-        scored.tokenise_s, scored.inference_s = tokenised - began, time.perf_counter() - tokenised
+        scored.tokens, scored.waiting_s, scored.inference_s = ticket.tokens, ticket.waited_s, ticket.device_s
         return scored
 
     def _signals(
@@ -202,10 +208,9 @@ def _ranking(**fields: Any) -> Ranking:
 
 
 def _ranked(job: RerankJob, scored: Scored, blended: Blend) -> list[dict[str, Any]]:
-    computed = scored.tokens or scored.cached.any()
     # Lists of Python's own numbers: to pick single ones out of arrays costs more than the fusion.
     fused, truncated, cached = blended.scores.tolist(), scored.truncated.tolist(), scored.cached.tolist()
-    logits = _or_none(scored.logits) if computed else [None] * len(fused)
+    logits = _or_none(scored.logits)
     signals = {name: _or_none(row) for name, row in blended.normalised.items()}
     return [
         _chunk(
@@ -219,7 +224,7 @@ def _ranked(job: RerankJob, scored: Scored, blended: Blend) -> list[dict[str, An
             truncated=truncated[at],
             cached=cached[at],
         )
-        for place, at in enumerate(rank(blended.scores, job.min_score, job.top_k).tolist(), 1)
+        for place, at in enumerate(rank(blended.scores, job.min_score, job.top_k, logits=scored.logits).tolist(), 1)
     ]
 
 
@@ -246,6 +251,10 @@ def _nothing(chunks: int) -> Scored:
 def _floats(values: list[float | None]) -> NDArray[np.float64]:
     # None becomes NaN: a signal that this chunk lacks.
     return np.array(values, dtype=np.float64)
+
+
+def _content(pair: TokenisedPair) -> bytes:
+    return pair.second_from.to_bytes(4, "little") + pair.ids.tobytes()
 
 
 def _ms(seconds: float) -> float:

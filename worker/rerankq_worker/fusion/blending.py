@@ -8,7 +8,7 @@ that the chunk lacks it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .normalise import RULES, known
+from .ragflow import scale_of
 from .ranks import reciprocal_rank_fusion
 
 Floats = NDArray[np.float64]
@@ -33,6 +34,9 @@ DEFAULT_RULES: Mapping[str, str] = MappingProxyType(
     }
 )
 
+
+# What a weight above zero is at least, however much smaller it was made.
+_SMALLEST = 5e-324
 
 # A mapping's keys are invariant to the type checker: with str here, a mapping from literal names would not fit.
 Name = Any
@@ -71,7 +75,7 @@ class Blend:
     """Fused scores with what made them.
 
     ``scores`` has shape ``(chunks,)``; ``normalised`` holds each signal in play, NaN where a chunk lacks it;
-    ``missing`` names, for each chunk, the signals in play that it lacks.
+    ``missing`` names, for each chunk, the signals with a weight that it lacks, alone or with all others.
     """
 
     scores: Floats
@@ -97,10 +101,11 @@ def blend(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> Blend:
     """Fuse the signals, and keep what made the scores.
 
     In play are the signals with a weight above zero that at least one chunk has; the weight of another is dropped, and
-    no chunk's ``missing`` names it. ``weighted`` adds up weight times normalised value, undivided. Where a chunk lacks
-    a signal in play, its weight is shared out over that chunk's other signals in proportion to theirs. A signal whose
-    rule is ``raw`` is an extra on top: it neither gives nor receives shares. ``rrf`` adds up reciprocal ranks
-    (:func:`~rerankq_worker.fusion.ranks.reciprocal_rank_fusion`). A chunk without any signal scores 0.
+    every chunk's ``missing`` names it. ``weighted`` adds up weight times normalised value, undivided; weights beyond
+    1e200 are made smaller, all alike. Where a chunk lacks a signal in play, its weight is shared out over that chunk's
+    other signals in proportion to theirs. A signal whose rule is ``raw`` is an extra on top: it neither gives nor
+    receives shares. ``rrf`` adds up reciprocal ranks (:func:`~rerankq_worker.fusion.ranks.reciprocal_rank_fusion`). A
+    chunk without any signal scores 0.
 
     Raises:
         ValueError: on a signal, rule or method that does not exist, a weight that is negative or not finite, or
@@ -111,18 +116,21 @@ def blend(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> Blend:
     if len({row.size for row in rows.values()}) > 1:
         raise ValueError(f"signals differ in length: { {name: row.size for name, row in rows.items()} }")
     chunks = next((row.size for row in rows.values()), 0)
+    scale = scale_of(list(fusion.weights.values()))
+    weights = {name: max(weight * scale, _SMALLEST) for name, weight in fusion.weights.items() if weight}
     # In the fixed order of DEFAULT_RULES, so that sums do not depend on how a caller orders a mapping.
     in_play = [name for name in DEFAULT_RULES if _plays(rows.get(name), fusion.weights.get(name, 0.0))]
     rules = {name: fusion.normalise.get(name, DEFAULT_RULES[name]) for name in in_play}
     normalised = {name: RULES[rule](rows[name]) for name, rule in rules.items()}
     if fusion.method == "rrf":
-        shares = reciprocal_rank_fusion({name: rows[name] for name in in_play}, fusion.rrf_k, fusion.weights)
+        shares = reciprocal_rank_fusion({name: rows[name] for name in in_play}, fusion.rrf_k, weights)
         scores = shares if in_play else np.zeros(chunks)
     else:
         shared = {name: row for name, row in normalised.items() if rules[name] != "raw"}
         extra = {name: row for name, row in normalised.items() if rules[name] == "raw"}
-        scores = _shared_sum(shared, fusion.weights, chunks) + _plain_sum(extra, fusion.weights, chunks)
-    return Blend(scores, normalised, _missing(normalised, chunks))
+        scores = _shared_sum(shared, weights, chunks) + _plain_sum(extra, weights, chunks)
+    weighed = [name for name in DEFAULT_RULES if fusion.weights.get(name, 0.0) > 0]
+    return Blend(scores, normalised, _missing(weighed, normalised, chunks))
 
 
 def _check(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> None:
@@ -134,8 +142,7 @@ def _check(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> None:
             raise ValueError(f"no rule {rule!r} to normalise {name}; there are {', '.join(RULES)}")
     if fusion.method not in {"weighted", "rrf"}:
         raise ValueError(f"no method {fusion.method!r}; there are weighted, rrf")
-    # The sum as well: finite weights may add up to an infinity.
-    if not math.isfinite(sum(fusion.weights.values())) or any(weight < 0 for weight in fusion.weights.values()):
+    if not all(math.isfinite(weight) and weight >= 0 for weight in fusion.weights.values()):
         raise ValueError(f"weights must be finite and not negative: {dict(fusion.weights)}")
 
 
@@ -149,10 +156,14 @@ def _shared_sum(rows: Mapping[str, Floats], weights: Mapping[str, float], chunks
     # Only where something is missing: elsewhere the sum stays the plain one, to the last bit.
     if not any(np.isnan(row).any() for row in rows.values()):
         return scores
-    total = math.fsum(weights[name] for name in rows)
-    there = np.sum([np.where(np.isnan(row), 0.0, weights[name]) for name, row in rows.items()], axis=0)
+    # By the largest first, and none below a tiny one: the weights' own sum may overflow, or vanish beside others.
+    largest = max(weights[name] for name in rows)
+    parts = {name: max(weights[name] / largest, 1e-300) for name in rows}
+    total = math.fsum(parts.values())
+    there = np.sum([np.where(np.isnan(row), 0.0, parts[name]) for name, row in rows.items()], axis=0)
     partly = np.any([np.isnan(row) for row in rows.values()], axis=0) & (there > 0)
-    scores[partly] = _bounded(total, scores[partly] / there[partly])
+    shared = _plain_sum({name: row[partly] for name, row in rows.items()}, parts, int(partly.sum()))
+    scores[partly] = _bounded(largest, _bounded(total, shared / there[partly]))
     return scores
 
 
@@ -171,9 +182,9 @@ def _bounded(weight: float, row: Floats) -> Floats:
         return np.clip(weight * row, -limit, limit)
 
 
-def _missing(rows: Mapping[str, Floats], chunks: int) -> list[list[str]]:
+def _missing(weighed: Sequence[str], rows: Mapping[str, Floats], chunks: int) -> list[list[str]]:
     missing: list[list[str]] = [[] for _ in range(chunks)]
-    for name, row in rows.items():
-        for position in np.flatnonzero(np.isnan(row)):
+    for name in weighed:
+        for position in np.flatnonzero(np.isnan(rows[name])) if name in rows else range(chunks):
             missing[position].append(name)
     return missing

@@ -19,17 +19,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .ragflow import scale_of
+
 Floats = NDArray[np.float64]
 Places = NDArray[np.intp]
 
 FIELDS = ("content", "title", "keywords", "questions")
 # Without boosts a token counts once, wherever among these it is found.
 UNBOOSTED = ("content", "title", "keywords")
+# A larger boost acts as this one, from which on a token is covered to 1 whatever else holds it.
+MAX_BOOST = 1e300
 
 
 @dataclass(frozen=True)
 class Finds:
-    """Where the query's tokens were found: token ``tokens[i]`` in chunk ``chunks[i]``, each pair at most once."""
+    """Where the query's tokens were found: token ``tokens[i]`` in chunk ``chunks[i]``, each pair at most once.
+
+    In order of chunks, then of tokens: sums over them are the same in every process.
+    """
 
     chunks: Places
     tokens: Places
@@ -78,18 +85,17 @@ def token_similarity(
 
 
 def merged(query_tokens: Sequence[tuple[str, float]]) -> tuple[list[str], Floats]:
-    """Join repeated tokens, adding their weights.
+    """Join repeated tokens, adding their weights; where those are huge, all are made smaller alike.
 
     Raises:
-        ValueError: if a weight is negative or not finite, or all together are beyond the range of floats.
+        ValueError: if a weight is negative or not finite.
     """
     sums: dict[str, float] = {}
+    scale = scale_of([weight for _, weight in query_tokens])
     for token, weight in query_tokens:
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"the weight of query token {token!r} must be finite and not negative: {weight}")
-        sums[token] = sums.get(token, 0.0) + weight
-    if not math.isfinite(sum(sums.values())):
-        raise ValueError("the weights of the query tokens add up to an infinity")
+        sums[token] = sums.get(token, 0.0) + weight * scale
     return list(sums), np.fromiter(sums.values(), dtype=np.float64, count=len(sums))
 
 
@@ -107,15 +113,13 @@ def playing(boosts: Mapping[str, float]) -> dict[str, float]:
     for name, boost in boosts.items():
         if name not in FIELDS or not (boost >= 0 and math.isfinite(boost)):
             raise ValueError(f"boosts go to {', '.join(FIELDS)}, finite and not negative: {name}={boost}")
-    if not math.isfinite(sum(boosts.values()) + 1.0):
-        raise ValueError("the boosts add up to an infinity")
-    return {name: boost for name, boost in {"content": 1.0, **boosts}.items() if boost}
+    return {name: min(boost, MAX_BOOST) for name, boost in {"content": 1.0, **boosts}.items() if boost}
 
 
 def find(tokens: Sequence[str], chunks: Sequence[AbstractSet[str]]) -> Finds:
     """Look for distinct tokens in each chunk's set."""
     places = {token: place for place, token in enumerate(tokens)}
-    pairs = [(chunk, places[token]) for chunk, held in enumerate(chunks) for token in places.keys() & held]
+    pairs = sorted((chunk, places[token]) for chunk, held in enumerate(chunks) for token in places.keys() & held)
     rows = np.array(pairs, dtype=np.intp).reshape(-1, 2)
     return Finds(rows[:, 0], rows[:, 1])
 

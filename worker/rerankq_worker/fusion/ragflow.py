@@ -67,6 +67,12 @@ def query_keys(query_tokens: Tokens) -> dict[str, float]:
     return keys
 
 
+def scale_of(weights: Sequence[float]) -> float:
+    """Find by what to multiply weights so that they can be added up: 1, unless some are beyond 1e200."""
+    largest = max(weights, default=0.0)
+    return 1e-200 if math.isfinite(largest) and largest > 1e200 else 1.0
+
+
 def chunk_keys(tokens: Sequence[str]) -> set[str]:
     """Collect a chunk's tokens and the joins of each two neighbours."""
     keys = set(tokens)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .analyser import Analyser, Ids, token_ids
 from .blending import FusionSpec
 from .coverage import Finds, covered, idf, merged, playing
-from .ragflow import SMOOTHING, chunk_keys, query_keys
+from .ragflow import SMOOTHING, chunk_keys, query_keys, scale_of
 
 Floats = NDArray[np.float64]
 
@@ -85,8 +85,10 @@ def _by_ragflow(
         distinct = list(dict.fromkeys(tokens))
         weights = dict(zip(distinct, idf([_find(distinct, ids)], len(distinct), len(chunks)).tolist(), strict=True))
         query_tokens = [(token, weights[token]) for token in tokens]
-    # The same sum as ragflow.token_similarity, over ids.
-    wanted = query_keys(query_tokens)
+    # The same sum as ragflow.token_similarity, over ids. Huge weights are made smaller alike, beside which the
+    # smoothing is nothing either way.
+    scale = scale_of([weight for _, weight in query_tokens])
+    wanted = query_keys([(token, weight * scale) for token, weight in query_tokens])
     values = np.fromiter(wanted.values(), dtype=np.float64, count=len(wanted))
     finds = _find(list(wanted), ids)
     earned = np.bincount(finds.chunks, values[finds.tokens], minlength=len(chunks))
@@ -124,7 +126,11 @@ def _ragflow_ids(chunks: Sequence[TextFields], analyser: Analyser) -> list[Ids]:
 
 
 def _find(tokens: Sequence[str], chunks: Sequence[Ids]) -> Finds:
-    """Look for distinct tokens in all chunks at once, by their ids."""
+    """Look for distinct tokens in all chunks at once, by their ids; found in order of chunks, then of tokens.
+
+    A chunk's ids come in the order of a set, which is another in each process and in each chunk: sums over what is
+    found would differ in the last bit, and equal chunks be no longer equal.
+    """
     ids = np.fromiter(map(hash, tokens), dtype=np.int64, count=len(tokens))
     everything = np.concatenate([*chunks, ids[:0]])
     near = _sieved(everything, ids)
@@ -133,7 +139,9 @@ def _find(tokens: Sequence[str], chunks: Sequence[Ids]) -> Finds:
     places[places == ids.size] = 0
     there = ids[order][places] == everything[near] if ids.size else np.zeros(0, dtype=np.bool_)
     ends = np.cumsum([held.size for held in chunks], dtype=np.intp)
-    return Finds(np.searchsorted(ends, near[there], side="right"), order[places[there]])
+    found, held_by = order[places[there]], np.searchsorted(ends, near[there], side="right")
+    settled = np.lexsort((found, held_by))
+    return Finds(held_by[settled], found[settled])
 
 
 def _sieved(everything: Ids, wanted: Ids) -> NDArray[np.intp]:
