@@ -9,7 +9,7 @@ import typer.main
 
 import rerankq
 from rerankq.cli.app import app
-from rerankq.settings import Settings
+from rerankq.settings import Settings, read_by
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -23,7 +23,7 @@ def default_of(name: str) -> str:
 
 def test_the_settings_table_is_the_settings():
     rows = [
-        f"| `RERANKQ_{name.upper()}` | {default_of(name)} | {field.description} |"
+        f"| `RERANKQ_{name.upper()}` | {default_of(name)} | {read_by(name)} | {field.description} |"
         for name, field in Settings.model_fields.items()
     ]
     assert re.findall(r"^\| `RERANKQ_.*$", README, re.MULTILINE) == rows

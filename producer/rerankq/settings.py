@@ -5,20 +5,49 @@ Inner code takes plain arguments and never looks at the environment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import io
+import logging
+import os
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from dotenv.parser import parse_stream
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from . import urls
 from .errors import BrokerUnavailable, SettingsInvalid
 
+logger = logging.getLogger("rerankq")
+
 HOW_TO_SET_A_URL = (
     "RERANKQ_BROKER_URL is not set. Point it at a Redis, e.g. RERANKQ_BROKER_URL=redis://localhost:6379/0; "
     "`rerankq up` starts one for you and prints its URL."
 )
+
+PREFIX = "RERANKQ_"
+ENV_FILE = ".env"
+# Settings of what does not exist yet: taken without a word, so that a deployment can be written ahead.
+TO_COME = frozenset({"API_KEYS", "PORT"})
+
+HOUR_S, YEAR_S = 3_600, 31_536_000
+
+Reader = Literal["worker", "producer", "both"]
+
+
+def _setting(default: Any, read_by: Reader, description: str, **limits: Any) -> Any:
+    """Declare a setting, and whose it is: set elsewhere, it changes nothing."""
+    return Field(default, description=description, json_schema_extra={"read_by": read_by}, **limits)
+
+
+def read_by(name: str) -> Reader:
+    """Say who reads a setting."""
+    extra: Any = Settings.model_fields[name].json_schema_extra
+    reader: Reader = extra["read_by"]
+    return reader
 
 
 class Settings(BaseSettings):
@@ -29,52 +58,92 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="RERANKQ_", env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True
+        env_prefix=PREFIX,
+        env_file=ENV_FILE,
+        # Notepad and its like begin a file with a mark.
+        env_file_encoding="utf-8-sig",
+        extra="ignore",
+        frozen=True,
+        env_ignore_empty=True,
     )
 
     # URLs hold passwords, so that a printed Settings does not show them.
-    broker_url: str | None = Field(
-        None, repr=False, description="Doorbells: redis://, rediss://, unix://, sentinel:// or amqp://."
+    broker_url: str | None = _setting(
+        None, "both", "Doorbells: redis://, rediss://, unix://, sentinel:// or amqp://.", repr=False
     )
-    ledger_url: str | None = Field(
-        None, repr=False, validate_default=True, description="Jobs and rankings; default: the broker's database plus 1."
+    ledger_url: str | None = _setting(
+        None, "both", "Jobs and rankings; default: the broker's database plus 1.", repr=False, validate_default=True
     )
-    cache_url: str | None = Field(None, repr=False, description="Scores; default: the broker's database plus 2.")
-    deployment: str = Field(
-        "", pattern=r"^[A-Za-z0-9._-]*$", description="Name in pub/sub channels; default: the ledger's database number."
+    cache_url: str | None = _setting(None, "worker", "Scores; default: the broker's database plus 2.", repr=False)
+    deployment: str = _setting(
+        "",
+        "both",
+        "Name in pub/sub channels; default: the ledger's database number.",
+        pattern=r"^[A-Za-z0-9._-]*$",
+        max_length=100,
     )
-    model: str = Field(
-        "BAAI/bge-reranker-base", description="A catalogue name, a hub name, a folder, `bundled`, or `stub`."
+    model: str = _setting(
+        "BAAI/bge-reranker-base", "both", "A catalogue name, a hub name, a folder, `bundled`, or `stub`."
     )
-    default_model: str = Field(
-        "", description="The deployment's default model, on a worker that serves another one; empty = MODEL."
+    default_model: str = _setting(
+        "", "both", "The deployment's default model, on a worker that serves another one; empty = MODEL."
     )
-    models: Annotated[list[str], NoDecode] = Field(
-        default=[], description="Models that the deployment lists (commas): accepted while no worker for them is alive."
+    models: Annotated[list[str], NoDecode] = _setting(
+        [], "both", "Models that the deployment lists (commas): accepted while no worker for them is alive."
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
-        "auto", description="auto = bfloat16 where the device multiplies it faster, else float32."
+    device: str = _setting("auto", "worker", "auto, cpu, cuda, cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = _setting(
+        "auto", "worker", "auto = bfloat16 where the device multiplies it faster, else float32."
     )
-    runtime: Literal["auto", "torch", "openvino"] = Field(
-        "auto", description="What computes the model; auto = OpenVINO on a CPU where it is installed, else torch."
+    runtime: Literal["auto", "torch", "openvino"] = _setting(
+        "auto", "worker", "What computes the model; auto = OpenVINO on a CPU where it is installed, else torch."
     )
-    max_batch_tokens: int | Literal["auto"] = Field(
-        "auto", description="Tokens per forward pass, padding included; auto = found by measuring at start."
+    max_batch_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = _setting(
+        "auto", "worker", "Tokens per forward pass, padding included; auto = found by measuring at start."
     )
-    concurrency: int = Field(32, ge=1, le=1024, description="Jobs in flight per worker.")
-    lease_s: float = Field(8, gt=0, description="Seconds without a sign of life after which a job is handed on.")
-    drain_s: float = Field(8, ge=0, description="Seconds to finish jobs in when told to stop; the rest is handed back.")
-    max_attempts: int = Field(3, ge=1, description="Deaths of a worker, alone with a job, that set the job aside.")
-    ring_window: int = Field(256, ge=1, description="Doorbells out at a time, per queue and tenant.")
-    cache_ttl_s: int = Field(604_800, ge=1, description="Seconds that a score is remembered.")
-    result_ttl_s: int = Field(3_600, ge=1, description="Seconds that a ranking is kept.")
-    max_chunks: int = Field(10_000, ge=1, description="Chunks in a job.")
-    max_job_bytes: int = Field(16_777_216, ge=1, description="Bytes of a job as JSON.")
-    max_queued_pairs: int = Field(10_000_000, ge=1, description="Pairs waiting, over all queues; more is QueueFull.")
-    conf_dir: Path | None = Field(
-        None, description="Folder whose models.toml and fusion.toml replace the shipped ones."
+    concurrency: int = _setting(32, "worker", "Jobs in flight per worker.", ge=1, le=1024)
+    lease_s: float = _setting(
+        8,
+        "both",
+        "Seconds without a sign of life after which a job is handed on.",
+        ge=0.05,
+        le=HOUR_S,
+        allow_inf_nan=False,
     )
+    drain_s: float = _setting(
+        8,
+        "worker",
+        "Seconds to finish jobs in when told to stop; the rest is handed back.",
+        ge=0,
+        le=HOUR_S,
+        allow_inf_nan=False,
+    )
+    max_attempts: int = _setting(
+        3, "both", "Deaths of a worker, alone with a job, that set the job aside.", ge=1, le=1_000
+    )
+    ring_window: int = _setting(256, "both", "Doorbells out at a time, per queue and tenant.", ge=1, le=1_000_000)
+    cache_ttl_s: int = _setting(604_800, "worker", "Seconds that a score is remembered.", ge=1, le=10 * YEAR_S)
+    result_ttl_s: int = _setting(3_600, "both", "Seconds that a ranking is kept.", ge=1, le=10 * YEAR_S)
+    max_chunks: int = _setting(10_000, "producer", "Chunks in a job.", ge=1, le=1_000_000)
+    # A string in Redis has at most 512 MiB.
+    max_job_bytes: int = _setting(16_777_216, "both", "Bytes of a job as JSON.", ge=1, le=512 << 20)
+    max_queued_pairs: int = _setting(
+        10_000_000, "both", "Pairs waiting, over all queues; more is QueueFull.", ge=1, le=10**12
+    )
+    conf_dir: Path | None = _setting(None, "both", "Folder whose models.toml and fusion.toml replace the shipped ones.")
+
+    def __init__(self, **given: Any) -> None:
+        path = given.get("_env_file", ENV_FILE)
+        faults, named = _read_ahead(path if isinstance(path, str | os.PathLike) else None)
+        _warn_of(_unknown([*os.environ, *named]))
+        if not faults:
+            super().__init__(**given)
+            return
+        try:
+            super().__init__(**{**given, "_env_file": None})
+        except SettingsInvalid as error:
+            faults += str(error).splitlines()
+        raise SettingsInvalid("\n".join(faults))
 
     @field_validator("models", mode="before")
     @classmethod
@@ -87,6 +156,15 @@ class Settings(BaseSettings):
         if value is None:
             return None
         urls.read(value, urls.REDIS | urls.AMQP if info.field_name == "broker_url" else urls.REDIS)
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        kind, colon, number = value.partition(":")
+        if kind not in {"auto", "cpu", "cuda"} or (colon and not (kind == "cuda" and number.isdecimal())):
+            msg = "expected auto, cpu, cuda or cuda:N (N = 0, 1, …)"
+            raise ValueError(msg)
         return value
 
     @field_validator("ledger_url")
@@ -146,7 +224,77 @@ def _beside(url: str, further: int) -> str:
 
 def _mistakes(error: ValidationError) -> Iterator[str]:
     # Without what was given: URLs hold passwords.
+    found: dict[str, list[str]] = {}
     for mistake in error.errors(include_url=False, include_input=False, include_context=False):
         field = ".".join(str(part) for part in mistake["loc"][:1]).upper()
         said = mistake["msg"].removeprefix("Value error, ")
-        yield f"RERANKQ_{field}: {said}" if field else said
+        found.setdefault(f"{PREFIX}{field}: " if field else "", []).append(said)
+    # What may be one thing or another has a mistake for each.
+    for name, said_of_it in found.items():
+        yield name + ", or ".join(said_of_it)
+
+
+def _read_ahead(path: str | os.PathLike[str] | None) -> tuple[list[str], list[str]]:
+    """Read a file of settings before the library does; answer what is wrong with it, and the names that it sets."""
+    if path is None:
+        return [], []
+    file = Path(path).expanduser()
+    try:
+        raw = _bytes_of(file)
+    except IsADirectoryError:
+        return [f"{file}: is a folder; expected a file of NAME=value lines"], []
+    except OSError as error:
+        return [f"{file}: cannot be read: {error.strerror}"], []
+    lines = raw.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        fault = "holds a NUL byte" if b"\0" in line else "" if _is_utf8(line) else "is not UTF-8"
+        if fault:
+            return [f"{file}, line {number}: {fault}; expected NAME=value lines in UTF-8"], []
+    bindings = list(parse_stream(io.StringIO(raw.decode("utf-8-sig"))))
+    torn = [one.original.line for one in bindings if one.error and PREFIX in one.original.string.upper()]
+    return [f"{file}, line {line}: expected NAME=value" for line in torn], [one.key for one in bindings if one.key]
+
+
+def _bytes_of(file: Path) -> bytes:
+    """Read a file whole; nothing where there is none, and where it can be read but once (a pipe)."""
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return b""
+    # A folder of this name may be a virtual environment.
+    if stat.S_ISDIR(mode) and (file / "pyvenv.cfg").exists():
+        return b""
+    return file.read_bytes() if stat.S_ISDIR(mode) or stat.S_ISREG(mode) else b""
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _unknown(names: Iterable[str]) -> Iterator[str]:
+    """Say of each name of ours that is no setting which one may be meant.
+
+    >>> list(_unknown(["RERANKQ_LEASE", "RERANKQ_LEASE_S", "RERANKQ_PORT", "HOME"]))
+    ['RERANKQ_LEASE is no setting and changes nothing; did you mean RERANKQ_LEASE_S?']
+    """
+    known = [name.upper() for name in Settings.model_fields]
+    for name in dict.fromkeys(name.upper() for name in names):
+        ours = name.removeprefix(PREFIX)
+        if ours != name and ours not in {*known, *TO_COME}:
+            near = difflib.get_close_matches(ours, known, 1)
+            yield f"{name} is no setting and changes nothing" + (f"; did you mean {PREFIX}{near[0]}?" if near else "")
+
+
+_warned: set[str] = set()
+
+
+def _warn_of(mistakes: Iterable[str]) -> None:
+    """Say each once in a process, however often settings are read."""
+    for said in mistakes:
+        if said not in _warned:
+            _warned.add(said)
+            logger.warning("%s", said)

@@ -275,6 +275,7 @@ def test_the_connection_that_waiters_listen_on_opens_within_a_limit_and_is_close
         await line.send_command("SUBSCRIBE", "channel")
         assert await line.read_response() == [b"subscribe", b"channel", 1]
         deployment.stalling.hold(after=3)
+        opened = line._writer.transport.get_extra_info("socket")
         reading = asyncio.create_task(line.read_response())
         await asyncio.to_thread(publish, deployment, "channel", "first")
         # Any silence is borne, for half a message too: whoever listens decides how long.
@@ -282,6 +283,12 @@ def test_the_connection_that_waiters_listen_on_opens_within_a_limit_and_is_close
         reading.cancel()
         await asyncio.wait([reading])
         assert not line.is_connected
+
+        # TLS ends with a word of the other side.
+        deployment.stalling.release()
+        async with asyncio.timeout(30):
+            while opened.fileno() != -1:
+                await asyncio.sleep(0.01)
 
     asyncio.run(listen())
 

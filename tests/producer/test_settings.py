@@ -6,7 +6,7 @@ import pytest
 
 from rerankq import AsyncClient, Client
 from rerankq.errors import BrokerUnavailable, SettingsInvalid
-from rerankq.settings import Settings
+from rerankq.settings import Settings, read_by
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +111,119 @@ def test_channels_carry_the_deployments_name_because_they_ignore_databases():
     assert one.channel == "rerankq:1"
     assert other.channel == "rerankq:9"
     assert Settings(broker_url="redis://host", deployment="blue").channel == "rerankq:blue"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("max_batch_tokens", "-1"),
+        ("max_batch_tokens", "0"),
+        ("max_batch_tokens", "1e9"),
+        ("max_batch_tokens", "99999999999"),
+        ("device", "gpu"),
+        ("device", "cuda:"),
+        ("device", "cuda:x"),
+        ("device", "cpu:0"),
+        *((name, value) for name in ("lease_s", "drain_s") for value in ("nan", "inf", "-inf", "-1", "1e9")),
+        ("lease_s", "0"),
+        *((name, "0") for name in ("concurrency", "max_attempts", "ring_window", "max_chunks", "max_job_bytes")),
+        *(
+            (name, "9" * 30)
+            for name in (
+                "cache_ttl_s",
+                "result_ttl_s",
+                "max_chunks",
+                "max_job_bytes",
+                "max_queued_pairs",
+                "ring_window",
+            )
+        ),
+        ("max_attempts", "9" * 5_000),
+        ("deployment", "x" * 101),
+        ("deployment", "two words"),
+        ("dtype", "int4"),
+        ("runtime", "onnx"),
+    ],
+)
+def test_every_number_and_word_has_limits_that_are_told(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(f"RERANKQ_{name.upper()}", wrong)
+    with pytest.raises(SettingsInvalid) as caught:
+        Settings()
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"RERANKQ_{name.upper()}: ")
+    assert len(line) < 300
+
+
+def test_a_wrong_device_or_budget_is_told_what_is_right(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RERANKQ_DEVICE", "gpu")
+    monkeypatch.setenv("RERANKQ_MAX_BATCH_TOKENS", "-1")
+    with pytest.raises(SettingsInvalid) as caught:
+        Settings()
+    device, budget = sorted(str(caught.value).splitlines())
+    assert device == "RERANKQ_DEVICE: expected auto, cpu, cuda or cuda:N (N = 0, 1, …)"
+    assert budget.startswith("RERANKQ_MAX_BATCH_TOKENS: Input should be greater than or equal to 1, or Input should be")
+    for right in ("auto", "cpu", "cuda", "cuda:0", "cuda:12"):
+        assert Settings(device=right, max_batch_tokens=1).device == right
+
+
+LATIN_1 = "# Schlüssel\nRERANKQ_LEASE_S=3\n".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (LATIN_1, ".env, line 1: is not UTF-8; expected NAME=value lines in UTF-8"),
+        (b"RERANKQ_LEASE_S=3\nRERANKQ_MODEL=a\0b\n", ".env, line 2: holds a NUL byte"),
+        ("RERANKQ_LEASE_S=3".encode("utf-16"), ".env, line 1: "),
+        (b"A=1\nRERANKQ_BROKER_URL='redis://:secret@host\n", ".env, line 2: expected NAME=value"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_line_and_the_reason(
+    raw: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+):
+    Path(".env").write_bytes(raw)
+    monkeypatch.setenv("RERANKQ_CONCURRENCY", "0")
+    with pytest.raises(SettingsInvalid) as caught:
+        Settings()
+    first, *others = str(caught.value).splitlines()
+    assert first.startswith(said)
+    assert [line.partition(":")[0] for line in others] == ["RERANKQ_CONCURRENCY"], "with the other mistakes"
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_that_is_none_is_a_mistake_and_a_virtual_environment_is_not():
+    Path(".env").mkdir()
+    with pytest.raises(SettingsInvalid, match=r"\.env: is a folder; expected a file"):
+        Settings()
+    Path(".env/pyvenv.cfg").touch()
+    assert Settings().lease_s == 8
+    Path("loop").symlink_to("loop")
+    with pytest.raises(SettingsInvalid, match=r"loop: cannot be read: "):
+        Settings(_env_file="loop")
+
+
+def test_a_file_may_begin_with_a_mark_and_end_its_lines_as_windows_does():
+    Path(".env").write_bytes(b"\xef\xbb\xbfRERANKQ_LEASE_S=3\r\nRERANKQ_MODEL=stub\r\n")
+    assert (Settings().lease_s, Settings().model) == (3, "stub")
+
+
+def test_a_name_that_is_almost_a_settings_is_warned_of_once_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("rerankq.settings._warned", set())
+    monkeypatch.setenv("RERANKQ_LEASE", "3")
+    monkeypatch.setenv("RERANKQ_API_KEYS", "what is to come")
+    monkeypatch.setenv("RERANKQ_PORT", "8080")
+    Path(".env").write_text("rerankq_brocker_url=redis://:secret@host\nRERANKQ_QWXZ=1\nOTHER=1\n")
+    for _ in range(3):
+        Settings()
+    assert [record.getMessage() for record in caplog.records] == [
+        "RERANKQ_LEASE is no setting and changes nothing; did you mean RERANKQ_LEASE_S?",
+        "RERANKQ_BROCKER_URL is no setting and changes nothing; did you mean RERANKQ_BROKER_URL?",
+        "RERANKQ_QWXZ is no setting and changes nothing",
+    ]
+
+
+def test_every_setting_says_who_reads_it():
+    assert {read_by(name) for name in Settings.model_fields} == {"both", "producer", "worker"}
+    assert (read_by("device"), read_by("max_chunks"), read_by("broker_url")) == ("worker", "producer", "both")
