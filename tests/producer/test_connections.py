@@ -287,7 +287,7 @@ def test_the_connection_that_waiters_listen_on_opens_within_a_limit_and_is_close
         # TLS ends with a word of the other side.
         deployment.stalling.release()
         async with asyncio.timeout(30):
-            while opened.fileno() != -1:
+            while opened.fileno() != -1:  # noqa: ASYNC110  # a transport tells nobody of its end
                 await asyncio.sleep(0.01)
 
     asyncio.run(listen())
