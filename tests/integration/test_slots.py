@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import redis
 
 from rerankq import Client, RerankJob
@@ -46,6 +47,25 @@ def test_an_interactive_job_is_claimed_at_once_while_bulk_saturates_the_worker(
         before_it = [end for end in ends if told.submitted_at < end < told.started_at]
         assert len(before_it) <= 1, "it waited for no bulk job to end"
         assert len([end for end in ends if end < told.ended_at]) < len(bulk) / 2, "and was not done last"
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_with_few_slots_an_interactive_job_is_the_next_to_be_taken(client: Client, start_worker: Callable, slots: int):
+    # A tenth of a second for each bulk job.
+    start_worker(RERANKQ_MODEL="stub:2e-3", RERANKQ_CONCURRENCY=str(slots))
+    bulk = client.submit_many([job(f"bulk-{number}", chunks=10, priority="bulk") for number in range(60)])
+    asked = []
+    for number in range(5):
+        drain(client, [bulk[4 * number]])
+        asked.append(client.submit(job(f"asked-{number}", chunks=1)))
+        drain(client, asked)
+    told = [client.status(one) for one in asked]
+    starts = [client.status(one).started_at for one in bulk]
+    for one in told:
+        between = [start for start in starts if start and one.submitted_at < start < one.started_at]
+        assert len(between) <= 1
+    assert any(start is None for start in starts), "bulk jobs waited all the time"
+    drain(client, bulk)
 
 
 def test_bulk_that_fills_its_share_goes_on_without_pauses(client: Client, start_worker: Callable):

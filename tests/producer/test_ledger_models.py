@@ -22,8 +22,8 @@ def submit(ledger: Ledger, *weights: str, queue: str = "q", priority: Priority =
     return ledger.ask(calls.submit(entry, TERMS)).state
 
 
-def claim(ledger: Ledger) -> Claim:
-    taken = ledger.ask(calls.claim("a", "w", TERMS))
+def claim(ledger: Ledger, owner: str = "w") -> Claim:
+    taken = ledger.ask(calls.claim("a", owner, TERMS))
     assert isinstance(taken, Claim)
     return taken
 
@@ -82,7 +82,7 @@ def test_a_waiting_job_moves_to_where_its_model_is_served_when_it_is_submitted_a
 def test_a_job_sent_on_to_another_queue_keeps_its_suspicion_and_its_claims(ledger: Ledger, deaths: int):
     submit(ledger)
     if deaths:
-        claim(ledger)
+        claim(ledger, "one that dies")
         ledger.redis.zadd("rerankq:running", {"a": 1})
         assert ledger.ask(calls.sweep("s", TERMS)).lapsed == 1
     taken = claim(ledger)

@@ -3,10 +3,12 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerankq_worker.slots import KEPT_FOR_INTERACTIVE, Slots
+from rerankq.ledger import Bell, Deferred
+from rerankq_worker.slots import Slots, SuspectSlots, kept_for_interactive
 
 # A step: seconds that pass, a job's name, and whether it comes in as bulk, as interactive, or goes out (None).
 STEPS = st.lists(st.tuples(st.integers(0, 5), st.sampled_from("abcdef"), st.sampled_from([True, False, None])))
@@ -29,7 +31,7 @@ class Twin:
 
     def has_room(self, bulk: bool) -> bool:
         bulk_rings = [ring for ring in self.rings if ring[1]]
-        return len(self.rings) < self.total and (not bulk or len(bulk_rings) < max(1, self.total - 2))
+        return len(self.rings) < self.total and (not bulk or len(bulk_rings) < self.total - min(2, self.total // 2))
 
     def step(self, now: float, job: str, bulk: bool | None) -> None:
         if bulk is not None:
@@ -41,7 +43,7 @@ class Twin:
             self.since[kind] = None if not self.has_room(kind) else now if had_none else self.since[kind]
 
 
-@given(total=st.integers(3, 6), steps=STEPS)
+@given(total=st.integers(1, 6), steps=STEPS)
 def test_slots_equal_a_list_of_all_rings(total: int, steps: list[tuple[int, str, bool | None]]):
     clock, twin = Clock(), Twin(total)
     slots = Slots(total, clock=clock)
@@ -61,14 +63,14 @@ def test_slots_equal_a_list_of_all_rings(total: int, steps: list[tuple[int, str,
             assert slots.free_for(bulk=kind) == (None if since is None else clock.now - since)
 
 
-@given(st.integers(3, 40))
+@given(st.integers(2, 40))
 def test_bulk_that_asks_first_leaves_slots_for_interactive_jobs(total: int):
     slots = Slots(total)
     number = 0
     while slots.has_room(bulk=True):
         slots.take(f"bulk {number}", bulk=True)
         number += 1
-    assert total - slots.taken == KEPT_FOR_INTERACTIVE
+    assert total - slots.taken == kept_for_interactive(total) == (1 if total < 4 else 2)
     assert slots.has_room(bulk=False)
 
 
@@ -97,3 +99,86 @@ def test_no_slot_is_lost_or_won_by_many_threads():
     assert slots.has_room(bulk=True)
     assert slots._in_flight == {}
     assert slots._bulk == 0
+
+
+def suspect(name: str) -> Deferred:
+    return Deferred(Bell(name, "q", "", ahead=True), "interactive" if name.isupper() else "bulk")
+
+
+def ended(slots: SuspectSlots, name: str) -> str | None:
+    """One has ended: whose doorbell is sent?"""
+    slots.give_back(suspect(name))
+    bell = slots.next_doorbell()
+    return None if bell is None else bell.id
+
+
+def test_one_suspect_of_each_class_is_taken_at_a_time_and_the_others_in_turn_interactive_ones_first():
+    slots = SuspectSlots(4)
+    assert [slots.take(suspect(name)) for name in "abAcBC"] == [True, False, True, False, False, False]
+    assert slots.next_doorbell() is None
+    assert ended(slots, "a") == "b"
+    assert slots.take(suspect("b"))
+    assert ended(slots, "A") == "B"
+    assert slots.take(suspect("B"))
+    assert not slots.take(suspect("c")), "a doorbell that was sent twice"
+    assert slots.forget() == [suspect("c").bell, suspect("C").bell]
+    assert ended(slots, "b") is None
+
+
+@pytest.mark.parametrize("total", [2, 3])
+def test_with_few_slots_one_suspect_is_taken_in_all_and_bulk_waits_for_interactive_ones(total: int):
+    slots = SuspectSlots(total)
+    assert [slots.take(suspect(name)) for name in "abA"] == [True, False, False]
+    assert ended(slots, "a") == "A"
+    assert slots.take(suspect("A"))
+    assert ended(slots, "A") == "b"
+    assert slots.take(suspect("B"))
+    assert not slots.take(suspect("C"))
+    assert ended(slots, "B") == "C"
+
+
+def test_with_one_slot_an_interactive_suspect_is_taken_behind_those_that_wait():
+    clock = Clock()
+    slots = SuspectSlots(1, clock=clock)
+    assert not slots.take(suspect("A"))
+    assert slots.next_doorbell() == Bell("A", "q", "", ahead=False)
+    assert not slots.take(suspect("B")), "one after the other"
+    assert slots.next_doorbell() is None
+    assert slots.take(suspect("A")), "by the doorbell of its own"
+    assert not slots.take(suspect("b"))
+    assert ended(slots, "A") == "B"
+    assert not slots.take(suspect("c"))
+    # Another worker has it, most likely.
+    clock.now += SuspectSlots.INVITED_S
+    assert slots.next_doorbell() == suspect("b").bell
+    assert slots.take(suspect("b"))
+
+
+@given(st.integers(1, 6), st.lists(st.sampled_from("abcdABCD"), max_size=40))
+def test_no_suspect_is_lost_and_none_is_taken_twice(total: int, names: list[str]):
+    slots, inside, waiting = SuspectSlots(total, clock=Clock()), [], set()
+
+    def heard(name: str) -> None:
+        if slots.take(suspect(name)):
+            waiting.discard(name)
+            inside.append(name)
+        else:
+            waiting.add(name)
+        follow()
+
+    def follow() -> None:
+        bell = slots.next_doorbell()
+        if bell is not None:
+            assert bell.id in waiting
+            heard(bell.id)
+
+    for name in names:
+        if name in inside:
+            inside.remove(name)
+            slots.give_back(suspect(name))
+            follow()
+        else:
+            heard(name)
+        assert len(inside) <= (2 if total >= 4 else 1)
+        assert not waiting or inside, "nobody waits while nobody is in"
+    assert {bell.id for bell in slots.forget()} == waiting

@@ -278,7 +278,7 @@ def test_a_suspect_has_the_device_alone_and_the_ledger_knows_it(worker: Any, mon
     rank, seen = worker.reranker.rank, []
 
     def rank_and_look(*args: Any, **kwargs: Any) -> Any:
-        seen.append((worker.gate._alone, worker.ledger.redis.hget("rerankq:alone", worker.id)))
+        seen.append((worker.device._holders.exclusive, worker.ledger.redis.hget("rerankq:alone", worker.id)))
         return rank(*args, **kwargs)
 
     monkeypatch.setattr(worker.reranker, "rank", rank_and_look)
@@ -293,13 +293,13 @@ def test_a_suspect_that_was_taken_away_while_it_waited_is_not_run(worker: Any, m
     submit(worker)
     worker.ledger.redis.hset("rerankq:job:a", "suspect", 1)
     monkeypatch.setattr(worker.reranker, "rank", lambda *_, **__: pytest.fail("not ours"))
-    alone = worker.gate.alone
+    alone = worker.device.exclusive
 
-    def taken_away() -> Any:
+    def taken_away(**how: Any) -> Any:
         take_away(worker)
-        return alone()
+        return alone(**how)
 
-    monkeypatch.setattr(worker.gate, "alone", taken_away)
+    monkeypatch.setattr(worker.device, "exclusive", taken_away)
     with pytest.raises(JobCancelled):
         worker.rerank("a")
     assert state(worker) == "queued"

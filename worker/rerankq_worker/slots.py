@@ -1,4 +1,4 @@
-"""A worker's slots: how many jobs are in flight, and whether bulk may have another. Pure bookkeeping, no I/O."""
+"""A worker's slots: how many jobs are in flight, and whether bulk, or a suspect, may have another. No I/O."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ import threading
 import time
 from collections.abc import Callable
 
-# Slots that bulk never takes, so that an interactive job finds one at once.
-KEPT_FOR_INTERACTIVE = 2
+from rerankq.contract import Priority
+from rerankq.ledger import Bell, Deferred
+
+
+def kept_for_interactive(total: int) -> int:
+    """Slots of *total* that bulk never takes, so that an interactive job finds one at once.
+
+    With one slot none can be kept: there an interactive job is the next one taken.
+
+    >>> [kept_for_interactive(total) for total in (1, 2, 3, 4, 32)]
+    [0, 1, 1, 2, 2]
+    """
+    return min(2, total // 2)
 
 
 class Slots:
@@ -24,7 +35,7 @@ class Slots:
 
     def __init__(self, total: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._total = total
-        self._bulk_share = max(1, total - KEPT_FOR_INTERACTIVE)
+        self._bulk_share = total - kept_for_interactive(total)
         self._clock = clock
         self._lock = threading.Lock()
         self._in_flight: dict[str, list[bool]] = {}
@@ -32,6 +43,11 @@ class Slots:
         self._bulk = 0
         now = clock()
         self._free_since: dict[bool, float | None] = {False: now, True: now}
+
+    @property
+    def total(self) -> int:
+        """Slots in all."""
+        return self._total
 
     @property
     def taken(self) -> int:
@@ -79,3 +95,82 @@ class Slots:
                 self._free_since[bulk] = None
             elif self._free_since[bulk] is None:
                 self._free_since[bulk] = self._clock()
+
+
+class SuspectSlots:
+    """Which suspects a worker takes: one of each class at a time, one at all where it has fewer than four slots.
+
+    They run alone, so more would only wait, in slots and threads that others need. Those that come meanwhile are kept
+    in mind, and :meth:`next_doorbell` tells whose turn is next: interactive ones first, else by their coming.
+
+    With a single slot nobody else can be taken beside them. There an interactive suspect is taken by a doorbell of its
+    own that is sent behind all that wait, so that those go first.
+    """
+
+    # Beyond so many the ledger's sweeps alone remember.
+    MOST_KEPT = 10_000
+    # Seconds for which a single slot waits for the suspect whose turn it is; another worker may have it.
+    INVITED_S = 10.0
+
+    def __init__(self, total: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total = total
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._taken: set[Priority] = set()
+        self._kept: dict[str, Deferred] = {}
+        self._invited: tuple[str, float] | None = None
+
+    def take(self, suspect: Deferred) -> bool:
+        """Take a suspect if it is its turn; else keep it in mind."""
+        with self._lock:
+            turn = self._has_room(suspect.priority) and self._goes_first(suspect)
+            if turn:
+                self._kept.pop(suspect.bell.id, None)
+                self._taken.add(suspect.priority)
+                self._invited = None
+            elif len(self._kept) < self.MOST_KEPT:
+                self._kept[suspect.bell.id] = suspect
+            return turn
+
+    def give_back(self, suspect: Deferred) -> None:
+        """Count one that was taken and has ended."""
+        with self._lock:
+            self._taken.discard(suspect.priority)
+
+    def next_doorbell(self) -> Bell | None:
+        """Give the doorbell to send for whose turn it is now, if anybody's whose own was spent."""
+        with self._lock:
+            if self._is_invited():
+                return None
+            priorities: tuple[Priority, Priority] = ("interactive", "bulk")
+            for priority in priorities:
+                found = self._first(priority)
+                if found is not None and self._has_room(priority):
+                    del self._kept[found.bell.id]
+                    if self._total > 1 or priority == "bulk":
+                        return found.bell
+                    self._invited = found.bell.id, self._clock() + self.INVITED_S
+                    return found.bell._replace(ahead=False)
+            return None
+
+    def forget(self) -> list[Bell]:
+        """Forget who is kept in mind; answers their doorbells, that others may be told."""
+        with self._lock:
+            kept, self._kept = self._kept, {}
+            return [suspect.bell for suspect in kept.values()]
+
+    def _goes_first(self, suspect: Deferred) -> bool:
+        if self._total > 1:
+            return self._total >= 4 or suspect.priority == "interactive" or self._first("interactive") is None
+        if suspect.priority == "interactive":
+            return self._invited is not None and self._invited[0] == suspect.bell.id
+        return not self._is_invited() and self._first("interactive") is None
+
+    def _has_room(self, priority: Priority) -> bool:
+        return priority not in self._taken if self._total >= 4 else not self._taken
+
+    def _is_invited(self) -> bool:
+        return self._invited is not None and self._clock() < self._invited[1]
+
+    def _first(self, priority: Priority) -> Deferred | None:
+        return next((one for one in self._kept.values() if one.priority == priority), None)

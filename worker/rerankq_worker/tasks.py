@@ -34,19 +34,19 @@ from rerankq.broker import AHEAD, IN_LINE, TASK, Bells, MessageCounts, make_app,
 from rerankq.client import live_for, terms_of
 from rerankq.contract import Ranking, State, job_of
 from rerankq.errors import BrokerUnavailable, JobCancelled, QueueFull, RerankqError
-from rerankq.ledger import Call, Claim, Ledger, calls, connect
+from rerankq.ledger import Call, Claim, Deferred, Ledger, calls, connect
 from rerankq.placing import find_place, former_queues, queue_name, suffix_of
 from rerankq.settings import Settings
 
 from . import cache, doorbell, engine
 from .engine import Batcher, EngineClosed, EngineDied, EngineError
 from .fusion.analyser import Analyser
-from .gate import Gate
 from .lease_policy import hangs
 from .leases import Leases
+from .locks import SharedExclusiveLock
 from .reranker import Reranker, Work
 from .shutdown import ShutdownWatchdog, within
-from .slots import Slots
+from .slots import Slots, SuspectSlots
 from .sweeping import CancelListener, Sweeper
 
 logger = logging.getLogger("rerankq")
@@ -93,7 +93,8 @@ class Worker:
         self.ledger.workers()
         self.bells = Bells(app)
         self.slots = Slots(settings.concurrency)
-        self.gate = Gate()
+        self.suspects = SuspectSlots(settings.concurrency)
+        self.device = SharedExclusiveLock()
         self.stopping = threading.Event()
         self.dropped = False
         self.device_gone = False
@@ -153,6 +154,9 @@ class Worker:
                     logger.warning("%d jobs adopted from queues to which nobody listens", moved)
             except RerankqError as error:
                 logger.info("no jobs adopted: %s", error)
+            except Exception:
+                # This thread must outlive any bug in it.
+                logger.exception("no jobs adopted")
             if self.stopping.wait(ADOPT_EVERY_S):
                 return
 
@@ -175,6 +179,7 @@ class Worker:
                     self.ledger.ask(calls.hand_back(held))
             except RerankqError as error:
                 logger.warning("%d jobs not handed back, their leases will lapse: %s", len(held), error)
+            self.bells.ring(self.suspects.forget())
             self.sweeper.stop()
 
     def stop(self) -> None:
@@ -210,7 +215,27 @@ class Worker:
         if self.dropped or self.leases.hung:
             # Its own jobs, handed back, are rung for at once: they are for others. A claim would be a sign of life.
             raise Ignore("in a hurry to stop, or the device hangs: a sweeper will ring again")
-        claim = self.ledger.ask(calls.claim(job_id, self.id, self.terms))
+        claim = self.ledger.ask(calls.claim_unless_suspect(job_id, self.id, self.terms))
+        if not isinstance(claim, Deferred):
+            return self._rerank(job_id, claim)
+        with self._turn_of(claim):
+            return self._rerank(job_id, self.ledger.ask(calls.claim(job_id, self.id, self.terms)))
+
+    @contextmanager
+    def _turn_of(self, suspect: Deferred) -> Iterator[None]:
+        """Have a slot for suspects, or none at all: one that waits its turn keeps no other job from being claimed."""
+        taken = self.suspects.take(suspect)
+        try:
+            if not taken:
+                raise Ignore("under suspicion: it is rung for again when its turn comes")
+            yield
+        finally:
+            if taken:
+                self.suspects.give_back(suspect)
+            following = self.suspects.next_doorbell()
+            self.bells.ring([following] if following else [])
+
+    def _rerank(self, job_id: str, claim: Claim | State) -> str:
         if isinstance(claim, str):
             return second_bell(claim)
         if claim.ring_on:
@@ -276,11 +301,12 @@ class Worker:
         if self.dropped:
             # Claimed while the others were handed back.
             raise EngineClosed("in a hurry to stop")
+        interactive = claim.priority == "interactive"
         if not claim.suspect:
-            with self.gate.together():
+            with self.device.shared(interactive=interactive, go_on=work.go_on):
                 yield
             return
-        with self.gate.alone():
+        with self.device.exclusive(interactive=interactive, go_on=work.go_on):
             work.go_on()
             if not self._tell(calls.isolate(claim.id, claim.fence, self.id)):
                 raise JobCancelled("no longer ours")
@@ -485,7 +511,9 @@ class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
             channel = c.connection.channel()
             self.bulk = c.app.amqp.TaskConsumer(channel, queues=[heard(worker.bulk)], on_decode_error=c.on_decode_error)
             self.bulk.on_message = c.create_task_handler()
-            _open(channel, lambda: slots.has_room(bulk=True))
+            # With one slot for all an interactive message is the next to be taken.
+            first = [worker.interactive] if slots.total == 1 and worker.interactive in chosen else []
+            _open(channel, lambda: slots.has_room(bulk=True) and not any(map(channel._size, first)))
             self.bulk.consume()
         listening = self
 

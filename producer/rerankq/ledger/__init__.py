@@ -27,7 +27,7 @@ from ..connections import ledger_async as connect_async
 from ..connections import listening as line
 from ..errors import BrokerUnavailable, JobFailed, QueueFull, RerankqError, SettingsInvalid
 from . import calls
-from .calls import Acceptance, Bell, Call, Claim, Counted, Entry, Look, Retrial, Swept, Terms
+from .calls import Acceptance, Bell, Call, Claim, Counted, Deferred, Entry, Look, Retrial, Swept, Terms
 
 __all__ = [
     "Acceptance",
@@ -36,6 +36,7 @@ __all__ = [
     "Call",
     "Claim",
     "Counted",
+    "Deferred",
     "Entry",
     "Ledger",
     "Look",

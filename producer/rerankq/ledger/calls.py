@@ -94,6 +94,13 @@ class Bell(NamedTuple):
     ahead: bool = False
 
 
+class Deferred(NamedTuple):
+    """A suspect that was not claimed: the doorbell to send again when its turn comes."""
+
+    bell: Bell
+    priority: Priority
+
+
 class Look(NamedTuple):
     """What the ledger knows of a job."""
 
@@ -160,12 +167,35 @@ def claim(job_id: str, owner: str, terms: Terms) -> Call[Claim | State]:
         if not rest:
             return _state(first)
         fence, suspect, priority, waited, payload, more = rest
-        urgency: Priority = "bulk" if _text(priority) == "bulk" else "interactive"
         return Claim(
-            job_id, _int(fence), bool(suspect), urgency, float(_text(waited)), _bytes(payload), ring_on=bool(more)
+            job_id,
+            _int(fence),
+            bool(suspect),
+            _priority(priority),
+            float(_text(waited)),
+            _bytes(payload),
+            ring_on=bool(more),
         )
 
-    return Call("claim", (job_id, owner, secrets.token_hex(8), terms.lease_s, *_end(terms), terms.ring_window), read)
+    return Call("claim", (*_claim(job_id, owner, terms), 0), read)
+
+
+def claim_unless_suspect(job_id: str, owner: str, terms: Terms) -> Call[Claim | Deferred | State]:
+    """As :func:`claim`, but a suspect stays queued: whether it is its turn is for the worker to say."""
+    claimed = claim(job_id, owner, terms)
+
+    def read(answer: object) -> Claim | Deferred | State:
+        first, *rest = _list(answer)
+        if first != b"deferred":
+            return claimed.read(answer)
+        queue, label, priority = rest
+        return Deferred(Bell(job_id, _text(queue), _text(label), ahead=True), _priority(priority))
+
+    return Call("claim", (*_claim(job_id, owner, terms), 1), read)
+
+
+def _claim(job_id: str, owner: str, terms: Terms) -> tuple[Argument, ...]:
+    return job_id, owner, secrets.token_hex(8), terms.lease_s, *_end(terms), terms.ring_window
 
 
 def renew(held: Iterable[tuple[str, int, int]], terms: Terms) -> Call[list[str]]:
@@ -343,6 +373,10 @@ def _event(line: str) -> JobEvent:
 
 def _end(terms: Terms) -> tuple[int, str]:
     return terms.result_ttl_s, terms.channel
+
+
+def _priority(value: object) -> Priority:
+    return "bulk" if _text(value) == "bulk" else "interactive"
 
 
 def _printable(text: str) -> str:

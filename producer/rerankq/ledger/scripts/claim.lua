@@ -1,5 +1,6 @@
--- id owner call lease_s ttl channel window
--- Answers {'claimed', fence, suspect, priority, waited_s, payload, more} or {state}.
+-- id owner call lease_s ttl channel window unless_suspect
+-- Answers {'claimed', fence, suspect, priority, waited_s, payload, more} or {state}; {'deferred', queue, label, priority}
+-- of a suspect if unless_suspect = 1: it stays queued, and its message is spent.
 -- call: this call's own name, so that one asked again because its answer was lost gets the same answer.
 -- more = 1: the queue's window has room for bells, ring on.
 begin_freeing()
@@ -11,6 +12,12 @@ local again = state == 'running' and redis.call('HGET', key, 'claim') == call
 if state ~= 'queued' and not again then return {state} end
 
 local time = now()
+if not again and ARGV[8] == '1' and tonumber(redis.call('HGET', key, 'suspect')) > 0 then
+  local job = redis.call('HMGET', key, 'queue', 'label', 'priority', 'tenant')
+  -- Whoever deferred it sends the next one; should it not, that one counts as lost some time from now.
+  redis.call('ZADD', rung_key(job[1], job[4]), 'XX', stamp(time), id)
+  return {'deferred', job[1], job[2] or '', job[3]}
+end
 if not again then
   take_back(owner)
   local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'fence', 'claims', 'deadline')

@@ -1,0 +1,287 @@
+"""Who is on the device: never anybody beside one who is alone, nobody waits for ever, and turns alternate."""
+
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rerankq_worker.locks import PASSED_AT_MOST, Holders, SharedExclusiveLock, Waiter, admitted
+
+PATIENCE_S = 20  # a test that hangs ends here; none that works waits so long
+
+waiters = st.builds(Waiter, st.booleans(), st.booleans(), st.integers(0, PASSED_AT_MOST + 1))
+sharers = st.builds(Holders, st.integers(0, 2), st.integers(0, 2))
+
+
+# The decision, alone
+
+
+def oracle(line: list[Waiter], holders: Holders, after_exclusive: bool) -> list[int]:
+    """The rules one after the other, each for itself."""
+    if holders.exclusive:
+        return []
+    anybody_in = holders.interactive + holders.bulk > 0
+    alone = [place for place in range(len(line)) if line[place].exclusive]
+    their_turn = bool(alone) and not (after_exclusive and len(alone) < len(line))
+    going = []
+    for place, waiter in enumerate(line):
+        if waiter.exclusive:
+            before = [
+                other
+                for other in alone
+                if (line[other].interactive or line[other].passed >= PASSED_AT_MOST, -other)
+                > (waiter.interactive or waiter.passed >= PASSED_AT_MOST, -place)
+            ]
+            if their_turn and not anybody_in and not before:
+                going.append(place)
+        elif not their_turn or (waiter.interactive and holders.bulk):
+            going.append(place)
+    return going
+
+
+@given(st.lists(waiters, max_size=8), sharers | st.just(Holders(exclusive=True)), st.booleans())
+def test_who_goes_in_is_as_the_rules_say(line: list[Waiter], holders: Holders, after: bool):
+    assert admitted(line, holders, after_exclusive=after) == oracle(line, holders, after)
+
+
+@given(st.lists(waiters, min_size=1, max_size=8), st.booleans())
+def test_whenever_nobody_is_in_somebody_goes_in(line: list[Waiter], after: bool):
+    going = [line[place] for place in admitted(line, Holders(), after_exclusive=after)]
+    assert going
+    assert len(going) == 1 or not any(waiter.exclusive for waiter in going)
+
+
+# A device in steps: (exclusive, interactive) arrives, None lets one leave that is in.
+STEPS = st.lists(st.none() | st.tuples(st.booleans(), st.booleans()), max_size=60)
+
+
+@given(STEPS, st.randoms(use_true_random=False))
+def test_an_interactive_job_waits_for_one_that_is_alone_at_most_and_nobody_for_ever(steps, chooser):
+    lock, inside = SharedExclusiveLock(), {}
+    # For each that waits to share: how many went in alone meanwhile.
+    went_before: dict[int, int] = {}
+
+    def look_who_went_in(waiting_before: dict[int, Waiter]) -> None:
+        now_in = {at: waiter for at, waiter in waiting_before.items() if at not in lock._line}
+        if any(waiter.exclusive for waiter in now_in.values()):
+            assert not inside
+            assert len(now_in) == 1
+            for at, waiter in lock._line.items():
+                went_before[at] = went_before.get(at, 0) + (not waiter.exclusive)
+        inside.update(now_in)
+
+    for step in [*steps, *[None] * 100]:
+        with lock._changed:
+            if step is not None:
+                waiter = Waiter(*step)
+                before = {**lock._line, lock._arrivals: waiter}
+                lock._line[lock._arrivals] = waiter
+                lock._arrivals += 1
+                lock._admit()
+            elif inside:
+                at = chooser.choice(sorted(inside))
+                before = dict(lock._line)
+                lock._leave(at, inside.pop(at))
+            else:
+                continue
+            look_who_went_in(before)
+    assert not lock._line
+    assert not inside
+    assert max(went_before.values(), default=0) <= 1
+
+
+def turns(*arrivals: tuple[str, Waiter]) -> list[str]:
+    """In which order these go in when all have come while one is alone, and each leaves before the next decision."""
+    line, holders, after, order = dict(arrivals), Holders(), True, []
+    while line:
+        going = [list(line)[place] for place in admitted(list(line.values()), holders, after_exclusive=after)]
+        after = any(line[name].exclusive for name in going)
+        for name in going:
+            waiter = line.pop(name)
+            order.append(name)
+            if waiter.exclusive:
+                line = {
+                    other: Waiter(one.exclusive, one.interactive, one.passed + one.exclusive)
+                    for other, one in line.items()
+                }
+    return order
+
+
+def test_an_interactive_suspect_goes_before_bulk_ones_and_a_bulk_one_is_not_passed_for_ever():
+    bulk = [(f"bulk {at}", Waiter(True, False)) for at in range(2)]
+    urgent = [(f"urgent {at}", Waiter(True, True)) for at in range(5)]
+    order = turns(*bulk, *urgent)
+    assert order.index("urgent 0") == 0
+    assert order.index("bulk 0") == PASSED_AT_MOST
+    assert order.index("bulk 1") == PASSED_AT_MOST + 1
+
+
+def test_others_go_between_two_suspects():
+    suspects = [(f"suspect {at}", Waiter(True, False)) for at in range(3)]
+    others = [("bulk", Waiter(False, False)), ("soon", Waiter(False, True))]
+    assert turns(*suspects, *others) == ["bulk", "soon", "suspect 0", "suspect 1", "suspect 2"]
+
+
+# The lock, with threads
+
+
+class Device:
+    """Counts who is on it, and remembers whether anybody ever was where nobody may be."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.shared = self.alone = 0
+        self.wrong = False
+
+    def come(self, *, alone: bool) -> None:
+        with self._lock:
+            self.alone += alone
+            self.shared += not alone
+            self.wrong |= self.alone > 1 or (self.alone == 1 and self.shared > 0)
+
+    def go(self, *, alone: bool) -> None:
+        with self._lock:
+            self.wrong |= self.alone > 1 or (self.alone == 1 and self.shared > 0)
+            self.alone -= alone
+            self.shared -= not alone
+
+
+def started(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def in_line(lock: SharedExclusiveLock, count: int) -> None:
+    with lock._changed:
+        assert lock._changed.wait_for(lambda: len(lock._line) == count, PATIENCE_S)
+
+
+def entered(lock: SharedExclusiveLock, *, alone: bool = False, interactive: bool = False, **options) -> None:
+    with (
+        lock.exclusive(interactive=interactive, **options) if alone else lock.shared(interactive=interactive, **options)
+    ):
+        pass
+
+
+def test_jobs_share_the_device():
+    lock, met = SharedExclusiveLock(), threading.Barrier(3)
+
+    def work(number: int) -> None:
+        with lock.shared(interactive=bool(number % 2)):
+            met.wait(PATIENCE_S)  # broken unless all three are in at once
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(work, range(3)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whoever_is_alone_is_alone_in_any_order_of_things(seed: int):
+    lock, device = SharedExclusiveLock(), Device()
+
+    def work(number: int) -> None:
+        chooser = random.Random(100 * seed + number)
+        for _ in range(150):
+            alone, interactive = chooser.random() < 0.3, chooser.random() < 0.5
+            with lock.exclusive(interactive=interactive) if alone else lock.shared(interactive=interactive):
+                device.come(alone=alone)
+                if chooser.random() < 0.2:
+                    threading.Event().wait(0)  # lets others run
+                device.go(alone=alone)
+
+    threads = [started(lambda number=number: work(number)) for number in range(8)]
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive(), "nobody waits for ever"
+    assert not device.wrong
+    assert device.shared == device.alone == 0
+
+
+def test_interactive_jobs_go_in_beside_bulk_for_which_a_suspect_waits_and_bulk_does_not():
+    lock, leave, is_in = SharedExclusiveLock(), threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def hold() -> None:
+        with lock.shared(interactive=False):
+            is_in.set()
+            leave.wait(PATIENCE_S)
+
+    def work(name: str, **how: bool) -> None:
+        with lock.exclusive(interactive=False) if how.get("alone") else lock.shared(interactive=how["interactive"]):
+            order.append(name)
+
+    threads = [started(hold)]
+    assert is_in.wait(PATIENCE_S)
+    threads.append(started(lambda: work("suspect", alone=True)))
+    in_line(lock, 1)
+    threads.append(started(lambda: work("bulk", interactive=False)))
+    in_line(lock, 2)
+    soon = started(lambda: work("soon", interactive=True))
+    soon.join(PATIENCE_S)
+    assert order == ["soon"]
+    leave.set()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert order == ["soon", "suspect", "bulk"]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_error_inside_lets_the_next_one_in(alone: bool):
+    lock = SharedExclusiveLock()
+    for _ in range(3):
+        with (
+            pytest.raises(ZeroDivisionError),
+            lock.exclusive(interactive=True) if alone else lock.shared(interactive=True),
+        ):
+            raise ZeroDivisionError
+    for then in (True, False):
+        done = started(lambda then=then: entered(lock, alone=then))
+        done.join(PATIENCE_S)
+        assert not done.is_alive()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_who_is_not_to_go_on_leaves_the_line_and_holds_up_nobody(alone: bool):
+    lock, leave, cancelled, is_in = SharedExclusiveLock(), threading.Event(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock.exclusive(interactive=False):
+            is_in.set()
+            leave.wait(PATIENCE_S)
+
+    def go_on() -> None:
+        if cancelled.is_set():
+            raise InterruptedError
+
+    def wait_and_give_up() -> None:
+        with pytest.raises(InterruptedError):
+            entered(lock, alone=alone, go_on=go_on)
+
+    holder = started(hold)
+    assert is_in.wait(PATIENCE_S)
+    waiting = started(wait_and_give_up)
+    in_line(lock, 1)
+    cancelled.set()
+    waiting.join(PATIENCE_S)
+    assert not waiting.is_alive(), "it does not wait for its turn"
+    leave.set()
+    holder.join(PATIENCE_S)
+    for then in (True, False):
+        entered(lock, alone=then)
+
+
+def test_who_is_let_in_at_the_moment_of_giving_up_holds_up_nobody():
+    lock = SharedExclusiveLock()
+
+    def give_up() -> None:
+        raise InterruptedError
+
+    with lock.shared(interactive=False):
+        with pytest.raises(InterruptedError):
+            entered(lock, alone=True, go_on=give_up)
+        entered(lock)
+    entered(lock, alone=True)
