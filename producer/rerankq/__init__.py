@@ -14,6 +14,7 @@ from .contract import Chunk, Fusion, JobStatus, RankedChunk, Ranking, RerankJob
 from .errors import (
     BrokerUnavailable,
     ClientClosed,
+    ClientUnusable,
     JobCancelled,
     JobDead,
     JobExpired,
@@ -27,6 +28,7 @@ from .errors import (
     RerankqError,
     SettingsInvalid,
 )
+from .settings import Settings
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "Chunk",
     "Client",
     "ClientClosed",
+    "ClientUnusable",
     "Fusion",
     "JobCancelled",
     "JobDead",
@@ -52,6 +55,7 @@ __all__ = [
     "Ranking",
     "RerankJob",
     "RerankqError",
+    "Settings",
     "SettingsInvalid",
     "__version__",
 ]

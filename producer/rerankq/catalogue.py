@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .contract import Fusion
-from .errors import JobRejected
+from .errors import JobRejected, SettingsInvalid
 
 
 class ModelCard(BaseModel):
@@ -33,7 +33,7 @@ def find(name: str, conf_dir: Path | None = None) -> Path:
     for folder in [conf_dir, *places] if conf_dir else places:
         if folder and (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"{name}: not found in {', '.join(str(place) for place in places)}")
+    raise SettingsInvalid(f"{name}: not found in {', '.join(str(place) for place in places)}")
 
 
 @lru_cache(maxsize=8)
@@ -41,15 +41,15 @@ def profiles(conf_dir: Path | None = None) -> dict[str, Fusion]:
     """Read the fusion profiles, by name.
 
     Raises:
-        ValueError: naming the file and the profile that is not well formed.
+        SettingsInvalid: naming the file and the profile that is not well formed.
     """
     path = find("fusion.toml", conf_dir)
     found = {}
     for name, table in _tables(path, "profile").items():
         try:
             found[name] = Fusion.model_validate({key: value for key, value in table.items() if key != "description"})
-        except ValidationError as error:
-            raise ValueError(f"{path}: profile {name}: {error}") from None
+        except JobRejected as error:
+            raise SettingsInvalid(f"{path}: profile {name}: {error}") from None
     return found
 
 
@@ -58,13 +58,13 @@ def models(conf_dir: Path | None = None) -> dict[str, ModelCard]:
     """Read the model catalogue, by name.
 
     Raises:
-        ValueError: naming the file and the model that is not well formed.
+        SettingsInvalid: naming the file and the model that is not well formed.
     """
     path = find("models.toml", conf_dir)
     try:
         return {name: ModelCard.model_validate(table) for name, table in _tables(path, "models").items()}
     except ValidationError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise SettingsInvalid(f"{path}: {error}") from None
 
 
 def canonical(name: str, conf_dir: Path | None = None) -> str:
@@ -95,4 +95,4 @@ def _tables(path: Path, section: str) -> dict[str, dict[str, object]]:
         with path.open("rb") as file:
             return dict(tomllib.load(file)[section])
     except (tomllib.TOMLDecodeError, KeyError) as error:
-        raise ValueError(f"{path}: expected TOML with a table [{section}]: {error}") from None
+        raise SettingsInvalid(f"{path}: expected TOML with a table [{section}]: {error}") from None

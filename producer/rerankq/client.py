@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import ctypes
 import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -34,11 +33,25 @@ from .contract import (
     parse_job,
     payload_of,
 )
-from .errors import JobFailed, JobRejected, JobTimedOut, JobTooLarge, JobUnknown, ModelUnknown, QueueFull, RerankqError
-from .ledger import AsyncLedger, Bell, Entry, Look, Terms, WorkerInfo, breathe, calls, connect_async, line
+from .errors import (
+    ClientClosed,
+    ClientUnusable,
+    JobFailed,
+    JobRejected,
+    JobTimedOut,
+    JobTooLarge,
+    JobUnknown,
+    ModelUnknown,
+    QueueFull,
+    RerankqError,
+    SettingsInvalid,
+)
+from .ledger import Bell, Entry, Look, Terms, WorkerInfo, breathe, calls
+from .loop_connections import Connections
+from .loop_thread import SHARED, NotServed, keep_for_ever
 from .placing import Place, find_place, queue_name
 from .settings import Settings
-from .waiting import Ears
+from .waiting import READ_AT_ONCE
 
 T = TypeVar("T")
 Job = RerankJob | Mapping[str, Any] | str | bytes
@@ -48,6 +61,11 @@ SUBMIT_AT_ONCE = 300
 SUBMIT_BYTES = 4_000_000
 # Seconds that a look at a job may take once its caller's time is over.
 LAST_LOOK_S = 1.0
+# Seconds that the client's thread may take beyond what it was given, and to close a client.
+SPARE_S = 1.0
+CLOSED_WITHIN_S = 12.0
+# States of a job of which nothing more is to come.
+OVER = ENDED | {"unknown"}
 # Seconds for which what the registry said is believed.
 BELIEVE_S = 1.0
 
@@ -149,6 +167,59 @@ def _ending(future: asyncio.Future[Look]) -> Ranking | RerankqError:
         return error
 
 
+def seconds_of(timeout: float | None) -> float | None:
+    """Read a caller's timeout: seconds, not below zero; None for ever.
+
+    Raises:
+        JobRejected: if it is no number.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool | str | bytes):
+        raise JobRejected(f"expected seconds, not {timeout!r}", field="timeout")
+    try:
+        seconds = float(timeout)
+    except OverflowError:
+        return None
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if math.isnan(seconds):
+        raise JobRejected(f"expected seconds, not {timeout!r}", field="timeout")
+    return None if seconds == math.inf else max(0.0, seconds)
+
+
+def known_id(job_id: object) -> str:
+    """See that a job's id is one that the ledger could know.
+
+    Raises:
+        JobUnknown: if it is not.
+    """
+    try:
+        if isinstance(job_id, str) and job_id.encode():
+            return job_id
+    except UnicodeEncodeError:
+        pass
+    raise JobUnknown(f"a job's id is a string that is not empty, not {job_id!r}")
+
+
+def settings_of(settings: Settings | str | None, url: str | None) -> Settings:
+    """Take settings as they are, or a broker's URL with everything else from the environment.
+
+    Raises:
+        SettingsInvalid: if they are neither, or both.
+    """
+    if url is not None and settings is not None:
+        raise SettingsInvalid("give settings or a URL, not both")
+    given = settings if url is None else url
+    if given is None:
+        return Settings()
+    if isinstance(given, str):
+        return Settings(broker_url=given)
+    if isinstance(given, Settings):
+        return given
+    raise SettingsInvalid(f"expected Settings or a URL (redis://HOST:PORT/DATABASE), not {type(given).__name__}")
+
+
 class Submission:
     """One bulk submission. While a round trip is under way, the jobs of the next are checked and written.
 
@@ -208,9 +279,11 @@ class Submission:
 
 
 class AsyncClient:
-    """Submit rerank jobs and await their rankings; never blocks the event loop.
+    """Submit rerank jobs and await their rankings; never blocks the event loop. Safe to share between event loops.
 
-    Raises (every method): BrokerUnavailable if Redis does not answer.
+    Takes settings, or a broker's URL with everything else from the environment; nothing: all from the environment.
+
+    Raises (every method): BrokerUnavailable if Redis does not answer; ClientClosed once it is closed.
 
     .. code-block:: python
 
@@ -218,18 +291,22 @@ class AsyncClient:
             ranking = await client.rerank("why tides?", ["Bread rises.", "The moon pulls."])
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
+    def __init__(self, settings: Settings | str | None = None, *, url: str | None = None) -> None:
+        self.settings = settings_of(settings, url)
         self.terms = terms_of(self.settings)
         self._bells = Bells(make_app(self.settings))
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ledger: AsyncLedger
-        self._ears: Ears
-        self._under_way: set[asyncio.Task[list[str]]] = set()
-        self._asking: asyncio.Lock
+        self._closed = False
         self._asked_at = -math.inf
         self._workers: list[WorkerInfo] = []
         self._places: dict[str | None, Place] = {}
+        self._begin()
+        _ASYNC.add(self)
+
+    def _begin(self) -> None:
+        self._by_loop: dict[asyncio.AbstractEventLoop, Connections] = {}
+        self._changing = threading.RLock()
+        # Collected without having been closed: its connections are of no use to anybody.
+        weakref.finalize(self, _close_all_of, self._by_loop).atexit = False
 
     async def submit(self, job: Job) -> str:
         """Enqueue one job, given as a model, a mapping or JSON; answer its id.
@@ -252,6 +329,7 @@ class AsyncClient:
 
     def submission(self) -> Submission:
         """Begin a bulk submission whose jobs come bit by bit."""
+        self._see_that_it_is_open()
         return Submission(self._enter, self._begin_to_submit)
 
     async def result(self, job_id: str, timeout: float | None = None) -> Ranking:  # noqa: ASYNC109  # the contract's name
@@ -260,58 +338,92 @@ class AsyncClient:
         Raises:
             JobTimedOut, JobFailed, JobExpired, JobCancelled, JobDead, JobUnknown
         """
-        if not isinstance(job_id, str):
-            raise JobUnknown(f"a job's id is a string, not {job_id!r}")
-        ledger, ears = self._here()
-        future = ears.expect(job_id)
+        here, limit_s = self._here(), seconds_of(timeout)
+        future = here.ears.expect(known_id(job_id))
         try:
-            async with asyncio.timeout(timeout):
-                found = outcome(await future)
+            async with asyncio.timeout(limit_s):
+                return _or_raise(outcome(await future))
         except TimeoutError:
-            # However short the timeout: a job that has ended is answered, unless the ledger hangs.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LAST_LOOK_S):
-                    look = await ledger.ask(calls.look(job_id, self.terms, with_ranking=True))
-                found = outcome(look)
-                if look.status.state in ENDED:
-                    return _or_raise(found)
-            raise JobTimedOut(f"job {job_id}: no ranking within {timeout} s; it may still come") from None
+            if (found := (await self._look_once_more([job_id])).get(job_id)) is not None:
+                return _or_raise(found)
+            raise JobTimedOut(f"job {job_id}: no ranking within {limit_s:g} s; it may still come") from None
         finally:
-            ears.drop(job_id, future)
-        return _or_raise(found)
+            here.ears.drop(job_id, future)
 
-    async def as_completed(
-        self,
-        job_ids: Iterable[str],
-        timeout: float | None = None,  # noqa: ASYNC109  # the contract's name
-    ) -> AsyncIterator[tuple[str, Ranking | RerankqError]]:
+    def as_completed(
+        self, job_ids: Iterable[str], timeout: float | None = None
+    ) -> AsyncGenerator[tuple[str, Ranking | RerankqError], None]:
         """Yield ``(job_id, ranking or error)`` as jobs end, each id once; *timeout* (seconds) is for them all.
 
         Raises:
             JobTimedOut: if some have not ended by then.
         """
-        ears = self._here()[1]
+        self._see_that_it_is_open()
+        if isinstance(job_ids, str | bytes):
+            raise JobRejected("expected several ids, not one string", field="job_ids")
+        return self._as_completed(list(dict.fromkeys(job_ids)), seconds_of(timeout))
+
+    async def _as_completed(
+        self, job_ids: list[str], limit_s: float | None
+    ) -> AsyncGenerator[tuple[str, Ranking | RerankqError], None]:
+        here = self._here()
         ended: asyncio.Queue[str] = asyncio.Queue()
         futures = {}
-        for one in dict.fromkeys(job_ids):
-            futures[one] = ears.expect(one)
-            futures[one].add_done_callback(partial(_announce, ended, one))
-        ends_at = None if timeout is None else time.monotonic() + timeout
+        for one in job_ids:
+            with suppress(JobUnknown):
+                futures[one] = here.ears.expect(known_id(one))
+                futures[one].add_done_callback(partial(_announce, ended, one))
+        ends_at = None if limit_s is None else here.loop.time() + limit_s
         try:
+            for one in job_ids:
+                if one not in futures:
+                    yield one, JobUnknown(f"a job's id is a string that is not empty, not {one!r}")
             while futures:
                 try:
-                    async with asyncio.timeout(None if ends_at is None else ends_at - time.monotonic()):
+                    async with asyncio.timeout_at(ends_at):
                         one = await ended.get()
                 except TimeoutError:
-                    raise JobTimedOut(f"{len(futures)} jobs have not ended within {timeout} s") from None
+                    break
                 yield one, _ending(futures.pop(one))
+            over = await self._over(list(futures)) if futures else []
+            for at in range(0, len(over), READ_AT_ONCE):
+                for one, found in (await self._look_once_more(over[at : at + READ_AT_ONCE])).items():
+                    here.ears.drop(one, futures.pop(one))
+                    yield one, found
+            if futures:
+                raise JobTimedOut(f"{len(futures)} jobs have not ended within {limit_s:g} s")
         finally:
             for one, future in futures.items():
-                ears.drop(one, future)
+                here.ears.drop(one, future)
+
+    async def _over(self, job_ids: list[str]) -> list[str]:
+        """Pick the jobs that have ended, without their rankings: most of what is left at a timeout has not."""
+        if len(job_ids) <= READ_AT_ONCE:
+            return job_ids
+        looks = await self._within_moments([calls.look(one, self.terms) for one in job_ids])
+        return [look.status.job_id for look in looks if isinstance(look, Look) and look.status.state in OVER]
+
+    async def _look_once_more(self, job_ids: list[str]) -> dict[str, Ranking | RerankqError]:
+        """Find those that have ended: however short a timeout is, and however long this process was suspended."""
+        looks = await self._within_moments([calls.look(one, self.terms, with_ranking=True) for one in job_ids])
+        found: dict[str, Ranking | RerankqError] = {}
+        for one, look in zip(job_ids, looks, strict=False):
+            if isinstance(look, JobFailed):  # its ranking cannot be read
+                found[one] = look
+            elif isinstance(look, Look) and look.status.state in OVER:
+                found[one] = outcome(look)
+        return found
+
+    async def _within_moments(self, wanted: Sequence[calls.Call[Look]]) -> list[Look | RerankqError]:
+        """Ask without waiting in line; nothing where the ledger hangs."""
+        with suppress(TimeoutError, RerankqError):
+            async with asyncio.timeout(LAST_LOOK_S):
+                return await self._here().ledger.ask_all(wanted)
+        return []
 
     async def status(self, job_id: str) -> JobStatus:
         """Say where a job stands; a job that is not there has the state ``unknown``."""
-        return (await self._here()[0].ask(calls.look(job_id, self.terms))).status
+        return (await self._ask(calls.look(known_id(job_id), self.terms))).status
 
     async def cancel(self, job_id: str) -> State:
         """Cancel a job for everyone who submitted the same content; answer its state now.
@@ -321,24 +433,23 @@ class AsyncClient:
         Raises:
             JobUnknown: if there is no such job.
         """
-        state = await self._here()[0].ask(calls.cancel(job_id, self.terms))
+        state = await self._ask(calls.cancel(known_id(job_id), self.terms))
         if state == "unknown":
             raise JobUnknown(f"job {job_id} is not known")
         return state
 
     async def forget(self, *job_ids: str) -> None:
         """Drop what is stored of ended jobs; those that have not ended, and dead ones, stay."""
-        for answer in await self._here()[0].ask_all([calls.forget(one, self.terms) for one in job_ids]):
+        for answer in await self._ask_all([calls.forget(known_id(one), self.terms) for one in job_ids]):
             if isinstance(answer, RerankqError):
                 raise answer
 
     async def dead(self) -> list[DeadJob]:
         """List the jobs that killed their workers and were set aside, the longest dead first, without payloads."""
-        ledger = self._here()[0]
         found: list[DeadJob] = []
-        ids = await ledger.ask(calls.dead())
+        ids = await self._ask(calls.dead())
         for at in range(0, len(ids), SUBMIT_AT_ONCE):
-            for answer in await ledger.ask_all([calls.record(one) for one in ids[at : at + SUBMIT_AT_ONCE]]):
+            for answer in await self._ask_all([calls.record(one) for one in ids[at : at + SUBMIT_AT_ONCE]]):
                 if isinstance(answer, RerankqError):
                     raise answer
                 if isinstance(answer, DeadJob):
@@ -351,7 +462,7 @@ class AsyncClient:
         Raises:
             JobUnknown: if it is not a dead job.
         """
-        found = await self._here()[0].ask(calls.record(job_id, with_payload=payload))
+        found = await self._ask(calls.record(known_id(job_id), with_payload=payload))
         if not isinstance(found, DeadJob):
             raise JobUnknown(f"job {job_id} is not dead: {found}")
         return found
@@ -361,13 +472,13 @@ class AsyncClient:
 
         A job that is not dead stays as it is: submit it again.
         """
-        answer = await self._here()[0].ask(calls.retry(job_id, self.terms))
+        answer = await self._ask(calls.retry(known_id(job_id), self.terms))
         self._bells.ring([answer.bell] if answer.bell else [])
         return answer.state
 
     async def drop(self, job_id: str) -> State:
         """Forget a dead job: its id is free again. Answer the state that it was in; a job that is not dead stays."""
-        return await self._here()[0].ask(calls.forget(job_id, self.terms, dead=True))
+        return await self._ask(calls.forget(known_id(job_id), self.terms, dead=True))
 
     async def rerank(
         self,
@@ -377,42 +488,71 @@ class AsyncClient:
         **job_fields: Any,
     ) -> Ranking:
         """Submit and wait; chunks may be plain strings. Raises what :meth:`submit` and :meth:`result` raise."""
-        return await self.result(await self.submit({"query": query, "chunks": chunks, **job_fields}), timeout)
+        limit_s, began_at = seconds_of(timeout), time.monotonic()
+        job = {"query": query, "chunks": chunks, **job_fields}
+        if limit_s is None:
+            return await self.result(await self.submit(job))
+        try:
+            async with asyncio.timeout(max(limit_s, LAST_LOOK_S)):
+                job_id = await self.submit(job)
+        except TimeoutError:
+            raise JobTimedOut(f"the ledger has not said within {limit_s:g} s that it has the job") from None
+        return await self.result(job_id, limit_s - (time.monotonic() - began_at))
 
     async def workers(self) -> list[WorkerInfo]:
         """List the workers that give signs of life."""
-        found = await self._here()[0].workers()
+        async with self._here().turn():
+            found = await self._here().ledger.workers()
         return [worker for worker in found if worker.age_s <= live_for(self.settings.lease_s)]
 
     async def aclose(self) -> None:
-        """Ring what is left to ring and close the connections; whoever still waits gets a BrokerUnavailable."""
+        """Ring what is left to ring and close the connections; whoever still waits gets a ClientClosed."""
         await self._disconnect()
         await asyncio.to_thread(self._bells.close)
 
     async def __aenter__(self) -> Self:
+        self._see_that_it_is_open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def _disconnect(self) -> None:
-        if self._loop is asyncio.get_running_loop():
-            if self._under_way:
-                await asyncio.wait(self._under_way)
-            self._loop = None
-            await self._ears.close()
-            await self._ledger.redis.aclose()
+        self._closed = True
+        with self._changing:
+            here = self._by_loop.pop(asyncio.get_running_loop(), None)
+            _close_all_of(self._by_loop)
+        if here is not None:
+            await here.close()
 
-    def _here(self) -> tuple[AsyncLedger, Ears]:
-        # Connections belong to the loop that made them; a client that outlives its loop starts afresh.
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop = loop
-            self._ledger = AsyncLedger(connect_async(self.settings.ledger))
-            self._ears = Ears(self._ledger, partial(line, self.settings.ledger), self.terms)
-            self._asking = asyncio.Lock()
-            self._under_way = set()
-        return self._ledger, self._ears
+    def _see_that_it_is_open(self) -> None:
+        if self._closed:
+            raise ClientClosed("the client is closed; make a new one")
+
+    def _here(self) -> Connections:
+        self._see_that_it_is_open()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise ClientUnusable("AsyncClient works in event loops of asyncio alone") from None
+        found = self._by_loop.get(loop)
+        if found is None:
+            with self._changing:
+                # Loops that were closed without a word to those who had something open in them.
+                ended = {each: self._by_loop.pop(each) for each in list(self._by_loop) if each.is_closed()}
+                _close_all_of(ended)
+                found = self._by_loop[loop] = Connections(self.settings, self.terms)
+        return found
+
+    async def _ask(self, call: calls.Call[T]) -> T:
+        here = self._here()
+        async with here.turn():
+            return await here.ledger.ask(call)
+
+    async def _ask_all(self, wanted: Sequence[calls.Call[T]]) -> list[T | RerankqError]:
+        here = self._here()
+        async with here.turn():
+            return await here.ledger.ask_all(wanted)
 
     async def _enter(self, data: Job) -> Entry:
         refuse_too_large(data, self.settings)
@@ -420,19 +560,14 @@ class AsyncClient:
         return enter(job, await self._place(job), self.settings)
 
     def _begin_to_submit(self, entries: list[Entry]) -> asyncio.Task[list[str]]:
+        here = self._here()
         task = asyncio.create_task(self._submit(entries))
-        self._under_way.add(task)
-        task.add_done_callback(self._ended)
+        here.under_way.add(task)
+        task.add_done_callback(partial(_submitted, here.under_way))
         return task
 
-    def _ended(self, task: asyncio.Task[list[str]]) -> None:
-        self._under_way.discard(task)
-        # Looked at: if its caller was cancelled, nobody else does.
-        if not task.cancelled():
-            task.exception()
-
     async def _submit(self, entries: list[Entry]) -> list[str]:
-        answers = await self._here()[0].ask_all([calls.submit(entry, self.terms) for entry in entries])
+        answers = await self._ask_all([calls.submit(entry, self.terms) for entry in entries])
         accepted, bells, fault = [], [], None
         for entry, answer in zip(entries, answers, strict=True):
             refused = self._refusal(entry, answer)
@@ -475,30 +610,37 @@ class AsyncClient:
             return self._find(name)
 
     def _find(self, model: str | None) -> Place:
-        if model not in self._places:
-            self._places[model] = find_place(
+        places = self._places  # another thread's event loop may put another one there
+        if model not in places:
+            places[model] = find_place(
                 model,
                 self._workers,
                 listed=[catalogue.canonical(name, self.settings.conf_dir) for name in self.settings.models],
                 default=catalogue.canonical(self.settings.default_model or self.settings.model, self.settings.conf_dir),
                 live_s=live_for(self.settings.lease_s),
             )
-        return self._places[model]
+        return places[model]
 
     async def _ask_around(self, *, not_before: float) -> None:
         """Read the registry, unless somebody did so after *not_before* already."""
-        ledger = self._here()[0]
+        here = self._here()
         if self._asked_at >= not_before:
             return
-        async with self._asking:
+        async with here.asking:
             if self._asked_at < not_before:
                 asked_at = time.monotonic()
-                self._workers = await ledger.workers()
+                async with here.turn():
+                    self._workers = await here.ledger.workers()
                 self._places, self._asked_at = {}, asked_at
 
 
 class Client:
-    """As :class:`AsyncClient`, with methods that block; safe to share between threads.
+    """As :class:`AsyncClient`, with methods that block; safe to share between threads, and between greenlets.
+
+    Its work is done by one thread for all clients of the process. A timeout is kept whatever becomes of that thread.
+
+    Raises (every method): BrokerUnavailable if Redis does not answer; ClientClosed once it is closed; ClientUnusable
+    where it cannot work.
 
     .. code-block:: python
 
@@ -506,16 +648,15 @@ class Client:
             ranking = client.rerank("why tides?", ["Bread rises.", "The moon pulls."])
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
+    def __init__(self, settings: Settings | str | None = None, *, url: str | None = None) -> None:
+        self.settings = settings_of(settings, url)
+        self._closed = False
         self._begin()
         _OPEN.add(self)
 
     def _begin(self) -> None:
         self._inner = AsyncClient(self.settings)
-        self._starting = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._under_way: set[Future[Any]] = set()
 
     def submit(self, job: Job) -> str:
         """Enqueue one job, given as a model, a mapping or JSON; answer its id.
@@ -545,7 +686,11 @@ class Client:
         Raises:
             JobTimedOut, JobFailed, JobExpired, JobCancelled, JobDead, JobUnknown
         """
-        return self._run(self._inner.result(job_id, timeout))
+        limit_s = seconds_of(timeout)
+        try:
+            return self._run(self._inner.result(job_id, limit_s), _longest(limit_s))
+        except NotServed:
+            raise JobTimedOut(f"job {job_id}: no ranking within {limit_s:g} s; the client's thread hangs") from None
 
     def as_completed(
         self, job_ids: Iterable[str], timeout: float | None = None
@@ -555,17 +700,28 @@ class Client:
         Raises:
             JobTimedOut: if some have not ended by then.
         """
-        endings = self._inner.as_completed(job_ids, timeout)
+        self._see_that_it_is_open()
+        limit_s = seconds_of(timeout)
+        return self._endings(self._inner.as_completed(job_ids, limit_s), limit_s)
+
+    def _endings(
+        self, endings: AsyncGenerator[tuple[str, Ranking | RerankqError], None], limit_s: float | None
+    ) -> Iterator[tuple[str, Ranking | RerankqError]]:
+        ends_at = math.inf if limit_s is None else time.monotonic() + limit_s
         try:
             while True:
+                left_s = None if limit_s is None else max(0.0, ends_at - time.monotonic())
                 try:
-                    yield self._run(anext(endings))
+                    yield self._run(anext(endings), _longest(left_s))
                 except StopAsyncIteration:
                     return
+                except NotServed:
+                    raise JobTimedOut(f"not served within {limit_s:g} s; the client's thread hangs") from None
         finally:
             # Not waited for: the garbage collector may bring us here, on the very thread that would have to do it.
-            with suppress(RuntimeError):
-                self._soon(endings.aclose())  # type: ignore[attr-defined]  # it is a generator
+            if not self._closed:
+                with suppress(RerankqError):
+                    SHARED.serving(self).soon(endings.aclose())
 
     def status(self, job_id: str) -> JobStatus:
         """Say where a job stands; a job that is not there has the state ``unknown``."""
@@ -614,26 +770,39 @@ class Client:
         **job_fields: Any,
     ) -> Ranking:
         """Submit and wait; chunks may be plain strings. Raises what :meth:`submit` and :meth:`result` raise."""
-        return self._run(self._inner.rerank(query, chunks, timeout, **job_fields))
+        limit_s = seconds_of(timeout)
+        try:
+            return self._run(self._inner.rerank(query, chunks, limit_s, **job_fields), _longest(limit_s))
+        except NotServed:
+            raise JobTimedOut(f"no ranking within {limit_s:g} s; the client's thread hangs") from None
 
     def workers(self) -> list[WorkerInfo]:
         """List the workers that give signs of life."""
         return self._run(self._inner.workers())
 
     def close(self) -> None:
-        """Ring what is left to ring and close the connections; whoever still waits gets a BrokerUnavailable."""
-        with self._starting:
-            loop, self._loop = self._loop, None
-            thread, self._thread = self._thread, None
-        if loop is not None and thread is not None:
-            asyncio.run_coroutine_threadsafe(_wind_up(self._inner), loop).result()
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
+        """Ring what is left to ring and close the connections; whoever still waits gets a ClientClosed."""
+        closed, self._closed = self._closed, True
+        if not closed:
+            with suppress(NotServed, RerankqError):
+                self._wind_up()
+            SHARED.leave(self)
         # Not by the event loop: when the process ends, it can no longer hand work to other threads.
         self._inner._bells.close()
 
+    def _wind_up(self) -> None:
+        thread = SHARED.current
+        if thread is None or not self._inner._by_loop:
+            self._inner._closed = True
+            return
+        closing = thread.soon(self._inner._disconnect())
+        if not thread.is_current:
+            thread.wait(closing, CLOSED_WITHIN_S)
+        for future in list(self._under_way):
+            future.cancel()
+
     def __enter__(self) -> Self:
+        self._see_that_it_is_open()
         return self
 
     def __exit__(
@@ -641,29 +810,42 @@ class Client:
     ) -> None:
         self.close()
 
-    def _run(self, work: Awaitable[T]) -> T:
-        with self._starting:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="rerankq-client", daemon=True)
-                self._thread.start()
-        future = self._soon(work)
+    def _see_that_it_is_open(self) -> None:
+        if self._closed:
+            raise ClientClosed("the client is closed; make a new one")
+
+    def _run(self, work: Awaitable[T], timeout_s: float | None = None) -> T:
         try:
-            return future.result()
+            self._see_that_it_is_open()
+            thread = SHARED.serving(self)
+        except RerankqError:
+            if isinstance(work, Coroutine):
+                work.close()
+            raise
+        future = thread.soon(work)
+        self._under_way.add(future)
+        try:
+            return thread.wait(future, timeout_s)
+        except CancelledError:
+            self._see_that_it_is_open()
+            raise ClientUnusable("the thread that serves this client has ended") from None
         except BaseException:
             # Ctrl-C, most likely: the work must not go on behind the caller's back.
-            future.cancel()
+            with suppress(RuntimeError):
+                future.cancel()
             raise
+        finally:
+            self._under_way.discard(future)
 
-    def _soon(self, work: Awaitable[T]) -> Future[T]:
-        if self._loop is None:
-            msg = "the client is closed"
-            raise RuntimeError(msg)
-        return asyncio.run_coroutine_threadsafe(_as_coroutine(work), self._loop)
+
+def _longest(limit_s: float | None) -> float | None:
+    """Seconds for which the client's thread is waited for where it has *limit_s* itself, and a last look after."""
+    return None if limit_s is None else limit_s + 2 * LAST_LOOK_S + SPARE_S
 
 
 # Clients to be closed at the end of the process, and to begin anew in a forked child.
 _OPEN: weakref.WeakSet[Client] = weakref.WeakSet()
+_ASYNC: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
 
 
 @atexit.register
@@ -673,35 +855,29 @@ def _close_all() -> None:
 
 
 def _begin_anew() -> None:
-    """Leave to the parent what is the parent's: thread, event loop and connections.
-
-    Finalisers would take the parent's sockets out of the event loop's epoll, which both processes share, and the
-    parent would wait for ever. So these objects stay alive to the very end: a reference too many, on purpose.
-    """
+    """Leave to the parent what is the parent's: thread, event loops and connections."""
+    SHARED.begin_anew()
+    for inner in list(_ASYNC):
+        keep_for_ever(inner._by_loop)
+        inner._begin()
     for client in list(_OPEN):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object((client._inner, client._loop)))
-        client._begin()
+        client._under_way = set()
 
 
 os.register_at_fork(after_in_child=_begin_anew)
 
 
+def _submitted(under_way: set[asyncio.Task[list[str]]], task: asyncio.Task[list[str]]) -> None:
+    under_way.discard(task)
+    # Looked at: if its caller was cancelled, nobody else does.
+    if not task.cancelled():
+        task.exception()
+
+
+def _close_all_of(by_loop: dict[asyncio.AbstractEventLoop, Connections]) -> None:
+    while by_loop:
+        by_loop.popitem()[1].close_from_elsewhere()
+
+
 def _announce(ended: asyncio.Queue[str], job_id: str, _: asyncio.Future[Look]) -> None:
     ended.put_nowait(job_id)
-
-
-async def _as_coroutine(work: Awaitable[T]) -> T:
-    # run_coroutine_threadsafe takes coroutines alone, and anext() of a generator is only an awaitable.
-    return await work
-
-
-async def _wind_up(client: AsyncClient) -> None:
-    """Close, and leave nothing behind in this event loop."""
-    await client._disconnect()
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    loop = asyncio.get_running_loop()
-    await loop.shutdown_asyncgens()
-    await loop.shutdown_default_executor()

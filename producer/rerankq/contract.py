@@ -1,7 +1,8 @@
 """What crosses a process: jobs in, rankings out, as frozen models.
 
-Every model refuses unknown fields. A :class:`RerankJob` that is not well formed raises :class:`JobRejected` naming the
-field; :class:`Chunk` and :class:`Fusion` built alone raise pydantic's own ``ValidationError``.
+Every model refuses unknown fields. What callers write (:class:`RerankJob`, :class:`Chunk`, :class:`Fusion`) and is not
+well formed raises :class:`JobRejected` naming each field; where pydantic validates them as a part of other models, it
+does so in its own way.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -21,7 +23,6 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
-    ModelWrapValidatorHandler,
     Tag,
     ValidationError,
     model_validator,
@@ -38,8 +39,47 @@ State = Literal["queued", "running", "done", "failed", "expired", "cancelled", "
 
 ENDED: frozenset[str] = frozenset({"done", "failed", "expired", "cancelled", "dead"})
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# The largest size of a number, and of a weight: products of several of them still are numbers.
+MAX_SIZE = 1e30
+MAX_WEIGHT = 1e9
+# The smallest weight that is one; below, a product of two is nothing, or loses its digits.
+MIN_WEIGHT = 1e-30
+# Tokens, chunks: more than any model reads, or any job holds.
+MAX_COUNT = 1_000_000
+# Seconds: thirty years. The ledger's clock has room for more, its scripts' numbers do not.
+MIN_DEADLINE_S, MAX_DEADLINE_S = 0.001, 1e9
+# Digits of an integer: readers of JSON give up somewhere beyond.
+MAX_DIGITS = 1_000
+
+
+def _no_truth_value(value: object) -> object:
+    # Python counts with True; whoever writes it where a number belongs has mixed up two fields. numpy has its own.
+    if type(value).__name__ in {"bool", "bool_"}:
+        msg = "expected a number, not true or false"
+        raise ValueError(msg)
+    return value
+
+
+def _at_most(value: float) -> float:
+    if math.isfinite(value) and abs(value) > MAX_SIZE:
+        msg = f"expected a number from {-MAX_SIZE:g} to {MAX_SIZE:g}"
+        raise ValueError(msg)
+    return value
+
+
+def _weight(value: float) -> float:
+    if 0 < value < MIN_WEIGHT:
+        msg = f"expected 0, or {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"
+        raise ValueError(msg)
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+Count = Annotated[int, BeforeValidator(_no_truth_value), Field(le=MAX_COUNT)]
+Finite = Annotated[Number, Field(allow_inf_nan=False), AfterValidator(_at_most)]
+Weight = Annotated[Number, Field(ge=0, le=MAX_WEIGHT, allow_inf_nan=False), AfterValidator(_weight)]
+# NaN and infinity are what a first stage says of a chunk that it has not seen.
+FirstStage = Annotated[Number, AfterValidator(_at_most)]
 
 
 def _sound(text: str) -> str:
@@ -62,6 +102,13 @@ Text = Annotated[str, AfterValidator(_sound)]
 MAX_DEPTH = 64
 
 
+class _TooLong:
+    """An integer of more digits than is allowed, as it was read: no field takes it, so that its place is named."""
+
+
+_MAX_BITS = int(MAX_DIGITS * math.log2(10))
+
+
 def _carriable(value: object, depth: int = 0) -> object:
     if depth > MAX_DEPTH:
         msg = f"is nested deeper than {MAX_DEPTH} levels"
@@ -70,6 +117,9 @@ def _carriable(value: object, depth: int = 0) -> object:
         _sound(value)
     elif isinstance(value, float) and not math.isfinite(value):
         msg = f"holds {value}, which JSON cannot carry"
+        raise ValueError(msg)
+    elif isinstance(value, _TooLong) or (isinstance(value, int) and value.bit_length() > _MAX_BITS):
+        msg = f"holds an integer of more than {MAX_DIGITS} digits"
         raise ValueError(msg)
     elif isinstance(value, Mapping | list | tuple):
         for part in [*value, *value.values()] if isinstance(value, Mapping) else value:
@@ -103,7 +153,36 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class Chunk(Record):
+class Written(Record):
+    """A record that callers write.
+
+    Raises:
+        JobRejected: naming every field that is wrong, and why.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        with _in_words():
+            super().__init__(**fields)
+
+    # pydantic's mark of an __init__ that is only its own: inside of other models it validates without it, and names
+    # the whole way to a field.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """As pydantic's, in words of ours."""
+        with _in_words():
+            return super().model_validate(obj, **options)
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """As pydantic's, in words of ours; a key that is given twice is refused."""
+        return cls.model_validate(
+            _read_json(bytes(json_data) if isinstance(json_data, bytearray) else json_data), **options
+        )
+
+
+class Chunk(Written):
     """One candidate text of a job, with what the first stage knows of it.
 
     >>> Chunk(title="Tides", text="The moon pulls.").model_text
@@ -111,14 +190,14 @@ class Chunk(Record):
     """
 
     text: Text
-    id: Text = Field("", description="The caller's name for it; empty = its position in the job.")
+    id: Text = Field("", description="The caller's name for it; empty: see ``chunk_names`` of the job.")
     title: Text = ""
     # Factories throughout: pydantic copies a default that could be changed with the slow ``copy.deepcopy``.
     keywords: list[Text] = Field(default_factory=list)
     questions: list[Text] = Field(default_factory=list)
-    vector_score: float | None = Field(None, description="First-stage similarity; NaN counts as missing.")
-    keyword_score: float | None = Field(None, description="First-stage BM25 or the like; NaN counts as missing.")
-    pagerank: float = Field(0, ge=0, le=100, allow_inf_nan=False)
+    vector_score: FirstStage | None = Field(None, description="First-stage similarity; NaN counts as missing.")
+    keyword_score: FirstStage | None = Field(None, description="First-stage BM25 or the like; NaN counts as missing.")
+    pagerank: Number = Field(0, ge=0, le=100, allow_inf_nan=False)
     tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = Field(default_factory=dict)
     tokens: list[Text] | None = Field(None, description="The caller's own tokenisation of the text, used as given.")
     metadata: Metadata = Field(default_factory=dict, description="Handed back untouched.")
@@ -129,7 +208,7 @@ class Chunk(Record):
         return f"{self.title} {self.text}".strip()
 
 
-class Fusion(Record):
+class Fusion(Written):
     """How the signals of a chunk become one score; the rules are those of ``rerankq_worker.fusion``."""
 
     method: Literal["weighted", "rrf"] = "weighted"
@@ -140,7 +219,7 @@ class Fusion(Record):
         "tags cosine.",
     )
     boosts: Annotated[dict[TextField, Weight], AfterValidator(_sorted)] = Field(default_factory=dict)
-    rrf_k: int = Field(60, ge=1)
+    rrf_k: Count = Field(60, ge=1)
     token_rule: Literal["coverage", "ragflow"] = "coverage"  # noqa: S105  # no secret: tokens of text
 
     @model_validator(mode="after")
@@ -159,8 +238,19 @@ def _kind_of_fusion(value: object) -> str:
     return _PROFILE if isinstance(value, str) else _NUMBERS
 
 
-class RerankJob(Record):
+def _each_named_once(chunks: list[Chunk]) -> list[Chunk]:
+    named: dict[str, int] = {}
+    for at, chunk in enumerate(chunks):
+        if chunk.id and named.setdefault(chunk.id, at) != at:
+            raise _Misplaced(f"{at}.id", f"is the id of chunk {named[chunk.id]} too")
+    return chunks
+
+
+class RerankJob(Written):
     """A query with its candidate chunks, and how to rank them.
+
+    A chunk without an id is named by its position, ``"0"`` the first; with as many ``#`` before it as it takes that no
+    chunk was given that name. Two chunks of one id are refused.
 
     Raises:
         JobRejected: naming every field that is wrong, and why.
@@ -170,10 +260,12 @@ class RerankJob(Record):
     """
 
     query: Annotated[Text, AfterValidator(_not_blank)]
-    chunks: list[Annotated[Chunk, BeforeValidator(_as_chunk)]] = Field(min_length=1)
+    chunks: Annotated[list[Annotated[Chunk, BeforeValidator(_as_chunk)]], AfterValidator(_each_named_once)] = Field(
+        min_length=1
+    )
     id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
-    model: Text | None = Field(None, min_length=1)
-    top_k: int | None = Field(None, ge=1, le=2048)
+    model: Text | None = Field(None, min_length=1, max_length=512)
+    top_k: Count | None = Field(None, ge=1, description="Chunks of the ranking, at most; more than there are: all.")
     min_score: Finite | None = Field(None, description="On the fused score.")
     fusion: Annotated[
         Annotated[Fusion, Tag(_NUMBERS)] | Annotated[Text, Tag(_PROFILE)], Discriminator(_kind_of_fusion)
@@ -181,18 +273,19 @@ class RerankJob(Record):
     query_tokens: list[tuple[Text, Weight]] | None = Field(None, description="Tokens with weights, used as given.")
     query_tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = Field(default_factory=dict)
     priority: Priority = "interactive"
-    deadline_s: float | None = Field(
+    deadline_s: Number | None = Field(
         None,
-        gt=0,
+        ge=MIN_DEADLINE_S,
+        le=MAX_DEADLINE_S,
         allow_inf_nan=False,
         description="Seconds from submission; a job not started by then expires. Once started it never does, "
         "even where it is queued again because its worker died or was stopped.",
     )
-    max_length: int | None = Field(None, ge=8, description="Tokens of a pair; at most what the model takes.")
-    query_max_tokens: int = Field(128, ge=1)
-    long_chunks: Literal["truncate", "window"] = "truncate"
+    max_length: Count | None = Field(None, ge=8, description="Tokens of a pair; at most what the model takes.")
+    query_max_tokens: Count = Field(128, ge=1)
+    long_chunks: Literal["truncate", "window"] = "truncate"  # "window" does not exist yet: submitting it is refused
     cache: Literal["use", "refresh", "bypass"] = "use"
-    skip_at_or_below: int = Field(
+    skip_at_or_below: Count = Field(
         0,
         ge=0,
         description="Chunks; a job with so few keeps its first-stage order, unscored, unless ``min_score`` is to be "
@@ -201,13 +294,20 @@ class RerankJob(Record):
     tenant: str = Field("", pattern=r"^[A-Za-z0-9._@-]{0,128}$")
     return_text: bool = False
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _reject_in_words(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            return handler(data)
-        except ValidationError as error:
-            raise rejection(error) from None
+    def chunk_names(self) -> list[str]:
+        """Name each chunk as the ranking does.
+
+        >>> RerankJob(query="q", chunks=["zero", {"text": "one", "id": "2"}, "two"]).chunk_names()
+        ['0', '2', '#2']
+        """
+        given = {chunk.id for chunk in self.chunks}
+        names = []
+        for at, chunk in enumerate(self.chunks):
+            name = chunk.id or str(at)
+            while not chunk.id and name in given:
+                name = f"#{name}"
+            names.append(name)
+        return names
 
 
 class RankedChunk(Record):
@@ -316,15 +416,64 @@ class DeadJob(Record):
     payload: str | None = Field(None, description="The job as JSON, texts and all, where it was asked for.")
 
 
+class _Misplaced(ValueError):
+    """Raised by a validator of a whole for a fault in a part of it, whose place pydantic cannot know."""
+
+    def __init__(self, place: str, message: str) -> None:
+        super().__init__(message)
+        self.place = place
+
+
 def rejection(error: ValidationError) -> JobRejected:
     """Say a validation error in one line: each field with what was expected, the first five."""
-    faults = error.errors(include_url=False, include_input=False, include_context=False)
-    places = [".".join(str(part) for part in fault["loc"] if part not in {_NUMBERS, _PROFILE}) for fault in faults]
-    words = [fault["msg"].removeprefix("Value error, ") for fault in faults]
+    faults = error.errors(include_url=False, include_input=False)
+    places, words = [], []
+    for fault in faults:
+        reason = fault.get("ctx", {}).get("error")
+        parts = [str(part) for part in fault["loc"] if part not in {_NUMBERS, _PROFILE}]
+        places.append(".".join([*parts, reason.place] if isinstance(reason, _Misplaced) else parts))
+        words.append(fault["msg"].removeprefix("Value error, "))
     said = [f"{place}: {word}" if place else word for place, word in zip(places, words, strict=True)]
     more = f" (and {len(said) - 5} more)" if len(said) > 5 else ""
     rest = "; ".join(said[1:5])
     return JobRejected(words[0] + (f"; {rest}" if rest else "") + more, field=places[0])
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise rejection(error) from None
+
+
+def _integer(digits: str) -> int | _TooLong:
+    return int(digits) if len(digits) <= MAX_DIGITS else _TooLong()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # JSON leaves open which one counts, and readers differ.
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for at, (key, _) in enumerate(pairs) if key in {before for before, _ in pairs[:at]})
+        raise JobRejected("is given twice in one object", field=twice[:100].encode(errors="replace").decode())
+    return found
+
+
+def _read_json(text: str | bytes) -> Any:
+    """Read JSON, with Python's NaN and Infinity.
+
+    Raises:
+        JobRejected: saying where it is none.
+    """
+    try:
+        return json.loads(text, parse_int=_integer, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise JobRejected(f"not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise JobRejected(f"not JSON: byte {error.start} is no {error.encoding}") from None
+    except RecursionError:
+        raise JobRejected("not a job: nested too deeply") from None
 
 
 def parse_job(data: RerankJob | Mapping[str, Any] | str | bytes) -> RerankJob:
@@ -336,10 +485,7 @@ def parse_job(data: RerankJob | Mapping[str, Any] | str | bytes) -> RerankJob:
     if isinstance(data, RerankJob):
         return data
     if isinstance(data, str | bytes):
-        try:
-            return RerankJob.model_validate_json(data)
-        except ValidationError as error:  # not JSON at all: this comes before the model is asked
-            raise rejection(error) from None
+        return RerankJob.model_validate_json(data)
     return RerankJob.model_validate(data)
 
 

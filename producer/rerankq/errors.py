@@ -4,6 +4,7 @@ RerankqError
 ├── SettingsInvalid      a setting is wrong; says all that are, by their environment variables
 ├── BrokerUnavailable    Redis cannot be reached; retry later
 │   └── ClientClosed     the client was closed; make a new one
+├── ClientUnusable       the client cannot work where it is used
 ├── JobRejected          the job is not well formed; do not retry
 │   └── JobTooLarge      the job is over a limit; send less
 ├── QueueFull            the backlog is at its limit; retry after ``retry_after_s``
@@ -53,8 +54,12 @@ class ClientClosed(BrokerUnavailable):
     retryable = False
 
 
-class JobRejected(RerankqError):
-    """Raised when a job is not well formed; ``field`` names the place."""
+class ClientUnusable(RerankqError):
+    """Raised when a client cannot work where it is used, or the thread that serves it has ended; says why."""
+
+
+class JobRejected(RerankqError, ValueError):
+    """Raised when a job, or a part of it, is not well formed; ``field`` names the place."""
 
     http_status = 422
 

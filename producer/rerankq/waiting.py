@@ -22,6 +22,8 @@ logger = logging.getLogger("rerankq")
 
 # Seconds between readings of all that is waited for: deadlines pass without a word, and words get lost.
 READ_AGAIN_S = 3.0
+# Seconds to the first of them where there was no connection for words yet: it may be long in coming.
+FIRST_READ_S = 0.5
 # Jobs of those readings per second, at most: ten thousand waiters must not make a flood of it.
 READ_AGAIN_PER_S = 1_000
 # Rankings read in one round trip: bounds what is held at once, a ranking can weigh megabytes.
@@ -62,6 +64,7 @@ class Ears:
         self._dial = dial
         self._terms = terms
         self._waiters: dict[str, set[asyncio.Future[Look]]] = defaultdict(set)
+        self.connections: set[AbstractConnection] = set()
         self._to_hear: set[str] = set()
         self._to_leave: set[str] = set()
         self._to_read: set[str] = set()
@@ -77,6 +80,7 @@ class Ears:
         self._deaf = Outage()
         self._reading: asyncio.Task[None] | None = None
         self._hearing: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
 
     def expect(self, job_id: str) -> asyncio.Future[Look]:
         """Make a future of the job's end, or of its being unknown. Give it back with :meth:`drop` in any case."""
@@ -84,8 +88,7 @@ class Ears:
         if not self._waiters[job_id]:
             self._to_leave.discard(job_id)
             self._to_hear.add(job_id)
-        # Where it will be subscribed to at once it is read then. Elsewhere that may take long.
-        if job_id not in self._to_hear or not self._open:
+        else:
             self._to_read.add(job_id)
         self._waiters[job_id].add(future)
         self._reading = self._going_on(self._reading, self._read)
@@ -95,8 +98,9 @@ class Ears:
 
     def drop(self, job_id: str, future: asyncio.Future[Look]) -> None:
         """Stop waiting."""
-        if not future.cancel() and not future.cancelled():
-            future.exception()  # looked at: asyncio complains of exceptions that nobody sees
+        with suppress(RuntimeError):  # its event loop may be closed already
+            if not future.cancel() and not future.cancelled():
+                future.exception()  # looked at: asyncio complains of exceptions that nobody sees
         waiters = self._waiters.get(job_id)
         if waiters is not None:
             waiters.discard(future)
@@ -106,11 +110,19 @@ class Ears:
     async def close(self) -> None:
         """Stop listening, within ``CLOSE_S``; whoever still waits gets a ClientClosed."""
         self._fail_all(ClientClosed("the client was closed while waiting"))
-        tasks = [task for task in (self._reading, self._hearing) if task is not None]
+        tasks = [task for task in (self._reading, self._hearing, self._listening) if task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_S)
+
+    def abandon(self) -> None:
+        """End without its event loop, which was closed under it."""
+        for task in (self._reading, self._hearing, self._listening):
+            if task is not None and not task.done():
+                task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's way to say: on purpose
+                with suppress(RuntimeError):  # what awaits on its way out cannot
+                    task.get_coro().close()
 
     def _going_on(
         self, task: asyncio.Task[None] | None, work: Callable[[], Coroutine[Any, Any, None]]
@@ -121,8 +133,11 @@ class Ears:
         return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        # By a bug alone. Nobody may wait for ever for that.
-        if not task.cancelled() and (error := task.exception()) is not None:
+        # By a bug alone. Nobody may wait for ever for that; without the other task they are only told later.
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        logger.error("waiting for jobs broke off: %r", error)
+        if task is self._reading:
             self._fail_all(BrokerUnavailable(f"waiting broke off: {error!r}"))
 
     def _wake(self) -> None:
@@ -159,7 +174,7 @@ class Ears:
         while True:
             if not self._waiters:
                 await _until(self._wake_reading)
-                again_at = clock() + READ_AGAIN_S
+                again_at = clock() + (READ_AGAIN_S if self._open else FIRST_READ_S)
             else:
                 await _until(self._wake_reading, at=again_at)
             # By the clock, however busy it is: a job whose word was lost must not wait for a quiet moment.
@@ -217,6 +232,8 @@ class Ears:
             try:
                 async with self._connection() as connection:
                     await self._follow(connection)
+            except RuntimeError:
+                raise  # of asyncio, whose event loop ends: nothing may be awaited any more
             except Exception as error:  # noqa: BLE001  # whatever redis-py raises: jobs are read meanwhile
                 # One that was of use is opened again at once. One that never was (a user without rights to our
                 # channels, a server that is away) is not.
@@ -237,6 +254,7 @@ class Ears:
     async def _connection(self) -> AsyncIterator[AbstractConnection]:
         self._heard = False
         connection = self._dial()
+        self.connections.add(connection)
         try:
             async with _within(OPEN_S):
                 with heeded():
@@ -245,6 +263,7 @@ class Ears:
         finally:
             with suppress(RedisError, OSError):
                 await connection.disconnect(nowait=True)
+            self.connections.discard(connection)
 
     async def _follow(self, connection: AbstractConnection) -> None:
         """Subscribe and unsubscribe on it as jobs come and go, and see that somebody is at its other end."""
@@ -252,8 +271,8 @@ class Ears:
         self._to_hear |= self._waiters.keys()
         self._to_leave.clear()
         self._open, self._silent_s, self._quiet_s = True, None, 0.0
-        listening = asyncio.create_task(self._listen(connection))
-        listening.add_done_callback(lambda _: self._wake_hearing.set())
+        self._listening = listening = asyncio.create_task(self._listen(connection))
+        listening.add_done_callback(self._listened)
         try:
             while not listening.done():
                 await self._subscribe(connection)
@@ -267,9 +286,11 @@ class Ears:
         finally:
             self._open = False
             listening.cancel()
-            await asyncio.wait([listening], timeout=CLOSE_S)
-            if listening.done() and not listening.cancelled():
-                listening.exception()  # looked at
+
+    def _listened(self, listening: asyncio.Task[None]) -> None:
+        if not listening.cancelled():
+            listening.exception()  # looked at
+        self._wake_hearing.set()
 
     async def _subscribe(self, connection: AbstractConnection) -> None:
         hear, self._to_hear = self._to_hear, set()

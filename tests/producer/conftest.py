@@ -55,8 +55,7 @@ def ranking_of(claim: Claim) -> Ranking:
         job_id=claim.id,
         model=ModelName(name="stand-in", fingerprint="f"),
         chunks=[
-            RankedChunk(id=chunk.id or str(at), index=at, rank=at + 1, score=1 / (at + 1))
-            for at, chunk in enumerate(job.chunks)
+            RankedChunk(id=name, index=at, rank=at + 1, score=1 / (at + 1)) for at, name in enumerate(job.chunk_names())
         ],
     )
 

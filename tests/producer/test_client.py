@@ -1,5 +1,6 @@
 """The blocking client against a real Redis; a stand-in plays the worker."""
 
+import asyncio
 import gc
 import json
 import os
@@ -16,16 +17,23 @@ import pytest
 import redis
 
 import rerankq
-from rerankq import Chunk, Client, JobRejected, RerankJob
+from rerankq import Chunk, Client, JobRejected, RerankJob, loop_thread
 from rerankq.client import SUBMIT_AT_ONCE
 from rerankq.ledger import AsyncLedger
+from rerankq.loop_thread import SHARED
 from rerankq.settings import Settings
+from rerankq.waiting import Ears
 
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Client]:
     with Client(settings) as client:
         yield client
+
+
+def ears_of(client: Client) -> Ears:
+    (here,) = client._inner._by_loop.values()
+    return here.ears
 
 
 def job(number: int, **fields) -> RerankJob:
@@ -378,17 +386,56 @@ def test_many_threads_share_a_client(client: Client, worker):
         assert len(set(pool.map(way, range(200)))) == 200
 
 
-def test_closing_leaves_no_thread_and_a_closed_client_can_be_used_again(settings: Settings, worker):
+def test_closing_leaves_no_thread(settings: Settings, worker):
     before = threads_of_ours()
-    client = Client(settings)
     for number in range(2):
-        job_id = client.submit(job(number))
-        worker.finish(job_id)
-        client.result(job_id, timeout=20)
-        assert len(threads_of_ours()) > len(before)
-        client.close()
+        with Client(settings) as client, Client(settings) as other:
+            job_id = client.submit(job(number))
+            worker.finish(job_id)
+            client.result(job_id, timeout=20)
+            other.close()
+            assert client.result(job_id, timeout=20), "the thread serves the other one on"
+            assert len(threads_of_ours()) > len(before)
         client.close()
         assert threads_of_ours() == before
+
+
+CALLS: dict[str, Callable[[Client], object]] = {
+    "submit": lambda client: client.submit(job(1)),
+    "submit_many": lambda client: client.submit_many(jobs(3)),
+    "submit_many of nothing": lambda client: client.submit_many([]),
+    "result": lambda client: client.result("a", timeout=1),
+    "as_completed": lambda client: client.as_completed(["a"]),
+    "as_completed of nothing": lambda client: client.as_completed([]),
+    "status": lambda client: client.status("a"),
+    "cancel": lambda client: client.cancel("a"),
+    "forget": lambda client: client.forget("a"),
+    "dead": lambda client: client.dead(),
+    "dead_job": lambda client: client.dead_job("a"),
+    "retry": lambda client: client.retry("a"),
+    "drop": lambda client: client.drop("a"),
+    "rerank": lambda client: client.rerank("q", ["x"], timeout=1),
+    "workers": lambda client: client.workers(),
+    "with": lambda client: client.__enter__(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("used", [False, True], ids=["never used", "used"])
+def test_a_closed_client_says_so_in_every_method(settings: Settings, worker, call: str, used: bool):
+    before = threads_of_ours()
+    client = Client(settings)
+    if used:
+        client.status("a")
+    client.close()
+    with pytest.raises(rerankq.ClientClosed, match="the client is closed"):
+        CALLS[call](client)
+    assert threads_of_ours() == before
+
+
+def test_no_public_method_is_missing_from_that():
+    public = {name for name in vars(Client) if not name.startswith("_")} - {"close"}
+    assert public <= {call.split()[0] for call in CALLS}
 
 
 def test_closing_tells_those_who_wait(settings: Settings, wait_until: Callable, worker):
@@ -397,7 +444,7 @@ def test_closing_tells_those_who_wait(settings: Settings, wait_until: Callable, 
     with ThreadPoolExecutor() as pool:
         waiting = [pool.submit(client.result, job_id), pool.submit(list, client.as_completed([job_id]))]
         wait_until(lambda: worker.redis.pubsub_channels("*:job:*"))
-        wait_until(lambda: sum(len(each) for each in client._inner._ears._waiters.values()) == 2)
+        wait_until(lambda: sum(len(each) for each in ears_of(client)._waiters.values()) == 2)
         client.close()
         for one in waiting:
             with pytest.raises(rerankq.BrokerUnavailable, match="closed"):
@@ -411,6 +458,8 @@ def test_what_is_left_of_as_completed_after_closing_does_no_harm(settings: Setti
         coming = client.as_completed(ids)
         next(coming)
     before = threads_of_ours()
+    with pytest.raises(rerankq.ClientClosed):
+        list(coming)
     del coming
     gc.collect()
     assert threads_of_ours() == before
@@ -418,7 +467,7 @@ def test_what_is_left_of_as_completed_after_closing_does_no_harm(settings: Setti
 
 def test_ctrl_c_while_waiting_stops_the_waiting(client: Client, wait_until: Callable):
     job_id = client.submit(job(1))
-    ears = client._inner._ears
+    ears = ears_of(client)
 
     def interrupt() -> None:
         wait_until(lambda: job_id in ears._waiters)
@@ -508,3 +557,308 @@ def test_an_ended_job_is_answered_however_short_the_timeout(client: Client, work
 def test_an_id_that_is_none_is_unknown_at_once(client: Client):
     with pytest.raises(rerankq.JobUnknown, match="None"):
         client.result(None)
+
+
+# A client is given settings, or a URL
+
+
+def test_a_client_takes_a_url_beside_settings(redis_url: str, worker):
+    for make in (
+        lambda: Client(redis_url),
+        lambda: Client(url=redis_url),
+        lambda: Client(Settings(broker_url=redis_url)),
+    ):
+        with make() as client:
+            assert client.status(client.submit(job(1))).state == "queued"
+
+
+@pytest.mark.parametrize("kind", [Client, rerankq.AsyncClient])
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"settings": 7}, "expected Settings or a URL"),
+        ({"settings": b"redis://h"}, "expected Settings or a URL"),
+        ({"settings": "http://h"}, "RERANKQ_BROKER_URL"),
+        ({"url": "nonsense"}, "RERANKQ_BROKER_URL"),
+        ({"url": 7}, "expected Settings or a URL"),
+        ({"url": "redis://h", "settings": "redis://h"}, "not both"),
+    ],
+)
+def test_what_is_neither_settings_nor_a_url_is_refused_in_words(kind: type, given: dict[str, object], says: str):
+    with pytest.raises(rerankq.SettingsInvalid, match=says):
+        kind(**given)
+
+
+# A timeout is a number of seconds, and kept
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), "5", True, [], object()])
+def test_a_timeout_that_is_no_number_is_refused(client: Client, timeout: object):
+    for wait in (
+        lambda: client.result("a", timeout=timeout),
+        lambda: client.as_completed(["a"], timeout=timeout),
+        lambda: client.rerank("q", ["x"], timeout=timeout),
+    ):
+        with pytest.raises(JobRejected) as caught:
+            wait()
+        assert caught.value.field == "timeout"
+
+
+@pytest.mark.parametrize("timeout", [1e300, float("inf"), 10**400, None])
+def test_a_timeout_may_be_as_long_as_you_like(client: Client, worker, timeout: float):
+    job_id = client.submit(job(1))
+    worker.finish(job_id)
+    assert client.result(job_id, timeout=timeout).job_id == job_id
+    assert len(list(client.as_completed([job_id], timeout=timeout))) == 1
+    assert client.rerank("question 1", ["answer 1", "another"], timeout=timeout).job_id == job_id
+
+
+def test_a_timeout_below_zero_is_one_of_nothing(client: Client, worker):
+    job_id = client.submit(job(1))
+    with pytest.raises(rerankq.JobTimedOut):
+        client.result(job_id, timeout=-5)
+    worker.finish(job_id)
+    assert client.result(job_id, timeout=-5).job_id == job_id
+    with pytest.raises(rerankq.JobUnknown):
+        client.result("nobody", timeout=0)
+
+
+@pytest.mark.parametrize("odd", ["", "\ud800", 7, None, b"a"])
+def test_what_cannot_be_an_id_is_an_unknown_job_to_every_method(client: Client, odd: object):
+    for call in (
+        client.result,
+        client.status,
+        client.cancel,
+        client.forget,
+        client.dead_job,
+        client.retry,
+        client.drop,
+    ):
+        with pytest.raises(rerankq.JobUnknown):
+            call(odd)
+    ((found, error),) = client.as_completed([odd], timeout=5)
+    assert (found, type(error)) == (odd, rerankq.JobUnknown)
+
+
+def test_one_string_is_no_list_of_ids(client: Client):
+    with pytest.raises(JobRejected, match="several ids"):
+        client.as_completed("abc")
+
+
+def test_what_ended_while_the_client_was_suspended_is_answered_after_its_timeout(client: Client, worker):
+    """As after a SIGSTOP: by the time that the client looks, both its time is over and its jobs are done."""
+    ids = client.submit_many(jobs(150))
+    coming = client.as_completed([*ids, client.submit(job(999))], timeout=0.5)
+    worker.finish(ids[0])
+    assert next(coming)[0] == ids[0]
+    hold = threading.Event()
+    SHARED.current.loop.call_soon_threadsafe(hold.wait, 30)
+    worker.finish(*ids[1:])
+    time.sleep(0.6)  # over the timeout
+    hold.set()
+    found = [next(coming) for _ in ids[1:]]
+    assert sorted(one for one, ranking in found if ranking.job_id == one) == sorted(ids[1:])
+    with pytest.raises(rerankq.JobTimedOut, match="1 jobs"):
+        next(coming)
+
+
+# The thread that serves it
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_thread, "LOOK_S", 0.05)
+    monkeypatch.setattr(loop_thread, "BLOCKED_LOOKS", 40)
+    monkeypatch.setattr("rerankq.client.SPARE_S", 0.1)
+    monkeypatch.setattr("rerankq.client.LAST_LOOK_S", 0.1)
+
+
+WAITS: dict[str, Callable[[Client], object]] = {
+    "result": lambda client: client.result("a", timeout=0.1),
+    "as_completed": lambda client: list(client.as_completed(["a"], timeout=0.1)),
+    "rerank": lambda client: client.rerank("q", ["x"], timeout=0.1),
+}
+
+
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("call", WAITS)
+def test_a_timeout_is_kept_though_the_event_loop_is_blocked(client: Client, call: str):
+    client.status("a")
+    hold = threading.Event()
+    SHARED.current.loop.call_soon_threadsafe(hold.wait, 30)
+    try:
+        with pytest.raises(rerankq.JobTimedOut):
+            WAITS[call](client)
+        with pytest.raises(rerankq.ClientUnusable, match="blocked"):
+            client.status("a")
+        with pytest.raises(rerankq.ClientUnusable, match="blocked"):
+            client.result("a")
+    finally:
+        hold.set()
+    assert client.status("a").state == "unknown"
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_whoever_waits_is_told_that_the_thread_died_and_the_next_call_has_a_new_one(client: Client, worker):
+    job_id = client.submit(job(1))
+
+    def die() -> None:
+        raise SystemExit
+
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(client.result, job_id)
+        while not ears_of(client)._waiters:
+            time.sleep(0.01)
+        SHARED.current.loop.call_soon_threadsafe(die)
+        with pytest.raises(rerankq.ClientUnusable, match="has ended"):
+            waiting.result(20)
+    worker.finish(job_id)
+    assert client.result(job_id, timeout=20).job_id == job_id
+
+
+def test_a_blocking_client_is_not_used_by_its_own_thread(client: Client):
+    """As from a handler of what it logs: it would wait for itself."""
+    client.status("a")
+    said = []
+
+    def call() -> None:
+        try:
+            client.status("a")
+        except rerankq.RerankqError as error:
+            said.append(error)
+        client.close()
+
+    SHARED.current.loop.call_soon_threadsafe(call)
+    while not said:
+        time.sleep(0.01)
+    assert isinstance(said[0], rerankq.ClientUnusable)
+
+
+def test_a_client_works_inside_a_running_event_loop(client: Client, worker):
+    async def main() -> str:
+        job_id = client.submit(job(1))
+        worker.finish(job_id)
+        return client.result(job_id, timeout=20).job_id
+
+    assert asyncio.run(main())
+
+
+def test_a_client_works_in_a_signals_handler_that_interrupts_its_own_call(client: Client, worker, wait_until: Callable):
+    waited, done = client.submit(job(1)), []
+
+    def other_call(*_: object) -> None:
+        done.append(client.status(waited).state)
+        with Client(client.settings) as inner:
+            done.append(inner.status(waited).state)
+        worker.finish(waited)
+
+    before = signal.signal(signal.SIGUSR1, other_call)
+    interrupting = threading.Thread(
+        target=lambda: (wait_until(lambda: ears_of(client)._waiters), os.kill(os.getpid(), signal.SIGUSR1))
+    )
+    try:
+        interrupting.start()
+        assert client.result(waited, timeout=20).job_id == waited
+    finally:
+        interrupting.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert done == ["queued", "queued"]
+
+
+def test_a_child_that_is_forked_while_its_parent_waits_is_told(redis_url: str, worker):
+    more = """
+    import os, signal
+    def fork(*_):
+        global pid
+        pid = os.fork()
+    signal.signal(signal.SIGALRM, fork)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    job_id = client.submit(RerankJob(query="waited for", chunks=["x"]))
+    try:
+        client.result(job_id, timeout=4)
+    except Exception as error:
+        kind = type(error).__name__
+    if pid == 0:
+        os._exit(7 if kind == "ClientUnusable" else 1)
+    assert kind == "JobTimedOut", kind
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    """
+    ended = run_script(redis_url, more)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_client_works_at_the_end_of_the_process_and_says_when_it_is_too_late(redis_url: str, worker):
+    code = """
+    import atexit, sys
+    def late():
+        try:
+            client.status("a")
+        except Exception as error:
+            print("late", type(error).__name__)
+    atexit.register(late)  # run after what was registered later
+    from rerankq import Client, RerankJob
+    client = Client()
+    client.status("a")
+    def early():
+        print("early", client.status(client.submit(RerankJob(query="last", chunks=["x"]))).state)
+    atexit.register(early)
+    class Last:
+        def __del__(self):
+            print("finalizing", sys.is_finalizing())
+            late()
+    last = Last()
+    """
+    environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout.splitlines() == ["early queued", "late ClientClosed", "finalizing True", "late ClientClosed"], (
+        ended.stderr
+    )
+    assert ended.returncode == 0
+
+
+GREENLETS = """
+import os, sys
+def make():
+    from rerankq import Client
+    return Client()
+first = make() if {made!r} != "after" else None
+if {made!r} == "used before":
+    first.status("a")
+from {library_patches}
+patch()
+import time, threading
+made = []
+def one(number):
+    client = first if {shared} else make()
+    began = time.monotonic()
+    try:
+        client.rerank(f"question {{number}}", ["x"], timeout=1.5)
+    except Exception as error:
+        made.append((type(error).__name__, time.monotonic() - began < 15))
+    if not {shared}:
+        client.close()
+first = first or make()
+threads = [threading.Thread(target=one, args=(number,), daemon=True) for number in range(3)]
+for thread in threads: thread.start()
+turns = 0
+while len(made) < 3 and turns < 300:
+    time.sleep(0.1); turns += 1
+assert [kind for kind, soon in made if soon] == ["JobTimedOut"] * 3, made
+assert turns > 10, "others run meanwhile"
+first.close()
+print("good")
+"""
+
+
+@pytest.mark.parametrize("made", ["after", "before", "used before"])
+@pytest.mark.parametrize("shared", [False, True], ids=["each its own", "shared"])
+@pytest.mark.parametrize("library", ["gevent", "eventlet"])
+def test_greenlets_work_and_their_timeouts_are_kept(redis_url: str, library: str, made: str, shared: bool):
+    pytest.importorskip(library)
+    patches = {"gevent": "gevent.monkey import patch_all as patch", "eventlet": "eventlet import monkey_patch as patch"}
+    code = GREENLETS.format(library_patches=patches[library], made=made, shared=shared)
+    environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    assert ended.stdout == "good\n", ended.stdout + ended.stderr

@@ -3,11 +3,13 @@
 import asyncio
 import gc
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,22 +19,28 @@ from hypothesis import settings as runs
 from hypothesis import strategies as st
 
 import rerankq
-from rerankq import AsyncClient, RerankJob, ledger, waiting
+from rerankq import AsyncClient, RerankJob, ledger, loop_connections, waiting
 from rerankq.ledger import AsyncLedger, connect_async, line
 from rerankq.settings import Settings
 from rerankq.waiting import Ears
 
 NEVER_S = 1e6
+T = TypeVar("T")
 
 
 @pytest.fixture
 def only_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No reading but after a word of the ledger: what arrives was pushed."""
     monkeypatch.setattr(waiting, "READ_AGAIN_S", NEVER_S)
+    monkeypatch.setattr(waiting, "FIRST_READ_S", NEVER_S)
 
 
 def jobs(count: int, **fields: Any) -> list[RerankJob]:
     return [RerankJob(query=f"question {number}", chunks=["x", "y"], **fields) for number in range(count)]
+
+
+def ears_of(client: AsyncClient) -> Ears:
+    return client._here().ears
 
 
 def run(work: Callable[[AsyncClient], Coroutine[Any, Any, Any]], settings: Settings) -> Any:
@@ -273,7 +281,7 @@ def test_readings_go_on_however_busy_the_client_is(settings: Settings, worker, m
 
     async def work(client: AsyncClient) -> None:
         quiet, *busy = await client.submit_many(jobs(2))
-        ears = client._ears
+        ears = ears_of(client)
         expired = asyncio.create_task(client.result(quiet))
         await until(lambda: subscribed(worker))
         worker.redis.hset(f"rerankq:job:{quiet}", "deadline", "1.0")
@@ -407,39 +415,206 @@ def test_thousands_may_submit_at_once_over_a_few_connections(settings: Settings,
     run(work, settings)
 
 
-def test_a_client_serves_one_event_loop_after_another(settings: Settings, worker):
-    client = AsyncClient(settings)
+@pytest.fixture
+def named(settings: Settings) -> Settings:
+    """Settings by which the connections of a client can be told from others."""
+    return Settings(broker_url=settings.broker, ledger_url=f"{settings.ledger}?client_name=tested")
+
+
+def none_connected(worker) -> bool:
+    ends_at = time.monotonic() + 10
+    while connected(worker) and time.monotonic() < ends_at:
+        time.sleep(0.01)
+    return not connected(worker)
+
+
+def connected(worker) -> int:
+    return len([each for each in worker.redis.client_list() if each["name"] == "tested"])
+
+
+# How a program may end an event loop.
+
+
+def bare(main: Coroutine[Any, Any, T]) -> T:
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        loop.close()
+
+
+def with_generators_closed(main: Coroutine[Any, Any, T]) -> T:
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+ENDINGS = {"asyncio.run": asyncio.run, "bare": bare, "generators closed": with_generators_closed}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_client_serves_one_event_loop_after_another_and_leaves_nothing_open_in_any(
+    named: Settings, worker, ending: str
+):
+    client = AsyncClient(named)
 
     async def way(number: int) -> str:
         job_id = await client.submit(RerankJob(query=f"loop {number}", chunks=["x"]))
         worker.finish(job_id)
-        ranking = await client.result(job_id, timeout=20)
-        await client.aclose()
-        return ranking.job_id
+        return (await client.result(job_id, timeout=20)).job_id
 
-    assert asyncio.run(way(1)) != asyncio.run(way(2))
+    gc.disable()  # nothing is to be left to it
+    try:
+        assert len({ENDINGS[ending](way(number)) for number in range(8)}) == 8
+        # The last loop's connections, where nobody said that it would end.
+        assert connected(worker) <= 3 if ending == "bare" else none_connected(worker)
+    finally:
+        gc.enable()
+    asyncio.run(client.aclose())
+    assert none_connected(worker)
+    gc.collect()
 
 
-# Python complains of connections that were left open, and rightly so.
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_client_that_was_left_open_in_one_event_loop_still_serves_the_next(settings: Settings, worker):
-    client = AsyncClient(settings)
+def test_a_client_that_is_waited_with_when_its_event_loop_ends_serves_the_next(named: Settings, worker):
+    client = AsyncClient(named)
 
     async def way(number: int) -> str:
         job_id = await client.submit(RerankJob(query=f"loop {number}", chunks=["x"]))
-        waiting_for_ever = asyncio.create_task(client.result((await client.submit_many(jobs(1, id="never")))[0]))
+        never = (await client.submit_many(jobs(1, id="never")))[0]
+        waiting_for_ever = asyncio.create_task(client.result(never))
+        coming = client.as_completed([never])
+        waiting_too = asyncio.create_task(anext(coming))
         worker.finish(job_id)
         assert (await client.result(job_id, timeout=20)).job_id == job_id
         assert not waiting_for_ever.done()
+        assert not waiting_too.done()
         return job_id
 
-    async def last() -> None:
-        await way(9)
+    assert len({asyncio.run(way(number)) for number in range(8)}) == 8
+    assert none_connected(worker)
+    gc.collect()
+
+
+def test_a_client_that_nobody_holds_any_more_is_closed(named: Settings, worker):
+    async def main() -> None:
+        client = AsyncClient(named)
+        await client.status("a")
+        assert connected(worker)
+        del client
+        gc.collect()
+        await until(lambda: connected(worker) == 0)
+
+    asyncio.run(main())
+    gc.collect()
+
+
+def test_two_event_loops_share_a_client_at_once(named: Settings, worker):
+    client = AsyncClient(named)
+
+    async def way(thread: int) -> int:
+        for number in range(40):
+            job_id = await client.submit(RerankJob(query=f"thread {thread}, {number}", chunks=["x"]))
+            worker.finish(job_id)
+            assert (await client.result(job_id, timeout=20)).job_id == job_id
+        return 40
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(lambda thread: asyncio.run(way(thread)), range(4))) == 160
+    assert none_connected(worker)
+    gc.collect()
+
+
+def test_closing_in_one_event_loop_tells_those_who_wait_in_another(named: Settings, worker):
+    client = AsyncClient(named)
+    waits = threading.Event()
+
+    async def waiter() -> None:
+        (job_id,) = await client.submit_many(jobs(1))
+        waiting = asyncio.create_task(client.result(job_id))
+        await until(lambda: subscribed(worker))
+        waits.set()
+        await waiting
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(asyncio.run, waiter())
+        assert waits.wait(30)
+        asyncio.run(client.aclose())
+        with pytest.raises(rerankq.ClientClosed):
+            waiting.result(30)
+    assert none_connected(worker)
+    gc.collect()
+
+
+ASYNC_CALLS: dict[str, Callable[[AsyncClient], Any]] = {
+    "submit": lambda client: client.submit(jobs(1)[0]),
+    "submit_many": lambda client: client.submit_many([]),
+    "submission": lambda client: client.submission(),
+    "result": lambda client: client.result("a", timeout=1),
+    "as_completed": lambda client: client.as_completed(["a"]),
+    "status": lambda client: client.status("a"),
+    "cancel": lambda client: client.cancel("a"),
+    "forget": lambda client: client.forget(),
+    "dead": lambda client: client.dead(),
+    "dead_job": lambda client: client.dead_job("a"),
+    "retry": lambda client: client.retry("a"),
+    "drop": lambda client: client.drop("a"),
+    "rerank": lambda client: client.rerank("q", ["x"]),
+    "workers": lambda client: client.workers(),
+}
+
+
+def test_a_closed_client_says_so_in_every_method(settings: Settings):
+    assert set(ASYNC_CALLS) == {name for name in vars(AsyncClient) if not name.startswith("_")} - {"aclose"}
+
+    async def work(client: AsyncClient) -> None:
+        await client.status("a")
+        await client.aclose()
+        for call in ASYNC_CALLS.values():
+            with pytest.raises(rerankq.ClientClosed, match="the client is closed"):  # noqa: PT012  # some await
+                called = call(client)
+                if asyncio.iscoroutine(called):
+                    await called
+        with pytest.raises(rerankq.ClientClosed):
+            await client.__aenter__()
         await client.aclose()
 
-    assert len({asyncio.run(way(number)) for number in range(8)}) == 8
-    asyncio.run(last())
-    gc.collect()
+    run(work, settings)
+
+
+def test_every_call_has_a_limit_whatever_the_ledger_does_and_so_has_closing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loop_connections, "ANSWER_WITHIN_S", 0.3)
+    monkeypatch.setattr(loop_connections, "CLOSE_S", 0.3)
+
+    async def work(client: AsyncClient) -> None:
+        # More than there are turns: whoever stands in line behind those that hang does not wait for each of them.
+        many = [client.status(f"{number}") for number in range(200)]
+        others = [client.submit(jobs(1)[0]), client.cancel("a"), client.forget("a"), client.workers(), client.dead()]
+        started = time.monotonic()
+        ends = await asyncio.gather(*many, *others, return_exceptions=True)
+        assert {type(end) for end in ends} == {rerankq.BrokerUnavailable}
+        assert time.monotonic() - started < 15
+        waiting = [asyncio.create_task(client.status("a")), asyncio.create_task(client.result("a"))]
+        await asyncio.sleep(0)
+        await client.aclose()
+        ends = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(end) for end in ends} == {rerankq.ClientClosed}
+
+    with socket.create_server(("127.0.0.1", 0), backlog=500) as silent:
+        run(work, Settings(broker_url=f"redis://127.0.0.1:{silent.getsockname()[1]}/0"))
+
+
+def test_a_rerank_keeps_its_timeout_though_the_ledger_hangs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rerankq.client.LAST_LOOK_S", 0.05)
+
+    async def work(client: AsyncClient) -> None:
+        with pytest.raises(rerankq.JobTimedOut):
+            await client.rerank("q", ["x"], timeout=0.1)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        run(work, Settings(broker_url=f"redis://127.0.0.1:{silent.getsockname()[1]}/0"))
 
 
 @pytest.mark.parametrize("turns", [0, 1, 5, 20, 60, 150])
@@ -469,7 +644,7 @@ def test_as_completed_stopped_midway_leaves_nothing_subscribed(settings: Setting
         assert (await anext(coming))[0] == ids[0]
         await coming.aclose()
         await until(lambda: not subscribed(worker))
-        assert client._ears._waiters == {}
+        assert ears_of(client)._waiters == {}
 
     run(work, settings)
 
@@ -586,7 +761,7 @@ def test_jobs_are_read_while_the_peer_that_tells_of_endings_hangs(
     async def work(client: AsyncClient) -> None:
         waited, left = await client.submit_many(jobs(2))
         async with Mute(settings.ledger, STAGES[stage]) as mute:
-            monkeypatch.setattr(client._ears, "_dial", lambda: line(mute.url))
+            monkeypatch.setattr(ears_of(client), "_dial", lambda: line(mute.url))
             result = asyncio.create_task(client.result(waited))
             if stage == "leaving":
                 await until(lambda: subscribed(worker))
@@ -612,14 +787,14 @@ def test_a_connection_that_hangs_is_replaced_by_one_that_tells_of_endings(
     async def work(client: AsyncClient) -> None:
         ids = await client.submit_many(jobs(2))
         async with Mute(settings.ledger, STAGES[stage]) as mute:
-            monkeypatch.setattr(client._ears, "_dial", lambda: line(mute.url if mute.muted < 2 else settings.ledger))
+            monkeypatch.setattr(ears_of(client), "_dial", lambda: line(mute.url if mute.muted < 2 else settings.ledger))
             result = asyncio.create_task(client.result(ids[0]))
             if stage == "leaving":
                 for _ in range(2):
                     await until(lambda: subscribed(worker) or mute.muted == 2)
                     with pytest.raises(rerankq.JobTimedOut):
                         await client.result(ids[1], timeout=0.01)
-                    await until(lambda: not client._ears._open or mute.muted == 2)
+                    await until(lambda: not ears_of(client)._open or mute.muted == 2)
             await until(lambda: mute.muted == 2 and subscribed(worker))
             await asyncio.sleep(0.2)  # long enough for the one reading after the subscription
             worker.finish(ids[0])
@@ -637,13 +812,13 @@ def test_a_peer_that_reads_no_more_does_not_hold_up_what_is_said_to_it(
     async def work(client: AsyncClient) -> None:
         (job_id,) = await client.submit_many(jobs(1))
         async with Mute(settings.ledger, b"\r\nSUBSCRIBE\r\n", reads=False) as mute:
-            monkeypatch.setattr(client._ears, "_dial", lambda: line(settings.ledger if mute.muted else mute.url))
+            monkeypatch.setattr(ears_of(client), "_dial", lambda: line(settings.ledger if mute.muted else mute.url))
             monkeypatch.setattr(waiting, "SILENCE_S", NEVER_S)  # not by its silence: by what it does not take
-            many = [client._ears.expect(f"{number:0128}") for number in range(60_000)]
+            many = [ears_of(client).expect(f"{number:0128}") for number in range(60_000)]
             result = asyncio.create_task(client.result(job_id))
             await until(lambda: mute.muted and subscribed(worker))
             for number, future in enumerate(many):
-                client._ears.drop(f"{number:0128}", future)
+                ears_of(client).drop(f"{number:0128}", future)
             worker.finish(job_id)
             assert (await result).job_id == job_id
 
@@ -661,7 +836,7 @@ def test_closing_does_not_wait_for_a_peer_that_hangs(
         client = AsyncClient(settings)
         (job_id,) = await client.submit_many(jobs(1))
         async with Mute(settings.ledger, b"PING" if stage == "leaving" else STAGES[stage]) as mute:
-            monkeypatch.setattr(client._ears, "_dial", lambda: line(mute.url))
+            monkeypatch.setattr(ears_of(client), "_dial", lambda: line(mute.url))
             result = asyncio.create_task(client.result(job_id))
             await until(lambda: mute.muted)
             started = asyncio.get_running_loop().time()
@@ -684,9 +859,10 @@ def test_nothing_is_sought_while_nobody_waits(settings: Settings, worker, monkey
             calls.append(1)
             return line("redis://127.0.0.1:1/0")
 
-        monkeypatch.setattr(client._ears, "_dial", counted)
+        monkeypatch.setattr(ears_of(client), "_dial", counted)
         with pytest.raises(rerankq.JobTimedOut):
             await client.result(job_id, timeout=0.3)
+        await asyncio.sleep(0.3)  # for what was under way at that moment
         sought, asked = len(calls), scripts_run(worker)
         assert sought
         await asyncio.sleep(1)
@@ -732,7 +908,7 @@ def test_a_user_without_rights_to_the_channels_still_gets_the_rankings(
 
         async def work(client: AsyncClient) -> None:
             (job_id,) = await client.submit_many(jobs(1))
-            monkeypatch.setattr(client._ears, "_dial", partial(line, restricted))
+            monkeypatch.setattr(ears_of(client), "_dial", partial(line, restricted))
             result = asyncio.create_task(client.result(job_id))
             await asyncio.sleep(0.2)
             worker.finish(job_id)

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as runs
@@ -84,14 +85,40 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (with_(model=""), "model"),
     (with_(model=SURROGATE), "model"),
     (with_(top_k=0), "top_k"),
-    (with_(top_k=2049), "top_k"),
+    (with_(top_k=1_000_001), "top_k"),
+    (with_(top_k=2.5), "top_k"),
+    (with_(top_k=True), "top_k"),
+    (with_(top_k=10**5_000), "top_k"),
+    (with_(top_k="9" * 5_000), "top_k"),
     (with_(top_k="many"), "top_k"),
     (with_(min_score=math.nan), "min_score"),
     (with_(min_score=math.inf), "min_score"),
     (with_(deadline_s=0), "deadline_s"),
     (with_(deadline_s=-1), "deadline_s"),
-    (with_(deadline_s=math.inf), "deadline_s"),
+    *((with_(deadline_s=odd), "deadline_s") for odd in (math.inf, math.nan, 1e-320, 1e12, 1e9 + 1, 10**400, True)),
+    *((with_(deadline_s=odd), "deadline_s") for odd in ("inf", "NaN", "1e400", "soon", np.bool_(True), [5], {})),
     (with_(max_length=0), "max_length"),
+    (with_(max_length=1_000_001), "max_length"),
+    (with_(max_length=True), "max_length"),
+    (with_(query_max_tokens=10**20), "query_max_tokens"),
+    (with_(skip_at_or_below=10**20), "skip_at_or_below"),
+    (with_(min_score=True), "min_score"),
+    (with_(min_score=-1e300), "min_score"),
+    (with_(model="m" * 513), "model"),
+    (with_(chunks=[{"text": "x", "pagerank": True}]), "chunks.0.pagerank"),
+    (with_(chunks=[{"text": "x", "vector_score": 1e300}]), "chunks.0.vector_score"),
+    (with_(chunks=[{"text": "x", "keyword_score": False}]), "chunks.0.keyword_score"),
+    (with_(chunks=[{"text": "x", "tags": {"a": 1e31}}]), "chunks.0.tags.a"),
+    (with_(chunks=[{"text": "x", "tags": {"a": True}}]), "chunks.0.tags.a"),
+    (with_(query_tags={"a": -1e31}), "query_tags.a"),
+    (with_(query_tokens=[["a", 1e10]]), "query_tokens.0.1"),
+    (with_(query_tokens=[["a", 1e-320]]), "query_tokens.0.1"),
+    (with_(fusion={"weights": {"model": 1e308, "token": 1e308}}), "fusion.weights.model"),
+    (with_(fusion={"weights": {"model": 1e-320}}), "fusion.weights.model"),
+    (with_(fusion={"weights": {"model": True}}), "fusion.weights.model"),
+    (with_(fusion={"boosts": {"title": 1e300}}), "fusion.boosts.title"),
+    (with_(fusion={"rrf_k": 10**20}), "fusion.rrf_k"),
+    (with_(chunks=[{"text": "x", "id": "a"}, "y", {"text": "z", "id": "a"}]), "chunks.2.id"),
     (with_(query_max_tokens=0), "query_max_tokens"),
     (with_(priority="urgent"), "priority"),
     (with_(cache="never"), "cache"),
@@ -122,6 +149,129 @@ def test_a_malformed_job_is_rejected_naming_the_place(fields: dict[str, Any], pl
     with pytest.raises(JobRejected) as built:
         RerankJob(**fields)
     assert str(built.value) == str(caught.value)
+    assert isinstance(caught.value, ValueError), "as pydantic's own was"
+
+
+def test_a_fault_is_named_the_same_in_json_where_json_can_say_it():
+    for fields, place in REFUSED:
+        try:
+            text = json.dumps(fields, allow_nan=True)
+        except (TypeError, ValueError):
+            continue
+        with pytest.raises(JobRejected) as caught:
+            parse_job(text)
+        assert caught.value.field == place
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ('{"query": "q", "chunks": ["x"], "top_k": %s}' % ("9" * 5_000), "top_k"),
+        ('{"query": "q", "chunks": ["x"], "deadline_s": %s}' % ("9" * 5_000), "deadline_s"),
+        ('{"query": "q", "chunks": ["x"], "deadline_s": 1e999}', "deadline_s"),
+        ('{"query": "q", "chunks": ["x"], "deadline_s": -Infinity}', "deadline_s"),
+        ('{"query": "q", "chunks": ["x"], "min_score": NaN}', "min_score"),
+        ('{"query": "q", "chunks": [{"text": "x", "metadata": {"a": [%s]}}]}' % ("9" * 5_000), "chunks.0.metadata"),
+        ('{"query": "q", "chunks": [{"text": "x", "metadata": {"a": NaN}}]}', "chunks.0.metadata"),
+        ('{"query": "q", "chunks": [{"text": "x", "metadata": {"a": 1e999}}]}', "chunks.0.metadata"),
+        (
+            '{"query": "q", "chunks": [{"text": "x", "metadata": {"a": DEEP}}]}'.replace("DEEP", "[" * 300 + "]" * 300),
+            "chunks.0.metadata",
+        ),
+        ('{"query": DEEP, "chunks": ["x"]}'.replace("DEEP", "[" * 300 + "]" * 300), "query"),
+        ('{"query": "\\ud800", "chunks": ["x"]}', "query"),
+        ('{"query": "q", "chunks": ["\\udc00"]}', "chunks.0.text"),
+        ('{"query": "q", "query": "p", "chunks": ["x"]}', "query"),
+        ('{"query": "q", "chunks": [{"text": "x", "text": "y"}]}', "text"),
+        ('{"query": "q", "chunks": [{"text": "x", "metadata": {"a": 1, "a": 2}}]}', "a"),
+        ('{"query": "q", "chunks": ["x"], "id": "a\\u0000b"}', "id"),
+        ('{"query": "q", "chunks": ["x"], "tenant": "a\\u0000b"}', "tenant"),
+        ('{"query": "\\u0000", "chunks": ["x"]} \u0000', ""),
+        ('{"query": "q", "chunks": %s}' % ("[" * 100_000), ""),
+        ('\ufeff{"query": "q"}', ""),
+        (b'{"query": "q", "chunks": ["\xe9"]}', ""),
+    ],
+    ids=range(21),
+)
+def test_odd_json_is_refused_naming_the_field(text: str | bytes, field: str):
+    with pytest.raises(JobRejected) as caught:
+        parse_job(text)
+    assert caught.value.field == field
+    assert len(str(caught.value)) < 300
+
+
+def test_a_nul_is_a_character_of_a_text_like_any_other():
+    job = parse_job('{"query": "a\\u0000b", "chunks": [{"text": "\\u0000", "id": "\\u0000"}]}')
+    assert job_of(payload_of(job)) == job
+    assert job.chunk_names() == ["\0"]
+
+
+@pytest.mark.parametrize("taken", [0.001, 1, 1e9, "5", "1e3", np.float32(2.5), np.int64(5), 10**9])
+def test_a_deadline_is_any_number_of_seconds_up_to_thirty_years(taken: object):
+    assert parse_job(with_(deadline_s=taken)).deadline_s == float(taken)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "taken"), [(1, 1), (2_048, 2_048), (10_000, 10_000), (1_000_000, 1_000_000), (5.0, 5)]
+)
+def test_top_k_may_be_more_than_there_are_chunks(top_k: float, taken: int):
+    assert parse_job(with_(top_k=top_k)).top_k == taken
+
+
+@pytest.mark.parametrize(
+    ("build", "field"),
+    [
+        (lambda: Chunk(text=5), "text"),
+        (Chunk, "text"),
+        (lambda: Chunk(text="x", colour="red"), "colour"),
+        (lambda: Chunk(text=SURROGATE), "text"),
+        (lambda: Chunk(text="x", tags={"a": "b"}), "tags.a"),
+        (lambda: Chunk.model_validate({"text": None}), "text"),
+        (lambda: Chunk.model_validate(7), ""),
+        (lambda: Chunk.model_validate_json('{"text": 5}'), "text"),
+        (lambda: Chunk.model_validate_json(b'{"text": "x", "text": "y"}'), "text"),
+        (lambda: Chunk.model_validate_json("{"), ""),
+        (lambda: Fusion(weights={"modle": 1}), "weights.modle.[key]"),
+        (lambda: Fusion(method="best"), "method"),
+        (lambda: Fusion(weights={"model": 0}), ""),
+        (lambda: Fusion.model_validate({"weights": {"model": -1}}), "weights.model"),
+        (lambda: RerankJob(query="q", chunks=[{"text": 5}]), "chunks.0.text"),
+        (lambda: RerankJob.model_validate({"query": "q", "chunks": ["x"], "fusion": {"rrf_k": 0}}), "fusion.rrf_k"),
+    ],
+    ids=range(16),
+)
+def test_what_callers_write_is_refused_in_our_own_words(build: Callable[[], object], field: str):
+    with pytest.raises(JobRejected) as caught:
+        build()
+    assert caught.value.field == field
+
+
+def test_inside_of_other_models_pydantic_names_the_whole_way_to_a_fault():
+    class Holder(BaseModel):
+        jobs: list[RerankJob]
+
+    with pytest.raises(ValidationError) as caught:
+        Holder.model_validate({"jobs": [with_(), with_(chunks=["x", {"text": 5}])]})
+    assert [fault["loc"] for fault in caught.value.errors()] == [("jobs", 1, "chunks", 1, "text")]
+
+
+# Names of chunks
+
+
+@runs(max_examples=200)
+@given(st.lists(st.sampled_from(["", "", "0", "1", "2", "#1", "##1", "#2", "a"]), min_size=1, max_size=8))
+def test_chunks_have_names_of_their_own_and_those_that_were_given(ids: list[str]):
+    chunks = [{"text": "x", "id": name} for name in ids]
+    given_ids = [name for name in ids if name]
+    if len(set(given_ids)) < len(given_ids):
+        with pytest.raises(JobRejected, match="is the id of chunk"):
+            parse_job(with_(chunks=chunks))
+        return
+    names = parse_job(with_(chunks=chunks)).chunk_names()
+    assert len(set(names)) == len(names)
+    for at, (name, given_id) in enumerate(zip(names, ids, strict=True)):
+        assert name == given_id if given_id else name.lstrip("#") == str(at)
+        assert given_id or str(at) in given_ids or name == str(at), "its position, wherever that is free"
 
 
 @pytest.mark.parametrize(
@@ -383,8 +533,8 @@ def test_every_record_refuses_unknown_fields():
 
 
 words = st.text(st.characters(codec="utf-8"), max_size=12)
-finite = st.floats(allow_nan=False, allow_infinity=False)
-weights = st.floats(0, 1e6)
+finite = st.floats(-1e30, 1e30)
+weights = st.just(0.0) | st.floats(1e-30, 1e9)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | finite | words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
@@ -415,7 +565,7 @@ fusions = st.builds(
 jobs = st.builds(
     RerankJob,
     query=words.filter(lambda text: text.strip()),
-    chunks=st.lists(chunks, min_size=1, max_size=4),
+    chunks=st.lists(chunks, min_size=1, max_size=4, unique_by=lambda chunk: chunk.id or id(chunk)),
     id=st.none() | st.from_regex(r"\A[A-Za-z0-9._:-]{1,128}\Z"),
     model=st.none() | words.filter(bool),
     top_k=st.none() | st.integers(1, 2048),

@@ -14,6 +14,7 @@ STATUS = {
     "SettingsInvalid": (500, False),
     "BrokerUnavailable": (503, True),
     "ClientClosed": (503, False),
+    "ClientUnusable": (500, False),
     "JobRejected": (422, False),
     "JobTooLarge": (413, False),
     "QueueFull": (429, True),

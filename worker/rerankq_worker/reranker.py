@@ -189,8 +189,9 @@ class Reranker:
         return {name: compute[name]() for name in compute if name in needed}
 
     def _unscored(self, job_id: str, job: RerankJob, began: float, waited_s: float) -> Ranking:
+        names = job.chunk_names()
         chunks = [
-            _chunk(job, at, place, score=0.0, missing=["model"])
+            _chunk(job, at, place, id=names[at], score=0.0, missing=["model"])
             for place, at in enumerate(range(len(job.chunks))[: job.top_k], 1)
         ]
         return _ranking(
@@ -208,6 +209,7 @@ def _ranking(**fields: Any) -> Ranking:
 
 
 def _ranked(job: RerankJob, scored: Scored, blended: Blend) -> list[dict[str, Any]]:
+    names = job.chunk_names()
     # Lists of Python's own numbers: to pick single ones out of arrays costs more than the fusion.
     fused, truncated, cached = blended.scores.tolist(), scored.truncated.tolist(), scored.cached.tolist()
     logits = _or_none(scored.logits)
@@ -217,6 +219,7 @@ def _ranked(job: RerankJob, scored: Scored, blended: Blend) -> list[dict[str, An
             job,
             at,
             place,
+            id=names[at],
             score=fused[at],
             scores={name: value for name, row in signals.items() if (value := row[at]) is not None},
             missing=blended.missing[at],
@@ -231,7 +234,7 @@ def _ranked(job: RerankJob, scored: Scored, blended: Blend) -> list[dict[str, An
 def _chunk(job: RerankJob, at: int, place: int, **fields: Any) -> dict[str, Any]:
     """Write a chunk's place as a ranking takes it: one validation of them all costs half of making each by itself."""
     chunk = job.chunks[at]
-    fields |= {"id": chunk.id or str(at), "index": at, "rank": place}
+    fields |= {"index": at, "rank": place}
     if job.return_text:
         fields["text"] = chunk.text
     if chunk.metadata:
