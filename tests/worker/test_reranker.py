@@ -152,7 +152,7 @@ CHUNKS = st.builds(
 JOBS = st.builds(
     RerankJob,
     query=TEXT.filter(str.strip),
-    chunks=st.lists(CHUNKS, min_size=1, max_size=8),
+    chunks=st.lists(CHUNKS, min_size=1, max_size=8, unique_by=lambda chunk: chunk.id or id(chunk)),
     fusion=st.sampled_from(list(profiles().values())),
     query_tags=st.dictionaries(st.sampled_from("ab"), st.floats(0, 1), max_size=2),
     top_k=st.none() | st.integers(1, 5),
@@ -377,6 +377,13 @@ def test_top_k_and_min_score_cut_after_all_were_scored(world: World):
     assert [chunk.index for chunk in kept] == [chunk.index for chunk in whole.chunks if chunk.score >= least]
     assert world.rank(job(min_score=1e9)).chunks == []
     assert world.rank(job(top_k=1)).usage.pairs == len(TEXTS)
+
+
+def test_a_chunk_without_a_name_takes_that_of_no_other(world: World):
+    chunks = [{"text": TEXTS[0]}, {"text": TEXTS[1]}, {"text": TEXTS[2], "id": "1"}, {"text": TEXTS[3], "id": "#1"}]
+    for fields in ({}, {"skip_at_or_below": 4}):
+        named = {chunk.index: chunk.id for chunk in world.rank(job(chunks, **fields)).chunks}
+        assert named == {0: "0", 1: "##1", 2: "1", 3: "#1"}
 
 
 def test_a_ranking_says_how_many_chunks_were_left_out(world: World):
