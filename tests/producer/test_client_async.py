@@ -19,7 +19,7 @@ from hypothesis import settings as runs
 from hypothesis import strategies as st
 
 import rerankq
-from rerankq import AsyncClient, RerankJob, ledger, loop_connections, waiting
+from rerankq import AsyncClient, RerankJob, connections, loop_connections, waiting
 from rerankq.ledger import AsyncLedger, connect_async, line
 from rerankq.settings import Settings
 from rerankq.waiting import Ears
@@ -299,7 +299,7 @@ def test_readings_go_on_however_busy_the_client_is(settings: Settings, worker, m
 def test_an_idle_subscription_outlives_the_patience_for_answers(
     settings: Settings, worker, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ledger, "ANSWER_S", 0.1)
+    monkeypatch.setattr(connections, "ANSWER_S", 0.1)
     monkeypatch.setattr(waiting, "READ_AGAIN_S", NEVER_S)
 
     async def work(client: AsyncClient) -> None:
