@@ -287,7 +287,7 @@ def test_an_unknown_model_is_refused_and_one_that_just_registered_is_found(clien
     assert [one.model for one in client.workers()] == ["other/model"]
 
 
-def test_an_id_does_not_depend_on_the_weights_that_workers_have(client: Client, worker, monkeypatch: pytest.MonkeyPatch):
+def test_an_id_does_not_depend_on_the_weights_of_workers(client: Client, worker, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rerankq.client.BELIEVE_S", 0)
     worker.register("m", fingerprint="old")
     before = client.submit(job(1))
