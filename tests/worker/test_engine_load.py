@@ -50,11 +50,26 @@ def test_a_hub_name_that_cannot_be_fetched_says_what_was_tried(tmp_path):
     assert any("ModelUnusable: model 'acme/absent': no such folder here" in line for line in said)
 
 
-@pytest.mark.parametrize("model", ["/no/such/folder", "./nothing", "~/nothing-of-that-name", "a/b/c", ""])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "/no/such/folder",
+        "./nothing",
+        "~/nothing-of-that-name",
+        "~nobody/x",
+        "a/b/c",
+        "",
+        "/" + "x" * 300,
+        "a\0b",
+        __file__,
+    ],
+)
 def test_a_missing_folder_is_one_clear_error(model, monkeypatch):
     monkeypatch.chdir("/")
-    with pytest.raises(ModelUnusable, match=r"no such folder|no config\.json"):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelUnusable, match=r"no such folder|no config\.json|cannot be looked up|is a file") as said:
         engine.load(model)
+    assert "\n" not in str(said.value)
 
 
 def test_a_folder_without_config_or_weights_is_refused(tmp_path):
@@ -71,18 +86,8 @@ def test_without_the_repository_the_bundled_model_says_how_to_get_one(tmp_path, 
         engine.load("bundled")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x01", b"\xff" * 64, (10**15).to_bytes(8, "little"), bytes(8) + b"nonsense"]
-)
-def test_a_weights_file_that_is_none_is_one_clear_error(tmp_path, content):
-    write_checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelUnusable, match="not a readable safetensors file"):
-        checkpoint.weight_names(tmp_path)
-
-
-def fingerprint(folder, precision="fp32", template="t"):
-    return checkpoint.fingerprint(folder, precision=precision, template=template)
+def fingerprint(folder, weights=b"w", precision="float32", template="t"):
+    return checkpoint.fingerprint(checkpoint.files_of(folder), weights, precision=precision, template=template)
 
 
 def test_the_fingerprint_changes_with_every_file_that_is_read(tmp_path):
@@ -91,11 +96,12 @@ def test_the_fingerprint_changes_with_every_file_that_is_read(tmp_path):
     others = [
         fingerprint(write_checkpoint(tmp_path / "c", tokenizer__json="{ }")),
         fingerprint(write_checkpoint(tmp_path / "d", vocab__json="{}")),
-        fingerprint(tmp_path / "a", precision="reduced"),
+        fingerprint(tmp_path / "a", b"v"),
+        fingerprint(tmp_path / "a", precision="bfloat16 torch cpu"),
         fingerprint(tmp_path / "a", template="u"),
-        fingerprint(tmp_path / "a", precision="fp3", template="2t"),
+        fingerprint(tmp_path / "a", precision="float3", template="2t"),
     ]
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 7
     assert all(len(name) == 32 for name in others)
 
 
@@ -106,6 +112,18 @@ def test_the_fingerprint_ignores_what_is_not_read(tmp_path):
     (folder / "onnx").mkdir()
     (folder / "onnx" / "config.json").write_text("{}")
     assert fingerprint(folder) == first
+
+
+def test_what_is_written_or_replaced_is_seen(tmp_path):
+    folder = write_checkpoint(tmp_path, tokenizer__json="{}")
+    before = checkpoint.files_of(folder)
+    assert checkpoint.files_of(folder) == before
+    for name in ("model.safetensors", "tokenizer.json"):
+        other = folder / "other"
+        other.write_bytes((folder / name).read_bytes())
+        other.replace(folder / name)
+        assert checkpoint.files_of(folder) != before
+        before = checkpoint.files_of(folder)
 
 
 @pytest.mark.parametrize("asked", [0, -5, "0", "fast"])

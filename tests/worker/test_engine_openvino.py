@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from rerankq_worker import engine
-from rerankq_worker.engine import ModelUnusable, cross_encoder
+from rerankq_worker.engine import ModelUnusable, ways
+from rerankq_worker.engine.cores import multiplies_bfloat16
+from rerankq_worker.engine.openvino_pass import OpenVinoPass
 
 SCIFACT = Path(__file__).resolve().parents[3] / "shared" / "data" / "scifact"
 QUERY = "which drug reduces fever in adults?"
@@ -71,25 +73,37 @@ def test_nothing_to_score_gives_nothing(engines):
     assert engines["float32"].forward([]).shape == (0,)
 
 
-def test_scores_of_one_precision_are_shared_between_runtimes_and_of_others_are_not(engines, torch_engine):
+def test_scores_of_float32_are_shared_between_runtimes_and_of_less_are_not(engines, torch_engine):
     assert engines["float32"].fingerprint == torch_engine.fingerprint
-    assert len({one.fingerprint for one in engines.values()}) == len(engines)
+    reduced = [engine.load("bundled", "cpu", "bfloat16", runtime="torch", threads=1), engines["int8"]]
+    # A CPU that does not multiply bfloat16 gets float32 from OpenVINO, and what is computed in it is shared as such.
+    other = engines["bfloat16"] if multiplies_bfloat16() else engines["float32"]
+    assert engines["bfloat16"].fingerprint == other.fingerprint
+    assert len({one.fingerprint for one in (*reduced, torch_engine)}) == 3
 
 
-def test_it_says_what_it_is(engines):
-    said = {(one.runtime, one.dtype, one.device, one.padded) for one in engines.values()}
-    assert said == {("openvino", dtype, "cpu", True) for dtype in engines}
+def test_it_says_what_it_is_and_what_it_computes_in(engines):
+    said = {asked: (one.runtime, one.dtype, one.device, one.padded) for asked, one in engines.items()}
+    computed = {**{dtype: dtype for dtype in engines}, **({} if multiplies_bfloat16() else {"bfloat16": "float32"})}
+    assert said == {asked: ("openvino", dtype, "cpu", True) for asked, dtype in computed.items()}
 
 
 def no_form(model, yes_or_no=None):
     return None
 
 
+HONEST = OpenVinoPass.__call__
+
+
+def beside_the_point(self, batch):
+    return HONEST(self, batch) + 0.01 * len(batch)
+
+
 @pytest.mark.parametrize(
-    ("what", "instead"), [("form_of", no_form), ("_SAME", dict.fromkeys(cross_encoder._SAME, -1.0))]
+    ("where", "what", "instead"), [(ways, "form_of", no_form), (OpenVinoPass, "__call__", beside_the_point)]
 )
-def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(monkeypatch, caplog, what, instead):
-    monkeypatch.setattr(cross_encoder, what, instead)
+def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(monkeypatch, caplog, where, what, instead):
+    monkeypatch.setattr(where, what, instead)
     fallen = engine.load("bundled", "cpu", "float32", threads=1)
     assert fallen.runtime == "torch"
     assert "runs on torch" in caplog.text

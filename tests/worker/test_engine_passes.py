@@ -162,6 +162,16 @@ def test_the_paddings_own_token_in_a_text_has_no_position_flattened_either(run, 
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", [FlattenedPass, PaddedPass, compiled])
+def test_the_paddings_own_id_at_the_end_of_a_text_is_not_read(run, name, kind):
+    ends, all_of_it, other = pairs_of([20, 4, 31])
+    ends.ids[[3, 17, 18, 19]] = FAMILIES[name].pad
+    all_of_it.ids[:] = FAMILIES[name].pad
+    logits, expected = run(name, kind, [ends, all_of_it, other])
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "reduced"), [("bert", True), ("xlm-r", True), ("modernbert", False), ("gte", False)])
 def test_the_last_layer_of_bert_like_models_computes_the_first_token_alone(name, reduced):
     model = model_of(FAMILIES[name])

@@ -83,6 +83,8 @@ def load(
     """
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1 token, not {max_length}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
     budget = None if max_batch_tokens == "measured" else _batch_tokens(max_batch_tokens)
     engine = (
         _load_stub(model, max_length, budget)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from .errors import ModelUnusable
+from .errors import ModelUnusable, in_one_line
 
 _BUNDLED = Path(__file__).parents[3] / "models" / "minilm-l6-rerank"
 
 #: What the model and its tokeniser are made of. Pickled weights and exports to other runtimes stay away.
 _PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _EXPORTS = ("onnx/*", "openvino/*")
-_HASHED = {Path(part).suffix for part in _PARTS}
-_BLOCK = 1 << 20
-#: Bytes of a safetensors header that readers accept.
-_LARGEST_HEADER = 100_000_000
+_READ = {Path(part).suffix for part in _PARTS}
+_WEIGHTS = ".safetensors"
 
 
 def find_checkpoint(model: str) -> Path:
@@ -27,42 +25,58 @@ def find_checkpoint(model: str) -> Path:
     """
     if model == "bundled":
         return _bundled()
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_file, is_folder = folder.is_file(), folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # not ours to read, no such home, no name of a file
+        raise ModelUnusable(f"model {model!r} cannot be looked up: {in_one_line(error)}") from error
+    if is_folder:
         return _complete(folder)
+    if is_file:
+        raise ModelUnusable(f"model {model!r} is a file; a model is a folder with config.json, tokeniser and weights")
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelUnusable(f"model {model!r}: there is no such folder")
     return _complete(_fetch(model))
 
 
-def fingerprint(folder: Path, *, precision: str, template: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of a checkpoint at one moment: hashes of what the small ones hold, and marks of all that are read.
+
+    Two that are equal show that nothing was written or replaced between them.
+    """
+
+    contents: Mapping[str, bytes]
+    marks: Mapping[str, tuple[int, int, int]]
+
+
+def files_of(folder: Path) -> Files:
+    """Look at the files that a model is loaded from; raises ModelUnusable for one that cannot be read."""
+    contents, marks = {}, {}
+    try:
+        for path in _parts(folder):
+            name, now = path.relative_to(folder).as_posix(), path.stat()
+            marks[name] = now.st_ino, now.st_size, now.st_mtime_ns
+            if path.suffix != _WEIGHTS:
+                contents[name] = blake2b(path.read_bytes(), digest_size=16).digest()
+    except OSError as error:
+        raise ModelUnusable(f"a file of the model cannot be read: {error}") from error
+    return Files(contents, marks)
+
+
+def fingerprint(files: Files, weights: bytes, *, precision: str, template: str) -> str:
     """Hash everything of a checkpoint that changes a logit, 128 bits in hexadecimal.
 
-    That is the content of every file the model is loaded from, the class of precision it runs in, and how pairs are
-    put together; not its name, place or age. Reads all of it: about a second per gigabyte.
+    That is what the small files hold, the hash of the weights as they are in memory, what computes them in which
+    precision, and how pairs are put together; not the checkpoint's name, place or age.
     """
     whole = blake2b(digest_size=16)
-    for said in ("rerankq cross-encoder 1, raw logits", precision, template):
+    for said in ("rerankq cross-encoder 2, raw logits", precision, template):
         whole.update(_framed(said.encode()))
-    for path in _parts(folder):
-        whole.update(_framed(path.relative_to(folder).as_posix().encode()))
-        whole.update(_content(path))
+    for name, content in sorted(files.contents.items()):
+        whole.update(_framed(name.encode()) + content)
+    whole.update(_framed(weights))
     return whole.hexdigest()
-
-
-def weight_names(folder: Path) -> set[str]:
-    """List the names of all stored weights; raises ModelUnusable where the files cannot be read."""
-    names: set[str] = set()
-    for path in folder.rglob("*.safetensors"):
-        try:
-            with path.open("rb") as file:
-                # The format: eight bytes of length, then that much JSON, then the numbers.
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(size, _LARGEST_HEADER)))
-        except (OSError, ValueError) as error:
-            raise ModelUnusable(f"{path} is not a readable safetensors file: {error}") from error
-        names.update(header)
-    return names
 
 
 def _bundled() -> Path:
@@ -76,11 +90,17 @@ def _bundled() -> Path:
 
 
 def _complete(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
         raise ModelUnusable(f"{folder} holds no config.json: not a model folder")
-    if not any(folder.rglob("*.safetensors")):
+    try:
+        weights = {path.parent for path in folder.rglob(f"*{_WEIGHTS}")}
+        pickled = {path.parent for path in folder.rglob("pytorch_model*.bin")} - weights
+    except OSError as error:
+        raise ModelUnusable(f"{folder} cannot be read: {in_one_line(error)}") from error
+    if not weights or pickled:
         raise ModelUnusable(
-            f"{folder} holds no weights in safetensors; pickled weights are not loaded, convert them first"
+            f"{min(pickled, default=folder)} holds no weights in safetensors; pickled weights are not loaded, "
+            "convert them first"
         )
     return folder
 
@@ -88,31 +108,26 @@ def _complete(folder: Path) -> Path:
 def _fetch(model: str) -> Path:
     # Slow to import, and needed for hub names alone.
     from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(_PARTS), ignore_patterns=list(_EXPORTS)))
     except LocalEntryNotFoundError as error:
         raise ModelUnusable(
-            f"model {model!r}: no such folder here, not in the local hub cache, and the hub cannot be reached ({error})"
+            f"model {model!r}: no such folder here, not in the local hub cache, and the hub cannot be reached "
+            f"({in_one_line(error)})"
         ) from error
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ModelUnusable(f"model {model!r}: no such folder here, and the hub refuses it ({error})") from error
+    except Exception as error:  # whatever its client raises: of names, refusals, networks, disks
+        raise ModelUnusable(
+            f"model {model!r}: no such folder here, and the hub refuses it ({in_one_line(error)})"
+        ) from error
 
 
 def _parts(folder: Path) -> Iterator[Path]:
     exports = {pattern.partition("/")[0] for pattern in _EXPORTS}
     for path in sorted(folder.rglob("*")):
-        if path.suffix in _HASHED and path.is_file() and path.relative_to(folder).parts[0] not in exports:
+        if path.suffix in _READ and path.is_file() and path.relative_to(folder).parts[0] not in exports:
             yield path
-
-
-def _content(path: Path) -> bytes:
-    content = blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            content.update(block)
-    return content.digest()
 
 
 def _framed(part: bytes) -> bytes:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CPUINFO = Path("/proc/cpuinfo")
+_SHORT_NUMBERS = frozenset(
+    {"amx_bf16", "amx_fp16", "amx_int8", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni"}
+)
 
 
 def available_cores() -> int:
@@ -39,8 +42,20 @@ def names_bfloat16(cpuinfo: str) -> bool:
     >>> names_bfloat16("flags\t: fpu avx512f avx512_bf16"), names_bfloat16("flags\t: fpu avx512f avx512_vnni")
     (True, False)
     """
-    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_flags(cpuinfo))
+
+
+def short_number_instructions(cpuinfo: str | None = None) -> str:
+    r"""Name this CPU's instructions that multiply shorter numbers than float32: each rounds in its own way.
+
+    >>> short_number_instructions("flags\t: fpu avx512f avx512_vnni avx512_bf16")
+    'avx512_bf16+avx512_vnni'
+    """
+    return "+".join(sorted(_SHORT_NUMBERS.intersection(_flags(_read(_CPUINFO) if cpuinfo is None else cpuinfo))))
+
+
+def _flags(cpuinfo: str) -> list[str]:
+    return next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "").split()
 
 
 def allocator_environment() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -10,29 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers.cross_encoder.modules.logit_score import LogitScore
 
-from .checkpoint import fingerprint
-from .cores import available_cores
+from .checkpoint import files_of, fingerprint
+from .cores import available_cores, short_number_instructions
 from .device import choose_device, multiplies_bfloat16_faster, tokens_that_fit
-from .errors import ModelUnusable, Unconvertible
-from .first_token import shorten
-from .forms import Form, form_of
-from .loading import load_model, readable_length
+from .errors import ModelUnusable
+from .last_layer import compute_last_layer_in_float32
+from .loading import hash_of_weights, load_model, readable_length, refusing
+from .long_positions import LongPositions
 from .pair_format import pair_tokeniser_for
-from .passes import FlattenedPass, Inputs, PaddedPass, Pass, WholeModel
+from .pair_tokeniser import Tokeniser
+from .passes import Inputs, Pass
+from .probing import probe_of
 from .protocol import QUERY_MAX_TOKENS, Flight, Landed, Logits, TokenisedPair, score_in_batches
-from .runtimes import PRECISIONS, Facts, choose, openvino_installed
-
-logger = logging.getLogger(__name__)
+from .runtimes import Choice, Facts, choose, openvino_installed, precision_of
+from .ways import Subject, openvino_way, torch_way
 
 #: Tokens per batch. On a CPU tokens per second hardly change from 512 to 4096 (measured, 22 M parameters), and
 #: the smaller the batch, the sooner an interactive pair gets its turn; a GPU needs many to be busy.
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ACCELERATOR = 32_768
-#: Two ways through a model may differ by this much: rounding, in float32 and in the reduced precisions.
-_SAME = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.25, "int8": 1.0}
-_PROBE = ("which way is shorter?", ["one", "the other, with a few words more", "a third " * 40])
 
 
 class CrossEncoderEngine:
@@ -68,18 +64,37 @@ class CrossEncoderEngine:
             torch.set_num_threads(self._threads)
         # OpenVINO converts float32 weights into what it computes in.
         kind = torch.float32 if self.runtime == "openvino" else getattr(torch, self.dtype)
+        files = files_of(folder)
         model = load_model(folder, name, where, kind)
+        weights = hash_of_weights(model)
+        if files_of(folder) != files:
+            raise ModelUnusable(f"files of the model {name!r} changed while they were read; load it again")
         self._device = where
-        self._tokeniser = pair_tokeniser_for(model, max_length=readable_length(model, max_length))
-        with_types = "token_type_ids" in model.tokenizer.model_input_names
+        longest = readable_length(model, max_length)
+        with refusing(name, "cannot be used"):
+            self._tokeniser = pair_tokeniser_for(model, max_length=longest)
+            subject = _subject_of(model, name, self._tokeniser, where, self.dtype)
+            self._run = self._way_through(subject, padded=padded)
         self.name = name
         self.max_length = self._tokeniser.max_length
         self.max_batch_tokens = max_batch_tokens or _BATCH_TOKENS.get(where.type, _BATCH_TOKENS_ACCELERATOR)
         self.device = str(where)
-        template = f"{self._tokeniser.template} types={with_types}"
-        self.fingerprint = fingerprint(folder, precision=PRECISIONS[self.dtype], template=template)
-        self._run = self._choose_pass(model, padded, with_types=with_types)
         self.padded = self._run.padded
+        self.fingerprint = fingerprint(
+            files,
+            weights,
+            precision=precision_of(Choice(self.runtime, self.dtype), where.type, short_number_instructions()),
+            template=f"{self._tokeniser.template} types={subject.inputs.with_types}",
+        )
+
+    def _way_through(self, subject: Subject, *, padded: bool | None) -> Pass:
+        if self.runtime == "openvino":
+            compiled = openvino_way(subject, dtype=self.dtype, threads=self._threads)
+            self.dtype = compiled.dtype
+            return compiled
+        # On CUDA the kernel for unpadded pairs knows the reduced precisions only.
+        unpadded = not padded and not (self._device.type == "cuda" and self.dtype == "float32")
+        return torch_way(subject, unpadded=unpadded)
 
     def tokenise(
         self,
@@ -101,7 +116,7 @@ class CrossEncoderEngine:
             return Landed(np.empty(0, dtype=np.float32))
         with torch.inference_mode():
             logits = self._run(batch)
-            return CudaFlight(logits) if logits.is_cuda else Landed(logits.cpu().numpy())
+            return CudaFlight(logits) if logits.is_cuda else Landed(finite(logits.cpu().numpy()))
 
     def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
         """Run one batch: raw logits, shape ``(len(batch),)``."""
@@ -116,8 +131,12 @@ class CrossEncoderEngine:
 
         Raises ModelUnusable where its logits are not finite: every job's would be missing, and none would fail.
         """
-        if not np.isfinite(self.forward(self.tokenise("warm up", ["one chunk", "and a longer one"]))).all():
-            raise ModelUnusable(f"model {self.name!r} gives logits that are not finite, computed in {self.dtype}")
+        try:
+            self.forward(self.tokenise("warm up", ["one chunk", "and a longer one"]))
+        except FloatingPointError as error:
+            raise ModelUnusable(
+                f"model {self.name!r} gives logits that are not finite, computed in {self.dtype}"
+            ) from error
 
     def most_tokens(self, batch: Sequence[TokenisedPair]) -> float:
         """Tell how many tokens a batch may cost within the device's free memory, judged by what this one takes."""
@@ -128,59 +147,6 @@ class CrossEncoderEngine:
         """Give the device's cached blocks back."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _choose_pass(self, model: Any, padded: bool | None, *, with_types: bool) -> Pass:
-        inputs = Inputs(self._device, pad=int(model.tokenizer.pad_token_id or 0), with_types=with_types)
-        says = model[-1] if isinstance(model[-1], LogitScore) else None
-        body = model[0].auto_model
-        form = form_of(body, (says.true_token_id, says.false_token_id) if says is not None else None)
-        # Whatever follows the transformer (pooling, a layer of its own) is known to the whole model alone.
-        if form is None or len(model) != (2 if says is not None else 1):
-            if self.runtime == "openvino":
-                raise Unconvertible("its parts are not known apart")
-            return WholeModel(model, inputs)
-        if form.place == "first":
-            shorten(getattr(body, form.backbone))
-        across = PaddedPass(body, form, inputs)
-        if self.runtime == "openvino":
-            return self._compiled(across, inputs)
-        # On CUDA the kernel for unpadded pairs knows the reduced precisions only.
-        if padded or (self._device.type == "cuda" and self.dtype == "float32"):
-            return across
-        return self._flattened_or(across, body, form, inputs)
-
-    def _compiled(self, across: PaddedPass, inputs: Inputs) -> Pass:
-        """Take the pass that OpenVINO compiles, once a probe has shown that it agrees with torch."""
-        from .openvino_pass import OpenVinoPass  # noqa: PLC0415 - an extra
-
-        expected = self._probed(across)
-        compiled = OpenVinoPass(across, inputs, dtype=self.dtype, threads=self._threads)
-        if why := self._disagreement(compiled, expected):
-            raise Unconvertible(why)
-        return compiled
-
-    def _flattened_or(self, across: PaddedPass, body: Any, form: Form, inputs: Inputs) -> Pass:
-        """Take the flattened pass where a probe shows that it agrees with the padded one."""
-        expected, before = self._probed(across), body.config._attn_implementation
-        try:
-            flattened = FlattenedPass(body, form, inputs)
-            why = self._disagreement(flattened, expected)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the padded way is open
-            why = repr(error)
-        if not why:
-            return flattened
-        body.set_attn_implementation(before)
-        logger.warning("model %s runs padded: flattened, %s", self.name, why)
-        return across
-
-    def _probed(self, way: Pass) -> torch.Tensor:
-        with torch.inference_mode():
-            return way(self.tokenise(*_PROBE))
-
-    def _disagreement(self, way: Pass, expected: torch.Tensor) -> str:
-        """Say by how much a way's logits for the probe differ, if that is more than rounding."""
-        difference = (self._probed(way) - expected).abs().max().item()
-        return "" if difference <= _SAME[self.dtype] else f"its logits differ by {difference:.2g}"
 
 
 class CudaFlight:
@@ -201,4 +167,42 @@ class CudaFlight:
     def logits(self) -> Logits:
         """Wait for the logits."""
         self._arrived.synchronize()
-        return self._host.numpy()
+        return finite(self._host.numpy())
+
+
+def finite(logits: Logits) -> Logits:
+    """Hand logits on; raises FloatingPointError where one is no finite number, for which the batch is to be parted."""
+    if np.isfinite(logits).all():
+        return logits
+    raise FloatingPointError("the model gives no finite logit")
+
+
+def _subject_of(model: Any, name: str, tokeniser: Tokeniser, device: torch.device, dtype: str) -> Subject:
+    """Take what the model gives pairs alone, then let its last layer compute in float32."""
+    inputs, positions = _inputs_for(model, device), LongPositions(model)
+    _read_last_without_padding_id(model[0].auto_model.config.get_text_config())
+    probe = probe_of(model, tokeniser, inputs, dtype, positions.forget)
+    compute_last_layer_in_float32(model)
+    return Subject(name, model, inputs, positions, tokeniser.max_length, probe)
+
+
+def _inputs_for(model: Any, device: torch.device) -> Inputs:
+    tokenizer, config = model.tokenizer, model[0].auto_model.config.get_text_config()
+    # The configuration's goes first: by it models find out what is padding.
+    named = [getattr(config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id]
+    ids = range(len(tokenizer))
+    return Inputs(
+        device,
+        pad=next((int(one) for one in named if isinstance(one, int) and one in ids), 0),
+        with_types="token_type_ids" in tokenizer.model_input_names,
+        pads_left=tokenizer.padding_side == "left",
+    )
+
+
+def _read_last_without_padding_id(config: Any) -> None:
+    """Let transformers' decoders take more than one pair: without a padding's id they refuse, and read the last token.
+
+    An id that no token has makes them read the last token of each.
+    """
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = -1

@@ -40,6 +40,20 @@ class TicketCancelled(EngineError):
     """Raised when a ticket's result is asked for after it was cancelled."""
 
 
+#: Characters of a foreign error's words that are repeated.
+_WORDS = 300
+
+
+def in_one_line(error: BaseException) -> str:
+    r"""Say what a foreign error says in one line, and not at any length; its kind where it says nothing.
+
+    >>> in_one_line(ValueError("no\n\n  weights")), in_one_line(KeyError())
+    ('no weights', 'KeyError()')
+    """
+    words = " ".join(str(error).split()) or repr(error)
+    return words if len(words) <= _WORDS else words[:_WORDS] + "…"
+
+
 #: torch's CPU allocator, OpenVINO and some CUDA libraries raise a plain RuntimeError and say it only in words.
 _OUT_OF_MEMORY = (
     "out of memory",

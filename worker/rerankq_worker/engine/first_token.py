@@ -29,6 +29,13 @@ def shorten(backbone: torch.nn.Module) -> bool:
     return True
 
 
+def lengthen(backbone: torch.nn.Module) -> None:
+    """Take ``shorten`` back, where it was done."""
+    layers = getattr(getattr(backbone, "encoder", None), "layer", None)
+    if isinstance(layers, torch.nn.ModuleList) and isinstance(layers[-1], FirstTokenLayer):
+        layers[-1] = layers[-1].layer
+
+
 _LAYERS = {"BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer"}
 
 

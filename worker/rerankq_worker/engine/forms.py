@@ -19,7 +19,8 @@ class Form:
     The hidden states at ``place`` of each pair, shape (pairs, hidden), go through ``head(model, states)``, which gives
     logits of shape (pairs,) or (pairs, 1). ``position_offset`` is the first token's position; where
     ``skips_padding_ids``, a token with the padding's id in the text is given the padding's position, and is not
-    counted. ``causal`` backbones look back only.
+    counted. ``causal`` backbones look back only. The last place is that of the last token that is not ``unread_id``,
+    the first one where there is no other.
     """
 
     backbone: str
@@ -28,6 +29,7 @@ class Form:
     position_offset: int = 0
     skips_padding_ids: bool = False
     causal: bool = False
+    unread_id: int | None = None
 
 
 def form_of(model: Any, yes_or_no: tuple[int, int | None] | None = None) -> Form | None:
@@ -65,8 +67,10 @@ def _modernbert(model: Any) -> Form:
     return Form("model", place, lambda model, states: model.classifier(model.drop(model.head(states))))
 
 
-def _scored_at_the_end(_: Any) -> Form:
-    return Form("model", "last", lambda model, states: model.score(states), causal=True)
+def _scored_at_the_end(model: Any) -> Form:
+    # Transformers takes whatever has the padding's id for padding, in a text too.
+    pad = model.config.pad_token_id
+    return Form("model", "last", lambda model, states: model.score(states), causal=True, unread_id=pad)
 
 
 _FORMS: dict[str, Callable[[Any], Form]] = {

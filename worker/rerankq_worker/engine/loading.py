@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import CrossEncoder
-from sentence_transformers.cross_encoder.modules.logit_score import LogitScore
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .checkpoint import weight_names
-from .errors import ModelUnusable
+from .errors import EngineError, ModelUnusable, in_one_line
 from .protocol import checked_length
 
-logger = logging.getLogger(__name__)
+#: What tokenisers state where they know of no maximum is beyond this many tokens.
+_UNSTATED = 10**9
+#: So many missing weights are named.
+_NAMED = 5
+
+_loading = threading.Lock()
 
 
 def load_model(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a cross-encoder with one trained label, ready for inference; raises ModelUnusable.
+    """Load a cross-encoder that gives one score per pair, ready for inference; raises ModelUnusable.
 
-    In a reduced precision its last layer runs in float32, so that logits which differ do not fall on the same
-    sixteen bits.
+    Every weight comes from the checkpoint, and lies in memory of its own: what is written into the files afterwards
+    changes no score.
     """
     transformers_logging.disable_progress_bar()
-    try:
+    with refusing(name, "does not load as a cross-encoder"), _what_lacks() as lacking:
         model = CrossEncoder(
             str(folder),
             device=str(device),
@@ -34,51 +42,93 @@ def load_model(folder: Path, name: str, device: torch.device, dtype: torch.dtype
             activation_fn=torch.nn.Identity(),
             model_kwargs={"use_safetensors": True, "dtype": dtype},
         )
-    except Exception as error:
-        raise ModelUnusable(f"model {name!r} does not load as a cross-encoder: {error}") from error
-    model.eval()
-    if isinstance(model[-1], LogitScore):
-        # A decoder that says yes or no: its last layer is the vocabulary's, and often the same as the first.
-        return model
-    head = _head(model, name)
-    if not _is_stored(folder, head):
-        raise ModelUnusable(f"model {name!r} has no trained weights for its last layer: not a reranker")
-    if dtype is not torch.float32:
-        _run_in_float32(model.get_submodule(head))
+        model.eval()
+        _move_out_of_files(model)
+        labels = model.num_labels
+        ids, rows = _ids(model), _rows(model)
+    if lacking:
+        more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
+        named = ", ".join(sorted(lacking)[:_NAMED]) + more
+        raise ModelUnusable(f"model {name!r} has no trained weights for {named}: not a reranker, or not all of it")
+    if labels != 1:
+        raise ModelUnusable(f"model {name!r} gives {labels} scores per pair; a reranker gives one")
+    if rows and ids > rows:
+        raise ModelUnusable(f"model {name!r} knows {rows} token ids, and its tokeniser gives {ids}")
     return model
+
+
+@contextmanager
+def refusing(name: str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises about a model into ModelUnusable, in one sentence."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        raise ModelUnusable(f"model {name!r} {what}: {in_one_line(error)}") from error
+
+
+def hash_of_weights(model: Any) -> bytes:
+    """Hash the weights as they are in memory: names, shapes, types and numbers."""
+    whole = blake2b(digest_size=16)
+    for name, weights in sorted(model.state_dict().items()):
+        whole.update(f"{name} {tuple(weights.shape)} {weights.dtype}\n".encode())
+        whole.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return whole.digest()
 
 
 def readable_length(model: Any, asked: int | None) -> int:
     """Take the least of what the tokeniser states, the position table holds, and the caller asks, in tokens."""
-    stated = [length for length in (model.max_seq_length, _positions(model)) if length]
-    if not stated:
+    stated = [length for length in (model.max_seq_length, _positions(model)) if length and length < _UNSTATED]
+    if stated:
+        return checked_length(asked, min(stated))
+    if asked is None:
         raise ModelUnusable("this model states no maximum length; give one")
-    return checked_length(asked, min(stated))
+    return asked
 
 
-def _head(model: Any, name: str) -> str:
-    """Find the layer that makes the one logit, by its path."""
-    if model.num_labels != 1:
-        raise ModelUnusable(f"model {name!r} gives {model.num_labels} scores per pair; a reranker gives one")
-    linear = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, torch.nn.Linear))
-    heads = [path for path, layer in linear if layer.out_features == 1]
-    if not heads:
-        raise ModelUnusable(f"model {name!r} has no layer with one output, and does not say yes or no")
-    return str(heads[-1])
+@contextmanager
+def _what_lacks() -> Iterator[set[str]]:
+    """Collect the weights that a checkpoint lacks or has in another shape, while a model is loaded from it.
 
-
-def _is_stored(folder: Path, head: str) -> bool:
-    """Tell whether the layer's weight is in the checkpoint; loaders fill a missing one with noise, and only warn.
-
-    Stored names may lack leading parts of the layer's path, never its end.
+    Transformers fills them with noise, and says so in its log or to who asks; sentence-transformers does not ask.
     """
-    end = head.rpartition(".")[2] + ".weight"
-    return any(stored == end or stored.endswith("." + end) for stored in weight_names(folder))
+    lacking: set[str] = set()
+    theirs = vars(PreTrainedModel)["from_pretrained"]
+
+    def from_pretrained(kind: Any, *args: Any, **options: Any) -> Any:
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = theirs.__func__(kind, *args, **options)
+        lacking.update(report["missing_keys"], (key for key, *_ in report["mismatched_keys"]))
+        return model
+
+    with _loading:
+        PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+        try:
+            yield lacking
+        finally:
+            PreTrainedModel.from_pretrained = theirs
 
 
-def _run_in_float32(layer: torch.nn.Module) -> None:
-    layer.float()
-    layer.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
+def _move_out_of_files(model: torch.nn.Module) -> None:
+    """Copy every tensor that may be a view of a mapped file, one at a time."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+def _ids(model: Any) -> int:
+    if not (vocabulary := model.tokenizer.get_vocab()):
+        raise ModelUnusable("this model's tokeniser has no vocabulary")
+    return 1 + int(max(vocabulary.values()))
+
+
+def _rows(model: Any) -> int | None:
+    try:
+        table = model[0].auto_model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return int(table.num_embeddings) if isinstance(table, torch.nn.Embedding) else None
 
 
 def _positions(model: Any) -> int | None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: How the CPU plugin is told to compute. In int8 it is the weights that are, and the activations as they come.
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+#: What no computation gives: a number that is none, with a sign of ours in its unused bits.
+_UNTOUCHED = np.uint32(0x7FDEAD51)
 #: Activations are quantised in groups of so many neighbours of a token, so that no token depends on another.
 _GROUP = 128
 
@@ -50,9 +52,12 @@ class OpenVinoPass:
                 "ENABLE_CPU_PINNING": False,
                 "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP if dtype == "int8" else 0,
             }
-            self._request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
+            compiled = openvino.Core().compile_model(graph, "CPU", options)
+            self._request = compiled.create_infer_request()
         except Exception as error:
             raise Unconvertible(f"OpenVINO does not convert it: {_first_line(error)}") from error
+        #: The precision it computes in: a CPU that does not multiply bfloat16 is given float32 instead.
+        self.dtype = _computed_in(compiled, dtype)
         self._across = across
         self._inputs = inputs
         _forget_weights(across.backbone)
@@ -63,8 +68,10 @@ class OpenVinoPass:
         given = self._request.infer(inputs, share_inputs=True, share_outputs=True)[0]
         states = given.copy()
         # Without memory for its inputs OpenVINO may raise nothing, and give once more what it gave before.
-        given[:] = np.nan
-        if len(states) != len(batch) or np.isnan(states).all():
+        bits = given.view(np.uint32)
+        nothing = bool((bits == _UNTOUCHED).any())
+        bits[:] = _UNTOUCHED
+        if nothing or len(states) != len(batch):
             # A batch of this size may get nothing again until one of another size was computed. A new request is no way
             # out: to let go of this one ends the process.
             raise MemoryError(f"OpenVINO computed nothing for {len(batch)} pairs")
@@ -105,6 +112,11 @@ def _has_weights(node: Any) -> bool:
         return False
     source = node.input_value(1).get_node()
     return bool(source.get_type_name() == "Constant" and len(source.get_output_shape(0)) == 2)
+
+
+def _computed_in(compiled: openvino.CompiledModel, dtype: str) -> str:
+    given = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    return "float32" if dtype == "bfloat16" and given in ("f32", "float32") else dtype
 
 
 def _forget_weights(backbone: torch.nn.Module) -> None:

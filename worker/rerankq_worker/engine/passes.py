@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,15 +36,19 @@ class Pass(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """How batches are written for a model: the padding's id, and whether its second segment is marked."""
+    """How batches are written for a model: the padding's id, whether its second segment is marked, the padding's side.
+
+    The side is for the model's own forward pass; where the parts are known apart they are padded on the right.
+    """
 
     device: torch.device
     pad: int
     with_types: bool
+    pads_left: bool = False
 
 
 class WholeModel:
-    """Through the model's own forward pass, padded: for models of which nothing more is known."""
+    """Through the model's own forward pass, padded as sentence-transformers pads: where nothing more is known."""
 
     padded = True
 
@@ -54,8 +58,35 @@ class WholeModel:
 
     def __call__(self, batch: Sequence[TokenisedPair]) -> torch.Tensor:
         """Run one batch."""
-        logits: torch.Tensor = self._model(padded(batch, self._inputs))["scores"]
+        inputs = padded(batch, self._inputs, left=self._inputs.pads_left)
+        logits: torch.Tensor = self._model(inputs)["scores"]
         return logits.reshape(len(batch)).float()
+
+
+class OneLengthAtATime:
+    """Through the model's own forward pass, the pairs of each length by themselves: nothing is padded.
+
+    ``before_each()`` is called before each of them.
+    """
+
+    padded = False
+
+    def __init__(self, whole: WholeModel, before_each: Callable[[], None]) -> None:
+        self._whole = whole
+        self._before_each = before_each
+
+    def __call__(self, batch: Sequence[TokenisedPair]) -> torch.Tensor:
+        """Run one batch, as many times as it has lengths."""
+        places: dict[int, list[int]] = {}
+        for at, pair in enumerate(batch):
+            places.setdefault(pair.length, []).append(at)
+        parts = []
+        for alike in places.values():
+            self._before_each()
+            parts.append(self._whole([batch[at] for at in alike]))
+        order = torch.tensor([at for alike in places.values() for at in alike])
+        logits = torch.cat(parts)
+        return torch.empty_like(logits).index_copy_(0, order.to(logits.device), logits)
 
 
 class PaddedPass:
@@ -77,19 +108,20 @@ class PaddedPass:
         """Run the backbone: the states that the head reads, shape (pairs, hidden)."""
         options = {"use_cache": False} if self._form.causal else {}
         states = self.backbone(**inputs, **options).last_hidden_state
-        return self._read(states, inputs["attention_mask"])
+        return self._read(states, inputs["input_ids"], inputs["attention_mask"])
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Score the states: raw logits, shape (pairs,)."""
         return self._form.head(self._model, states).reshape(len(states)).float()
 
-    def _read(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _read(self, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if self._form.place == "first":
             return states[:, 0]
-        lengths = mask.sum(1)
-        if self._form.place == "last":
-            return states.take_along_dim((lengths - 1)[:, None, None], 1)[:, 0]
-        return (states * mask[..., None]).sum(1) / lengths[:, None]
+        if self._form.place == "mean":
+            return (states * mask[..., None]).sum(1) / mask.sum(1)[:, None]
+        read = mask if self._form.unread_id is None else mask * (ids != self._form.unread_id)
+        last = (read * torch.arange(ids.shape[1], device=ids.device)).amax(1)
+        return states.take_along_dim(last[:, None, None], 1)[:, 0]
 
 
 class FlattenedPass:
@@ -119,7 +151,8 @@ class FlattenedPass:
         options = {"use_cache": False} if self._form.causal else {}
         row = {name: sent(values[None], self._inputs.device) for name, values in inputs.items()}
         states = self._backbone(**row, **options, layout=layout).last_hidden_state[0]
-        return self._form.head(self._model, self._read(states, layout)).reshape(len(batch)).float()
+        read = self._read(states, layout, batch)
+        return self._form.head(self._model, read).reshape(len(batch)).float()
 
     def _layout(self, lengths: Integers, ends: Integers) -> Layout:
         bounds = sent(np.concatenate(([0], ends)).astype(np.int32), self._inputs.device)
@@ -136,23 +169,25 @@ class FlattenedPass:
         nth = before[:-1] - np.repeat(before[ends - lengths], lengths)
         return np.where(real, nth + self._form.position_offset, self._inputs.pad)
 
-    def _read(self, states: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def _read(self, states: torch.Tensor, layout: Layout, batch: Sequence[TokenisedPair]) -> torch.Tensor:
         if len(states) == len(layout.first):
             # A shortened last layer gives the first tokens alone; pairs of one token each are their own first and last.
             return states
         if self._form.place == "first":
             return states[layout.first]
         if self._form.place == "last":
-            return states[layout.bounds[1:].long() - 1]
+            last = np.array([_last_read(pair, self._form.unread_id) for pair in batch], dtype=np.int64)
+            return states[layout.first + sent(last, self._inputs.device)]
         lengths = layout.bounds.diff()
         return torch.segment_reduce(states.float(), "mean", lengths=lengths.long()).to(states.dtype)
 
 
-def padded(batch: Sequence[TokenisedPair], how: Inputs) -> dict[str, torch.Tensor]:
-    """Write a batch as tensors of shape (pairs, longest), filled up on the right."""
+def padded(batch: Sequence[TokenisedPair], how: Inputs, *, left: bool = False) -> dict[str, torch.Tensor]:
+    """Write a batch as tensors of shape (pairs, longest), filled up on the right, or on the left."""
     lengths = np.array([pair.length for pair in batch])
-    columns = np.arange(lengths.max())
-    real = columns < lengths[:, None]
+    # Counted from the start of each pair: its tokens are those from 0 up to its length.
+    columns = np.arange(lengths.max()) - (lengths.max() - lengths[:, None] if left else 0)
+    real = (columns >= 0) & (columns < lengths[:, None])
     ids = np.full(real.shape, how.pad, dtype=np.int64)
     ids[real] = np.concatenate([pair.ids for pair in batch])
     inputs = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
@@ -168,6 +203,13 @@ def sent(values: NDArray[Any], device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def _last_read(pair: TokenisedPair, unread_id: int | None) -> int:
+    if unread_id is None or pair.ids[-1] != unread_id:
+        return pair.length - 1
+    read = np.flatnonzero(pair.ids != unread_id)
+    return int(read[-1]) if read.size else 0
 
 
 def _types(batch: Sequence[TokenisedPair], lengths: Integers, ends: Integers) -> Integers:

@@ -20,9 +20,6 @@ RUNTIMES = MappingProxyType(
 )
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
-#: Precisions whose logits may share a cache, by the name that goes into the fingerprint.
-PRECISIONS = MappingProxyType({"float32": "fp32", "bfloat16": "reduced", "float16": "reduced", "int8": "int8"})
-
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -64,6 +61,19 @@ def choose(runtime: str, dtype: str, facts: Facts) -> Choice:
         if not (lacking := _lacking(name, facts)):
             return Choice(name, dtype)
     raise EngineError(f"{dtype} on the device {facts.device!r} needs the runtime {able[0]!r}: {lacking}")
+
+
+def precision_of(choice: Choice, device: str, instructions: str) -> str:
+    """Name what logits may share a cache with: float32 is the same everywhere, less is rounded by each in its own way.
+
+    >>> precision_of(Choice("torch", "float32"), "cuda", ""), precision_of(Choice("openvino", "float32"), "cpu", "amx")
+    ('float32', 'float32')
+    >>> precision_of(Choice("torch", "bfloat16"), "cpu", "amx_bf16")
+    'bfloat16 torch cpu amx_bf16'
+    """
+    if choice.dtype == "float32":
+        return choice.dtype
+    return f"{choice.dtype} {choice.runtime} {device} {instructions if device == 'cpu' else ''}".strip()
 
 
 def openvino_installed() -> bool:

@@ -1,0 +1,334 @@
+"""A pair gets the logit that it gets alone whatever is beside it, by a way that a probe found right, or none at all."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import tiny_checkpoints
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import CrossEncoder
+
+from rerankq_worker import engine
+from rerankq_worker.engine import Batcher, ModelUnusable, PairFailed, cross_encoder
+from rerankq_worker.engine.passes import OneLengthAtATime, WholeModel
+
+QUERY = tiny_checkpoints.QUERY
+TEXTS = (*tiny_checkpoints.TEXTS, "", "a", "word " * 60)
+PATIENCE_S = 60
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Give the folder of a tiny checkpoint, made when first asked for; ``config`` is put over its recipe's."""
+    found = {}
+
+    def make(name, **config):
+        key = name, json.dumps(config, sort_keys=True)
+        if key not in found:
+            found[key] = tiny_checkpoints.write(name, tmp_path_factory.mktemp("model"), **config)
+        return found[key]
+
+    return make
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """Give a copy of a tiny checkpoint that may be spoilt."""
+    return lambda name, **config: shutil.copytree(made(name, **config), tmp_path / "copy")
+
+
+def load(folder, dtype="float32", runtime="torch", **options):
+    return engine.load(str(folder), "cpu", dtype, runtime=runtime, threads=1, **options)
+
+
+def plain_logits(folder, pairs, dtype=torch.float32):
+    """The slow twin: the ids of each pair by themselves through sentence-transformers' model as it loads it."""
+    model = CrossEncoder(str(folder), device="cpu", activation_fn=torch.nn.Identity(), model_kwargs={"dtype": dtype})
+    model.eval()
+    with torch.inference_mode():
+        return np.array([_alone(model, pair) for pair in pairs])
+
+
+def _alone(model, pair):
+    ids = torch.from_numpy(pair.ids.astype(np.int64))[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "token_type_ids" in model.tokenizer.model_input_names:
+        inputs["token_type_ids"] = (torch.arange(pair.length) >= pair.second_from).long()[None]
+    return float(model(inputs)["scores"].reshape(-1))
+
+
+def shuffled_batches(count, seed=0):
+    dice = np.random.default_rng(seed)
+    for size in (count, 1, 2, count // 2, count):
+        yield dice.permutation(count)[:size]
+
+
+def assert_scores_as_alone(loaded, folder, pairs, atol=1e-5):
+    expected = plain_logits(folder, pairs)
+    assert np.ptp(expected) > 0.05, "pairs that differ must not all score alike, or this compares nothing"
+    for order in shuffled_batches(len(pairs)):
+        logits = loaded.forward([pairs[at] for at in order])
+        np.testing.assert_allclose(logits, expected[order], rtol=1e-5, atol=atol)
+
+
+# -- batches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("gemma says", WholeModel),
+        ("gemma2 says", WholeModel),  # soft caps on its logits, windows of attention
+        ("mistral says", WholeModel),
+        ("gpt2 says", OneLengthAtATime),  # its positions count the padding before it
+        ("gpt2", WholeModel),
+        ("phi3", WholeModel),
+        ("llama, no padding", None),
+        ("modular qwen3", WholeModel),
+    ],
+)
+def test_a_pair_beside_longer_ones_scores_as_alone(made, name, way):
+    loaded = load(made(name))
+    assert way is None or type(loaded._run) is way
+    assert_scores_as_alone(loaded, made(name), loaded.tokenise(QUERY, TEXTS))
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt2"])
+def test_a_decoder_whose_configuration_names_no_padding_reads_the_last_token(copied, made, name):
+    folder = copied(name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    loaded = load(folder)
+    pairs = loaded.tokenise(QUERY, TEXTS)
+    assert_scores_as_alone(loaded, folder, pairs)
+
+
+LONG_ROPE = {
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": 40,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 40,
+        "factor": 3.2,
+    },
+}
+DYNAMIC_ROPE = {
+    "max_position_embeddings": 40,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize(("name", "config"), [("phi3", LONG_ROPE), ("llama, bytes", DYNAMIC_ROPE)])
+def test_a_short_pair_does_not_take_the_frequencies_of_a_longer_one_beside_or_before_it(copied, name, config):
+    folder = copied(name, **config)
+    # Without this the tokeniser's length is capped at the configuration's, before the second kind does anything.
+    stated = {"max_seq_length": 96, "transformer_task": "sequence-classification"}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(stated))
+    tiny_checkpoints._write_modules(folder)
+    loaded = load(folder)
+    pairs = loaded.tokenise(QUERY, TEXTS)
+    lengths = [pair.length for pair in pairs]
+    assert min(lengths) < 40 < max(lengths)
+    # Each through a model of its own, which has seen no other.
+    expected = np.array([plain_logits(folder, [pair]).item() for pair in pairs[:6]])
+    for order in shuffled_batches(6):
+        np.testing.assert_allclose(loaded.forward([pairs[at] for at in order]), expected[order], rtol=0, atol=1e-5)
+
+
+def test_short_pairs_alone_of_a_model_of_long_positions_are_batched_as_others(copied):
+    assert type(load(copied("phi3", **LONG_ROPE), max_length=40)._run) is WholeModel
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_last_layer_of_a_decoder_that_says_yes_or_no_computes_in_float32(made, dtype):
+    loaded = load(made("gemma says"), dtype)
+    logits = loaded.forward(loaded.tokenise(QUERY, [f"chunk {number}" for number in range(40)]))
+    in_sixteen_bits = torch.from_numpy(logits).to(getattr(torch, dtype)).float().numpy()
+    assert (logits != in_sixteen_bits).mean() > 0.5
+
+
+# -- refused -------------------------------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch, hook, module="classifier"):
+    honest = cross_encoder.load_model
+
+    def load_model(*args):
+        model = honest(*args)
+        model[0].auto_model.get_submodule(module).register_forward_hook(hook)
+        return model
+
+    monkeypatch.setattr(cross_encoder, "load_model", load_model)
+
+
+def test_a_model_whose_pairs_change_each_other_even_at_one_length_is_refused(made, monkeypatch):
+    spoil(monkeypatch, lambda _, __, out: out - out.mean(0, keepdim=True))
+    with pytest.raises(ModelUnusable, match=r"together than alone: .*one length at a time, its logits"):
+        load(made("bert"))
+
+
+def test_a_model_that_gives_another_logit_every_time_is_refused(made, monkeypatch):
+    spoil(monkeypatch, lambda _, __, out: out + torch.rand(1))
+    with pytest.raises(ModelUnusable, match="another logit every time"):
+        load(made("bert"))
+
+
+def test_a_model_whose_pairs_change_each_other_by_padding_alone_runs_one_length_at_a_time(made, monkeypatch, caplog):
+    spoil(monkeypatch, lambda _, __, out: out + 0.1 * out.shape[1], "bert.embeddings.LayerNorm")
+    loaded = load(made("bert"), padded=True)
+    assert type(loaded._run) is OneLengthAtATime
+    assert not loaded.padded
+    assert "runs one length at a time" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("roberta", "classifier.dense"),
+        ("distilbert", "pre_classifier"),
+        ("bert", "bert.pooler.dense"),
+        ("bert", "classifier"),
+        ("modernbert", "head.dense"),
+        ("xlm-r", "roberta.encoder.layer.1.output.dense"),
+        ("qwen3 says", "model.layers.0.self_attn.q_proj"),
+        ("modular bert, mean", "encoder.layer.0.attention.self.key"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(copied, name, gone):
+    folder = copied(name)
+    rewrite(folder, lambda weights: {key: value for key, value in weights.items() if not key.startswith(gone)})
+    with pytest.raises(ModelUnusable, match=rf"no trained weights for {gone}\."):
+        load(folder)
+
+
+def rewrite(folder, change, file="model.safetensors"):
+    weights = change(load_file(folder / file))
+    save_file({key: value.clone() for key, value in weights.items()}, folder / file, metadata={"format": "pt"})
+
+
+def test_a_weight_of_another_shape_is_refused_by_its_name(copied):
+    folder = copied("bert")
+    rewrite(folder, lambda weights: weights | {"bert.pooler.dense.weight": torch.zeros(32, 31)})
+    with pytest.raises(ModelUnusable, match=r"no trained weights for bert\.pooler\.dense\.weight"):
+        load(folder)
+
+
+def test_weights_under_another_prefix_are_missing_and_unknown_ones_do_not_matter(copied):
+    folder = copied("bert")
+    rewrite(folder, lambda weights: weights | {"nobody.asks": torch.zeros(3)})
+    load(folder)
+    rewrite(folder, lambda weights: {key.replace("bert.", "student.bert."): value for key, value in weights.items()})
+    with pytest.raises(ModelUnusable, match=r"no trained weights for bert\.embeddings.* and \d+ more"):
+        load(folder)
+
+
+def test_a_dense_layer_behind_the_pooling_that_lacks_its_weight_is_refused(copied):
+    folder = copied("modular modernbert")
+    rewrite(folder / "2_Dense", lambda weights: {"linear.bias": weights["linear.bias"]})
+    with pytest.raises(ModelUnusable, match=r"linear\.weight"):
+        load(folder)
+
+
+def test_tied_weights_are_stored_once_and_a_shard_that_is_gone_is_named(made, tmp_path):
+    model = CrossEncoder(str(made("qwen3 says")), device="cpu")
+    tied = shutil.copytree(made("qwen3 says"), tmp_path / "tied")
+    body = model[0].auto_model
+    body.config.tie_word_embeddings = True
+    body.tie_weights()
+    (tied / "model.safetensors").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        body.save_pretrained(tied, max_shard_size="20KB")
+    shards = sorted(tied.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert_scores_as_alone(load(tied), tied, load(tied).tokenise(QUERY, TEXTS[:5]))
+    shards[0].unlink()
+    with pytest.raises(ModelUnusable, match=shards[0].name):
+        load(tied)
+
+
+# -- files that change ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["r+b", "wb"])
+@pytest.mark.parametrize(
+    ("name", "runtime", "dtype"),
+    [
+        ("bert", "torch", "float32"),
+        ("qwen3", "torch", "bfloat16"),
+        ("modular modernbert", "torch", "float32"),
+        ("bert", "openvino", "float32"),
+    ],
+)
+def test_scores_do_not_follow_files_that_are_overwritten(copied, tmp_path, name, runtime, dtype, mode):
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    folder = copied(name)
+    loaded = load(folder, dtype, runtime)
+    pairs = loaded.tokenise(QUERY, TEXTS)
+    before = loaded.forward(pairs)
+    for file in folder.rglob("*.safetensors"):
+        content = bytes(byte ^ 1 for byte in file.read_bytes())
+        with file.open(mode) as opened:
+            opened.write(content)
+    np.testing.assert_array_equal(loaded.forward(pairs), before)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_file_that_is_replaced_while_it_is_read_refuses_the_model(copied, monkeypatch, file):
+    folder = copied("bert")
+    honest = cross_encoder.load_model
+
+    def load_model(*args):
+        model = honest(*args)
+        other = folder / "other"
+        other.write_bytes((folder / file).read_bytes())
+        other.replace(folder / file)
+        return model
+
+    monkeypatch.setattr(cross_encoder, "load_model", load_model)
+    with pytest.raises(ModelUnusable, match="changed while they were read"):
+        load(folder)
+
+
+# -- no numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_pair_without_a_finite_logit_fails_alone_and_is_no_lack_of_memory(copied, runtime, alone):
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    folder = copied("bert")
+    word = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]["brucken"]
+    rewrite(folder, lambda weights: with_nan(weights, "bert.embeddings.word_embeddings.weight", word))
+    loaded = load(folder, runtime=runtime)
+    spoilt, good = loaded.tokenise(QUERY, ["brucken"]), loaded.tokenise(QUERY, ["a", "b c", "d"])
+    with Batcher(loaded) as batcher:
+        failing = batcher.submit(spoilt * 3) if alone else batcher.submit([*good, *spoilt])
+        others = batcher.submit(good)
+        with pytest.raises(PairFailed, match="no finite logit"):
+            failing.result(PATIENCE_S)
+        assert np.isfinite(others.result(PATIENCE_S)).all()
+        stats = batcher.stats()
+    assert (stats.out_of_memory, stats.batch_tokens, stats.alive) == (0, loaded.max_batch_tokens, True)
+
+
+def with_nan(weights, key, row):
+    weights[key][row] = torch.nan
+    return weights
+
+
+# -- precisions ----------------------------------------------------------------------------------------------------
+
+
+def test_precisions_that_round_differently_do_not_share_scores(made):
+    prints = [load(made("bert"), dtype).fingerprint for dtype in ("float32", "bfloat16", "float16")]
+    assert len(set(prints)) == 3
+    assert load(made("bert"), padded=True).fingerprint == prints[0]
