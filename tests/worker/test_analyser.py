@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import unicodedata
 
 import numpy as np
@@ -103,6 +104,56 @@ def test_a_flood_of_one_thing_takes_time_in_proportion_to_its_length(flood):
     # Eight times the text may take eight times as long, and far from sixty-four; the constant forgives tiny timings.
     short, long = flood * 25_000, flood * 200_000
     assert cpu_seconds(long) < 30 * min(cpu_seconds(short) for _ in range(3)) + 0.5
+
+
+_SENTENCES = [
+    "the moon pulls the sea, 1,000 times;",
+    "don’t 设置GPT－4、3．14，C＋＋ 的批大小。",
+    "カタカナと한국어 ไทย",
+    "naïve cafe\u0301 Ａ１，第1，100页Ａ！",
+    "user_id=x.y.z C# a\u00a0b\u3000c",
+    "如何设置批大小？我们的模型在这里；",
+]
+
+
+@given(st.lists(st.sampled_from(_SENTENCES), min_size=1, max_size=40), st.integers(1, 60))
+def test_a_text_in_pieces_gives_the_tokens_of_the_whole(sentences, piece):
+    text = "".join(sentences)
+    whole = analyse(text)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "_PIECE", piece)
+        assert analyse(text) == whole
+
+
+def test_what_no_model_reads_is_not_analysed():
+    read = "tide " * (module.READ_CHARACTERS // 5)
+    assert len(read) <= module.READ_CHARACTERS
+    whole = analyse(read)
+    assert len(whole) == module.READ_CHARACTERS // 5
+    assert analyse(read + "wave " * 3_000_000) == whole
+    assert len(set(analyse("moon" * module.READ_CHARACTERS))) == 1
+    analyser = Analyser()
+    alike = [read + "wave " * 100_000, read + "beach " * 100_000]
+    assert [ids.tolist() for ids in analyser.token_ids(alike)] == [token_ids(["tide"]).tolist()] * 2
+    [ids] = analyser.ragflow_ids([(alike[0], "", "moon " * 100_000)])
+    assert set(ids.tolist()) == set(token_ids(["tide", "moon", "tidetide", "tidemoon", "moonmoon"]).tolist())
+
+
+@pytest.mark.parametrize(
+    "text", ["moon " * 200_000, "月亮" * 200_000, "月亮，" * 200_000, "x1_" * 300_000, "가나" * 300_000]
+)
+def test_no_call_that_holds_the_interpreter_is_given_more_than_a_piece(text, monkeypatch):
+    given_run, given_text = [], []
+    cut, normalised = module.rjieba.cut_for_search, module._normalised
+    monkeypatch.setattr(
+        module, "rjieba", types.SimpleNamespace(cut_for_search=lambda run: given_run.append(run) or cut(run))
+    )
+    monkeypatch.setattr(module, "_normalised", lambda piece: given_text.append(piece) or normalised(piece))
+    analyse(text)
+    assert max(map(len, given_run), default=0) <= module._LONGEST_RUN
+    # Where nothing stands between words, there is but what is read.
+    parted = " " in text or "，" in text
+    assert max(map(len, given_text)) <= (module._PIECE + 8 if parted else module.READ_CHARACTERS)
 
 
 def test_a_word_without_end_is_named_by_its_beginning():

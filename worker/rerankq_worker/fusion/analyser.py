@@ -14,7 +14,7 @@ import re
 import threading
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -27,6 +27,16 @@ from .stopwords import CHINESE, ENGLISH
 
 Ids = NDArray[np.int64]
 
+#: Characters of a text that are analysed, up to the white space before: 16 for each of the 8192 tokens that the longest
+#: models read. What lies beyond is read by no model, and a text of megabytes would take seconds.
+READ_CHARACTERS = 1 << 17
+# A text is analysed in pieces of about so many characters, and the dictionary asked for runs of so many at most (text
+# has no longer ones): meanwhile other threads of the process stand still, for some milliseconds each time.
+_PIECE, _LONGEST_RUN = 8192, 2048
+# Within so many characters a cut moves back to white space.
+_NEAR = 512
+# Where a text may be parted without parting a word, before and after it is normalised.
+_BETWEEN_WORDS = re.compile(r"[ \t\n\r。，、！？；：]")
 # A word longer than this is a hash, a blob or an attack: its beginning is name enough.
 MAX_TOKEN_CHARACTERS = 64
 MAX_COMPOUND_PARTS = 16
@@ -70,7 +80,8 @@ _stemmers = threading.local()
 def analyse(text: str) -> list[str]:
     """Cut a text into its tokens, in order and with repeats; function words are left out.
 
-    Compounds with a digit, a dot or an underscore are kept whole besides their parts; others give their parts.
+    Of a text the first ``READ_CHARACTERS`` are read. Compounds with a digit, a dot or an underscore are kept whole
+    besides their parts; others give their parts.
 
     >>> analyse("Running COVID-19 tests: C++ and the user_id of GPT-4, long-term")
     ['run', 'covid-19', 'covid', '19', 'test', 'c++', 'user_id', 'user', 'id', 'gpt-4', 'gpt', '4', 'long', 'term']
@@ -78,14 +89,23 @@ def analyse(text: str) -> list[str]:
     ['设置', 'gpu', '批', '大小']
     """
     tokens: list[str] = []
-    for run in _RUNS.findall(_normalised(text)):
-        if run[0] >= "\u0e00" and _IS_HAN.match(run):
-            tokens += (word for word in rjieba.cut_for_search(run) if word not in CHINESE)
-        elif run[0] >= "\u0e00" and _IS_PAIRED.match(run):
-            tokens += _pairs(run)
-        else:
-            tokens += _word(run) if len(run) <= MAX_TOKEN_CHARACTERS else _word.__wrapped__(run)
+    for piece in _parted(read_part(text)):
+        for run in _RUNS.findall(_normalised(piece)):
+            if run[0] >= "\u0e00" and _IS_HAN.match(run):
+                tokens += (word for word in _cut(run) if word not in CHINESE)
+            elif run[0] >= "\u0e00" and _IS_PAIRED.match(run):
+                tokens += _pairs(run)
+            else:
+                tokens += _word(run) if len(run) <= MAX_TOKEN_CHARACTERS else _word.__wrapped__(run)
     return tokens
+
+
+def read_part(text: str) -> str:
+    """Give the part of a text that is analysed: all of it, unless it has more than ``READ_CHARACTERS``."""
+    if len(text) <= READ_CHARACTERS:
+        return text
+    boundary = max(text.rfind(space, READ_CHARACTERS - _NEAR, READ_CHARACTERS) for space in " \n\t\u3000")
+    return text[: boundary if boundary > 0 else READ_CHARACTERS]
 
 
 def warm() -> None:
@@ -112,6 +132,7 @@ class Analyser:
 
     def token_ids(self, texts: Sequence[str]) -> list[Ids]:
         """Give the ids of the distinct tokens of each text; read-only."""
+        texts = [read_part(text) for text in texts]
         keys = [hash(("tokens", text)) if text else _NO_TEXT for text in texts]
         return self._remember(keys, lambda at: token_ids(analyse(texts[at])))
 
@@ -120,6 +141,7 @@ class Analyser:
 
         Fields in RAGFlow's order: content, title, and each keyword.
         """
+        chunks = [tuple(map(read_part, fields)) for fields in chunks]
         keys = [hash(("ragflow", *fields)) for fields in chunks]
         return self._remember(
             keys, lambda at: token_ids(chunk_keys([token for field in chunks[at] for token in analyse(field)]))
@@ -176,6 +198,21 @@ _NO_TEXT = -1
 def _size(ids: Ids) -> int:
     # What an entry costs besides its numbers: array, key, its place in the mapping (rounded up).
     return ids.nbytes + 400
+
+
+def _parted(text: str) -> Iterator[str]:
+    """Part a text between words, after about so many characters each."""
+    start = 0
+    while start < len(text):
+        between = _BETWEEN_WORDS.search(text, start + _PIECE)
+        end = between.end() if between else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _cut(run: str) -> Iterator[str]:
+    for start in range(0, len(run), _LONGEST_RUN):
+        yield from rjieba.cut_for_search(run[start : start + _LONGEST_RUN])
 
 
 def _normalised(text: str) -> str:
