@@ -119,7 +119,11 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
     max_attempts: int = _setting(
-        3, "both", "Deaths of a worker, alone with a job, that set the job aside.", ge=1, le=1_000
+        3,
+        "both",
+        "Deaths of a worker, alone with a job, that set the job aside; the one that made it a suspect is not counted.",
+        ge=1,
+        le=1_000,
     )
     ring_window: int = _setting(256, "both", "Doorbells out at a time, per queue and tenant.", ge=1, le=1_000_000)
     cache_ttl_s: int = _setting(604_800, "worker", "Seconds that a score is remembered.", ge=1, le=10 * YEAR_S)

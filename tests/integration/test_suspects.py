@@ -34,6 +34,21 @@ def test_of_two_poison_jobs_both_are_found_and_no_neighbour_is_blamed(
             assert history.index("alone") < history.rindex("lease-over")
 
 
+def test_a_job_that_kills_runs_once_more_than_the_deaths_that_count(
+    client: Client, start_worker: Callable, wait_until: Callable
+):
+    worker = start_worker("poisonable", RERANKQ_MAX_ATTEMPTS="1", RERANKQ_LEASE_S="1")
+    poison = client.submit(RerankJob(query="p", chunks=["poison"]))
+
+    def dead() -> bool:
+        if worker.process.poll() is not None:
+            worker.start()  # a supervisor
+        return client.status(poison).state == "dead"
+
+    wait_until(dead, 60)
+    assert client.status(poison).attempts == 2
+
+
 def test_suspects_of_an_innocent_death_run_one_at_a_time_and_are_cleared(
     client: Client, start_worker: Callable, settings: Settings, wait_until: Callable
 ):
