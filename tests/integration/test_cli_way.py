@@ -414,18 +414,15 @@ def shell(words):
 CLOSED = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
 
 
-def test_up_in_the_background_of_a_script_says_how_to_stop_it_and_leaves_no_process(start, wait_until):
-    process = start("up", through=shell("trap '' INT HUP TERM PIPE;"))
-    said = ""
-    while "Ready" not in said:
-        said = process.stdout.readline()
-    assert said == f"Ready. kill {process.pid} stops everything.\n"
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_up_in_the_background_of_a_script_can_be_stopped_and_outlives_a_terminal(start, wait_until, number, status):
+    process = start("up", "--json", through=shell("trap '' INT HUP TERM PIPE;"))
+    process.stdout.readline()
     processes = family(process)
-    for number in (signal.SIGHUP, signal.SIGINT):
-        process.send_signal(number)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.returncode == status
     wait_until(lambda: gone(processes))
 
 

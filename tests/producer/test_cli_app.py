@@ -68,6 +68,12 @@ def test_a_file_with_bad_lines_is_refused_whole_with_every_bad_line(run, tmp_pat
     assert last == "rerankq: jobs.jsonl: nothing was submitted; lines that are no jobs: 2"
 
 
+def test_a_file_without_a_job_is_said(run, tmp_path):
+    (tmp_path / "jobs.jsonl").write_text("\n")
+    done = run("submit", "jobs.jsonl", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
+    assert (done.exit_code, done.stderr) == (0, "rerankq: jobs.jsonl: holds no job\n")
+
+
 def test_many_bad_lines_are_counted_not_all_said(run, tmp_path):
     (tmp_path / "jobs.jsonl").write_text("nope\n" * 1000)
     done = run("submit", "jobs.jsonl", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")

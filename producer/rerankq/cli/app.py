@@ -27,15 +27,13 @@ from .inputs import InputFault
 from .options import FAILED, WRONG, JobId, Json, Model, Timeout, connected, settings_with
 from .worker_watch import WorkerWatch
 
-# By custom 128 + the signal's number.
-INTERRUPTED = 128 + signal.SIGINT
-
 
 class Stopped(KeyboardInterrupt):
-    """Raised by SIGTERM and SIGHUP: whatever cleans up after Ctrl-C cleans up after this."""
+    """Raised by SIGINT, SIGTERM and SIGHUP: whatever cleans up after Ctrl-C cleans up after each of them."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
+        # By custom.
         self.status = 128 + number
 
 
@@ -51,8 +49,8 @@ class SpeakingGroup(TyperGroup):
                 _end(str(error), WRONG)
             except RerankqError as error:
                 _end(str(error), FAILED)
-            except KeyboardInterrupt as stop:
-                raise typer.Exit(getattr(stop, "status", INTERRUPTED)) from None
+            except Stopped as stop:
+                raise typer.Exit(stop.status) from None
             except BrokenPipeError:
                 raise  # ends quietly, with status 1
             except OSError as error:
@@ -123,15 +121,10 @@ def up(
                 {"broker_url": url, "embedded": stack.embedded, "model": stack.settings.model, "flower": flower}
             )
         else:
-            print(f"\nReady. {how_to_stop()} stops everything.", flush=True)
+            print("\nReady. Ctrl-C stops everything.", flush=True)
         while True:
             stack.tend()
             time.sleep(0.5)
-
-
-def how_to_stop() -> str:
-    """Say what stops us: a background job of a script ignores SIGINT."""
-    return f"kill {os.getpid()}" if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else "Ctrl-C"
 
 
 @app.command()
@@ -170,6 +163,8 @@ def submit(
         pairs = reader.check()
         if reader.faults:
             raise InputFault(f"{jobs}: nothing was submitted; lines that are no jobs: {reader.faults}")
+        if not pairs:
+            show.note(f"{jobs}: holds no job")
     with Client(settings) as client:
         failed = _print_rankings(client, reader, pairs) if wait else _print_ids(Flow(client), reader)
     if reader.faults:
@@ -322,8 +317,11 @@ def _stopping_signals_raise() -> Iterator[None]:
     def stop(number: int, _: object) -> NoReturn:
         raise Stopped(number)
 
-    # nohup has SIGHUP ignored, and means it.
-    numbers = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP])]
+    # A script starts its background jobs with SIGINT ignored, yet whoever sends one means us; workers and Redis obey it
+    # there too. SIGHUP stays ignored: that is what nohup is for.
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = [(number, signal.signal(number, stop)) for number in numbers]
     try:
         yield

@@ -147,6 +147,9 @@ def show_failed(failed: Mapping[str, str], *, most: int = 10) -> None:
 
 def show_status(status: JobStatus, now: float) -> None:
     """Print where a job stands."""
+    if status.state == "unknown":
+        print("unknown: never submitted, forgotten, or past its time to live")
+        return
     print(f"{status.state}  {status.pairs_done} of {status.pairs_total} pairs, attempts: {status.attempts}")
     for what, when in (("submitted", status.submitted_at), ("started", status.started_at), ("ended", status.ended_at)):
         if when is not None:
