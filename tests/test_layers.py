@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "rerankq.ledger": _DATA | {"rerankq.connections"},
     "rerankq.broker_transport": {"rerankq.urls", "rerankq.connections"},
     # A bell is what the ledger says must be rung.
-    "rerankq.broker": _DATA | {"rerankq.ledger", "rerankq.connections", "rerankq.broker_transport"},
+    "rerankq.broker": _DATA | {"rerankq.ledger", "rerankq.connections", "rerankq.broker_transport", "rerankq.outage"},
     "rerankq.placing": _DATA | {"rerankq.ledger"},
     "rerankq.outage": set(),
     "rerankq.waiting": _DATA | {"rerankq.ledger", "rerankq.outage"},

@@ -7,6 +7,7 @@ import logging
 import os
 import ssl
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from kombu import Connection, Exchange, Queue
 from . import urls
 from .connections import BROKER_ANSWER_S, BROKER_HEALTH_S, CONNECT_S
 from .ledger.calls import Bell, Counted
+from .outage import Outage
 from .settings import Settings
 from .urls import Address
 
@@ -191,6 +193,7 @@ class Bells:
         self._wanted = threading.Condition()
         self._ringing = 0
         self._closed = False
+        self._outage = Outage()
         self._thread: threading.Thread | None = None
 
     def ring(self, bells: Iterable[Bell]) -> None:
@@ -202,7 +205,12 @@ class Bells:
                 # A script that submits and ends must still ring.
                 atexit.register(self.close)
                 self._thread = threading.Thread(target=self._run, name="rerankq-bells", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError as error:  # the interpreter ends, or the system has no more threads
+                    logger.warning("%d bells not rung, the sweeper will: %s", len(self._bells), error)
+                    self._bells.clear()
+                    self._thread = None
             self._wanted.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
@@ -230,12 +238,15 @@ class Bells:
                 try:
                     with self._publishing:
                         self._publish(batch, connection)
+                    if (lasted_s := self._outage.works(time.monotonic())) is not None:
+                        logger.warning("the broker takes bells again, after %.0f s", lasted_s)
                     break
                 except Exception as error:  # noqa: BLE001  # whatever the broker's library raises, the job is safe
                     connection.release()
                     connection = self._app.connection_for_write()
                     if pause_s is None or self._closing(pause_s):
-                        logger.warning("%d bells not rung, the sweeper will: %s", len(batch), error)
+                        if self._outage.fails(time.monotonic()):
+                            logger.warning("%d bells not rung, the sweeper will: %s", len(batch), error)
                         break
             with self._wanted:
                 self._ringing = 0

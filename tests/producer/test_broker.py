@@ -89,6 +89,37 @@ def test_bells_that_cannot_be_rung_are_told_once_and_given_up(caplog: pytest.Log
     bells.close()
 
 
+def test_a_broker_that_is_away_for_long_is_said_once_and_so_is_its_end(
+    bells: Bells, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def away(*_: object) -> None:
+        raise OSError("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bells, "_publish", away)
+        patched.setattr(bells, "_closing", lambda pause_s: True)  # no second try
+        bells.ring(bells_for(1_000))
+        assert bells.flush(30)
+    bells.ring(bells_for(1))
+    assert bells.flush(30)
+    said = [record.getMessage() for record in caplog.records]
+    assert [words.split(",")[0] for words in said] == ["200 bells not rung", "the broker takes bells again"]
+
+
+def test_a_submission_does_not_fail_where_no_thread_can_be_started(bells: Bells, monkeypatch: pytest.MonkeyPatch):
+    """As at the end of the interpreter."""
+
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refused)
+        bells.ring(bells_for(3))
+    assert bells.flush(1)
+    bells.ring(bells_for(1))
+    assert bells.flush(30)
+
+
 def test_closing_twice_or_without_a_bell_does_nothing_and_ringing_after_it_works(bells: Bells, messages: Callable):
     bells.ring([])
     bells.close()
