@@ -556,6 +556,32 @@ def test_a_bell_whose_job_was_removed_by_other_hands_is_dropped(ledger: Ledger):
     assert ledger.ask(calls.claim("a", "w", TERMS)) == "unknown"
 
 
+@pytest.mark.parametrize(
+    "lost", [f"rerankq:{key}" for key in (f"waiting:{BULK}", f"rung:{BULK}", "queues", f"tenants:{BULK}", "backlog")]
+)
+def test_a_queued_job_whose_place_was_evicted_is_found_again_when_somebody_asks_for_it(ledger: Ledger, lost: str):
+    submit(ledger, "a", "b", terms=TERMS._replace(ring_window=1))
+    ledger.redis.delete(lost)
+    for name in "ab":
+        assert state(ledger, name) == "queued"
+    rung_ago(ledger, dict.fromkeys(ledger.redis.zrange(f"rerankq:rung:{BULK}", 0, -1), 20))
+    sweep(ledger, {BULK: 0})
+    assert {bell.id for bell in ledger.ask(calls.ring_on([BULK], TERMS))} == {"a", "b"}
+    for name in "ab":
+        ledger.ask(calls.complete(name, claim(ledger, name).fence, ranking(name), TERMS))
+
+
+def test_a_running_or_dead_job_whose_place_was_evicted_is_found_again_too(ledger: Ledger):
+    submit(ledger, "running", "dead")
+    killed(ledger, "dead")
+    claim(ledger, "running")
+    ledger.redis.delete("rerankq:running", "rerankq:dead")
+    assert (state(ledger, "running"), state(ledger, "dead")) == ("running", "dead")
+    assert ledger.ask(calls.dead()) == ["dead"]
+    leases_end(ledger)
+    assert sweep(ledger).lapsed == 1
+
+
 # Submitting
 
 

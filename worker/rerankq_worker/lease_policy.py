@@ -23,7 +23,7 @@ from rerankq.ledger import Server
 
 #: Seconds between signs of life, and between sweeps.
 BEAT_S = 1.0
-#: Seconds without a sweep, or by which the ledger's clock and ours disagree, that are a break.
+#: Seconds by which the ledger's clock is ahead of ours that are a break, and the least without a sweep that are one.
 BREAK_S = 3.0
 #: A batch may take this many times what its tokens predict, and never less than this many seconds,
 #: before the device counts as hung.
@@ -54,31 +54,34 @@ def hangs(running_s: float | None, predicted_s: float) -> bool:
 class Watch:
     """For how long a sweeper has seen the ledger without a break, by its own monotonic clock, in seconds.
 
-    >>> first = Watch().saw(10.0, ledger_now=5000.0, server=Server("a", uptime_s=7.0))
-    >>> first.watched_s(10.0), first.saw(11.0, ledger_now=5001.0, server=Server("a", 8.0)).watched_s(11.0)
+    >>> first = Watch(lease_s=8).saw(9.9, 10.0, ledger_now=5000.0, server=Server("a", uptime_s=7.0))
+    >>> first.watched_s(10.0), first.saw(10.9, 11.0, ledger_now=5001.0, server=Server("a", 8.0)).watched_s(11.0)
     (7.0, 8.0)
-    >>> first.saw(11.0, ledger_now=8601.0, server=Server("a", 3608.0)).watched_s(11.0)
+    >>> first.saw(10.9, 11.0, ledger_now=8601.0, server=Server("a", 3608.0)).watched_s(11.0)
     0.0
     """
 
+    lease_s: float
     since: float = -math.inf
     at: float = math.nan
     ledger_at: float = math.nan
     server: str | None = None
 
-    def saw(self, now: float, *, ledger_now: float, server: Server) -> Watch:
-        """Note what the ledger told: its time, and which server it is and since when.
+    def saw(self, asked: float, now: float, *, ledger_now: float, server: Server) -> Watch:
+        """Note what the ledger told between *asked* and *now*: its time, and which server it is and since when.
 
         A server that is seen for the first time has been watched for as long as it is up: before, nobody could renew.
         """
-        seen = Watch(self.since, now, ledger_now, server.run_id)
+        seen = replace(self, at=asked, ledger_at=ledger_now, server=server.run_id)
         if self.server is None:
             # Less than nothing: its clock was set back. What it says of its age then says nothing.
             return replace(seen, since=max(self.since, now - server.uptime_s)) if server.uptime_s >= 0 else seen
+        # At most so much time has passed between its two answers: slow ones are no step of its clock.
+        passed = now - self.at
         broke = (
             server.run_id != self.server
-            or now - self.at > BREAK_S
-            or ledger_now - self.ledger_at - (now - self.at) > BREAK_S
+            or passed > max(BREAK_S, self.lease_s - renew_every_s(self.lease_s))
+            or ledger_now - self.ledger_at > passed + BREAK_S
         )
         return seen.lost(now) if broke else seen
 

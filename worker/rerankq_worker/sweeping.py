@@ -71,7 +71,7 @@ class Sweeper:
         self._lives = lives
         self._ended = ended
         self._clock = clock
-        self._watch = Watch()
+        self._watch = Watch(terms.lease_s)
         self._wake = threading.Event()
         self._stopped = False
         self._away = False
@@ -100,9 +100,10 @@ class Sweeper:
         """Give a sign of life, sweep once, and ring on; nothing of it where this worker cannot work."""
         if not self._lives():
             return Swept()
+        asked = self._clock()
         ledger_now = self.beat()
         now = self._clock()
-        self._watch = self._watch.saw(now, ledger_now=ledger_now, server=self._ledger.server())
+        self._watch = self._watch.saw(asked, now, ledger_now=ledger_now, server=self._ledger.server())
         self._bury()
         swept = self._ledger.ask(
             calls.sweep(self._worker, self._terms, watched_s=self._watch.watched_s(now), counted=self._counts.take())

@@ -3,6 +3,7 @@
 local id = ARGV[1]
 local state = settle(id, ARGV[2], ARGV[3])
 local key = job_key(id)
+keep_findable(id, key, state)
 local fields = redis.call('HMGET', key, 'done_pairs', 'pairs', 'created', 'started', 'ended', 'claims', 'error_type', 'error')
 local ranking = ''
 if ARGV[4] == '1' and state == 'done' then ranking = redis.call('HGET', key, 'ranking') or '' end

@@ -83,14 +83,21 @@ end
 local function whole(text) return text and #text < 17 and string.match(text, '^%d+$') end
 local function seconds(text) return text and #text < 20 and string.match(text, '^%d+%.?%d*$') end
 
--- The longer of two times to live, the first of which may be no number; Redis refuses what is beyond its own clock.
-local function longer(ttl, other)
-  return string.format('%.0f', math.min(math.max(whole(ttl) and tonumber(ttl) or 0, tonumber(other)), 1000000000))
+-- What nobody asked to be kept otherwise is kept for so long; most ask for just that, and it is not written down: one
+-- field more would make a waiting job's hash 300 bytes larger.
+local USUAL_TTL = 3600
+
+-- The longer of two times to live; Redis refuses what is beyond its own clock.
+local function longer(ttl, other) return string.format('%.0f', math.min(math.max(ttl, tonumber(other)), 1000000000)) end
+
+local function asked_ttl(key)
+  local ttl = redis.call('HGET', key, 'ttl')
+  return whole(ttl) and tonumber(ttl) or USUAL_TTL
 end
 
 -- What ended is kept for as long as the most patient asked of those who submitted it and of those who end it.
 local function finish(key, id, state, ttl, channel)
-  ttl = longer(redis.call('HGET', key, 'ttl'), ttl)
+  ttl = longer(asked_ttl(key), ttl)
   redis.call('HDEL', key, 'owner', 'claim', 'payload')
   redis.call('HSET', key, 'state', state, 'ended', stamp(now()))
   redis.call('EXPIRE', key, ttl)
@@ -221,6 +228,28 @@ local function take_back(owner)
         redis.call('HDEL', key, 'ended', 'error_type', 'error')
         queue_again(key, id, redis.call('HGET', key, 'suspect'))
       end
+    end
+  end
+end
+
+-- A job that stands nowhere any more (a server that evicts keys, other hands) is put back when somebody asks for it.
+local function keep_findable(id, key, state)
+  if state == 'running' and not redis.call('ZSCORE', 'rerankq:running', id) then
+    begin_freeing()
+    redis.call('ZADD', 'rerankq:running', stamp(now() + lease_of(key, 60)), id)
+  elseif state == 'dead' and not redis.call('ZSCORE', 'rerankq:dead', id) then
+    begin_freeing()
+    redis.call('ZADD', 'rerankq:dead', stamp(now()), id)
+  elseif state == 'queued' then
+    local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'deadline')
+    local queue, tenant = job[1], job[2]
+    if not redis.call('ZSCORE', rung_key(queue, tenant), id) and not redis.call('ZSCORE', waiting_key(queue, tenant), id) then
+      begin_freeing()
+      put_in(id, queue, tenant, tonumber(job[3]), job[4])
+    elseif redis.call('SISMEMBER', tenants_key(queue), tenant) == 0 or redis.call('SISMEMBER', 'rerankq:queues', queue) == 0 then
+      begin_freeing()
+      redis.call('SADD', 'rerankq:queues', queue)
+      redis.call('SADD', tenants_key(queue), tenant)
     end
   end
 end

@@ -14,7 +14,7 @@ if held then
   local state = settle(id, ttl, channel)
   if state == 'queued' or state == 'running' then
     -- A full server may refuse to note it: that is no fault of the job.
-    redis.pcall('HSET', key, 'ttl', longer(redis.call('HGET', key, 'ttl'), ttl))
+    if tonumber(ttl) > asked_ttl(key) then redis.pcall('HSET', key, 'ttl', longer(0, ttl)) end
   end
   if state == 'queued' then
     local job = redis.call('HMGET', key, 'queue', 'priority', 'deadline')
@@ -39,7 +39,7 @@ if held then
   -- Any of them will do: while a fleet is renewed, jobs do not go back and forth.
   local outdated = by and weights ~= '' and not string.find(',' .. weights .. ',', ',' .. by .. ',', 1, true)
   -- Never for less time than somebody asked before.
-  if state == 'done' and not outdated then redis.call('EXPIRE', key, longer(tostring(redis.call('TTL', key)), ttl)) end
+  if state == 'done' and not outdated then redis.call('EXPIRE', key, longer(redis.call('TTL', key), ttl)) end
   if state == 'running' or state == 'done' and not outdated or state == 'dead' then return {state, 0} end
 end
 
@@ -56,6 +56,7 @@ local deadline = deadline_s == '' and '' or stamp(now() + tonumber(deadline_s))
 if held or redis.call('EXISTS', key) == 1 then redis.call('DEL', key) end
 redis.call('HSET', key, 'state', 'queued', 'content', content, 'queue', queue, 'tenant', tenant, 'priority', priority,
   'pairs', pairs_in, 'deadline', deadline, 'label', label, 'model', model, 'payload', payload, 'created', created,
-  'ttl', ttl, 'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)
+  'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)
+if tonumber(ttl) ~= USUAL_TTL then redis.call('HSET', key, 'ttl', longer(0, ttl)) end
 put_in(id, queue, tenant, pairs_in, deadline, last_place(queue, tenant))
 return {'queued', may_ring(id, queue, tenant, window)}
