@@ -316,7 +316,10 @@ class MessageCounts:
             self._connection = self._app.connection_for_write()
             if self._connection.transport.driver_type == "amqp":
                 # py-amqp waits for an answer without end; Redis's own limits come with its connections.
-                self._connection.transport_options = {**self._connection.transport_options, "read_timeout": BROKER_ANSWER_S}
+                self._connection.transport_options = {
+                    **self._connection.transport_options,
+                    "read_timeout": BROKER_ANSWER_S,
+                }
             self._connection.ensure_connection(max_retries=1)
         try:
             # kombu looks for a queue in Redis under a name without our prefix; there, declaring one changes nothing.

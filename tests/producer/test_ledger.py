@@ -564,7 +564,8 @@ def test_a_queued_job_whose_place_was_evicted_is_found_again_when_somebody_asks_
     ledger.redis.delete(lost)
     for name in "ab":
         assert state(ledger, name) == "queued"
-    rung_ago(ledger, dict.fromkeys(ledger.redis.zrange(f"rerankq:rung:{BULK}", 0, -1), 20))
+    if rung := ledger.redis.zrange(f"rerankq:rung:{BULK}", 0, -1):
+        rung_ago(ledger, dict.fromkeys(rung, 20))
     sweep(ledger, {BULK: 0})
     assert {bell.id for bell in ledger.ask(calls.ring_on([BULK], TERMS))} == {"a", "b"}
     for name in "ab":

@@ -169,9 +169,7 @@ def test_a_server_whose_clock_was_set_back_before_it_was_first_seen_is_not_young
 @given(
     lease_s=st.sampled_from([1, 8, 60]),
     told=st.lists(
-        st.tuples(
-            st.floats(0.1, 20), st.floats(0, 3), st.floats(-5_000, 5_000), st.sampled_from(["a", "a", "a", "b"])
-        ),
+        st.tuples(st.floats(0.1, 20), st.floats(0, 3), st.floats(-5_000, 5_000), st.sampled_from(["a", "a", "a", "b"])),
         max_size=20,
     ),
 )
