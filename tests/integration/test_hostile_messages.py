@@ -84,6 +84,21 @@ HOSTILE = [
 ]
 
 
+def test_a_large_message_is_dropped_before_it_is_parsed(
+    client: Client, start_worker: Callable, settings: Settings, wait_until: Callable
+):
+    worker = start_worker()
+    # It would be a doorbell, with more in its headers than Celery reads.
+    large = message(headers=HEADERS | {"more": "x" * 1_000_000})
+    with redis.Redis.from_url(settings.broker) as broker:
+        for queue in ("rerankq.interactive", "rerankq.bulk"):
+            broker.lpush(f"rerankq:{queue}", large)
+    dropped = "dropped a message that is no doorbell: it is larger than 65536 bytes"
+    wait_until(lambda: worker.log.read_text().count(dropped) == 2)
+    assert isinstance(client.rerank("q", ["a"], fusion="model", timeout=60), Ranking)
+    assert worker.process.poll() is None
+
+
 def test_messages_of_any_kind_stop_no_worker_and_cost_no_slot(
     client: Client, start_worker: Callable, settings: Settings
 ):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerankq_worker.doorbell import NoDoorbell, headers_of
+from rerankq_worker.doorbell import LARGEST, NoDoorbell, headers_of, sized
 
 HEADERS = {"task": "rerankq.rerank", "id": "a", "lang": "py", "eta": None, "expires": None}
 REST = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
@@ -57,3 +57,9 @@ def test_whatever_it_is_it_is_a_doorbell_or_said_to_be_none(headers: object, pay
     with suppress(NoDoorbell):  # and nothing else is raised
         headers_of(headers, payload)
         assert isinstance(payload[0][0], str), "it is one after all"
+
+
+def test_a_message_is_measured_before_anybody_parses_it():
+    sized(b"x" * LARGEST)
+    with pytest.raises(NoDoorbell, match=f"larger than {LARGEST} bytes"):
+        sized(b"x" * (LARGEST + 1))

@@ -10,6 +10,8 @@ from rerankq.broker import TASK
 # A job's id has at most 128 characters.
 LONGEST_ID = 128
 LONGEST_SHOWN = 512
+# Bytes of a message, before anybody parses it. What a client sends has about a thousand.
+LARGEST = 65_536
 
 
 class NoDoorbell(Exception):
@@ -43,6 +45,15 @@ def headers_of(headers: object, payload: object) -> dict[str, Any]:
     # What Flower shows of it.
     shown = shown[:LONGEST_SHOWN] if isinstance(shown, str) else arguments[0]
     return {"task": TASK, "id": ring, "root_id": ring, "lang": "py", "argsrepr": shown, "kwargsrepr": "{}"}
+
+
+def sized(message: bytes | str) -> None:
+    """Let in what may be a doorbell by its size.
+
+    Raises:
+        NoDoorbell: if it is none.
+    """
+    _expect(len(message) <= LARGEST, f"it is larger than {LARGEST} bytes")
 
 
 def _expect(holds: bool, otherwise: str) -> None:

@@ -475,6 +475,7 @@ class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
         def take_in_or_drop(message: Any) -> None:
             with _dropping(self.connection_errors):
                 try:
+                    doorbell.sized(message.body or b"")
                     message.headers = doorbell.headers_of(message.headers, message.payload)
                     take_in(message)
                 except Exception:
@@ -569,7 +570,20 @@ def _open(channel: Any, has_room: Callable[[], bool]) -> None:
     channel.qos.ack = lambda _: None
     # The other way round than kombu, whose first is the plain list, that everyone looks into who looks at a queue.
     channel.priority_steps, channel.priority = [AHEAD, IN_LINE], lambda number: number
+    channel.client.parse_response = _sized(channel.client.parse_response)
     channel.handlers["BRPOP"] = _reading(channel.handlers["BRPOP"], channel.connection)
+
+
+def _sized(parse: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a large message as it comes from Redis; kombu would parse whatever it is, and hold up all others."""
+
+    def parse_and_measure(connection: Any, command: str, **options: Any) -> Any:
+        answer = parse(connection, command, **options)
+        if command == "BRPOP" and answer:
+            doorbell.sized(answer[1])
+        return answer
+
+    return parse_and_measure
 
 
 def _reading(read: Callable[[], Any], transport: Any) -> Callable[[], Any]:
