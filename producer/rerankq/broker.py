@@ -169,9 +169,19 @@ def _transport_options(address: Address) -> dict[str, Any]:
     }
 
 
+def forget_celerys_environment() -> None:
+    """Drop what Celery's command line would take for its options; for programs, whose environment is theirs alone.
+
+    Every option of every command has a variable: ``CELERY_WORKER_POOL`` would run prefork, whatever the app says.
+    """
+    for name in [name for name in os.environ if name.startswith("CELERY_")]:
+        del os.environ[name]
+
+
 def __getattr__(name: str) -> Any:
     # For `celery -A rerankq.broker flower`: built when asked for, so that importing this module needs no settings.
     if name == "app":
+        forget_celerys_environment()
         return make_app(Settings())
     raise AttributeError(name)
 

@@ -30,7 +30,7 @@ from kombu import Queue
 from kombu.common import ignore_errors
 
 from rerankq import __version__, catalogue, errors
-from rerankq.broker import AHEAD, IN_LINE, TASK, Bells, MessageCounts, make_app, queue
+from rerankq.broker import AHEAD, IN_LINE, TASK, Bells, MessageCounts, forget_celerys_environment, make_app, queue
 from rerankq.client import live_for, terms_of
 from rerankq.contract import Ranking, State, job_of
 from rerankq.errors import BrokerUnavailable, JobCancelled, QueueFull, RerankqError
@@ -645,6 +645,7 @@ warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
 # It warns of root, for messages might bring code: none does, JSON alone is read. Containers often run as root.
 warnings.filterwarnings("ignore", category=SecurityWarning)
 
+forget_celerys_environment()
 try:
     settings = Settings()
     app = make_app(settings)
