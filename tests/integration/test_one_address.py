@@ -1,4 +1,4 @@
-"""What a URL says holds for client, worker and doctor alike, and what others left in the environment for none of them."""
+"""What a URL says holds for client, worker and doctor alike, and another program's environment for none of them."""
 
 import subprocess
 import tempfile

@@ -5,8 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import redis
 
 from rerankq.cli.examine import examine
 from rerankq.cli.findings import Facts, Server, Work, WorkerSeen, findings
+from rerankq.cli.round_trips import Trip
 from rerankq.embedded import EmbeddedRedis
 from rerankq.ledger import Ledger, calls, connect
 from rerankq.settings import Settings
@@ -70,7 +73,17 @@ def cache(**fields) -> Facts:
         (replace(WELL, work=Work(pairs_waiting=10_000_000)), "10000000 pairs waiting of 10000000"),
         (replace(WELL, work=Work(long_over=2)), "2 jobs lost their worker"),
         (replace(WELL, work=Work(sweeper=False)), "none sweeps"),
-        (replace(WELL, broker_fault="amqp://h does not answer"), "amqp://h does not answer"),
+        (
+            replace(WELL, trips=[Trip("broker", "a message by way of Celery", "refused")]),
+            "broker: a message by way of Celery does not come through: refused",
+        ),
+        (replace(WELL, trips=[Trip("cache", "a question"), Trip("ledger", "a script", "x")]), "ledger: a script does"),
+        (replace(WELL, workers=[replace(WORKER, age_s=19.9)]), "none gives signs of life"),
+        (replace(WELL, workers=[replace(WORKER, channel="rerankq:6")], channel="rerankq:1"), "another deployment"),
+        (
+            replace(WELL, workers=[replace(WORKER, channel="rerankq:1")], channel="rerankq:1", heard=set()),
+            "does not answer through this broker: it listens to another",
+        ),
     ],
 )
 def test_each_broken_promise_is_wrong_and_nothing_else_is(facts, said):
@@ -90,12 +103,38 @@ def test_each_broken_promise_is_wrong_and_nothing_else_is(facts, said):
         (replace(WELL, version="1.1"), "1.0, 1.1 side by side"),
         (replace(WELL, work=Work(pairs_waiting=8_000_000)), "8000000 pairs waiting"),
         (replace(WELL, work=Work(dead=3)), "3: see `rerankq dead list`"),
+        (ledger(appendonly=False, throwaway=True), "brought by `rerankq up`"),
+        (
+            replace(WELL, workers=[WORKER, replace(WORKER, id="b", age_s=9.0)]),
+            "worker b: m on cuda:0, 9.0 s ago: killed",
+        ),
+        (
+            replace(WELL, default="n", chosen=True),
+            "RERANKQ_MODEL: n here, and not heeded: jobs that name no model go to m",
+        ),
     ],
 )
 def test_what_is_worth_knowing_is_a_note_and_not_wrong(facts, said):
     assert wrong(facts) == []
     assert len(notes(facts)) == 1
     assert said in notes(facts)[0]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        replace(WELL, default="n", chosen=False),  # nobody set it here
+        replace(WELL, default="m", chosen=True),
+        replace(
+            WELL, workers=[replace(WORKER, channel="rerankq:1")], channel="rerankq:1", heard=None
+        ),  # no right to ask
+        replace(WELL, workers=[replace(WORKER, channel="rerankq:1")], channel="rerankq:1", heard={"gpu0:1:a"}),
+        replace(WELL, channel="rerankq:1", heard=set()),  # a worker of a version that does not tell
+        replace(WELL, trips=[Trip("cache", "a question", "NOPERM", refused=True), Trip("ledger", "a script")]),
+    ],
+)
+def test_what_is_right_or_cannot_be_known_is_not_held_against_anybody(facts):
+    assert (wrong(facts), notes(facts)) == ([], [])
 
 
 def test_workers_of_different_models_may_have_different_weights():
@@ -118,19 +157,32 @@ def doctor(monkeypatch, tmp_path) -> Callable[..., tuple[int, list[dict]]]:
     return run
 
 
-def a_live_worker(settings: Settings, **info: object) -> None:
+@contextmanager
+def a_live_worker(settings: Settings, **info: object) -> Iterator[None]:
+    """Somebody who gives signs of life, and does nothing else."""
     shown = {"model": "m", "fingerprint": "f", "queues": ["rerankq.interactive", "rerankq.bulk"], "device": "cpu"}
+    ended = threading.Event()
+
+    def live(ledger: Ledger) -> None:
+        while not ended.wait(0.5):
+            ledger.ask(calls.beat("host:1:x", json.dumps(shown | info), gone_after_s=60))
+            ledger.redis.set("rerankq:sweeper", "host:1:x", px=60_000)
+
     with connect(settings.ledger) as connection:
-        Ledger(connection).ask(calls.beat("host:1:x", json.dumps(shown | info), gone_after_s=60))
-        connection.set("rerankq:sweeper", "host:1:x", px=60_000)
+        (living := threading.Thread(target=live, args=(Ledger(connection),))).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            living.join()
 
 
 def test_a_durable_server_with_a_worker_is_well(redis_binary_each_version: Path, doctor: Callable):
     with (
         EmbeddedRedis(binary=redis_binary_each_version, appendonly=True, maxmemory="64mb") as server,
         EmbeddedRedis(binary=redis_binary_each_version, maxmemory="64mb", maxmemory_policy="allkeys-lfu") as scores,
+        a_live_worker(Settings(broker_url=server.url)),
     ):
-        a_live_worker(Settings(broker_url=server.url))
         status, found = doctor(RERANKQ_BROKER_URL=server.url, RERANKQ_CACHE_URL=scores.url)
         assert [one for one in found if one["level"] == "wrong"] == []
         assert status == 0
@@ -144,10 +196,10 @@ def test_a_durable_server_with_a_worker_is_well(redis_binary_each_version: Path,
 
 def test_what_other_hands_wrote_among_the_workers_is_passed_over(redis_url: str, doctor: Callable):
     settings = Settings(_env_file=None, broker_url=redis_url)
-    a_live_worker(settings)
-    with connect(settings.ledger) as connection:
-        connection.hset("rerankq:workers", mapping={"odd": "words", "odder": "1 [1, 2]", b"\xff": "1 {}"})
-    _, found = doctor(RERANKQ_BROKER_URL=redis_url)
+    with a_live_worker(settings):
+        with connect(settings.ledger) as connection:
+            connection.hset("rerankq:workers", mapping={"odd": "words", "odder": "1 [1, 2]", b"\xff": "1 {}"})
+        _, found = doctor(RERANKQ_BROKER_URL=redis_url)
     assert [one["subject"] for one in found if one["subject"].startswith("worker ")] == ["worker host:1:x"]
 
 
@@ -156,8 +208,8 @@ def test_servers_that_break_the_promise_are_found_out(doctor: Callable):
         status, found = doctor(RERANKQ_BROKER_URL=server.url)
     said = " ".join(one["said"] for one in found if one["level"] == "wrong")
     assert status == 1
-    assert "appendonly is off" in said
     assert "drops accepted jobs" in said
+    assert any("brought by `rerankq up`" in one["said"] for one in found if one["level"] == "note")
     assert "none gives signs of life" in said
 
 

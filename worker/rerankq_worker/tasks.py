@@ -345,6 +345,7 @@ class Worker:
             "device": f"{self.engine.device} ({self.engine.dtype})",
             "pairs_per_s": round(stats.pairs / max(1.0, stats.busy_s), 1) if stats.busy_s else 0,
             "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
+            "channel": self.terms.channel,
         }
 
     def _lives(self) -> bool:
@@ -625,6 +626,7 @@ class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         stats = worker.batcher.stats()
         return {
             "engine": {
+                "worker": worker.id,
                 "model": worker.model,
                 "device": worker.engine.device,
                 "dtype": worker.engine.dtype,

@@ -10,15 +10,17 @@ from contextlib import closing
 from typing import Any
 
 from .. import BrokerUnavailable, RerankqError, __version__, catalogue
-from ..broker import INTERACTIVE, make_app
+from ..broker import INTERACTIVE
 from ..client import live_for, terms_of
+from ..embedded import FOLDER, OLDEST
+from ..errors import SettingsInvalid
 from ..ledger import Ledger, calls, connect, translated
 from ..settings import Settings
 from ..urls import AMQP, masked, parts_of, with_database
-from .findings import Facts, Server, Work, WorkerSeen
+from .findings import SILENT_S, Facts, Server, Work, WorkerSeen
+from .round_trips import NOBODY, go, heard_through_the_broker
 
 ROUND_TRIPS = 9
-NOBODY = "rerankq-doctor"
 
 
 def examine(settings: Settings) -> Facts:
@@ -31,14 +33,23 @@ def examine(settings: Settings) -> Facts:
     for role, url in roles.items():
         by_server[with_database(url, 0)].append(role)
     servers = [_server(settings, {role: roles[role] for role in served}) for served in by_server.values()]
-    answers = any("ledger" in server.roles and not server.fault for server in servers)
+    reached = {role for server in servers if not server.fault for role in server.roles}
+    trips = go(settings, reached | {"broker"} if amqp else reached)
+    well = {"broker", "ledger", "cache"} - {trip.role for trip in trips if trip.fault and not trip.refused}
+    answers = "ledger" in reached & well
+    workers = _workers(settings) if answers else ()
+    living = [worker for worker in workers if worker.age_s <= SILENT_S]
     return Facts(
         version=__version__,
         servers=servers,
-        workers=_workers(settings) if answers else (),
+        trips=trips,
+        workers=workers,
+        heard=heard_through_the_broker(settings, len(living)) if living and "broker" in well else None,
         work=_work(settings) if answers else None,
         listed=[catalogue.canonical(name, settings.conf_dir) for name in settings.models],
-        broker_fault=_amqp_fault(settings) if amqp else None,
+        channel=settings.channel,
+        default=catalogue.canonical(settings.default_model or settings.model, settings.conf_dir),
+        chosen=bool({"model", "default_model"} & settings.model_fields_set),
     )
 
 
@@ -55,6 +66,7 @@ def _server(settings: Settings, urls: dict[str, str]) -> Server:
                     run_id=str(info.get("run_id", "")),
                     version=str(info["redis_version"]),
                     replica=info.get("role") in {"slave", "replica"},
+                    throwaway=f"/{FOLDER}" in str(info.get("config_file", "")),
                     appendonly=bool(info.get("aof_enabled")),
                     fsync=_setting(redis, "appendfsync"),
                     log_is_written=info.get("aof_last_write_status", "ok") == "ok",
@@ -65,6 +77,9 @@ def _server(settings: Settings, urls: dict[str, str]) -> Server:
                     ahead_s=ahead_s,
                     refused=tuple(f"{role}: {what}" for role in roles for what in _refused(role, urls[role], settings)),
                 )
+        except SettingsInvalid:
+            # It is there; the round trips tell which role's database is not.
+            return Server(roles=roles, url=masked(with_database(url, 0)), version=".".join(map(str, OLDEST)))
         except RerankqError as error:
             return Server(roles=roles, url=masked(with_database(url, 0)), fault=str(error.__cause__ or error))
 
@@ -118,7 +133,9 @@ def _may_not(attempt: Callable[[], object]) -> bool:
 def _workers(settings: Settings) -> list[WorkerSeen]:
     with closing(connect(settings.ledger)) as redis:
         return [
-            WorkerSeen(seen.id, seen.model, seen.fingerprint, seen.queues, seen.version, seen.device, seen.age_s)
+            WorkerSeen(
+                seen.id, seen.model, seen.fingerprint, seen.queues, seen.version, seen.device, seen.age_s, seen.channel
+            )
             for seen in Ledger(redis).workers()
             if seen.age_s <= live_for(settings.lease_s)
         ]
@@ -157,15 +174,3 @@ def _somebody_sweeps(redis: Any) -> bool:
             return bool(redis.exists("rerankq:sweeper"))
     except RerankqError:
         return True  # a producer's user may not see it: no fault to tell
-
-
-def _amqp_fault(settings: Settings) -> str:
-    app = make_app(settings)
-    try:
-        with app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, interval_start=0)
-    except Exception as error:  # noqa: BLE001  # whatever the broker's library raises, it is a fault to tell
-        return f"{masked(settings.broker)} does not answer: {error}"
-    finally:
-        app.close()
-    return ""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from ..broker import INTERACTIVE
 from ..embedded import OLDEST
+from .round_trips import Trip
+
+# Seconds without a sign of life, of which a worker gives one a second, that make a person look after it.
+SILENT_S = 5.0
 
 Level = Literal["ok", "note", "wrong"]
 
@@ -35,6 +40,7 @@ class Server:
     run_id: str = ""
     version: str = ""
     replica: bool = False
+    throwaway: bool = False
     appendonly: bool = False
     fsync: str | None = None
     log_is_written: bool = True
@@ -57,6 +63,7 @@ class WorkerSeen:
     version: str = ""
     device: str = ""
     age_s: float = 0.0
+    channel: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,14 +81,22 @@ class Work:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that was found out. *listed* are the models that the deployment promises; *broker* is a fault of AMQP's."""
+    """All that was found out, and how it should be by the settings here.
+
+    *heard* are the ids of the workers that answered through the broker, None where nobody could be asked. *listed* are
+    the models that the deployment promises, *default* is the one of jobs that name none, *chosen* if it was set.
+    """
 
     version: str
     servers: Sequence[Server]
     workers: Sequence[WorkerSeen] = ()
     work: Work | None = None
     listed: Sequence[str] = ()
-    broker_fault: str | None = None
+    trips: Sequence[Trip] = ()
+    heard: Set[str] | None = None
+    channel: str = ""
+    default: str = ""
+    chosen: bool = False
 
 
 def findings(facts: Facts) -> list[Finding]:
@@ -91,9 +106,7 @@ def findings(facts: Facts) -> list[Finding]:
     ['wrong']
     """
     found = [one for server in one_each(facts.servers) for one in _of_server(server)]
-    if facts.broker_fault is not None:
-        said = facts.broker_fault or "reachable"
-        found.append(Finding("wrong" if facts.broker_fault else "ok", "broker", said))
+    found += _of_trips(facts.trips)
     if facts.work is not None:
         found += _of_workers(facts)
         found += _of_work(facts.work, workers=len(facts.workers))
@@ -142,6 +155,9 @@ def _of_server(server: Server) -> Iterator[Finding]:
 
 
 def _of_keeping(server: Server, subject: str) -> Iterator[Finding]:
+    if "ledger" in server.roles and not server.appendonly and server.throwaway:
+        yield Finding("note", subject, "was brought by `rerankq up` or the demo: its jobs are gone when that ends")
+        return
     if "ledger" in server.roles and not server.appendonly:
         yield Finding("wrong", subject, "appendonly is off: a restart of Redis loses every job that was accepted")
         return
@@ -180,26 +196,65 @@ def _of_memory(server: Server, subject: str) -> Iterator[Finding]:
         yield Finding("ok", subject, f"maxmemory {server.maxmemory >> 20} MiB, {server.policy}, {share:.0%} in use")
 
 
+def _of_trips(trips: Sequence[Trip]) -> Iterator[Finding]:
+    for trip in trips:
+        # What a user may not do stands with the server, where its role needs it.
+        if trip.fault and not trip.refused:
+            yield Finding("wrong", trip.role, f"{trip.way} does not come through: {trip.fault}")
+    by_role: dict[str, list[Trip]] = defaultdict(list)
+    for trip in trips:
+        by_role[trip.role].append(trip)
+    for role, gone in by_role.items():
+        if not any(trip.fault for trip in gone):
+            yield Finding("ok", role, f"there and back: {', '.join(trip.way for trip in gone)}")
+
+
 def _of_workers(facts: Facts) -> Iterator[Finding]:
-    if not facts.workers:
+    living = [worker for worker in facts.workers if worker.age_s <= SILENT_S]
+    if not living:
         yield Finding("wrong", "workers", "none gives signs of life: jobs wait")
     by_queue: dict[str, list[WorkerSeen]] = defaultdict(list)
     for worker in facts.workers:
-        said = f"{worker.model} on {worker.device or 'a device it does not tell'}, {worker.age_s:.1f} s ago"
-        yield Finding("ok", f"worker {worker.id}", said)
-        if worker.queues:
+        yield from _of_worker(worker, facts)
+        if worker.queues and worker in living:
             by_queue[worker.queues[0]].append(worker)
+    yield from _of_the_default(living, facts)
     for queue, serving in by_queue.items():
         if len({worker.fingerprint for worker in serving}) > 1:
             said = "its workers have different weights or precisions: the same job may be ranked differently"
             yield Finding("wrong", queue, said)
-    versions = {worker.version for worker in facts.workers if worker.version} | {facts.version}
+    versions = {worker.version for worker in living if worker.version} | {facts.version}
     if len(versions) > 1:
         yield Finding("note", "versions", f"{', '.join(sorted(versions))} side by side; here it is {facts.version}")
-    served = {worker.model for worker in facts.workers}
+    served = {worker.model for worker in living}
     for model in facts.listed:
         if model not in served:
             yield Finding("wrong", "models", f"RERANKQ_MODELS lists {model}, and no worker serves it: its jobs wait")
+
+
+def _of_worker(worker: WorkerSeen, facts: Facts) -> Iterator[Finding]:
+    subject = f"worker {worker.id}"
+    said = f"{worker.model} on {worker.device or 'a device it does not tell'}, {worker.age_s:.1f} s ago"
+    if worker.age_s > SILENT_S:
+        yield Finding("note", subject, f"{said}: killed, hung or cut off, if it does not come back")
+        return
+    yield Finding("ok", subject, said)
+    if worker.channel and worker.channel != facts.channel:
+        said = f"is of another deployment on the same ledger: its channels begin with {worker.channel}, ours with"
+        advice = "give each a RERANKQ_LEDGER_URL of its own, or both one RERANKQ_DEPLOYMENT"
+        yield Finding("wrong", subject, f"{said} {facts.channel}; {advice}")
+    elif facts.heard is not None and worker.channel and worker.id not in facts.heard:
+        said = (
+            "does not answer through this broker: it listens to another one (two deployments on one ledger), or hangs"
+        )
+        yield Finding("wrong", subject, said)
+
+
+def _of_the_default(living: Sequence[WorkerSeen], facts: Facts) -> Iterator[Finding]:
+    serving = {worker.model for worker in living if worker.queues and worker.queues[0] == INTERACTIVE}
+    if facts.chosen and serving and facts.default not in serving:
+        said = f"{facts.default} here, and not heeded: jobs that name no model go to {', '.join(sorted(serving))}"
+        yield Finding("note", "RERANKQ_MODEL", said)
 
 
 def _of_work(work: Work, *, workers: int) -> Iterator[Finding]:

@@ -70,6 +70,7 @@ class WorkerInfo(NamedTuple):
     version: str = ""
     device: str = ""
     process: str = ""
+    channel: str = ""
 
     @property
     def suffix(self) -> str:
@@ -282,4 +283,5 @@ def _worker(name: str, entry: str, now: float) -> WorkerInfo:
         version=str(info.get("version", "")),
         device=str(info.get("device", "")),
         process=str(info.get("process", "")),
+        channel=str(info.get("channel", "")),
     )
