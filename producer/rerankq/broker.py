@@ -8,10 +8,12 @@ import os
 import ssl
 import threading
 import time
+import uuid
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from queue import Empty
 from typing import Any
 
 from celery import Celery
@@ -21,6 +23,7 @@ from kombu import Connection, Exchange, Queue
 
 from . import urls
 from .connections import BROKER_ANSWER_S, BROKER_HEALTH_S, CONNECT_S
+from .errors import BrokerUnavailable
 from .ledger.calls import Bell, Counted
 from .outage import Outage
 from .settings import Settings
@@ -184,6 +187,31 @@ def __getattr__(name: str) -> Any:
         forget_celerys_environment()
         return make_app(Settings())
     raise AttributeError(name)
+
+
+def round_trip(settings: Settings, timeout_s: float) -> None:
+    """Send a message to a queue of one's own, over kombu's connections, take it back, and remove the queue.
+
+    Raises:
+        BrokerUnavailable, or whatever the broker's library raises: if it does not come back.
+    """
+    # A name that the rights of producers in conf/redis-acl.conf cover.
+    name, word = f"{BULK}.doctor-{uuid.uuid4().hex}", uuid.uuid4().hex
+    # RabbitMQ has an exchange without a name that leads to every queue.
+    exchange = Exchange("" if urls.parts_of(settings.broker).scheme in urls.AMQP else "rerankq")
+    own = Queue(name, exchange, routing_key=name, durable=False, auto_delete=True, no_ack=True)
+    with closing(make_app(settings)) as app, app.connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1, interval_start=0)
+        queue = connection.SimpleQueue(own)
+        try:
+            queue.put(word)
+            if queue.get(timeout=timeout_s).payload != word:
+                raise BrokerUnavailable("another message came back than was sent")
+        except Empty:
+            raise BrokerUnavailable(f"the message did not come back within {timeout_s:g} s") from None
+        finally:
+            queue.queue.delete()
+            queue.close()
 
 
 class Bells:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from kombu import Exchange, Queue
-
 from .. import BrokerUnavailable, connections
-from ..broker import make_app
+from ..broker import make_app, round_trip
 from ..client import terms_of
 from ..ledger import AsyncLedger, Ledger, calls, translated
 from ..settings import Settings
-from ..urls import AMQP, masked, parts_of
+from ..urls import masked
 
 # Seconds for each way; all are gone at once.
 WITHIN_S = 8.0
@@ -55,7 +52,11 @@ def go(settings: Settings, roles: Iterable[str]) -> list[Trip]:
 
 def _ways(settings: Settings) -> Sequence[tuple[str, str, Callable[[], object]]]:
     return [
-        ("broker", f"a message by way of Celery over {masked(settings.broker)}", lambda: ring(settings)),
+        (
+            "broker",
+            f"a message by way of Celery over {masked(settings.broker)}",
+            lambda: round_trip(settings, ANSWER_S),
+        ),
         ("ledger", "a script", lambda: ask(settings)),
         ("ledger", "a script, by asyncio", lambda: asyncio.run(ask_async(settings))),
         ("ledger", "a message to workers", lambda: hear(settings)),
@@ -72,26 +73,6 @@ def _fault(go_it: Callable[[], object]) -> tuple[str, bool]:
         said = str(error.__cause__ or error) if isinstance(error, BrokerUnavailable) else str(error)
         return said or type(error).__name__, "permission" in said.lower()
     return "", False
-
-
-def ring(settings: Settings) -> None:
-    """Send a message to a queue of one's own, over kombu's connections, take it back, and remove the queue."""
-    # A name that the rights of producers in conf/redis-acl.conf cover.
-    name, word = f"rerankq.bulk.doctor-{uuid.uuid4().hex}", uuid.uuid4().hex
-    rabbit = parts_of(settings.broker).scheme in AMQP
-    own = Queue(
-        name, Exchange("" if rabbit else "rerankq"), routing_key=name, durable=False, auto_delete=True, no_ack=True
-    )
-    with closing(make_app(settings)) as app, app.connection_for_write() as connection:
-        connection.ensure_connection(max_retries=1, interval_start=0)
-        queue = connection.SimpleQueue(own)
-        try:
-            queue.put(word)
-            if queue.get(timeout=ANSWER_S).payload != word:
-                raise BrokerUnavailable("another message came back than was sent")
-        finally:
-            queue.queue.delete()
-            queue.close()
 
 
 def ask(settings: Settings) -> None:
