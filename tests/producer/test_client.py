@@ -862,3 +862,24 @@ def test_greenlets_work_and_their_timeouts_are_kept(redis_url: str, library: str
     command = [sys.executable, "-W", "ignore", "-c", code]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
     assert ended.stdout == "good\n", ended.stdout + ended.stderr
+
+
+def test_a_client_beside_another_event_loop_of_greenlets_says_so_at_once(redis_url: str):
+    pytest.importorskip("gevent")
+    code = """
+    from gevent.monkey import patch_all
+    patch_all()
+    import asyncio, time
+    from rerankq import Client, ClientUnusable
+    async def main():
+        began = time.monotonic()
+        try:
+            Client().rerank("q", ["x"], timeout=20)
+        except ClientUnusable as error:
+            print("another loop" in str(error), time.monotonic() - began < 10)
+    asyncio.run(main())
+    """
+    environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout == "True True\n", ended.stdout + ended.stderr
