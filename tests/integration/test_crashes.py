@@ -1,5 +1,6 @@
 """Workers that are killed, paused, poisoned or stopped: every accepted job is answered, and rightly."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 
@@ -285,6 +287,40 @@ def test_jobs_survive_a_master_that_dies_under_work_and_is_replaced_by_sentinel(
     assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
     assert sentinel.says()["port"] == pair[1].port
     assert worker.process.poll() is None, worker.log.read_text()[-3000:]
+
+
+def test_a_master_that_freezes_and_is_replaced_keeps_nobody(
+    start_worker: Callable, sentinel: Sentinel, pair: tuple[Any, Any], wait_until: Callable
+):
+    """It closes nothing: whoever waits for it would wait for ever, the broker's consumer and waiters among them."""
+    worker = start_worker(url=sentinel.url, ready=False, RERANKQ_MODEL="stub:4e-5", RERANKQ_LEASE_S="2")
+    settings = Settings(broker_url=sentinel.url, lease_s=2)
+    with Client(settings) as client:
+        wait_until(client.workers)
+        ids = client.submit_many(jobs(60))
+        ended = client.as_completed(ids, timeout=120)
+        got = dict(next(ended) for _ in range(5))
+        os.kill(pair[0].process.pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: sentinel.says().get("port") == pair[1].port, 60)
+            # A few looks later nobody is left on the old one, in the worker nor here.
+            wait_until(lambda: not left_on(pair[0].port, worker.process.pid, os.getpid()), 15)
+            got |= dict(ended)
+            wanted = {job.id: job for job in jobs(60)}
+            lost = [wanted[one] for one, ranking in got.items() if isinstance(ranking, JobUnknown)]
+            got |= dict(client.as_completed(client.submit_many(lost), timeout=100))
+            assert client.rerank("later", ["x", "y"], timeout=60).chunks
+            assert not left_on(pair[0].port, worker.process.pid, os.getpid())
+        finally:
+            os.kill(pair[0].process.pid, signal.SIGCONT)
+    assert all(isinstance(ranking, Ranking) for ranking in got.values())
+    assert worker.process.poll() is None, worker.log.read_text()[-3000:]
+
+
+def left_on(port: int, *processes: int) -> int:
+    """How many connections to a port these processes hold."""
+    held = [one for pid in processes for one in psutil.Process(pid).net_connections("tcp")]
+    return sum(bool(one.raddr) and one.raddr.port == port and one.status == "ESTABLISHED" for one in held)
 
 
 def _is_accepted(client: Client, job: RerankJob) -> bool:

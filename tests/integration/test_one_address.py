@@ -167,3 +167,21 @@ def test_two_deployments_whose_brokers_are_databases_of_one_server_answer_their_
         job = client.submit({"query": "q", "chunks": ["x"]})
         assert other.rerank("q", ["x"], timeout=60)
         assert client.status(job).state == "queued"
+
+
+def test_two_deployments_on_one_ledger_are_found_by_the_doctor_of_either(
+    redis_url: str, start_worker: Callable, wait_until: Callable
+):
+    server = redis_url.removesuffix("/0")
+    ours = Settings(_env_file=None, broker_url=redis_url, model="stub")
+    theirs = ours.model_copy(update={"broker_url": f"{server}/5", "ledger_url": ours.ledger})
+    start_worker(url=theirs.broker, ready=False, RERANKQ_LEDGER_URL=ours.ledger)
+    with Client(theirs) as client:
+        wait_until(client.workers, 90)
+        assert client.rerank("q", ["x"], timeout=60)
+    found = [one for one in said_of(ours) if "does not answer through this broker" in one]
+    assert len(found) == 1
+    assert found[0].startswith("wrong worker")
+    assert not [one for one in said_of(theirs) if "through this broker" in one], "by its own broker it does"
+    named = ours.model_copy(update={"deployment": "blue"})
+    assert [one for one in said_of(named) if "is of another deployment on the same ledger" in one]

@@ -332,6 +332,36 @@ def ring(deployment: Deployment, queue: str, word: str) -> None:
         direct.lpush(f"rerankq:{queue}", json.dumps({**message, "headers": {}, "properties": properties}))
 
 
+@pytest.mark.parametrize("deployment", ["rediss", "sentinels"], indirect=True)
+@pytest.mark.parametrize("verification", ["", "&ssl_cert_reqs=required", "&ssl_cert_reqs=CERT_REQUIRED"])
+def test_a_stranger_with_a_certificate_that_nobody_vouches_for_is_told_nothing_by_any_role(
+    deployment: Deployment, verification: str
+):
+    def unvouched(database: int) -> str:
+        authority = next(part for part in deployment.url().split("&") if part.startswith("ssl_ca_certs"))
+        return deployment.url(database).replace(f"&{authority}", verification)
+
+    settings = Settings(_env_file=None, broker_url=unvouched(0))
+    for role in ("ledger", "cache"):
+        with getattr(connections, role)(getattr(settings, role)) as client, pytest.raises(RedisError):
+            client.ping()
+
+    async def ask() -> None:
+        async with connections.ledger_async(settings.ledger) as client:
+            with pytest.raises(RedisError):
+                await client.ping()
+        with pytest.raises(RedisError):
+            await connections.listening(settings.ledger).connect()
+
+    asyncio.run(ask())
+    with (
+        closing(make_app(settings)) as app,
+        app.connection_for_write() as connection,
+        pytest.raises(Exception, match=r"(?i)certificate|no sentinel"),
+    ):
+        connection.ensure_connection(max_retries=1, interval_start=0)
+
+
 def test_doorbells_go_on_after_a_server_that_hung(deployment: Deployment):
     app = make_app(Settings(_env_file=None, broker_url=deployment.url()))
     with closing(Bells(app)) as bells:
