@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import secrets
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
@@ -131,8 +133,20 @@ def _carriable(value: object, depth: int = 0) -> object:
 Metadata = Annotated[dict[str, JsonValue], BeforeValidator(_carriable)]
 
 
+# Beside white space, control and format characters: letters, marks and symbols that show nothing (Unicode's
+# default-ignorable ones, and the empty Braille pattern).
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
+    "\U000e0000-\U000e0fff]"
+)
+
+
+def _is_invisible(character: str) -> bool:
+    return unicodedata.category(character) in {"Cc", "Cf", "Zs", "Zl", "Zp"} or bool(_INVISIBLE.match(character))
+
+
 def _not_blank(text: str) -> str:
-    if not text.strip():
+    if all(map(_is_invisible, text)):
         msg = "must not be blank"
         raise ValueError(msg)
     return text

@@ -275,6 +275,27 @@ def test_chunks_have_names_of_their_own_and_those_that_were_given(ids: list[str]
 
 
 @pytest.mark.parametrize(
+    "invisible",
+    [
+        "", " ", "\n\t\x00\x1f\x7f", "\u200b", "\u200b\u200c\u200d\u2060", "\ufeff", "\u00ad\u00a0\u3000",
+        "\u2028\u2029",
+        "\u115f\u1160", "\u3164", "\uffa0", "\ufe0f", "\U000e0100", "\U000e0001\U000e0041", "\u034f", "\u180e\u180b",
+        "\u202e", "\u17b4", "\u2800", "\u2065", "\ufff0", "\u061c",
+    ],
+)  # fmt: skip
+def test_a_query_of_invisible_characters_only_is_blank(invisible: str):
+    with pytest.raises(JobRejected, match="blank") as refused:
+        RerankJob(query=invisible, chunks=["x"])
+    assert refused.value.field == "query"
+    assert RerankJob(query=f"{invisible}?{invisible}", chunks=["x"]).query == f"{invisible}?{invisible}"
+
+
+@pytest.mark.parametrize("visible", [".", "\u0301", "\ufffd", "\ue000", "👩\u200d👧", "ㄱ", "x\ufe0f"])
+def test_a_query_that_shows_anything_is_not_blank(visible: str):
+    assert RerankJob(query=visible, chunks=["x"]).query == visible
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",
@@ -564,7 +585,7 @@ fusions = st.builds(
 )
 jobs = st.builds(
     RerankJob,
-    query=words.filter(lambda text: text.strip()),
+    query=words.map(lambda text: f"{text}?"),
     chunks=st.lists(chunks, min_size=1, max_size=4, unique_by=lambda chunk: chunk.id or id(chunk)),
     id=st.none() | st.from_regex(r"\A[A-Za-z0-9._:-]{1,128}\Z"),
     model=st.none() | words.filter(bool),

@@ -115,6 +115,29 @@ def test_the_flag_of_a_cut_pair_lives_and_dies_with_its_score(scores: ScoreCache
     assert known.truncated.tolist() == [True, False, False, False]
 
 
+def test_a_refreshed_score_of_a_pair_that_is_whole_loses_an_old_mark_of_a_cut(scores: ScoreCache, server: redis.Redis):
+    scores.write("fp", QUERY, HASHES[:3], floats(1, 2, 3), flags(1, 1, 1))
+    scores.write("fp", QUERY, HASHES[:3], floats(4, np.nan, 6), flags(0, 0, 1))
+    known = scores.read("fp", QUERY, HASHES[:3])
+    assert known.logits.tolist() == [4, 2, 6]
+    assert known.truncated.tolist() == [False, True, True]
+    assert server.hlen(KEY) == 5
+
+
+def test_a_client_that_decodes_replies_costs_speed_and_no_job(redis_url: str, caplog: pytest.LogCaptureFixture):
+    clock = Clock()
+    with redis.Redis.from_url(redis_url, decode_responses=True) as decoding, redis.Redis.from_url(redis_url) as raw:
+        scores = ScoreCache(decoding, ttl_s=60, clock=clock)
+        # Neither what is no UTF-8 nor what is, four letters as it happens, is taken for a logit.
+        for logit in (floats(-1.5), np.frombuffer(b"abcd", "<f4")):
+            scores.write("fp", QUERY, HASHES[:1], logit, flags(0))
+            assert raw.hget(KEY, HASHES[0]) == logit.tobytes()
+            assert not scores.read("fp", QUERY, HASHES[:1]).mask.any()
+            clock.now += REST_S
+        assert ScoreCache(raw, ttl_s=60).read("fp", QUERY, HASHES[:1]).mask.all()
+    assert "computing without it" in caplog.text
+
+
 @pytest.mark.parametrize("foreign", [b"", b"abc", b"abcde", np.float32(np.nan).tobytes(), np.float32(np.inf).tobytes()])
 def test_values_that_are_no_logits_count_as_unknown(scores: ScoreCache, server: redis.Redis, foreign: bytes):
     scores.write("fp", QUERY, HASHES[:2], floats(1, 2), flags(0, 0))
@@ -197,8 +220,10 @@ def test_a_server_that_hangs_costs_one_wait_and_serves_when_it_is_back():
 
 
 def test_everything_that_changes_a_logit_changes_the_fingerprint():
-    base = {"engine": "weights", "max_length": 512, "query_max_tokens": 128, "long_chunks": "truncate"}
-    others = [{"engine": "other"}, {"max_length": 256}, {"query_max_tokens": 64}, {"long_chunks": "window"}]
+    base = {"engine": "weights", "max_length": 512, "query_max_tokens": 128, "long_chunks": "truncate", "rule": "1"}
+    others = [
+        {"engine": "other"}, {"max_length": 256}, {"query_max_tokens": 64}, {"long_chunks": "window"}, {"rule": "2"},
+    ]  # fmt: skip
     prints = [score_fingerprint(changed.pop("engine"), **changed) for changed in [base | one for one in ({}, *others)]]
     assert len(set(prints)) == len(prints)
 

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -150,6 +150,52 @@ def test_a_chunk_begins_at_the_last_place_before_it_where_tokens_never_run_toget
     assert calls == [[f"{opening}a chunk"]]
 
 
+GREEDY = [
+    AddedToken("<mask>", lstrip=True, special=True),
+    AddedToken("<|end|>", rstrip=True, special=True),
+    AddedToken("<both>", lstrip=True, rstrip=True, special=False, normalized=True),
+    AddedToken("alone", single_word=True, special=False),
+    AddedToken(": {", special=False, normalized=False),
+    AddedToken("}<|im_end|>", special=False, normalized=False),
+]
+SEAMS = [
+    QWEN3,
+    Rendering("<|im_start|>query ", " passage ", " yes?"),
+    Rendering("<|im_start|>query", "passage: ", "<|im_end|> yes?"),
+    Rendering("", "<|im_end|>", "end"),
+]
+
+
+@pytest.fixture(scope="module")
+def greedy(qwen):
+    """A tokeniser whose added tokens take the white space beside them, mind their neighbours, or begin in a frame."""
+    copy = Tokenizer.from_str(qwen.to_str())
+    copy.add_tokens(GREEDY)
+    return [rendered_pairs(copy, rendering, max_length=1024) for rendering in SEAMS], copy
+
+
+beside_added_tokens = st.lists(
+    st.sampled_from(
+        ["<mask>", "<|end|>", "<both>", "alone", " ", "  ", "\n", "word", "{", "}", "é", "<", "<|", "e", "x", "_", "1"]
+    ),
+    max_size=5,
+).map("".join)
+
+
+@pytest.mark.parametrize("at", range(len(SEAMS)))
+@given(query=beside_added_tokens, chunk=beside_added_tokens)
+@example(query="what", chunk="x <|end|>")
+@example(query="what", chunk="alone")
+@example(query="what", chunk="{ is }")
+@settings(by_property, max_examples=300)
+def test_added_tokens_that_reach_across_a_seam_are_read_as_in_the_whole_text(greedy, at, query, chunk):
+    ours, tokenizer = greedy
+    [pair, plain] = ours[at].pairs(query, [chunk, "plain"], query_max_tokens=WHOLE_QUERY)
+    assert pair.ids.tolist() == ids_of(tokenizer, SEAMS[at](query, chunk))
+    assert plain.ids.tolist() == ids_of(tokenizer, SEAMS[at](query, "plain"))
+    assert not pair.truncated
+
+
 def test_chunks_are_remembered_from_query_to_query(qwen):
     ours = ChatPairs(qwen, QWEN3, max_length=512)
     first = ours.pairs(QUERY, TEXTS)
@@ -169,6 +215,9 @@ class Recording:
     def encode_batch_fast(self, texts, **options):
         self.calls.append(texts)
         return self.tokenizer.encode_batch_fast(texts, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
 
 
 def test_of_an_endless_chunk_and_query_only_the_beginning_is_read(joined):

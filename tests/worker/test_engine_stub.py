@@ -114,12 +114,15 @@ def test_scores_are_the_same_in_every_process():
         (5, 5, 13, False),
         (5, 500, 64, True),
         (30, 31, 64, False),
-        (31, 5, 38, True),
+        (31, 5, 39, False),
+        (56, 5, 64, False),
+        (57, 5, 38, True),
+        (31, 31, 64, True),
         (500, 500, 64, True),
         (0, 0, 3, False),
     ],
 )
-def test_the_query_keeps_half_the_room_and_the_chunk_what_is_left(query, chunk, length, truncated):
+def test_a_pair_that_fits_is_whole_and_another_keeps_half_the_room_for_its_query(query, chunk, length, truncated):
     stub = StubEngine(max_length=64)
     pair = stub.tokenise("word " * query, ["word " * chunk])[0]
     assert (pair.length, pair.truncated) == (length, truncated)

@@ -151,7 +151,7 @@ CHUNKS = st.builds(
 )
 JOBS = st.builds(
     RerankJob,
-    query=TEXT.filter(str.strip),
+    query=TEXT.map(lambda text: f"{text}?"),
     chunks=st.lists(CHUNKS, min_size=1, max_size=8, unique_by=lambda chunk: chunk.id or id(chunk)),
     fusion=st.sampled_from(list(profiles().values())),
     query_tags=st.dictionaries(st.sampled_from("ab"), st.floats(0, 1), max_size=2),

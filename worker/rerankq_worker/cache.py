@@ -29,6 +29,8 @@ REST_S = 5.0
 # A pair that was cut has a second field beside its logit, whose four bytes have no room for it: a truncation is never
 # silent, not even from the cache. In the same hash, so that no eviction or expiry takes one without the other.
 CUT = b"cut"
+# The server does not serve, or a client that was told to decode replies could not: scores are no text.
+_BROKEN = (RedisError, OSError, UnicodeError)
 
 
 class Known(NamedTuple):
@@ -48,12 +50,12 @@ class Known(NamedTuple):
         return cls(np.full(chunks, np.nan, np.float32), flags, flags.copy())
 
 
-def score_fingerprint(engine: str, *, max_length: int, query_max_tokens: int, long_chunks: str) -> str:
+def score_fingerprint(engine: str, *, max_length: int, query_max_tokens: int, long_chunks: str, rule: str) -> str:
     """Name everything beside the texts that changes a logit.
 
-    *engine* stands for weights, precision and template.
+    *engine* stands for weights, precision and template, *rule* for how pairs are cut that do not fit.
     """
-    parts = f"{engine}|{max_length}|{query_max_tokens}|{long_chunks}"
+    parts = f"{engine}|{max_length}|{query_max_tokens}|{long_chunks}|{rule}"
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
 
@@ -75,13 +77,13 @@ class ScoreCache:
         fields = [*chunks, *(chunk + CUT for chunk in chunks)]
         try:
             values = cast("list[bytes | None]", self._redis.hmget(_key(fingerprint, query), fields))
-        except (RedisError, OSError) as error:
+        except _BROKEN as error:
             self._refused(error)
             return nothing
         values, cut = values[: len(chunks)], values[len(chunks) :]
-        # Anything that is not four bytes was not written by us.
-        mask = np.fromiter((value is not None and len(value) == 4 for value in values), np.bool_, len(chunks))
-        nothing.logits[mask] = np.frombuffer(b"".join(filter(None, itertools.compress(values, mask))), "<f4")
+        # Anything that is not four bytes was not written by us, or was made into text on its way.
+        mask = np.fromiter((isinstance(value, bytes) and len(value) == 4 for value in values), np.bool_, len(chunks))
+        nothing.logits[mask] = np.frombuffer(b"".join(itertools.compress(values, mask)), "<f4")
         mask &= np.isfinite(nothing.logits)
         return Known(nothing.logits, mask, np.fromiter((flag is not None for flag in cut), np.bool_, len(cut)) & mask)
 
@@ -94,13 +96,17 @@ class ScoreCache:
             chunk: logit.tobytes() for chunk, logit, ok in zip(chunks, logits.astype("<f4"), worth, strict=True) if ok
         }
         fields |= {chunk + CUT: b"" for chunk in itertools.compress(chunks, truncated & worth)}
+        # A mark of an earlier writer says nothing about this score.
+        whole = [chunk + CUT for chunk in itertools.compress(chunks, worth & ~np.asarray(truncated, np.bool_))]
         key = _key(fingerprint, query)
         try:
             pipe = self._redis.pipeline(transaction=False)
             pipe.hset(key, mapping=fields)  # type: ignore[arg-type]  # bytes are welcome as field names
+            if whole:
+                pipe.hdel(key, *whole)
             pipe.expire(key, self._ttl_s)
             pipe.execute()
-        except (RedisError, OSError) as error:
+        except _BROKEN as error:
             self._refused(error)
 
     def _resting(self) -> bool:

@@ -17,7 +17,7 @@ from rerankq.contract import Fusion, ModelName, Priority, Ranking, RerankJob, Ti
 from rerankq.errors import JobCancelled, JobFailed
 
 from .cache import Known, ScoreCache, score_fingerprint
-from .engine import Batcher, Engine, Ticket, TicketCancelled, TokenisedPair, text_hash
+from .engine import Batcher, Engine, PairLimits, Ticket, TicketCancelled, TokenisedPair, text_hash
 from .fusion import Blend, FusionSpec, blend, rank, rank_feature_scores, signals_needed, token_signal
 from .fusion.analyser import Analyser
 
@@ -136,6 +136,7 @@ class Reranker:
             max_length=max_length,
             query_max_tokens=job.query_max_tokens,
             long_chunks=job.long_chunks,
+            rule=PairLimits.RULE,
         )
         known = self._cache.read(fingerprint, query, hashes) if job.cache == "use" else Known.nothing(len(texts))
         work.go_on(known=int(known.mask.sum()))

@@ -21,7 +21,7 @@ from .errors import (
     TicketCancelled,
     Unconvertible,
 )
-from .protocol import QUERY_MAX_TOKENS, Engine, Flight, Landed, Logits, TokenisedPair
+from .protocol import QUERY_MAX_TOKENS, Engine, Flight, Landed, Logits, PairLimits, TokenisedPair
 from .stub import AsynchronousStubEngine, StubEngine, parse_stub
 from .tally import BatcherStats
 from .ticket import Ticket
@@ -41,6 +41,7 @@ __all__ = [
     "Logits",
     "ModelUnusable",
     "PairFailed",
+    "PairLimits",
     "StubEngine",
     "Ticket",
     "TicketCancelled",

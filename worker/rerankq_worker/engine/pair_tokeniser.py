@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from .errors import ModelUnusable
-from .protocol import QUERY_MAX_TOKENS, TokenisedPair, checked_length, room_for
+from .protocol import QUERY_MAX_TOKENS, PairLimits, TokenisedPair, checked_length
 from .text_reading import KNOWN_BYTES, ChunkReader, encode_heads
 from .token_ids import FirstIds
 
@@ -44,10 +44,12 @@ class Tokeniser(Protocol):
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, as model input of at most ``max_length`` tokens.
 
-        The query is cut to ``query_max_tokens`` or half of the room beside special tokens and prompt, whichever is
-        less, the chunk to what is left. ``hashes``, one per chunk, are those of the chunks' texts if they are known
-        already. Of a very long chunk no more is read than gives the tokens that are kept; where hundreds of characters
-        make one token throughout (a megabyte without white space), the rest counts as cut.
+        A pair that fits is whole. In one that does not, the query is cut to ``query_max_tokens`` or half of the room
+        beside special tokens and prompt, whichever is less, the chunk to what is left. ``hashes``, one per chunk, are
+        those of the chunks' texts if they are known already. Of a very long text no more is read than gives the tokens
+        that are kept, and never more than a million characters: what stands behind them counts as cut.
+
+        Raises PairFailed for a pair of no tokens.
         """
 
 
@@ -89,7 +91,8 @@ class PairTokeniser:
         self.template = _derive_template(tokenizer, query_prompt)
         # A prompt takes nothing of what a query may have.
         self._prompt_tokens = len(tokenizer.encode(query_prompt, add_special_tokens=False))
-        longest = max(1, max_length - self.template.special_tokens)
+        # One more than a pair has room for tells that there are more.
+        longest = max(1, max_length - self.template.special_tokens) + 1
         self._chunks = ChunkReader(tokenizer, longest=longest, known_bytes=known_bytes)
         for query, chunk in PROBES:
             self._verify(query, chunk)
@@ -106,20 +109,19 @@ class PairTokeniser:
         """Pair the query with each chunk, in order; chunks that are remembered cost a hundredth of the others."""
         marks = self.template
         length = checked_length(max_length, self.max_length)
-        room = room_for(length, marks.special_tokens + self._prompt_tokens, query_max_tokens)
-        most = self._prompt_tokens + room.query
-        [(encoding, shortened)] = encode_heads(self._tokenizer, [marks.query_prompt + query], most)
-        asked = encoding.ids[:most]
-        head = [*marks.before, *asked, *marks.between]
-        left = length - len(head) - len(marks.after)
+        fixed = marks.special_tokens + self._prompt_tokens
+        limits = PairLimits.within(length, special_tokens=fixed, query_max_tokens=query_max_tokens)
+        most = self._prompt_tokens + limits.total
+        [asked] = encode_heads(self._tokenizer, [marks.query_prompt + query], most)
+        whole, cut = (
+            [*marks.before, *asked.ids(tokens), *marks.between] for tokens in (most, self._prompt_tokens + limits.query)
+        )
         return join(
-            head,
-            self._chunks.read(chunks, max(room.total, left), hashes=hashes),
+            Heads(whole if asked.fits(most) else None, cut, two_segments=marks.two_segments),
+            self._chunks.read(chunks, limits.total + 1, hashes=hashes),
             marks.after,
-            room=left,
+            length=length,
             dtype=self._chunks.dtype,
-            second_from=len(head) if marks.two_segments else None,
-            query_cut=shortened or len(encoding) > most,
         )
 
     def _verify(self, query: str, chunk: str) -> None:
@@ -135,29 +137,37 @@ class PairTokeniser:
             )
 
 
-def join(
-    head: Sequence[int],
-    chunks: Sequence[FirstIds],
-    tail: Sequence[int],
-    *,
-    room: int,
-    dtype: np.dtype[Any],
-    second_from: int | None,
-    query_cut: bool,
-) -> list[TokenisedPair]:
-    """Put each chunk's first ``room`` ids between head and tail; the pairs are slices of one array.
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What stands before a chunk: with the query whole, for pairs that fit, and cut, for all others.
 
-    Without a second segment ``second_from`` is None.
+    ``whole`` is None where the query is too long for any pair to fit.
     """
-    most, width = room * dtype.itemsize, dtype.itemsize
-    opening, ending = np.array(head, dtype).tobytes(), np.array(tail, dtype).tobytes()
-    kept = [first.ids if len(first.ids) <= most else first.ids[:most] for first in chunks]
-    flat = _widened([piece for ids in kept for piece in (opening, ids, ending)], dtype)
+
+    whole: Sequence[int] | None
+    cut: Sequence[int]
+    two_segments: bool = False
+
+
+def join(
+    heads: Heads, chunks: Sequence[FirstIds], tail: Sequence[int], *, length: int, dtype: np.dtype[Any]
+) -> list[TokenisedPair]:
+    """Put each chunk between head and tail, as pairs of at most ``length`` ids; they are slices of one array."""
+    width = dtype.itemsize
+    whole, cut, ending = (np.array(ids, dtype).tobytes() for ids in (heads.whole or (), heads.cut, tail))
+    fitting = length * width - len(whole) - len(ending) if heads.whole is not None else -1
+    left = length * width - len(cut) - len(ending)
+    pieces, shapes = [], []
+    for first in chunks:
+        fits = first.whole and len(first.ids) <= fitting
+        opening, ids = (whole, first.ids) if fits else (cut, first.ids[:left])
+        pieces += [opening, ids, ending]
+        shapes.append(((len(opening) + len(ids) + len(ending)) // width, len(opening) // width, not fits))
+    flat = _widened(pieces, dtype)
     pairs, begin = [], 0
-    for first, ids in zip(chunks, kept, strict=True):
-        end = begin + (len(opening) + len(ids) + len(ending)) // width
-        cut = query_cut or not first.whole or len(ids) < len(first.ids)
-        pairs.append(TokenisedPair(flat[begin:end], end - begin if second_from is None else second_from, cut))
+    for tokens, second_from, truncated in shapes:
+        end = begin + tokens
+        pairs.append(TokenisedPair(flat[begin:end], second_from if heads.two_segments else tokens, truncated))
         begin = end
     return pairs
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..batching import plan_all
+from .errors import PairFailed
 
 Logits = NDArray[np.float32]
 
-#: Tokens of a query that are kept, unless half of the room is less.
+#: Tokens of a query that are kept in a pair that does not fit, unless half of the room is less.
 QUERY_MAX_TOKENS = 128
 
 
@@ -24,11 +25,17 @@ class TokenisedPair:
 
     ``ids`` are the token ids, int32; the second segment begins at ``second_from`` (the length, where a model knows but
     one segment). ``truncated`` says that the query or the chunk was cut to fit.
+
+    Raises PairFailed where there is no token: no device computes that, and none shall try.
     """
 
     ids: NDArray[np.int32]
     second_from: int
     truncated: bool
+
+    def __post_init__(self) -> None:
+        if not len(self.ids):
+            raise PairFailed("query and chunk together give not one token that the model knows")
 
     @property
     def length(self) -> int:
@@ -128,33 +135,48 @@ def score_in_batches(engine: Engine, pairs: Sequence[tuple[str, str]]) -> Logits
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """How many tokens of a query and of its chunks fit into one pair."""
+class PairLimits:
+    """The rule of truncation: a pair that fits is whole; else its query is cut to ``query``, its chunk to the rest.
+
+    ``total`` are the tokens that query and chunk may have together, ``query`` those that a query keeps at most in a
+    pair that does not fit. Whoever changes the rule changes ``RULE``: scores are cached by it.
+    """
 
     query: int
     total: int
 
-    def for_chunk(self, query_tokens: int) -> int:
-        """Tokens left to the chunk beside a query of so many tokens."""
-        return self.total - min(query_tokens, self.query)
+    #: Part of every score's fingerprint.
+    RULE: ClassVar[str] = "whole where the pair fits 2"
 
+    @classmethod
+    def within(cls, max_length: int, *, special_tokens: int, query_max_tokens: int) -> PairLimits:
+        """Divide a pair's tokens: a query that has to be cut gets at most half of them.
 
-def room_for(max_length: int, special_tokens: int, query_max_tokens: int) -> Room:
-    """Divide a pair's tokens: the query gets at most half of them, the chunk what is left.
+        >>> PairLimits.within(512, special_tokens=3, query_max_tokens=128)
+        PairLimits(query=128, total=509)
+        >>> PairLimits.within(64, special_tokens=3, query_max_tokens=128)
+        PairLimits(query=30, total=61)
 
-    >>> room_for(512, special_tokens=3, query_max_tokens=128)
-    Room(query=128, total=509)
-    >>> room_for(64, special_tokens=3, query_max_tokens=128)
-    Room(query=30, total=61)
+        Raises ValueError when not one token of each fits.
+        """
+        total = max_length - special_tokens
+        if total < 2:
+            raise ValueError(f"max_length {max_length} leaves no room beside {special_tokens} special tokens")
+        if query_max_tokens < 1:
+            raise ValueError(f"query_max_tokens must be at least 1, not {query_max_tokens}")
+        return cls(query=min(query_max_tokens, total // 2), total=total)
 
-    Raises ValueError when not one token of each fits.
-    """
-    total = max_length - special_tokens
-    if total < 2:
-        raise ValueError(f"max_length {max_length} leaves no room beside {special_tokens} special tokens")
-    if query_max_tokens < 1:
-        raise ValueError(f"query_max_tokens must be at least 1, not {query_max_tokens}")
-    return Room(query=min(query_max_tokens, total // 2), total=total)
+    def kept(self, query: int, chunk: int) -> tuple[int, int]:
+        """Tell how many of so many tokens of a query and a chunk are read.
+
+        >>> limits = PairLimits(query=30, total=61)
+        >>> limits.kept(50, 11), limits.kept(50, 12), limits.kept(20, 99)
+        ((50, 11), (30, 12), (20, 41))
+        """
+        if query + chunk <= self.total:
+            return query, chunk
+        query = min(query, self.query)
+        return query, min(chunk, self.total - query)
 
 
 def checked_length(asked: int | None, limit: int) -> int:

@@ -18,9 +18,9 @@ from .protocol import (
     Flight,
     Landed,
     Logits,
+    PairLimits,
     TokenisedPair,
     checked_length,
-    room_for,
     score_in_batches,
 )
 
@@ -74,15 +74,16 @@ class StubEngine:
         hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order; words are tokens."""
-        room = room_for(checked_length(max_length, self.max_length), _SPECIAL_TOKENS, query_max_tokens)
-        asked, query_cut = _words(query, room.query)
-        kept = room.for_chunk(len(asked))
-        head = [_OPEN, *asked, _BETWEEN]
+        length = checked_length(max_length, self.max_length)
+        limits = PairLimits.within(length, special_tokens=_SPECIAL_TOKENS, query_max_tokens=query_max_tokens)
+        asked = _words(query, limits.total + 1)
         pairs = []
         for chunk in chunks:
-            read, chunk_cut = _words(chunk, kept)
-            ids = np.array([*head, *read, _CLOSE], dtype=np.uint32).view(np.int32)
-            pairs.append(TokenisedPair(ids, len(head), query_cut or chunk_cut))
+            read = _words(chunk, limits.total + 1)
+            kept = limits.kept(len(asked), len(read))
+            head = [_OPEN, *asked[: kept[0]], _BETWEEN]
+            ids = np.array([*head, *read[: kept[1]], _CLOSE], dtype=np.uint32).view(np.int32)
+            pairs.append(TokenisedPair(ids, len(head), kept != (len(asked), len(read))))
         return pairs
 
     def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
@@ -168,9 +169,9 @@ def parse_stub(model: str) -> float:
     return cost
 
 
-def _words(text: str, limit: int) -> tuple[list[int], bool]:
-    words = text.split(maxsplit=limit)
-    return [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words[:limit]], len(words) > limit
+def _words(text: str, most: int) -> list[int]:
+    words = text.split(maxsplit=most)[:most]
+    return [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words]
 
 
 def _logits(batch: Sequence[TokenisedPair]) -> Logits:

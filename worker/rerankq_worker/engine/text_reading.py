@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -20,14 +21,16 @@ KNOWN_BYTES = 64 << 20
 
 #: Characters of a long text that are encoded at first, per token kept; enough for nearly every language.
 _CHARACTERS_PER_TOKEN = 16
-#: How often four times as much is tried when a text gives few tokens for its characters.
-_ENLARGEMENTS = 2
-#: So many tokens before a cut may come out differently from those of the whole text; none of them is kept. WordPiece
-#: needs most: up to a hundred letters of a word give as many tokens, and more of the same word give a single one.
+#: Four times as much is tried each time that a text gives too few tokens, up to so many characters: some seconds' work
+#: and 150 MB (measured). What stands behind is never read, whatever is asked, so that no answer depends on the last.
+MOST_CHARACTERS = 1 << 20
+#: So many tokens before a cut may come out differently from those of the whole text; none of them is kept.
 _MARGIN_TOKENS = 128
 #: A cut moves back to white space if there is some within so many characters.
 _BOUNDARY_CHARACTERS = 512
 
+#: Marks and formats.
+_JOINING = {"Mn", "Mc", "Me", "Cf", "Sk"}
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -50,8 +53,8 @@ class ChunkReader:
     def read(self, chunks: Sequence[str], count: int, *, hashes: Sequence[bytes] | None = None) -> list[FirstIds]:
         """Read at least the first ``count`` ids of each chunk, in order; fewer only where there are no more.
 
-        ``hashes``, one per chunk, spare computing them: equal where the texts are equal, and only there. Where
-        hundreds of characters make one token throughout (a megabyte without white space), the rest goes unread.
+        ``hashes``, one per chunk, spare computing them: equal where the texts are equal, and only there. What stands
+        behind the first ``MOST_CHARACTERS`` of a text is not there.
         """
         keys = [text_hash(chunk) for chunk in chunks] if hashes is None else hashes
         texts = dict(zip(keys, chunks, strict=True))
@@ -60,71 +63,104 @@ class ChunkReader:
             del known[key]
         missing = [key for key in texts if key not in known]
         if missing:
-            fresh = self._fresh(missing, [self._opening + texts[key] for key in missing], count)
-            known.update(fresh)
+            known.update(self._fresh(missing, [texts[key] for key in missing], count))
         return [known[key] for key in keys]
 
     def _elements(self, first: FirstIds) -> int:
         return len(first.ids) // self.dtype.itemsize
 
     def _fresh(self, keys: Sequence[bytes], texts: Sequence[str], count: int) -> dict[bytes, FirstIds]:
-        fresh, settled = {}, {}
-        for key, (encoding, shortened) in zip(keys, encode_heads(self._tokenizer, texts, count), strict=True):
-            ids = encoding.ids
-            sure = len(ids) - _MARGIN_TOKENS if shortened else len(ids)
-            kept = min(max(sure, count), self._longest)
-            first = FirstIds(np.array(ids[:kept], self.dtype).tobytes(), not shortened and len(ids) <= kept)
-            fresh[key] = first
-            # What a long text without boundaries gave depends on how far it was read: the next reader asks again, so
-            # that no answer depends on what was asked before.
-            if sure >= count or not shortened:
-                settled[key] = first
-        self.known.keep(settled)
+        fresh = {}
+        read = encode_heads(self._tokenizer, texts, count, opening=self._opening)
+        for key, (encoding, sure, whole) in zip(keys, read, strict=True):
+            kept = min(sure, self._longest)
+            ids = np.array(encoding.ids[:kept], self.dtype).tobytes()
+            fresh[key] = FirstIds(ids, whole and sure <= kept)
+        self.known.keep(fresh)
         return fresh
 
 
-def encode_heads(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[tuple[Encoding, bool]]:
-    """Encode so much of each text that its first ``count`` ids are those of the whole; say where that was not all.
+class Head(NamedTuple):
+    """The beginning of a text, encoded: the first ``sure`` ids are those of the text; ``whole`` says that it is all."""
 
-    Special tokens are not added. A text that gives too few ids for its characters is read three times as far as
-    others, no further: then there may be fewer than ``count``.
+    encoding: Encoding
+    sure: int
+    whole: bool
+
+    def ids(self, count: int) -> list[int]:
+        """Give the first ``count`` ids, or all that are sure."""
+        return list(self.encoding.ids[: min(count, self.sure)])
+
+    def fits(self, count: int) -> bool:
+        """Tell whether the whole text gives no more than ``count`` ids."""
+        return self.whole and self.sure <= count
+
+
+def encode_heads(tokenizer: Tokenizer, texts: Sequence[str], count: int, *, opening: str = "") -> list[Head]:
+    """Encode so much of each text that its first ``count`` ids are sure, with ``opening`` before it.
+
+    Special tokens are not added. Fewer are sure only where the text has no more, as far as it is read.
     """
-    found: dict[int, tuple[Encoding, bool]] = {}
+    found: dict[int, Head] = {}
+    margin = _margin(tokenizer)
     unsettled = list(range(len(texts)))
-    for limit, last in _limits(count):
+    for limit in _limits(count + margin):
         heads = [head_of(texts[at], limit) for at in unsettled]
-        encodings = tokenizer.encode_batch_fast([sound(head) for head in heads], add_special_tokens=False)
+        encodings = tokenizer.encode_batch_fast([opening + sound(head) for head in heads], add_special_tokens=False)
         for at, head, encoding in zip(unsettled, heads, encodings, strict=True):
-            shortened = len(head) < len(texts[at])
-            if last or not shortened or len(encoding) >= count + _MARGIN_TOKENS:
-                found[at] = encoding, shortened
+            whole = len(head) == len(texts[at])
+            if whole or limit == MOST_CHARACTERS:
+                found[at] = Head(encoding, len(encoding), whole)
+            elif len(encoding) >= count + margin and not _joins(texts[at][len(head)]):
+                found[at] = Head(encoding, len(encoding) - margin, whole)
         unsettled = [at for at in unsettled if at not in found]
         if not unsettled:
             break
     return [found[at] for at in range(len(texts))]
 
 
-def characters_for(count: int) -> int:
-    """Characters that are read of a text at most, for its first ``count`` ids."""
-    return max(limit for limit, _ in _limits(count))
+def _margin(tokenizer: Tokenizer) -> int:
+    # In WordPiece the first letters of a word may give a token each, and more of the same word a single one.
+    return max(_MARGIN_TOKENS, getattr(tokenizer.model, "max_input_chars_per_word", 0))
 
 
-def _limits(count: int) -> Iterator[tuple[int, bool]]:
-    for enlargement in range(_ENLARGEMENTS + 1):
-        yield _CHARACTERS_PER_TOKEN * (count + _MARGIN_TOKENS) * 4**enlargement, enlargement == _ENLARGEMENTS
+def first_tokens(tokenizer: Tokenizer, text: str, count: int) -> str:
+    """Cut a text to a beginning that holds its first ``count`` tokens, and perhaps more."""
+    margin = _margin(tokenizer)
+    for limit in _limits(count + margin):
+        head = head_of(text, limit)
+        [encoding] = tokenizer.encode_batch_fast([sound(head)], add_special_tokens=False)
+        if len(head) == len(text) or len(encoding) >= count + margin:
+            break
+    return head
+
+
+def _limits(tokens: int) -> Iterator[int]:
+    limit = _CHARACTERS_PER_TOKEN * tokens
+    while limit < MOST_CHARACTERS:
+        yield limit
+        limit *= 4
+    yield MOST_CHARACTERS
 
 
 def head_of(text: str, limit: int) -> str:
-    """Cut a text to at most ``limit`` characters, before white space where there is some near.
+    """Cut a text to at most ``limit`` characters: before white space where there is some near, not before an accent.
 
-    >>> head_of("one two three", 9), head_of("unbroken", 4), head_of("short", 9)
-    ('one two', 'unbr', 'short')
+    >>> head_of("one two three", 9), head_of("unbroken", 4), head_of("re\u0301sume\u0301", 2), head_of("short", 9)
+    ('one two', 'unbr', 'r', 'short')
     """
     if len(text) <= limit:
         return text
     near = max(0, limit - _BOUNDARY_CHARACTERS)
     boundary = max(text.rfind(space, near, limit) for space in " \n\t\u3000")
-    return text[: boundary if boundary > 0 else limit]
+    if boundary <= 0:
+        boundary = next((at for at in range(limit, near, -1) if not _joins(text[at])), limit)
+    return text[:boundary]
+
+
+def _joins(character: str) -> bool:
+    """Tell whether a character may become one with those before it: an accent, a joiner, a part of a syllable."""
+    return unicodedata.category(character) in _JOINING or "\u1160" <= character <= "\u11ff"
 
 
 def sound(text: str) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from .errors import ModelUnusable
 from .pair_tokeniser import PROBES, as_it_is
-from .protocol import QUERY_MAX_TOKENS, TokenisedPair, checked_length, room_for
+from .protocol import QUERY_MAX_TOKENS, PairLimits, TokenisedPair, checked_length
 from .rendering import CHUNK, QUERY, Render
-from .text_reading import characters_for, encode_heads, head_of, sound
+from .text_reading import encode_heads, first_tokens, sound
 
 
 class WholePairs:
@@ -48,17 +49,19 @@ class WholePairs:
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, each pair anew."""
         length = checked_length(max_length, self.max_length)
-        room = room_for(length, self._special_tokens + self._prompt_tokens, query_max_tokens)
-        most = self._prompt_tokens + room.query
-        [asked] = encode_heads(self._tokenizer, [self._query_prompt + query], most)
-        query_cut = _cut(asked, most)
-        left = length - self._special_tokens - len(asked[0])
+        fixed = self._special_tokens + self._prompt_tokens
+        limits = PairLimits.within(length, special_tokens=fixed, query_max_tokens=query_max_tokens)
+        most, kept = self._prompt_tokens + limits.total, self._prompt_tokens + limits.query
+        # Twice: an encoding is cut in place.
+        asked, cut = encode_heads(self._tokenizer, [self._query_prompt + query] * 2, most)
+        cut.encoding.truncate(min(kept, cut.sure))
         pairs = []
-        for read in encode_heads(self._tokenizer, chunks, left):
-            chunk_cut = _cut(read, left)
-            whole = self._tokenizer.post_process(asked[0], read[0])
-            second_from = len(whole) - sum(whole.type_ids)
-            pairs.append(TokenisedPair(np.array(whole.ids, np.int32), second_from, query_cut or chunk_cut))
+        for read in encode_heads(self._tokenizer, chunks, limits.total + 1):
+            fits = asked.whole and read.fits(most - asked.sure)
+            head = asked.encoding if fits else cut.encoding
+            read.encoding.truncate(min(read.sure, length - self._special_tokens - len(head)))
+            whole = self._tokenizer.post_process(head, read.encoding)
+            pairs.append(TokenisedPair(np.array(whole.ids, np.int32), len(whole) - sum(whole.type_ids), not fits))
         return pairs
 
 
@@ -73,6 +76,7 @@ class WholeChats:
         self.max_length = max_length
         self.template = f"whole chats, such as {render(QUERY, CHUNK)!r}"
         self._special_tokens = len(self._ids(render("", "")))
+        self._tail = self._fixed_end()
 
     def pairs(
         self,
@@ -85,50 +89,60 @@ class WholeChats:
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, each pair anew."""
         length = checked_length(max_length, self.max_length)
-        room = room_for(length, self._special_tokens, query_max_tokens)
-        text = sound(query)
-        asked = head_of(text, characters_for(room.query))
-        asked = self._shorter(asked, max(0, self._count(asked) - room.query))
-        return self._cut_to(length, asked, [sound(chunk) for chunk in chunks], query_cut=len(asked) < len(text))
+        limits = PairLimits.within(length, special_tokens=self._special_tokens, query_max_tokens=query_max_tokens)
+        asked = first_tokens(self._tokenizer, query, limits.total)
+        shown = [first_tokens(self._tokenizer, chunk, length) for chunk in chunks]
+        ids: dict[int, list[int]] = {}
+        if len(asked) == len(query):
+            complete = [at for at, chunk in enumerate(chunks) if len(shown[at]) == len(chunk)]
+            ids = {at: whole for at, whole in self._read(asked, shown, complete).items() if len(whole) <= length}
+        longer = [at for at in range(len(chunks)) if at not in ids]
+        if longer:
+            cut = self._shorter(asked, max(0, self._count(asked) - limits.query))
+            ids |= self._cut_to(length, cut, shown, longer)
+        return [TokenisedPair(np.array(ids[at], np.int32), len(ids[at]), at in longer) for at in range(len(chunks))]
 
-    def _cut_to(self, length: int, query: str, chunks: Sequence[str], *, query_cut: bool) -> list[TokenisedPair]:
-        """Cut chunks again and again until the whole is no longer than it may be: a cut moves tokens about."""
-        shown = [head_of(chunk, characters_for(length)) for chunk in chunks]
-        ids: list[list[int]] = [[]] * len(chunks)
-        longer = list(range(len(chunks)))
+    def _fixed_end(self) -> list[int] | None:
+        """Find the tokens that end every pair; None where the chunk is not the last of the two texts."""
+        whole = self._render(QUERY, CHUNK)
+        if whole.rfind(CHUNK) < whole.rfind(QUERY):
+            return None
+        # As sentence-transformers finds them: what two pairs without a common text have in common at their ends.
+        one, other = (self._ids(self._render(text, text)) for text in ("0", "1 2 3 4"))
+        same = list(takewhile(lambda ends: ends[0] == ends[1], zip(reversed(one), reversed(other), strict=False)))
+        return one[len(one) - len(same) :]
+
+    def _cut_to(self, length: int, query: str, shown: list[str], longer: list[int]) -> dict[int, list[int]]:
+        """Cut chunks until the whole is no longer than it may be."""
+        if self._tail is not None:
+            begin = length - len(self._tail)
+            ids = self._read(query, shown, longer)
+            return {at: one if len(one) <= length else one[:begin] + self._tail for at, one in ids.items()}
+        # Before a query a cut moves tokens about: again and again.
+        ids = {}
         while longer:
-            whole = [self._render(query, shown[at]) for at in longer]
-            for at, encoding in zip(
-                longer, self._tokenizer.encode_batch_fast(whole, add_special_tokens=False), strict=True
-            ):
-                ids[at] = encoding.ids
+            ids |= self._read(query, shown, longer)
             longer = [at for at in longer if len(ids[at]) > length]
             for at in longer:
                 if not shown[at]:
                     raise ValueError(f"max_length {length} leaves no room for a chunk beside this query")
                 shown[at] = self._shorter(shown[at], len(ids[at]) - length)
-        return [
-            TokenisedPair(np.array(ids[at], np.int32), len(ids[at]), query_cut or len(shown[at]) < len(chunks[at]))
-            for at in range(len(chunks))
-        ]
+        return ids
+
+    def _read(self, query: str, shown: Sequence[str], places: Sequence[int]) -> dict[int, list[int]]:
+        texts = [sound(self._render(query, shown[at])) for at in places]
+        read = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return {at: list(encoding.ids) for at, encoding in zip(places, read, strict=True)}
 
     def _shorter(self, text: str, tokens: int) -> str:
         """Cut so many tokens, or a little more, off the end of a text."""
         if not tokens:
             return text
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        offsets = self._tokenizer.encode(sound(text), add_special_tokens=False).offsets
         return text[: offsets[-tokens][0]] if tokens < len(offsets) else ""
 
     def _count(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False))
+        return len(self._tokenizer.encode(sound(text), add_special_tokens=False))
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _cut(read: tuple[Encoding, bool], count: int) -> bool:
-    """Cut an encoding in place; tell whether anything is missing."""
-    encoding, shortened = read
-    longer = len(encoding) > count
-    encoding.truncate(count)
-    return shortened or longer

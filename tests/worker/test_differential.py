@@ -1,0 +1,86 @@
+"""Scores equal those of sentence-transformers' ``predict``, one pair at a time, for every family and hard texts.
+
+``make differential`` goes on where these end, and writes a report.
+"""
+
+import warnings
+from functools import cache
+
+import pytest
+from differential import WAYS, Drawn, Found, Peer, draw, expect, hold, load
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from tiny_checkpoints import QUERY, RECIPES, reading, write
+
+#: Read in the wrong place where a batch is padded.
+LEFT_OUT = {"mistral says", "gemma says", "gemma2 says", "phi3 says", "gpt2 says"}
+#: Read in the wrong place where a text ends in the padding's token, or refuse a batch of texts with unequal ends.
+PADS_IN_TEXT = {"llama", "llama, bytes", "qwen2", "qwen2, sliding", "qwen3", "t5"}
+#: Families that more than one runtime and precision is tried with.
+SEVERAL_WAYS = ("bert", "xlm-r", "qwen3 says")
+
+
+@pytest.fixture(scope="module")
+def peer_of(tmp_path_factory):
+    @cache
+    def made(family):
+        return Peer(family, write(family, tmp_path_factory.mktemp("checkpoint")))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries warn about what a tiny checkpoint lacks
+        yield made
+
+
+@pytest.fixture(scope="module")
+def engine_of(peer_of):
+    return cache(lambda family, *way: load(peer_of(family).folder, *way))
+
+
+def hold_some(peer, ours, dice, way):
+    found = Found(peer.family, *way)
+    drawn = draw(dice, peer)
+    hold(ours, drawn, expect(peer, drawn), found)
+    assert not found.beyond
+    assert not found.flags_wrong
+
+
+# No shrinking: of a pair that differs each trial costs a forward pass of either side.
+bounded = settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("family", sorted(RECIPES.keys() - LEFT_OUT))
+@given(dice=st.randoms())
+@bounded
+def test_scores_equal_those_of_predict_one_pair_at_a_time(peer_of, engine_of, family, dice):
+    hold_some(peer_of(family), engine_of(family, *WAYS[0]), dice, WAYS[0])
+
+
+@pytest.mark.parametrize("family", SEVERAL_WAYS)
+@pytest.mark.parametrize("way", WAYS[1:], ids="-".join)
+@given(dice=st.randoms())
+@settings(bounded, max_examples=3)
+def test_scores_of_every_runtime_and_precision_stay_near_those_of_predict(peer_of, engine_of, family, way, dice):
+    if way[0] == "openvino":
+        pytest.importorskip("openvino")
+    hold_some(peer_of(family), engine_of(family, *way), dice, way)
+
+
+@pytest.mark.parametrize("family", sorted(RECIPES.keys() - LEFT_OUT - PADS_IN_TEXT))
+def test_special_tokens_in_a_text_give_the_score_of_predict_in_any_batch(peer_of, engine_of, family):
+    peer = peer_of(family)
+    marks = sorted(set(reading(RECIPES[family].reads).roles.values()))
+    chunks = ["a set of pairs", *marks, *(f"a set{mark}" for mark in marks), *(f"{mark}a set" * 2 for mark in marks)]
+    queries = [QUERY, *(f"which {mark}" for mark in marks)]
+    found = Found(family, *WAYS[0])
+    for query in queries:
+        drawn = Drawn(query, tuple(chunks), peer.max_length)
+        hold(engine_of(family, *WAYS[0]), drawn, expect(peer, drawn), found)
+    assert found.pairs == len(chunks) * len(queries)
+    assert not found.beyond
+    assert not found.flags_wrong
