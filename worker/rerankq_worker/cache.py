@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import redis
@@ -76,7 +76,7 @@ class ScoreCache:
             return nothing
         fields = [*chunks, *(chunk + CUT for chunk in chunks)]
         try:
-            values = cast("list[bytes | None]", self._redis.hmget(_key(fingerprint, query), fields))
+            values = cast("list[Any]", self._redis.hmget(_key(fingerprint, query), fields))
         except _BROKEN as error:
             self._refused(error)
             return nothing
