@@ -543,6 +543,49 @@ def test_whoever_makes_room_wakes_the_consumer(worker: Any, program: Any, monkey
     woken[0]()
 
 
+class PushingConsumer:
+    """A consumer of RabbitMQ: while the broker confirms that it is withdrawn, or is not, messages come in."""
+
+    channel = object()  # without the quality of service of Redis's
+
+    def __init__(self) -> None:
+        self.consumes, self.busy, self.comes = True, False, []
+
+    def consuming_from(self, _: str) -> bool:
+        return self.consumes
+
+    def change(self, consumes: bool) -> None:
+        assert not self.busy, "kombu's own tables would change under it"
+        self.busy = True
+        while self.comes:
+            self.comes.pop()()
+        self.consumes, self.busy = consumes, False
+
+    def consume(self) -> None:
+        self.change(True)
+
+    def cancel(self) -> None:
+        self.change(False)
+
+
+def test_messages_that_come_while_the_bulk_consumer_is_withdrawn_do_not_disturb_that(worker: Any, program, monkeypatch):
+    consumer = SimpleNamespace(call_soon=lambda call: call(), pool=Pool(program), task_consumer=None)
+    listening = program.Listening(consumer)
+    listening.bulk = PushingConsumer()
+    monkeypatch.setattr(program, "listening", listening)
+    listening.bulk.comes = [lambda: came_in(request("c", QUEUES[1])), lambda: came_in(request("d"))]
+    came_in(request("a", QUEUES[1]), request("b", QUEUES[1]))
+    assert not listening.bulk.consumes
+    # And one that goes out while it is let in again, one that comes in.
+    listening.bulk.comes = [lambda: program._went_out("a"), lambda: came_in(request("e", QUEUES[1]))]
+    program._went_out("b")
+    program._went_out("c")
+    assert listening.bulk.consumes == worker.slots.has_room(bulk=True)
+    for name in "de":
+        program._went_out(name)
+    assert listening.bulk.consumes
+
+
 def test_a_job_revoked_before_it_was_received_gives_no_slot_back(worker: Any, program: Any):
     submit(worker)
     came_in(request("b"))

@@ -499,6 +499,8 @@ class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
         super().__init__(consumer, **options)
         self.consumer = consumer
         self.bulk: Any = None
+        # How often it was asked to look again while it did.
+        self._look = 0
         _follow(consumer.pool)
 
     def start(self, c: Any) -> None:
@@ -542,9 +544,19 @@ class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
         """
         if worker is None or self.bulk is None or hasattr(self.bulk.channel, "qos"):
             return
-        has_room = worker.slots.has_room(bulk=True)
-        if has_room != self.bulk.consuming_from(worker.bulk):
-            (self.bulk.consume if has_room else self.bulk.cancel)()
+        # RabbitMQ confirms both, and while that is waited for messages come in: this is called again from inside.
+        self._look += 1
+        if self._look > 1:
+            return
+        try:
+            while self._look:
+                self._look = 1
+                has_room = worker.slots.has_room(bulk=True)
+                if has_room != self.bulk.consuming_from(worker.bulk):
+                    (self.bulk.consume if has_room else self.bulk.cancel)()
+                self._look -= 1
+        finally:
+            self._look = 0
 
 
 def _follow(pool: Any) -> None:
