@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from rerankq import JobCancelled, JobDead, JobExpired, RerankJob
 from rerankq.broker import make_app
 from rerankq.client import enter
-from rerankq.errors import BrokerUnavailable, JobRejected, JobTooLarge
+from rerankq.errors import BrokerUnavailable, JobRejected, JobTooLarge, SettingsInvalid
 from rerankq.ledger import calls
 from rerankq.placing import Place, queue_name, suffix_of
 from rerankq.settings import Settings
@@ -633,6 +633,18 @@ def test_what_the_registry_shows_is_enough_to_place_a_job(worker: Any):
 def test_a_second_model_has_queues_of_its_own(program: Any, model: str, default: str, queues: tuple[str, str]):
     settings = Settings(broker_url="redis://nowhere", model=model, default_model=default)
     assert program.queues_of(settings) == queues
+
+
+def test_the_concurrency_of_celerys_command_line_counts_and_another_pool_is_refused(program: Any):
+    settings = Settings(broker_url="redis://nowhere", concurrency=32)
+    asked = SimpleNamespace(pool_cls="threads", concurrency=3)
+    assert program.chosen(settings, asked).concurrency == 3
+    asked.concurrency = "auto"  # Celery counts processors later
+    assert program.chosen(settings, asked).concurrency == 32
+    for pool in ("solo", "prefork"):
+        asked.pool_cls = pool
+        with pytest.raises(SettingsInvalid, match=f"expected threads, and not {pool}"):
+            program.chosen(settings, asked)
 
 
 def test_a_task_before_the_worker_started_is_an_error(program: Any, monkeypatch: pytest.MonkeyPatch):

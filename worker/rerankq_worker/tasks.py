@@ -23,6 +23,8 @@ from queue import Empty
 from typing import Any, TypeVar
 
 from celery import bootsteps, signals
+from celery.concurrency import get_implementation
+from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.exceptions import CPendingDeprecationWarning, Ignore, SecurityWarning, WorkerShutdown
 from celery.worker.consumer import Consumer
 from celery.worker.control import control_command, inspect_command
@@ -718,8 +720,23 @@ def active_queues(_: Any) -> list[dict[str, Any]]:
     return [dict(queue.as_dict(recurse=True)) for queue in listening.queues()] if listening else []
 
 
+def chosen(settings: Settings, program: Any) -> Settings:
+    """Take over the concurrency that Celery's own command line asks for.
+
+    Raises:
+        SettingsInvalid: if it asks for another pool: one engine serves all jobs from threads beside it.
+    """
+    pool = get_implementation(program.pool_cls)
+    if pool is not ThreadPool:
+        asked = pool.__module__.rpartition(".")[-1]
+        raise errors.SettingsInvalid(f"--pool: expected threads, and not {asked}; leave it out")
+    if isinstance(program.concurrency, int) and program.concurrency != settings.concurrency:
+        return settings.model_copy(update={"concurrency": program.concurrency})
+    return settings
+
+
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
-def _load(**_: Any) -> None:
+def _load(sender: Any, **_: Any) -> None:
     # Before the pool and the consumer: the model is warm before the first job is taken.
     global worker, watchdog  # noqa: PLW0603  # Celery gives its signals no other place
     if threading.current_thread() is threading.main_thread():
@@ -727,7 +744,7 @@ def _load(**_: Any) -> None:
         watchdog = ShutdownWatchdog(settings.drain_s, begin=_told_to_stop)
         watchdog.install()
     try:
-        worker = Worker(settings, make_app(settings))
+        worker = Worker(chosen(settings, sender), make_app(settings))
         worker.start()
     except Exception as error:
         logger.critical(
