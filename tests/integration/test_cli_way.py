@@ -523,7 +523,8 @@ def test_a_second_interrupt_ends_everything_at_once(start, wait_until):
 
 
 def test_the_demo_ranks_the_sample_with_the_bundled_model_and_stops(run):
-    done = run("demo", "--json", RERANKQ_MODEL="ignored", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
+    elsewhere = {"RERANKQ_BROKER_URL": "redis://127.0.0.1:1/0", "RERANKQ_DEFAULT_MODEL": "ignored"}
+    done = run("demo", "--json", RERANKQ_MODEL="ignored", **elsewhere)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["pairs"] == record["jobs"] * record["chunks"]

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import rerankq
 from rerankq import cli
 from rerankq.cli.app import app
+from rerankq.settings import Settings
 
 GOOD = '{"query": "why tides?", "chunks": ["The moon pulls."]}'
 
@@ -93,6 +94,7 @@ def test_many_bad_lines_are_counted_not_all_said(run, tmp_path):
         ["up", "--flower-port", "0"],
         ["up", "--flower-port", "65536"],
         ["rescore", "--limit", "0"],
+        ["rescore", "--limit", f"1{'0' * 30}"],
         ["rescore", "--limit", "1.5"],
     ],
 )
@@ -161,7 +163,8 @@ def test_the_worker_is_celery_with_our_settings(run, monkeypatch):
     assert program == sys.executable
     assert command[1:6] == ["-m", "celery", "-q", "-A", "rerankq_worker.tasks"]
     assert "gpu0@%h" in command
-    wanted = {"RERANKQ_MODEL": "stub", "RERANKQ_CONCURRENCY": "7", "RERANKQ_LEDGER_URL": "redis://h/1"}
+    ledger = Settings(broker_url="redis://h/3").ledger
+    wanted = {"RERANKQ_MODEL": "stub", "RERANKQ_CONCURRENCY": "7", "RERANKQ_LEDGER_URL": ledger}
     assert wanted.items() <= environment.items()
     assert environment["TOKENIZERS_PARALLELISM"] == "false"
 

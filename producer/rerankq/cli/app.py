@@ -221,7 +221,7 @@ def rescore(  # noqa: PLR0917 - typer reads them as options
         str, typer.Option(help="The re-scored run; - is standard output. While at work OUTPUT.part is beside it.")
     ],
     depth: Annotated[int, typer.Option(help="Documents per query: the run's first, by its scores.")] = 100,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many queries: the run's first.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="Only so many queries: the run's first.")] = None,
     fusion: Annotated[str, typer.Option(help="A profile of fusion.toml.")] = "default",
     qrels: Annotated[
         str | None, typer.Option(help="Judgements (query-id, corpus-id, score), to measure nDCG@10.")

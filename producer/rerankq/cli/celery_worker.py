@@ -37,7 +37,7 @@ def command(*, name: str, verbose: bool = False) -> list[str]:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """Write variables that make another process read this one's settings of URLs, model and concurrency.
+    """Write variables that make another process read this one's settings of URLs, models and concurrency.
 
     Raises:
         BrokerUnavailable: if no broker is set.
@@ -47,6 +47,8 @@ def environment(settings: Settings) -> dict[str, str]:
         "RERANKQ_LEDGER_URL": settings.ledger,
         "RERANKQ_CACHE_URL": settings.cache,
         "RERANKQ_MODEL": settings.model,
+        # Never empty: what is empty counts as not set, and another value may stand in a file.
+        "RERANKQ_DEFAULT_MODEL": settings.default_model or settings.model,
         "RERANKQ_CONCURRENCY": str(settings.concurrency),
     }
 

@@ -132,9 +132,16 @@ def header(plan: Plan, settings: Settings) -> dict[str, Any]:
 
 
 def digest(path: str) -> str:
-    """Hash a file's bytes."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    """Hash a file's bytes.
+
+    Raises:
+        InputFault: if it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    except OSError as error:
+        raise InputFault(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def jobs(

@@ -113,7 +113,7 @@ def show_report(report: Report, file: TextIO | None = None) -> None:
         table = Table("order", "nDCG@10", box=None, pad_edge=False)
         table.columns[1].justify = "right"
         for name, value in report.ndcg.items():
-            table.add_row(name, "–" if value is None else f"{value:.4f}")
+            table.add_row(Text(name), "–" if value is None else f"{value:.4f}")
         console.print(table)
         console.print(f"over {report.judged_queries} judged queries of {report.queries}")
     for said in report_sentences(report):
