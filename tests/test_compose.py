@@ -21,7 +21,7 @@ import pytest
 import redis
 import yaml
 
-from rerankq.settings import Settings
+from rerankq.settings import Settings, read_by
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESET = object()
@@ -120,6 +120,12 @@ def test_the_environment_is_made_of_real_settings_and_points_each_role_at_its_se
     assert ours <= Settings.model_fields.keys()
     hosts = {role: re.search(r"@([a-z-]+):6379/(\d)", environment[f"RERANKQ_{role}_URL"]).groups() for role in ROLES}
     assert hosts == ROLES
+
+
+def test_every_setting_that_workers_read_is_passed_on_to_them():
+    environment = SERVICES["worker"]["environment"]
+    passed_on = {name.removeprefix("RERANKQ_").lower() for name in environment}
+    assert {name for name in Settings.model_fields if read_by(name) != "producer"} - passed_on == set()
 
 
 ROLES = {"BROKER": ("redis", "0"), "LEDGER": ("redis", "1"), "CACHE": ("redis-cache", "0")}
