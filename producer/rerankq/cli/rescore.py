@@ -286,7 +286,7 @@ def rescore(plan: Plan, goal: Output, settings: Settings, bar: Bar) -> Report:
     """
     bar.say("reading")
     work = header(plan, settings)
-    journal_at = goal.journal(hashlib.blake2b(repr(work).encode(), digest_size=8).hexdigest())
+    journal_at = goal.journal(hashlib.blake2b(repr((plan.output, work)).encode(), digest_size=8).hexdigest())
     if goal.exists and not plan.force and (plan.restart or not is_begun(journal_at, work)):
         raise InputFault(f"--output: {plan.output} exists; add --force to overwrite it")
     with (

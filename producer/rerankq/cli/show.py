@@ -131,8 +131,12 @@ def report_sentences(report: Report) -> Iterator[str]:
     )
     if report.model:
         yield f"scored by {report.model} (weights {report.weights}), fusion {report.fusion}"
-    for signal, queries in report.missing.items():
-        yield f"the weight of {signal} counts for nothing: no chunk of {queries} queries has this signal"
+    if report.missing:
+        named = ", ".join(
+            signal if queries == report.queries else f"{signal} (in {queries} queries)"
+            for signal, queries in report.missing.items()
+        )
+        yield f"signals that no chunk has, so that their weight counts for nothing: {named}"
     for source, lines in report.skipped_lines.items():
         yield f"{lines} invalid lines of {source} skipped"
 
