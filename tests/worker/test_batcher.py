@@ -744,6 +744,20 @@ def test_a_pair_that_no_model_reads_fails_its_own_ticket_before_it_gets_to_the_d
     assert fine.result(PATIENCE_S).shape == (len(CHUNKS),)
 
 
+@pytest.mark.parametrize("ids", [[1, 100], [1, -1], [[1, 2], [3, 4]], [1.5, 2.0]], ids=repr)
+@pytest.mark.parametrize("company", [[], [5, 6]], ids=["alone", "beside another"])
+def test_a_pair_of_what_is_no_token_id_of_the_model_never_gets_to_the_device(started, make_engine, ids, company):
+    engine = make_engine()
+    engine.vocabulary = 100
+    batcher = started(engine)
+    unfit = TokenisedPair(np.array(ids), 0, truncated=False)
+    others = [pair_of(company)] if company else []
+    with pytest.raises(PairFailed, match="token ids"):
+        batcher.submit([*others, unfit]).result(PATIENCE_S)
+    assert batcher.submit([pair_of([99, 0])]).result(PATIENCE_S).shape == (1,)
+    assert len(engine.batches) == 1
+
+
 class NoLength:
     ids = np.zeros(3, dtype=np.int32)
 

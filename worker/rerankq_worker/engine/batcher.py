@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
+
 from ..batching import LOOK_AHEAD, WINDOW, cost, fill_of, leading_priority, plan
 from .errors import EngineClosed, EngineDied, EngineError, PairFailed, is_out_of_memory
 from .flights import Flights, Landing
@@ -83,6 +85,7 @@ class Batcher:
         if full < 1:
             raise ValueError(f"a budget of {full} tokens holds no pair")
         self._engine = engine
+        self._vocabulary: int | None = getattr(engine, "vocabulary", None)
         self._patience = (1 - bulk_share) / bulk_share
         self._fill_tokens = fill_of(full) if fill_tokens is None else fill_tokens
         self._lead_s = lead_s
@@ -122,9 +125,9 @@ class Batcher:
         """Hand a job's pairs to the device; returns at once.
 
         ``keys``, one per pair, name what is to be computed: pairs with equal keys are computed once while one of them
-        is in flight; None never joins. The ticket fails at once where a pair has no tokens, or more than the engine
-        reads. Raises EngineDied or EngineClosed when nothing will be computed any more, and ValueError for an unknown
-        priority or a wrong number of keys.
+        is in flight; None never joins. The ticket fails at once where a pair has no tokens, more than the engine reads,
+        or such that it does not know. Raises EngineDied or EngineClosed when nothing will be computed any more, and
+        ValueError for an unknown priority or a wrong number of keys.
         """
         if priority not in _PRIORITIES:
             raise ValueError(f"priority {priority!r} is neither 'interactive' nor 'bulk'")
@@ -134,7 +137,7 @@ class Batcher:
         # Before anything is changed: whatever is wrong with a pair or a key is its owner's affair.
         wanted = [SharedPair(pair, pair.length, key) for pair, key in zip(pairs, keys, strict=True)]
         hash(tuple(keys))
-        unfit = next((said for pair in wanted if (said := self._unfit(pair.length))), None)
+        unfit = next((said for pair in wanted if (said := self._unfit(pair.length))), None) or self._unknown(pairs)
         now = self._clock()
         ticket = Ticket(len(pairs), Line(_PRIORITIES[priority], tenant), now, self._lock, self._withdraw)
         with self._lock:
@@ -202,6 +205,18 @@ class Batcher:
             return "a pair of no tokens cannot be scored"
         if length > self._engine.max_length:
             return f"a pair of {length} tokens cannot be scored: the model reads {self._engine.max_length}"
+        return None
+
+    def _unknown(self, pairs: Sequence[TokenisedPair]) -> str | None:
+        """Say that a pair holds what is no token id of this model, if one does: some devices die of it, some go on."""
+        if self._vocabulary is None or not pairs:
+            return None
+        try:
+            ids = np.concatenate([pair.ids for pair in pairs])
+        except ValueError:
+            return "a pair whose token ids are no single row cannot be scored"
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self._vocabulary:
+            return f"a pair cannot be scored: its token ids are not all among the model's {self._vocabulary}"
         return None
 
     def _enlist(self, ticket: Ticket, index: int, pair: SharedPair) -> tuple[SharedPair, bool]:

@@ -15,7 +15,7 @@ from .cores import available_cores, short_number_instructions
 from .device import choose_device, multiplies_bfloat16_faster, tokens_that_fit
 from .errors import ModelUnusable
 from .last_layer import compute_last_layer_in_float32
-from .loading import hash_of_weights, load_model, readable_length, refusing
+from .loading import hash_of_weights, known_ids, load_model, readable_length, refusing
 from .long_positions import LongPositions
 from .pair_format import pair_tokeniser_for
 from .pair_tokeniser import Tokeniser
@@ -76,6 +76,7 @@ class CrossEncoderEngine:
             subject = _subject_of(model, name, self._tokeniser, where, self.dtype)
             self._run = self._way_through(subject, padded=padded)
         self.name = name
+        self.vocabulary = known_ids(model)
         self.max_length = self._tokeniser.max_length
         self.max_batch_tokens = max_batch_tokens or _BATCH_TOKENS.get(where.type, _BATCH_TOKENS_ACCELERATOR)
         self.device = str(where)

@@ -45,7 +45,7 @@ def load_model(folder: Path, name: str, device: torch.device, dtype: torch.dtype
         model.eval()
         _move_out_of_files(model)
         labels = model.num_labels
-        ids, rows = _ids(model), _rows(model)
+        ids, rows = _ids(model), known_ids(model)
     if lacking:
         more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
         named = ", ".join(sorted(lacking)[:_NAMED]) + more
@@ -123,7 +123,8 @@ def _ids(model: Any) -> int:
     return 1 + int(max(vocabulary.values()))
 
 
-def _rows(model: Any) -> int | None:
+def known_ids(model: Any) -> int | None:
+    """Tell how many token ids a model's embeddings know; None where that cannot be seen."""
     try:
         table = model[0].auto_model.get_input_embeddings()
     except NotImplementedError:

@@ -76,13 +76,15 @@ class Engine(Protocol):
 
     ``fingerprint`` names everything of the model that changes a logit: weights, precision ("fp32", "reduced" or
     "int8"), tokeniser and pair template, no activation. ``max_length`` is in tokens. A batch costs *longest × count*
-    tokens where ``padded``, else the sum of its lengths; ``max_batch_tokens`` is the most that one should cost.
+    tokens where ``padded``, else the sum of its lengths; ``max_batch_tokens`` is the most that one should cost. Token
+    ids are below ``vocabulary``; None where an engine takes any.
 
     ``launch`` and ``forward`` belong to one thread at a time; ``tokenise`` may be called from any number at once.
     """
 
     name: str
     fingerprint: str
+    vocabulary: int | None
     max_length: int
     max_batch_tokens: int
     padded: bool

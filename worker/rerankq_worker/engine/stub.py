@@ -45,6 +45,7 @@ class StubEngine:
 
     dtype = "float32"
     device = "none"
+    vocabulary: int | None = None
 
     def __init__(
         self,
