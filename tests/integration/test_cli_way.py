@@ -438,6 +438,17 @@ def test_a_terminal_that_is_closed_stops_up(start, wait_until):
 UNIGNORED = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 
 
+@pytest.mark.parametrize("command", ["demo", "rescore"])
+def test_an_interrupt_while_a_command_starts_what_it_needs_leaves_no_process(start, collection, wait_until, command):
+    process = start(command, *(collection if command == "rescore" else ()))
+    wait_until(lambda: len(family(process)) >= 3)
+    processes = family(process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+    wait_until(lambda: gone(processes))
+
+
 def test_closed_standard_streams_are_no_matter_to_a_rescore(run, collection, tmp_path):
     done = run("rescore", *collection, through=CLOSED)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -138,7 +138,7 @@ def report_sentences(report: Report) -> Iterator[str]:
         )
         yield f"signals that no chunk has, so that their weight counts for nothing: {named}"
     for source, lines in report.skipped_lines.items():
-        yield f"{lines} invalid lines of {source} skipped"
+        yield f"invalid lines skipped in {source}: {lines}"
 
 
 def show_failed(failed: Mapping[str, str], *, most: int = 10) -> None:
