@@ -83,7 +83,7 @@ def assert_scores_as_alone(loaded, folder, pairs, atol=1e-5):
         ("gemma says", WholeModel),
         ("gemma2 says", WholeModel),  # soft caps on its logits, windows of attention
         ("mistral says", WholeModel),
-        ("gpt2 says", OneLengthAtATime),  # its positions count the padding before it
+        ("gpt2 says", WholeModel),  # left to itself it counts the padding before a pair
         ("gpt2", WholeModel),
         ("phi3", WholeModel),
         ("llama, no padding", None),
@@ -143,6 +143,16 @@ def test_a_short_pair_does_not_take_the_frequencies_of_a_longer_one_beside_or_be
 
 def test_short_pairs_alone_of_a_model_of_long_positions_are_batched_as_others(copied):
     assert type(load(copied("phi3", **LONG_ROPE), max_length=40)._run) is WholeModel
+
+
+@pytest.mark.parametrize("name", ["gemma says", "bert", "deberta", "modular qwen3"])
+def test_in_reduced_precision_a_pair_scores_beside_longer_ones_nearly_as_alone(made, name):
+    loaded = load(made(name), "bfloat16")
+    pairs = loaded.tokenise(QUERY, TEXTS)
+    alone = np.array([loaded.forward([pair]).item() for pair in pairs])
+    for order in shuffled_batches(len(pairs)):
+        logits = loaded.forward([pairs[at] for at in order])
+        np.testing.assert_allclose(logits, alone[order], rtol=0, atol=0.03 * max(1, np.abs(alone).max()))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -251,6 +261,59 @@ def test_tied_weights_are_stored_once_and_a_shard_that_is_gone_is_named(made, tm
     shards[0].unlink()
     with pytest.raises(ModelUnusable, match=shards[0].name):
         load(tied)
+
+
+def without_words(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+SPOILT = {
+    "a configuration that is no JSON": lambda folder: (folder / "config.json").write_text("{nope"),
+    "a configuration that is a list": lambda folder: (folder / "config.json").write_text("[1]"),
+    "an unknown kind of model": lambda folder: change_config(folder, model_type="nope"),
+    "code of its own": lambda folder: change_config(folder, model_type="own", auto_map={"AutoConfig": "x.C"}),
+    "heads that do not divide": lambda folder: change_config(folder, num_attention_heads=5),
+    "a padding that is no token": lambda folder: change_config(folder, pad_token_id=99_999),
+    "a tokeniser that is no JSON": lambda folder: (folder / "tokenizer.json").write_text("{"),
+    "no tokeniser": without_words,
+    "tokens beyond the table": lambda folder: add_token(folder, 5000),
+    "weights cut short": lambda folder: cut(folder / "model.safetensors"),
+    "weights that are none": lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
+    "no weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "pickled weights beside": lambda folder: pickled(folder / "2_Dense"),
+}
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def add_token(folder, token_id):
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    saved["added_tokens"].append({"id": token_id, "content": "<far>", "special": True, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def pickled(folder):
+    folder.mkdir()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_folder_that_is_no_model_is_refused_in_one_line(copied, what):
+    folder = copied("bert")
+    SPOILT[what](folder)
+    with pytest.raises(ModelUnusable) as said:
+        load(folder)
+    assert str(folder) in str(said.value)
+    assert "\n" not in str(said.value)
 
 
 # -- files that change ---------------------------------------------------------------------------------------------

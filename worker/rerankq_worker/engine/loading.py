@@ -45,7 +45,7 @@ def load_model(folder: Path, name: str, device: torch.device, dtype: torch.dtype
         model.eval()
         _move_out_of_files(model)
         labels = model.num_labels
-        ids, rows = _ids(model), known_ids(model)
+        ids, rows = _ids(model, name), known_ids(model)
     if lacking:
         more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
         named = ", ".join(sorted(lacking)[:_NAMED]) + more
@@ -117,9 +117,11 @@ def _move_out_of_files(model: torch.nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _ids(model: Any) -> int:
-    if not (vocabulary := model.tokenizer.get_vocab()):
-        raise ModelUnusable("this model's tokeniser has no vocabulary")
+def _ids(model: Any, name: str) -> int:
+    vocabulary = model.tokenizer.get_vocab()
+    # Where its files are missing transformers makes a tokeniser of the special tokens alone.
+    if vocabulary.keys() <= set(model.tokenizer.all_special_tokens):
+        raise ModelUnusable(f"the tokeniser of model {name!r} knows no words: its files are missing or empty")
     return 1 + int(max(vocabulary.values()))
 
 

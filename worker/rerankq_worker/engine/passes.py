@@ -183,7 +183,10 @@ class FlattenedPass:
 
 
 def padded(batch: Sequence[TokenisedPair], how: Inputs, *, left: bool = False) -> dict[str, torch.Tensor]:
-    """Write a batch as tensors of shape (pairs, longest), filled up on the right, or on the left."""
+    """Write a batch as tensors of shape (pairs, longest), filled up on the right.
+
+    On the left positions are told: many decoders count the padding before a pair, and rotary ones round otherwise.
+    """
     lengths = np.array([pair.length for pair in batch])
     # Counted from the start of each pair: its tokens are those from 0 up to its length.
     columns = np.arange(lengths.max()) - (lengths.max() - lengths[:, None] if left else 0)
@@ -191,6 +194,8 @@ def padded(batch: Sequence[TokenisedPair], how: Inputs, *, left: bool = False) -
     ids = np.full(real.shape, how.pad, dtype=np.int64)
     ids[real] = np.concatenate([pair.ids for pair in batch])
     inputs = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
+    if left:
+        inputs["position_ids"] = np.where(real, columns, 0)
     if how.with_types:
         second = columns >= np.array([pair.second_from for pair in batch])[:, None]
         inputs["token_type_ids"] = (second & real).astype(np.int64)
