@@ -29,8 +29,7 @@ _MARGIN_TOKENS = 128
 #: A cut moves back to white space if there is some within so many characters.
 _BOUNDARY_CHARACTERS = 512
 
-#: Marks and formats.
-_JOINING = {"Mn", "Mc", "Me", "Cf", "Sk"}
+_MARKS = {"Mn", "Mc", "Me"}
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -159,8 +158,13 @@ def head_of(text: str, limit: int) -> str:
 
 
 def _joins(character: str) -> bool:
-    """Tell whether a character may become one with those before it: an accent, a joiner, a part of a syllable."""
-    return unicodedata.category(character) in _JOINING or "\u1160" <= character <= "\u11ff"
+    """Tell whether a character may become one with those before it: an accent, a joiner, part of a syllable, a tone."""
+    return (
+        unicodedata.category(character) in _MARKS
+        or character in "\u200c\u200d"
+        or "\u1160" <= character <= "\u11ff"
+        or "\U0001f3fb" <= character <= "\U0001f3ff"
+    )
 
 
 def sound(text: str) -> str:
