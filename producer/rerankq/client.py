@@ -234,6 +234,11 @@ class Submission:
         self._accepted: list[str] = []
         self._sending: asyncio.Task[list[str]] | None = None
 
+    @property
+    def accepted(self) -> list[str]:
+        """The ids of the jobs that the ledger has said to have accepted, in order."""
+        return list(self._accepted)
+
     async def add(self, jobs: Iterable[Job]) -> None:
         """Submit these too; the last round trip of them may still be under way."""
         entries: list[Entry] = []
@@ -673,12 +678,17 @@ class Client:
             JobRejected, JobTooLarge, QueueFull, ModelUnknown, BrokerUnavailable: ``accepted`` on the error holds the
                 ids accepted until then.
         """
+        self._see_that_it_is_open()
         submission = self._inner.submission()
         source = iter(jobs)
-        # Iterated here: a slow source must not hold up the thread that serves everyone.
-        while some := list(islice(source, SUBMIT_AT_ONCE)):
-            self._run(submission.add(some))
-        return self._run(submission.end())
+        try:
+            # Iterated here: a slow source must not hold up the thread that serves everyone.
+            while some := list(islice(source, SUBMIT_AT_ONCE)):
+                self._run(submission.add(some))
+            return self._run(submission.end())
+        except (ClientClosed, ClientUnusable) as error:
+            error.accepted = error.accepted or submission.accepted
+            raise
 
     def result(self, job_id: str, timeout: float | None = None) -> Ranking:
         """Wait for a job's ranking, at most *timeout* seconds.

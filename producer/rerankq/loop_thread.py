@@ -45,7 +45,7 @@ class LoopThread:
         self._begun = False
         self._running = threading.Event()
         self._fault: BaseException | None = None
-        self._turns = 0
+        self._turns, self._asked = 0, False
         self._thread = threading.Thread(target=self._serve, name="rerankq-client", daemon=True)
 
     def start(self) -> None:
@@ -114,8 +114,10 @@ class LoopThread:
             looks, turns = (looks + 1, turns) if turns == self._turns else (0, self._turns)
             if looks >= BLOCKED_LOOKS:
                 raise ClientUnusable(f"the client's event loop has been blocked for {looks * LOOK_S:g} s")
-            with suppress(RuntimeError):
-                self.loop.call_soon_threadsafe(self._turn)
+            if not self._asked:
+                self._asked = True
+                with suppress(RuntimeError):
+                    self.loop.call_soon_threadsafe(self._turn)
 
     def stop(self) -> None:
         """End, within ``STOP_S``; what is still under way is cancelled."""
@@ -134,6 +136,7 @@ class LoopThread:
 
     def _turn(self) -> None:
         self._turns += 1
+        self._asked = False
 
     def _serve(self) -> None:
         try:

@@ -238,6 +238,21 @@ def test_an_outage_midway_carries_what_was_accepted(client: Client, monkeypatch:
     assert len(caught.value.accepted) == 2 * SUBMIT_AT_ONCE
 
 
+def test_a_client_that_is_closed_midway_carries_what_was_accepted(settings: Settings):
+    client = Client(settings)
+
+    def closing() -> Iterator[RerankJob]:
+        yield from jobs(2 * SUBMIT_AT_ONCE)
+        client.close()
+        yield job(9_999)
+
+    with pytest.raises(rerankq.ClientClosed) as caught:
+        client.submit_many(closing())
+    assert len(caught.value.accepted) >= SUBMIT_AT_ONCE
+    with Client(settings) as other:
+        assert {other.status(one).state for one in caught.value.accepted} == {"queued"}
+
+
 def test_the_source_of_a_bulk_submission_may_use_the_client_itself(client: Client):
     def chained() -> Iterator[RerankJob]:
         for number in range(3):
