@@ -950,3 +950,22 @@ def test_the_scripts_ship_with_the_package_and_are_named_by_their_hash():
     text, sha = source("claim")
     assert text.startswith("-- Put before every script")
     assert len(sha) == 40
+
+
+def test_scripts_that_are_flushed_all_the_time_are_given_again(ledger: Ledger):
+    """As by an operator's SCRIPT FLUSH, again and again, while hundreds of calls come in one round trip."""
+    stop = threading.Event()
+
+    def flush() -> None:
+        while not stop.wait(0.005):
+            ledger.redis.script_flush()
+
+    flushing = threading.Thread(target=flush)
+    flushing.start()
+    try:
+        for _ in range(30):
+            looks = ledger.ask_all([calls.look(f"{number}", TERMS) for number in range(300)])
+            assert {look.status.state for look in looks} == {"unknown"}
+    finally:
+        stop.set()
+        flushing.join()

@@ -53,6 +53,8 @@ __all__ = [
 
 Answer = TypeVar("Answer")
 
+# How often scripts that the server does not know are given to it again.
+LOADS = 4
 # Seconds for which work on answers may keep the event loop to itself.
 WORK_S = 0.002
 
@@ -155,14 +157,18 @@ class Ledger:
             pipe = self.redis.pipeline(transaction=False)
             _fill(pipe, wanted)
             raw = pipe.execute(raise_on_error=False)
-            missing = _unknown_scripts(wanted, raw)
-            if missing:
-                for script in missing:
-                    self.redis.script_load(source(script)[0])
+            # Together with their texts, so that nobody can flush them in between; where they come in pieces, once more.
+            for _ in range(LOADS):
                 again = [at for at, answer in enumerate(raw) if isinstance(answer, NoScriptError)]
+                if not again:
+                    break
+                scripts = sorted({wanted[at].script for at in again})
                 pipe = self.redis.pipeline(transaction=False)
+                for script in scripts:
+                    pipe.script_load(source(script)[0])
                 _fill(pipe, [wanted[at] for at in again])
-                for at, answer in zip(again, pipe.execute(raise_on_error=False), strict=True):
+                answers = pipe.execute(raise_on_error=False)
+                for at, answer in zip(again, answers[len(scripts) :], strict=True):
                     raw[at] = answer
         return [_answer(call, given) for call, given in zip(wanted, raw, strict=True)]
 
@@ -207,14 +213,18 @@ class AsyncLedger:
             pipe = self.redis.pipeline(transaction=False)
             _fill(pipe, wanted)
             raw = await pipe.execute(raise_on_error=False)
-            missing = _unknown_scripts(wanted, raw)
-            if missing:
-                for script in missing:
-                    await self.redis.script_load(source(script)[0])
+            # Together with their texts, so that nobody can flush them in between; where they come in pieces, once more.
+            for _ in range(LOADS):
                 again = [at for at, answer in enumerate(raw) if isinstance(answer, NoScriptError)]
+                if not again:
+                    break
+                scripts = sorted({wanted[at].script for at in again})
                 pipe = self.redis.pipeline(transaction=False)
+                for script in scripts:
+                    pipe.script_load(source(script)[0])
                 _fill(pipe, [wanted[at] for at in again])
-                for at, answer in zip(again, await pipe.execute(raise_on_error=False), strict=True):
+                given = await pipe.execute(raise_on_error=False)
+                for at, answer in zip(again, given[len(scripts) :], strict=True):
                     raw[at] = answer
         answers: list[Answer | RerankqError] = []
         since = time.monotonic()
@@ -236,10 +246,6 @@ class AsyncLedger:
 def _fill(pipe: Any, wanted: Iterable[Call[Any]]) -> None:
     for call in wanted:
         pipe.evalsha(source(call.script)[1], 0, *call.args)
-
-
-def _unknown_scripts(wanted: Sequence[Call[Any]], raw: Sequence[object]) -> set[str]:
-    return {call.script for call, answer in zip(wanted, raw, strict=True) if isinstance(answer, NoScriptError)}
 
 
 def _answer(call: Call[Answer], given: object) -> Answer | RerankqError:
