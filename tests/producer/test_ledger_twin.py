@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -617,6 +618,7 @@ class BothLedgers(RuleBasedStateMachine):
                 assert self.ledger.redis.sismember("rerankq:queues", job.queue)
 
 
+@pytest.mark.timeout(900)  # 45 s of one core, of which a busy machine gives little
 def test_the_ledger_and_its_twin_stay_equal_whatever_is_asked_in_any_order(redis_url_each_version: str):
     with at(redis_url_each_version) as real:
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from rerankq.ledger import Bell, Deferred
 from rerankq_worker.slots import Slots, SuspectSlots, kept_for_interactive
 
-# A step: seconds that pass, a job's name, and whether it comes in as bulk, as interactive, or goes out (None).
-STEPS = st.lists(st.tuples(st.integers(0, 5), st.sampled_from("abcdef"), st.sampled_from([True, False, None])))
+# A step: a job's name, and whether it comes in as bulk, as interactive, or goes out (None).
+STEPS = st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([True, False, None])))
 
 
 class Clock:
@@ -22,35 +22,29 @@ class Clock:
 
 
 class Twin:
-    """Every ring in a list, and a history of when there was room."""
+    """Every ring in a list."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.rings: list[tuple[str, bool]] = []
-        self.since = {False: 0.0, True: 0.0}
 
     def has_room(self, bulk: bool) -> bool:
         bulk_rings = [ring for ring in self.rings if ring[1]]
         return len(self.rings) < self.total and (not bulk or len(bulk_rings) < self.total - min(2, self.total // 2))
 
-    def step(self, now: float, job: str, bulk: bool | None) -> None:
+    def step(self, job: str, bulk: bool | None) -> None:
         if bulk is not None:
             self.rings.append((job, bulk))
         elif last := [at for at, ring in enumerate(self.rings) if ring[0] == job]:
             del self.rings[last[-1]]
-        for kind in (False, True):
-            had_none = self.since[kind] is None
-            self.since[kind] = None if not self.has_room(kind) else now if had_none else self.since[kind]
 
 
 @given(total=st.integers(1, 6), steps=STEPS)
-def test_slots_equal_a_list_of_all_rings(total: int, steps: list[tuple[int, str, bool | None]]):
-    clock, twin = Clock(), Twin(total)
-    slots = Slots(total, clock=clock)
-    for seconds, job, bulk in steps:
-        clock.now += seconds
+def test_slots_equal_a_list_of_all_rings(total: int, steps: list[tuple[str, bool | None]]):
+    slots, twin = Slots(total), Twin(total)
+    for job, bulk in steps:
         before = [twin.has_room(kind) for kind in (False, True)]
-        twin.step(clock.now, job, bulk)
+        twin.step(job, bulk)
         after = [twin.has_room(kind) for kind in (False, True)]
         if bulk is None:
             assert slots.give_back(job) == (before != after), "who makes room says so, and nobody else"
@@ -59,8 +53,6 @@ def test_slots_equal_a_list_of_all_rings(total: int, steps: list[tuple[int, str,
         assert slots.taken == len(twin.rings)
         for kind in (False, True):
             assert slots.has_room(bulk=kind) == twin.has_room(kind)
-            since = twin.since[kind]
-            assert slots.free_for(bulk=kind) == (None if since is None else clock.now - since)
 
 
 @given(st.integers(2, 40))

@@ -22,7 +22,7 @@ def kept_for_interactive(total: int) -> int:
 
 
 class Slots:
-    """Counts jobs in flight, says whether there is room for another, and for how long there has been.
+    """Counts jobs in flight, and says whether there is room for another.
 
     The same job may be in flight twice, where its bell rang twice: each ring has a slot of its own.
 
@@ -33,16 +33,13 @@ class Slots:
     (True, True, False)
     """
 
-    def __init__(self, total: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, total: int) -> None:
         self._total = total
         self._bulk_share = total - kept_for_interactive(total)
-        self._clock = clock
         self._lock = threading.Lock()
         self._in_flight: dict[str, list[bool]] = {}
         self._taken = 0
         self._bulk = 0
-        now = clock()
-        self._free_since: dict[bool, float | None] = {False: now, True: now}
 
     @property
     def total(self) -> int:
@@ -64,7 +61,6 @@ class Slots:
             self._in_flight.setdefault(job_id, []).append(bulk)
             self._taken += 1
             self._bulk += bulk
-            self._note()
 
     def give_back(self, job_id: str) -> bool:
         """Count a job that went out; answers True if there was no room before it went, and now there is.
@@ -80,21 +76,7 @@ class Slots:
             self._bulk -= rings.pop()
             if not rings:
                 del self._in_flight[job_id]
-            self._note()
             return before != (self.has_room(bulk=False), self.has_room(bulk=True))
-
-    def free_for(self, *, bulk: bool) -> float | None:
-        """Seconds for which a slot has been free without a break; None where none is."""
-        with self._lock:
-            since = self._free_since[bulk]
-            return None if since is None else self._clock() - since
-
-    def _note(self) -> None:
-        for bulk in (False, True):
-            if not self.has_room(bulk=bulk):
-                self._free_since[bulk] = None
-            elif self._free_since[bulk] is None:
-                self._free_since[bulk] = self._clock()
 
 
 class SuspectSlots:
