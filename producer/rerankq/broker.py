@@ -17,7 +17,6 @@ from queue import Empty
 from typing import Any
 
 from celery import Celery
-from celery.backends.base import DisabledBackend
 from celery.loaders.app import AppLoader
 from kombu import Connection, Exchange, Queue
 
@@ -83,7 +82,10 @@ class App(Celery):  # type: ignore[misc]  # Celery ships no types
         given = {name: value for name, value in options.items() if value is not None}
         return self.connection_for_read(hostname, **given)
 
-    def _get_backend(self) -> DisabledBackend:
+    def _get_backend(self) -> Any:
+        # Here, not at the top: producers never ask, and it takes a while to import.
+        from celery.backends.base import DisabledBackend  # noqa: PLC0415
+
         return DisabledBackend(app=self)
 
 
@@ -210,8 +212,9 @@ def round_trip(settings: Settings, timeout_s: float) -> None:
         except Empty:
             raise BrokerUnavailable(f"the message did not come back within {timeout_s:g} s") from None
         finally:
-            queue.queue.delete()
+            # The consumer first: RabbitMQ tells one whose queue is deleted, and kombu raises that.
             queue.close()
+            queue.queue.delete()
 
 
 class Bells:
