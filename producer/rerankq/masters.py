@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import redis.asyncio.sentinel
@@ -61,10 +61,14 @@ class Master:
         asked: Any = redis.sentinel.Sentinel(  # type: ignore[no-untyped-call]  # of redis-py
             list(self._sentinels), sentinel_kwargs={**PATIENCE, **self._options}
         )
-        with closing(asked), self._in_short():
-            address: tuple[str, int] = asked.discover_master(self.name)
-            self._answered(asked.sentinels[0])
-            return address
+        try:
+            with self._in_short():
+                address: tuple[str, int] = asked.discover_master(self.name)
+                self._answered(asked.sentinels[0])
+                return address
+        finally:
+            for sentinel in asked.sentinels:
+                sentinel.close()
 
     async def address_async(self) -> tuple[str, int]:
         """As :meth:`address`, awaited."""
