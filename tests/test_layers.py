@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
     "rerankq_worker.shutdown": set(),
     "rerankq_worker.processes": set(),
     "rerankq_worker.lease_policy": {"rerankq.ledger"},
-    "rerankq_worker.leases": _DATA | {"rerankq.ledger", "rerankq_worker.lease_policy"},
+    "rerankq_worker.leases": _DATA | {"rerankq.ledger", "rerankq.outage", "rerankq_worker.lease_policy"},
     "rerankq_worker.sweeping": _DATA | {"rerankq.ledger", "rerankq_worker.lease_policy", "rerankq_worker.processes"},
     "rerankq_worker.tasks": {"rerankq", "rerankq_worker"},
     "rerankq_worker": set(),

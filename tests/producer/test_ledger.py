@@ -957,7 +957,7 @@ def test_scripts_that_are_flushed_all_the_time_are_given_again(ledger: Ledger):
     stop = threading.Event()
 
     def flush() -> None:
-        while not stop.wait(0.005):
+        while not stop.wait(0.001):
             ledger.redis.script_flush()
 
     flushing = threading.Thread(target=flush)

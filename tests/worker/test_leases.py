@@ -239,9 +239,11 @@ def test_after_a_pause_of_our_own_the_device_has_time_to_go_on(lively: World, mo
     assert lively.leases.hung
 
 
-def test_the_timer_outlives_a_ledger_that_is_away_and_any_bug(lively: World, monkeypatch: pytest.MonkeyPatch):
+def test_the_timer_outlives_a_ledger_that_is_away_and_any_bug(
+    lively: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     lively.held("a")
-    errors: list[Exception] = [ConnectionError("gone"), ZeroDivisionError()]
+    errors: list[Exception] = [*(ConnectionError("gone") for _ in range(3)), ZeroDivisionError()]
     evalsha = lively.ledger.redis.evalsha
 
     def sometimes(*args: object) -> object:
@@ -254,6 +256,9 @@ def test_the_timer_outlives_a_ledger_that_is_away_and_any_bug(lively: World, mon
     lively.leases.start()
     assert seen.wait(WAIT_S)
     assert errors == []
+    lively.leases.stop()
+    said = [record.getMessage().split(":")[0] for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["leases not renewed", "leases are renewed again, after 0 s"], "an outage is said once"
 
 
 def test_leases_survive_a_server_that_was_started_again_empty():

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from rerankq.errors import RerankqError
 from rerankq.ledger import Ledger, Terms, calls
+from rerankq.outage import Outage
 
 from .lease_policy import BREAK_S, PATIENCE_S, renew_every_s
 
@@ -45,6 +46,7 @@ class Leases:
         self._lock = threading.Lock()
         self._held: dict[str, tuple[int, Work]] = {}
         self._stopped = threading.Event()
+        self._outage = Outage()
         self._hung_since: float | None = None
         self._trusted_until = -math.inf
         self._thread = threading.Thread(target=self._run, name="rerankq-leases", daemon=True)
@@ -107,8 +109,11 @@ class Leases:
                 continue
             try:
                 self.renew()
+                if (lasted_s := self._outage.works(time.monotonic())) is not None:
+                    logger.warning("leases are renewed again, after %.0f s", lasted_s)
             except RerankqError as error:
-                logger.warning("leases not renewed: %s", error)
+                if self._outage.fails(time.monotonic()):
+                    logger.warning("leases not renewed: %s", error)
             except Exception:
                 # This thread must outlive any bug in it: without it every lease lapses.
                 logger.exception("leases not renewed")

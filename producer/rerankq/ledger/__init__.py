@@ -53,8 +53,6 @@ __all__ = [
 
 Answer = TypeVar("Answer")
 
-# How often scripts that the server does not know are given to it again.
-LOADS = 4
 # Seconds for which work on answers may keep the event loop to itself.
 WORK_S = 0.002
 
@@ -157,18 +155,14 @@ class Ledger:
             pipe = self.redis.pipeline(transaction=False)
             _fill(pipe, wanted)
             raw = pipe.execute(raise_on_error=False)
-            # Together with their texts, so that nobody can flush them in between; where they come in pieces, once more.
-            for _ in range(LOADS):
+            for whole in (False, True):
                 again = [at for at, answer in enumerate(raw) if isinstance(answer, NoScriptError)]
                 if not again:
                     break
-                scripts = sorted({wanted[at].script for at in again})
                 pipe = self.redis.pipeline(transaction=False)
-                for script in scripts:
-                    pipe.script_load(source(script)[0])
-                _fill(pipe, [wanted[at] for at in again])
+                loads = _load(pipe, [wanted[at] for at in again], whole=whole)
                 answers = pipe.execute(raise_on_error=False)
-                for at, answer in zip(again, answers[len(scripts) :], strict=True):
+                for at, answer in zip(again, answers[loads:], strict=True):
                     raw[at] = answer
         return [_answer(call, given) for call, given in zip(wanted, raw, strict=True)]
 
@@ -213,18 +207,14 @@ class AsyncLedger:
             pipe = self.redis.pipeline(transaction=False)
             _fill(pipe, wanted)
             raw = await pipe.execute(raise_on_error=False)
-            # Together with their texts, so that nobody can flush them in between; where they come in pieces, once more.
-            for _ in range(LOADS):
+            for whole in (False, True):
                 again = [at for at, answer in enumerate(raw) if isinstance(answer, NoScriptError)]
                 if not again:
                     break
-                scripts = sorted({wanted[at].script for at in again})
                 pipe = self.redis.pipeline(transaction=False)
-                for script in scripts:
-                    pipe.script_load(source(script)[0])
-                _fill(pipe, [wanted[at] for at in again])
+                loads = _load(pipe, [wanted[at] for at in again], whole=whole)
                 given = await pipe.execute(raise_on_error=False)
-                for at, answer in zip(again, given[len(scripts) :], strict=True):
+                for at, answer in zip(again, given[loads:], strict=True):
                     raw[at] = answer
         answers: list[Answer | RerankqError] = []
         since = time.monotonic()
@@ -246,6 +236,22 @@ class AsyncLedger:
 def _fill(pipe: Any, wanted: Iterable[Call[Any]]) -> None:
     for call in wanted:
         pipe.evalsha(source(call.script)[1], 0, *call.args)
+
+
+def _load(pipe: Any, wanted: Sequence[Call[Any]], *, whole: bool) -> int:
+    """Fill it with calls whose scripts the server has forgotten, and say how many answers come before theirs.
+
+    Each script once; or (*whole*), where somebody flushes them all the time, with each call.
+    """
+    if whole:
+        for call in wanted:
+            pipe.eval(source(call.script)[0], 0, *call.args)
+        return 0
+    scripts = sorted({call.script for call in wanted})
+    for script in scripts:
+        pipe.script_load(source(script)[0])
+    _fill(pipe, wanted)
+    return len(scripts)
 
 
 def _answer(call: Call[Answer], given: object) -> Answer | RerankqError:
