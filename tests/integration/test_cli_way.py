@@ -334,7 +334,7 @@ def test_a_bad_line_of_a_stream_leaves_its_neighbours_ranked(run, redis_url, sta
     other = '{"query": "a", "chunks": ["b"], "model": "nobody-has-it"}'
     done = run("submit", "-", "--wait", given=f"{good}\nnope\n{other}\n{good}\n", RERANKQ_BROKER_URL=redis_url)
     assert done.returncode == 2
-    assert "standard input:2: Invalid JSON" in done.stderr
+    assert "standard input:2: not JSON" in done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert sum("chunks" in line for line in lines) == 2
     assert [line["error_type"] for line in lines if "chunks" not in line] == ["ModelUnknown"]

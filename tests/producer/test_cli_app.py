@@ -64,7 +64,7 @@ def test_a_file_with_bad_lines_is_refused_whole_with_every_bad_line(run, tmp_pat
     assert done.exit_code == 2
     assert done.stdout == ""
     bad, blank, last = done.stderr.splitlines()
-    assert bad.startswith("jobs.jsonl:2: Invalid JSON")
+    assert bad.startswith("jobs.jsonl:2: not JSON")
     assert blank.startswith("jobs.jsonl:4: query: ")
     assert last == "rerankq: jobs.jsonl: nothing was submitted; lines that are no jobs: 2"
 
