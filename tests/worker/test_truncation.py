@@ -132,6 +132,17 @@ def test_the_same_query_is_whole_beside_a_short_chunk_and_cut_beside_a_long_one(
     assert any(short.ids.tolist()[at : at + len(asked)] == asked for at in range(short.length))
 
 
+@pytest.mark.parametrize("name", WAYS)
+def test_a_long_query_beside_a_long_chunk_is_cut_as_fast_as_a_short_one(ways, name):
+    pairs, ids, framed = ways[name]
+    query, chunk = "fever " * 9_000, "pain " * 9_000
+    [pair] = pairs(query, [chunk], query_max_tokens=1)
+    read, told, _ = twin(
+        ids(query)[:60], ids(chunk)[:60], frame=len(framed([], [])), max_length=MAX_LENGTH, query_max_tokens=1
+    )
+    assert pair.ids.tolist() == framed(read, told)
+
+
 def test_scores_under_another_rule_are_not_read_as_those_of_this_one():
     options = {"max_length": 512, "query_max_tokens": 128, "long_chunks": "truncate"}
     now, before = (score_fingerprint("engine", **options, rule=rule) for rule in (PairLimits.RULE, "another"))

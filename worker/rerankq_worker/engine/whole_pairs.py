@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import takewhile
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from .errors import ModelUnusable
 from .pair_tokeniser import PROBES, as_it_is
@@ -52,15 +53,14 @@ class WholePairs:
         fixed = self._special_tokens + self._prompt_tokens
         limits = PairLimits.within(length, special_tokens=fixed, query_max_tokens=query_max_tokens)
         most, kept = self._prompt_tokens + limits.total, self._prompt_tokens + limits.query
-        # Twice: an encoding is cut in place.
-        asked, cut = encode_heads(self._tokenizer, [self._query_prompt + query] * 2, most)
-        cut.encoding.truncate(min(kept, cut.sure))
+        [asked] = encode_heads(self._tokenizer, [self._query_prompt + query], most)
+        cut = _cut(asked.encoding, min(kept, asked.sure))
         pairs = []
         for read in encode_heads(self._tokenizer, chunks, limits.total + 1):
             fits = asked.whole and read.fits(most - asked.sure)
-            head = asked.encoding if fits else cut.encoding
-            read.encoding.truncate(min(read.sure, length - self._special_tokens - len(head)))
-            whole = self._tokenizer.post_process(head, read.encoding)
+            head = asked.encoding if fits else cut
+            left = min(read.sure, length - self._special_tokens - len(head))
+            whole = self._tokenizer.post_process(head, _cut(read.encoding, left))
             pairs.append(TokenisedPair(np.array(whole.ids, np.int32), len(whole) - sum(whole.type_ids), not fits))
         return pairs
 
@@ -146,3 +146,19 @@ class WholeChats:
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _cut(encoding: Encoding, count: int) -> Encoding:
+    """Give the first ``count`` tokens of an encoding, and nothing of the rest.
+
+    A truncated encoding keeps what was cut off, in pieces, and a pair's post-processing combines each piece of the one
+    with each of the other: minutes for two long texts.
+    """
+    if len(encoding) <= count:
+        return encoding
+    copy = Encoding()
+    copy.__setstate__(encoding.__getstate__())
+    copy.truncate(count)
+    state = json.loads(copy.__getstate__()) | {"overflowing": []}
+    copy.__setstate__(json.dumps(state).encode())
+    return copy
