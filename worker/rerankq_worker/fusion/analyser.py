@@ -16,6 +16,7 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import rjieba
@@ -182,10 +183,21 @@ class Analyser:
             self._bytes -= _size(oldest)
 
 
+_NO_HASHES: Ids = np.zeros(0, dtype=np.int64)
+
+
 def token_ids(tokens: Iterable[str]) -> Ids:
     """Give distinct tokens their ids: Python's own 64-bit hash, keyed per process and already inside each string."""
-    distinct = frozenset(tokens)
-    ids = np.fromiter(map(hash, distinct), dtype=np.int64, count=len(distinct))
+    distinct: set[str] = set()
+    rest = iter(tokens)
+    # In pieces, between which other threads get their turn: a caller may bring millions.
+    while piece := list(islice(rest, _PIECE)):
+        distinct.update(piece)
+    held = iter(distinct)
+    parts = [_NO_HASHES]
+    while piece := list(islice(held, _PIECE)):
+        parts.append(np.fromiter(map(hash, piece), dtype=np.int64, count=len(piece)))
+    ids = np.concatenate(parts)
     ids.flags.writeable = False
     return ids
 
