@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,19 +55,21 @@ class Clock:
 
 
 class RedisServer:
-    """A server with an append-only file that is killed and started again on its port, and may hang."""
+    """A server with an append-only file that is killed and started again on its port, and may hang.
 
-    def __init__(
-        self, folder: Path, *, fsync: str, clock: Clock | None = None, replica_of: RedisServer | None = None
-    ) -> None:
+    *settings* are lines of its configuration beside those that every server has. They stand in a file, into which
+    Sentinel writes whose replica it is from then on.
+    """
+
+    def __init__(self, folder: Path, *, fsync: str, clock: Clock | None = None, settings: Sequence[str] = ()) -> None:
         folder.mkdir(exist_ok=True)
         self.port = free_port(0)
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        command = [str(find_binary()), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
-        command += ["--appendonly", "yes", "--appendfsync", fsync, "--save", "", "--loglevel", "warning"]
-        if replica_of is not None:
-            command += ["--replicaof", "127.0.0.1", str(replica_of.port)]
-        self._part = Part("redis", command, clock.environment if clock else {}, quiet=True)
+        conf = folder / "redis.conf"
+        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""', "loglevel warning"]
+        lines += ["appendonly yes", f"appendfsync {fsync}", *settings]
+        conf.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._part = Part("redis", [str(find_binary()), str(conf)], clock.environment if clock else {}, quiet=True)
         self.start()
 
     def start(self) -> None:
@@ -111,16 +113,20 @@ class RedisServer:
 
 
 class WatchedRedis:
-    """Master, replica, and a Sentinel that watches them. What befalls it befalls the master of the moment.
+    """A master, two replicas, and a Sentinel that watches them. What befalls it befalls the master of the moment.
 
-    A server that died or hung is made the other's replica by Sentinel when it is back.
+    A server that died or hung is made a replica by Sentinel when it is back. Until then it takes itself for the master,
+    and refuses what is written, as nobody follows it: without that, jobs would be accepted and then forgotten.
     """
 
     DOWN_AFTER_S = 2.0
 
     def __init__(self, folder: Path, *, fsync: str) -> None:
-        first = RedisServer(folder / "first", fsync=fsync)
-        self._servers = [first, RedisServer(folder / "second", fsync=fsync, replica_of=first)]
+        refuses_alone = ["min-replicas-to-write 1", "min-replicas-max-lag 2"]
+        first = RedisServer(folder / "first", fsync=fsync, settings=refuses_alone)
+        follows = [*refuses_alone, f"replicaof 127.0.0.1 {first.port}"]
+        others = [RedisServer(folder / name, fsync=fsync, settings=follows) for name in ("second", "third")]
+        self._servers = [first, *others]
         self._port = free_port(0)
         conf = folder / "sentinel.conf"
         conf.write_text(
@@ -133,7 +139,7 @@ class WatchedRedis:
         self._sentinel.start(time.monotonic())
         self.url = f"sentinel://127.0.0.1:{self._port}/0?master=jobs"
         self._struck: RedisServer | None = None
-        self._knows_both()
+        self._knows_all()
 
     def kill(self) -> float:
         self._struck = self._master()
@@ -162,15 +168,15 @@ class WatchedRedis:
             address = sentinel.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "jobs")
         return next(server for server in self._servers if server.port == int(address[1]))
 
-    def _knows_both(self) -> None:
+    def _knows_all(self) -> None:
         with redis.Redis(port=self._port, decode_responses=True) as sentinel:
             for _ in range(1_000):
                 with suppress(redis.RedisError):
                     replicas = sentinel.sentinel_slaves("jobs")
-                    if any("slave" in one["flags"] and not one.get("is_disconnected") for one in replicas):
+                    if sum(one["master-link-status"] == "ok" for one in replicas) == len(self._servers) - 1:
                         return
                 time.sleep(0.02)
-        raise RuntimeError(f"the sentinel found no replica: {self._sentinel.said()}")
+        raise RuntimeError(f"the sentinel found no replicas: {self._sentinel.said()}")
 
 
 class Worker:

@@ -65,7 +65,8 @@ class Proxy:
         me = asyncio.current_task()
         self._served.add(me)
         me.add_done_callback(self._served.discard)
-        with suppress(OSError), closing(writer):
+        # Cancelled by our own end alone, of which the loop would complain.
+        with suppress(OSError, asyncio.CancelledError), closing(writer):
             await self._open.wait()
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._goal)
             lost = asyncio.Event()
