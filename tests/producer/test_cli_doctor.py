@@ -99,6 +99,7 @@ def test_each_broken_promise_is_wrong_and_nothing_else_is(facts, said):
         (ledger(maxmemory=0), "no maxmemory"),
         (ledger(latency_ms=30.0), "slow: 30.0 ms"),
         (ledger(ahead_s=-7.0), "7 s behind ours"),
+        (ledger(accepts_alone=True), "min-replicas-to-write is 0"),
         (ledger(memory=int(0.8 * (2 << 30))), "80% full"),
         (replace(WELL, version="1.1"), "1.0, 1.1 side by side"),
         (replace(WELL, work=Work(pairs_waiting=8_000_000)), "8000000 pairs waiting"),

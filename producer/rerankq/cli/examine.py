@@ -69,6 +69,7 @@ def _server(settings: Settings, urls: dict[str, str]) -> Server:
                     throwaway=f"/{FOLDER}" in str(info.get("config_file", "")),
                     appendonly=bool(info.get("aof_enabled")),
                     fsync=_setting(redis, "appendfsync"),
+                    accepts_alone=url.startswith("sentinel") and _setting(redis, "min-replicas-to-write") == "0",
                     log_is_written=info.get("aof_last_write_status", "ok") == "ok",
                     maxmemory=int(info.get("maxmemory", 0)),
                     policy=str(info.get("maxmemory_policy", "noeviction")),

@@ -43,6 +43,8 @@ class Server:
     throwaway: bool = False
     appendonly: bool = False
     fsync: str | None = None
+    # Behind Sentinel, but it writes with no replica at its side: then it may be one that was replaced already.
+    accepts_alone: bool = False
     log_is_written: bool = True
     maxmemory: int = 0
     policy: str = "noeviction"
@@ -161,6 +163,9 @@ def _of_keeping(server: Server, subject: str) -> Iterator[Finding]:
     if "ledger" in server.roles and not server.appendonly:
         yield Finding("wrong", subject, "appendonly is off: a restart of Redis loses every job that was accepted")
         return
+    if server.accepts_alone and "ledger" in server.roles:
+        said = "a master that comes back after it was replaced forgets what it accepts until it is told"
+        yield Finding("note", subject, f"min-replicas-to-write is 0: {said}; 1, with two replicas")
     if not server.log_is_written:
         yield Finding("wrong", subject, "the append-only file could not be written lately: see the server's log")
     match server.fsync if "ledger" in server.roles else "":
