@@ -149,16 +149,17 @@ class WholeChats:
 
 
 def _cut(encoding: Encoding, count: int) -> Encoding:
-    """Give the first ``count`` tokens of an encoding, and nothing of the rest.
+    """Give the first ``count`` ids of an encoding, as one that knows of nothing else.
 
     A truncated encoding keeps what was cut off, in pieces, and a pair's post-processing combines each piece of the one
     with each of the other: minutes for two long texts.
     """
     if len(encoding) <= count:
         return encoding
-    copy = Encoding()
-    copy.__setstate__(encoding.__getstate__())
-    copy.truncate(count)
-    state = json.loads(copy.__getstate__()) | {"overflowing": []}
-    copy.__setstate__(json.dumps(state).encode())
-    return copy
+    rows = {
+        "ids": encoding.ids[:count], "type_ids": [0] * count, "tokens": [""] * count, "words": [None] * count,
+        "offsets": [[0, 0]] * count, "special_tokens_mask": [0] * count, "attention_mask": [1] * count,
+    }  # fmt: skip
+    cut = Encoding()
+    cut.__setstate__(json.dumps(rows | {"overflowing": [], "sequence_ranges": {}}).encode())
+    return cut
