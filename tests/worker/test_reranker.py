@@ -87,6 +87,8 @@ def job(chunks=TEXTS, query="why do tides rise", fusion=MODEL, **fields) -> Rera
 def plain(job: RerankJob) -> tuple[list[int], Blend, np.ndarray]:
     """The obvious twin: score every pair alone, fuse, order. Answers order, fusion and logits."""
     fusion, engine = job.fusion, StubEngine(seconds_per_token=0)
+    if not any(job.query_tags.values()):
+        fusion = fusion.model_copy(update={"weights": fusion.weights | {"tags": 0.0}})
     logits = np.array([float(engine.score([(job.query, chunk.model_text)])[0]) for chunk in job.chunks])
     signals = {
         "model": logits,
@@ -267,6 +269,17 @@ def test_a_signal_with_a_weight_that_no_chunk_has_is_named(world: World):
     ranking = world.rank(job(fusion=profiles()["elasticsearch"]))
     assert {tuple(chunk.missing) for chunk in ranking.chunks} == {("vector", "keyword")}
     assert_plain(ranking, job(fusion=profiles()["elasticsearch"]))
+
+
+@pytest.mark.parametrize("profile", ["default", "rrf"])
+def test_tags_are_missing_only_where_the_query_has_some(world: World, profile: str):
+    chunks = [
+        {"text": f"tide {at}", "vector_score": 0.5, "keyword_score": 1.0, "tags": {"sea": 1.0}} for at in range(3)
+    ]
+    wanted = job(chunks=chunks, fusion=profiles()[profile])
+    assert [chunk.missing for chunk in world.rank(wanted).chunks] == [[], [], []]
+    tagged = world.rank(wanted.model_copy(update={"query_tags": {"sea": 1.0}}))
+    assert [(chunk.missing, chunk.scores["tags"]) for chunk in tagged.chunks] == [([], 1.0)] * 3
 
 
 def test_a_logit_that_is_no_number_fails_its_job(world: World):

@@ -98,7 +98,8 @@ class Reranker:
         # A least score can be judged by scores alone.
         if len(job.chunks) <= job.skip_at_or_below and job.min_score is None:
             return self._unscored(job_id, job, began, waited_s)
-        fusion = cast("FusionSpec", job.fusion)  # its keys are literals, and Mapping's keys are invariant
+        # Its keys are literals, and Mapping's keys are invariant.
+        fusion = cast("FusionSpec", _asked_for(job.fusion, job))
         needed = signals_needed(fusion)
         scored = self._score(job, work, priority) if "model" in needed else _nothing(len(job.chunks))
         blended = blend(self._signals(job, fusion, scored, needed), fusion)
@@ -203,6 +204,16 @@ class Reranker:
             timings_ms=Timings(queued=_ms(waited_s), total=_ms(time.perf_counter() - began)),
             skipped=True,
         )
+
+
+def _asked_for(fusion: Fusion, job: RerankJob) -> Fusion:
+    """Leave tags out where the query has none: it asks for none, so no chunk lacks them."""
+    weights = {name: weight for name, weight in fusion.weights.items() if name != "tags"}
+    return (
+        fusion
+        if any(job.query_tags.values()) or not any(weights.values())
+        else fusion.model_copy(update={"weights": weights})
+    )
 
 
 def _ranking(**fields: Any) -> Ranking:
