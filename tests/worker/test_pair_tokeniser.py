@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from rerankq_worker.engine import ModelUnusable, text_hash
 from rerankq_worker.engine.pair_format import special_token_pairs
@@ -255,6 +255,20 @@ def test_texts_of_few_tokens_read_the_same_after_any_other_request(plain, saved,
         begin = len(used.template.before) + len(used.template.between)
         assert pair.ids.tolist()[begin : pair.length - len(used.template.after)] == whole[:room]
         assert pair.truncated is (len(whole) > room)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", " \t\n", "\u3000"])
+def test_white_space_that_an_added_token_takes_is_not_read_however_much_it_is(plain, space):
+    tokenizer = copy_of(plain["modernbert"])
+    tokenizer.add_special_tokens([AddedToken("<blank>", lstrip=True, special=True)])
+    ours, chunk = (
+        PairTokeniser(copy_of(tokenizer), max_length=64),
+        f"one{space * 15_000}<blank> other" + " word" * 5_000,
+    )
+    for length in (64, 20):
+        [pair] = ours.pairs("", [chunk], max_length=length)
+        whole = tokenizer.encode(chunk, add_special_tokens=False).ids
+        assert pair.ids.tolist()[2:-1] == whole[: length - 3]
 
 
 @pytest.mark.parametrize("letters", [100, 150, 2_000])

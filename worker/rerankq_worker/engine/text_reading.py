@@ -104,7 +104,7 @@ def encode_heads(tokenizer: Tokenizer, texts: Sequence[str], count: int, *, open
     margin = _margin(tokenizer)
     unsettled = list(range(len(texts)))
     for limit in _limits(count + margin):
-        heads = [head_of(texts[at], limit) for at in unsettled]
+        heads = [_sure_head(texts[at], limit) for at in unsettled]
         encodings = tokenizer.encode_batch_fast([opening + sound(head) for head in heads], add_special_tokens=False)
         for at, head, encoding in zip(unsettled, heads, encodings, strict=True):
             whole = len(head) == len(texts[at])
@@ -127,7 +127,7 @@ def first_tokens(tokenizer: Tokenizer, text: str, count: int) -> str:
     """Cut a text to a beginning that holds its first ``count`` tokens, and perhaps more."""
     margin = _margin(tokenizer)
     for limit in _limits(count + margin):
-        head = head_of(text, limit)
+        head = _sure_head(text, limit)
         [encoding] = tokenizer.encode_batch_fast([sound(head)], add_special_tokens=False)
         if len(head) == len(text) or len(encoding) >= count + margin:
             break
@@ -140,6 +140,12 @@ def _limits(tokens: int) -> Iterator[int]:
         yield limit
         limit *= 4
     yield MOST_CHARACTERS
+
+
+def _sure_head(text: str, limit: int) -> str:
+    head = head_of(text, limit)
+    # White space at a cut may go with what follows: some added tokens take all that is before them.
+    return head if len(head) == len(text) or limit == MOST_CHARACTERS else head.rstrip()
 
 
 def head_of(text: str, limit: int) -> str:
