@@ -794,6 +794,7 @@ def test_a_connection_that_hangs_is_replaced_by_one_that_tells_of_endings(
                     await until(lambda: subscribed(worker) or mute.muted == 2)
                     with pytest.raises(rerankq.JobTimedOut):
                         await client.result(ids[1], timeout=0.05)
+                    await asyncio.sleep(0.05)  # nor does one that is back at once
             await until(lambda: mute.muted == 2 and subscribed(worker))
             await asyncio.sleep(0.2)  # long enough for the one reading after the subscription
             worker.finish(ids[0])
