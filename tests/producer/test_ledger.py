@@ -1,13 +1,11 @@
 """What the ledger promises, told as stories; the twin in test_ledger_twin.py covers what no story tells."""
 
-import itertools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from importlib import resources
 
 import pytest
-import redis
 
 from rerankq.contract import ModelName, Ranking
 from rerankq.embedded import EmbeddedRedis
@@ -801,24 +799,34 @@ def used(ledger: Ledger) -> float:
     return memory["used_memory"] / memory["maxmemory"]
 
 
-def fill_up(ledger: Ledger) -> None:
-    """Leave no byte for anybody."""
-    for size in (1_000_000, 100_000, 10_000, 1_000, 100, 1):
-        with suppress(redis.exceptions.OutOfMemoryError):
-            for number in itertools.count():
-                ledger.redis.set(f"filler:{size}:{number}", b"x" * size)
+def let_go_of_buffers(ledger: Ledger, wait_until: Callable) -> None:
+    """Leave in the server's memory what it stores alone.
+
+    Beside that it keeps a buffer as large as the largest argument for each connection, until that has been idle for
+    some seconds.
+    """
+    ledger.redis.connection_pool.disconnect()
+    wait_until(lambda: len(ledger.redis.client_list()) == 1)
 
 
-def test_submissions_are_refused_well_before_the_memory_is_full_however_many_come_at_once(small_server: Callable):
+def fill_up(ledger: Ledger, wait_until: Callable) -> None:
+    """Leave no byte for anybody, nor once the server has freed what it keeps for itself: buffers, a former table."""
+    let_go_of_buffers(ledger, wait_until)
+    memory = ledger.redis.info("memory")
+    assert memory["used_memory"] < memory["maxmemory"], "it was to be filled by what it holds"
+    ledger.redis.config_set("maxmemory", int(memory["used_memory"] * 0.9))
+
+
+def test_submissions_are_refused_well_before_the_memory_is_full_however_many_come_at_once(
+    small_server: Callable, wait_until: Callable
+):
     ledger = small_server("60mb")
-    peak: list[float] = []
 
     def produce(producer: int) -> None:
         for turn in range(20):
             batch = [entry(f"{producer}-{turn}-{number}", payload=b"x" * 500_000) for number in range(8)]
             answers = ledger.ask_all([calls.submit(one, TERMS) for one in batch])
             states.update(answer.state for answer in answers)
-            peak.append(used(ledger))
 
     states: set[str] = set()
     producers = [threading.Thread(target=produce, args=(number,)) for number in range(4)]
@@ -828,6 +836,7 @@ def test_submissions_are_refused_well_before_the_memory_is_full_however_many_com
         producer.join()
     assert states == {"queued", "crowded"}
     # What a producer is just sending counts as memory in use, too: it is there beside what was accepted.
+    let_go_of_buffers(ledger, wait_until)
     assert 0.7 < used(ledger) <= 0.9
     refused = ledger.ask(calls.submit(entry("more", payload=b"x" * 3_000_000), TERMS))
     assert refused.state == "crowded"
@@ -835,13 +844,13 @@ def test_submissions_are_refused_well_before_the_memory_is_full_however_many_com
     assert ledger.redis.set("a stranger's key", "has room")
 
 
-def test_a_really_full_ledger_still_does_all_that_makes_room(small_server: Callable):
+def test_a_really_full_ledger_still_does_all_that_makes_room(small_server: Callable, wait_until: Callable):
     ledger = small_server("20mb")
     names = [f"j{number}" for number in range(400)]
     submit(ledger, *names, payload=b"x" * 10_000)
     claimed = {name: claim(ledger, name) for name in names[:5]}
     ledger.redis.script_flush()
-    fill_up(ledger)
+    fill_up(ledger, wait_until)
 
     assert ledger.ask(calls.submit(entry("one more"), TERMS)).state == "crowded"
     assert ledger.ask(calls.beat("w", "{}", gone_after_s=60)) > 0
@@ -858,12 +867,12 @@ def test_a_really_full_ledger_still_does_all_that_makes_room(small_server: Calla
     assert ledger.ask(calls.forget("j0", TERMS)) == "done"
 
 
-def test_a_really_full_ledger_drains_to_the_last_job(small_server: Callable):
+def test_a_really_full_ledger_drains_to_the_last_job(small_server: Callable, wait_until: Callable):
     ledger = small_server("20mb")
     terms = TERMS._replace(ring_window=8)
     names = [f"j{number}" for number in range(300)]
     submit(ledger, *names, payload=b"x" * 10_000, terms=terms)
-    fill_up(ledger)
+    fill_up(ledger, wait_until)
     rung = [name.decode() for name in ledger.redis.zrange(f"rerankq:rung:{BULK}", 0, -1)]
     done = []
     while rung:
@@ -877,9 +886,9 @@ def test_a_really_full_ledger_drains_to_the_last_job(small_server: Callable):
     assert used(ledger) < 1
 
 
-def test_what_the_server_refuses_for_its_memory_is_a_queue_full(small_server: Callable):
+def test_what_the_server_refuses_for_its_memory_is_a_queue_full(small_server: Callable, wait_until: Callable):
     ledger = small_server("20mb")
-    fill_up(ledger)
+    fill_up(ledger, wait_until)
     for refused in (
         lambda: ledger.redis.set("one more", "byte"),
         lambda: ledger.redis.eval("return redis.call('SET', 'one more', 'byte')", 0),
