@@ -146,6 +146,30 @@ def test_jobs_survive_a_redis_that_restarts_under_work(start_worker: Callable, d
     assert worker.process.poll() is None, worker.log.read_text()[-3000:]
 
 
+def test_a_worker_that_starts_while_redis_is_full_ranks_what_was_accepted(
+    redis_url_each_version: str, start_worker: Callable, wait_until: Callable
+):
+    wanted = jobs(20)
+    with (
+        Client(Settings(broker_url=redis_url_each_version)) as client,
+        redis.Redis.from_url(redis_url_each_version) as server,
+    ):
+        ids = client.submit_many(wanted)
+        queues = ("rerankq:rerankq.interactive", "rerankq:rerankq.bulk")
+        # A doorbell takes memory, too: those that could be sent are heard.
+        wait_until(lambda: sum(map(server.llen, queues)) == len(ids))
+        server.config_set("maxmemory", server.info("memory")["used_memory"] // 2)
+        try:
+            with pytest.raises(redis.OutOfMemoryError):
+                server.set("one more", "byte")
+            start_worker(url=redis_url_each_version)
+            wait_until(lambda: all(client.status(one).state == "done" for one in ids), 60)
+        finally:
+            server.config_set("maxmemory", 0)
+        got = answers(client, ids)
+    assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
+
+
 @pytest.fixture
 def pair(durable_redis: Any, redis_binary_each_version: Path, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
     """A server, and a replica that follows it."""

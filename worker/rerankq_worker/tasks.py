@@ -469,6 +469,8 @@ class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
     def ensure_connected(self, conn: Any) -> Any:
         """Try every few seconds, however long the broker is away; Celery's pauses would grow to half a minute."""
         conn.ensure_connection = partial(conn.ensure_connection, **RECONNECT)
+        # Bells go out by other connections.
+        conn.transport.only_listens = True
         return super().ensure_connected(conn)
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
