@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
 from tiny_checkpoints import QUERY, RECIPES, TEXTS, write
@@ -165,7 +166,7 @@ def expect(peer: Peer, drawn: Drawn) -> list[Expected]:
 def hold(ours: engine.Engine, drawn: Drawn, expected: Sequence[Expected], found: Found) -> None:
     """Score all chunks in one batch, and note how far each logit is from the expected."""
     pairs = ours.tokenise(drawn.query, drawn.chunks, max_length=drawn.max_length)
-    logits = ours.forward(pairs)
+    logits = _together(ours, pairs)
     for chunk, pair, logit, right in zip(drawn.chunks, pairs, logits.tolist(), expected, strict=True):
         seen = f"max_length={drawn.max_length} {drawn.query[:200]!r} {chunk[:200]!r} ({len(chunk)} characters)"
         if pair.truncated is not right.cut:
@@ -178,6 +179,14 @@ def hold(ours: engine.Engine, drawn: Drawn, expected: Sequence[Expected], found:
             found.beyond.append(f"{logit:.6g} for {right.logit:.6g}: {seen}")
         if not difference <= found.greatest:
             found.greatest, found.of_logit = difference, right.logit
+
+
+def _together(ours: engine.Engine, pairs: Sequence[engine.TokenisedPair]) -> Any:
+    try:
+        return ours.forward(pairs)
+    except ValueError:
+        # T5 refuses pairs with unequal numbers of end tokens in one batch: as the batcher does, each by itself.
+        return np.concatenate([ours.forward([pair]) for pair in pairs])
 
 
 def load(folder: Path, runtime: str, dtype: str) -> engine.Engine | str:

@@ -12,8 +12,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import QUERY, RECIPES, reading, write
 
-#: Refuse a batch of texts that hold unequal numbers of end tokens; each alone is right.
-MIXED_ENDS = {"t5"}
 #: Families that more than one runtime and precision is tried with.
 SEVERAL_WAYS = ("bert", "xlm-r", "qwen3 says")
 
@@ -69,7 +67,7 @@ def test_scores_of_every_runtime_and_precision_stay_near_those_of_predict(peer_o
     hold_some(peer_of(family), engine_of(family, *way), dice, way)
 
 
-@pytest.mark.parametrize("family", sorted(RECIPES.keys() - MIXED_ENDS))
+@pytest.mark.parametrize("family", RECIPES)
 def test_special_tokens_in_a_text_give_the_score_of_predict_in_any_batch(peer_of, engine_of, family):
     peer = peer_of(family)
     marks = sorted(set(reading(RECIPES[family].reads).roles.values()))
