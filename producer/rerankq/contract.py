@@ -59,6 +59,10 @@ def _no_truth_value(value: object) -> object:
     if type(value).__name__ in {"bool", "bool_"}:
         msg = "expected a number, not true or false"
         raise ValueError(msg)
+    # What Python's floating-point numbers have no room for.
+    if isinstance(value, _TooLong) or (isinstance(value, int) and value.bit_length() > 1_000):
+        msg = f"expected a number from {-MAX_SIZE:g} to {MAX_SIZE:g}"
+        raise ValueError(msg)
     return value
 
 

@@ -9,6 +9,7 @@ import difflib
 import io
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -149,9 +150,24 @@ class Settings(BaseSettings):
             faults += str(error).splitlines()
         raise SettingsInvalid("\n".join(faults))
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_it_was_meant(cls, value: object) -> object:
+        """Without the line's end that a file of a secret leaves; not in quotation marks, which only ``.env`` removes."""
+        if not isinstance(value, str):
+            return value
+        bare = value.strip()
+        if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "\"'":
+            msg = "is in quotation marks, which are taken for a part of it here: write it without"
+            raise ValueError(msg)
+        return bare
+
     @field_validator("models", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith("["):
+            msg = "expected names separated by commas, without brackets"
+            raise ValueError(msg)
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @field_validator("broker_url", "ledger_url", "cache_url")
@@ -165,9 +181,16 @@ class Settings(BaseSettings):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        kind, colon, number = value.partition(":")
-        if kind not in {"auto", "cpu", "cuda"} or (colon and not (kind == "cuda" and number.isdecimal())):
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
             msg = "expected auto, cpu, cuda or cuda:N (N = 0, 1, …)"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("conf_dir")
+    @classmethod
+    def _a_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            msg = "is no folder"
             raise ValueError(msg)
         return value
 
@@ -255,7 +278,11 @@ def _read_ahead(path: str | os.PathLike[str] | None) -> tuple[list[str], list[st
         if fault:
             return [f"{file}, line {number}: {fault}; expected NAME=value lines in UTF-8"], []
     bindings = list(parse_stream(io.StringIO(raw.decode("utf-8-sig"))))
-    torn = [one.original.line for one in bindings if one.error and PREFIX in one.original.string.upper()]
+    torn = [
+        one.original.line
+        for one in bindings
+        if (one.error or one.value is None) and PREFIX in one.original.string.upper()
+    ]
     return [f"{file}, line {line}: expected NAME=value" for line in torn], [one.key for one in bindings if one.key]
 
 

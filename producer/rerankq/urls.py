@@ -94,7 +94,7 @@ def read(url: str, schemes: frozenset[str] = REDIS | AMQP) -> Address:
         ...
     ValueError: cannot be read; in a password write / as %2F, in a path @ as %40
     """
-    _refuse_control_characters(url)
+    _refuse_what_is_not_seen(url)
     parts = parts_of(url)
     if "://" not in url or parts.scheme not in schemes:
         others = " or amqp://" if schemes >= AMQP else ""
@@ -145,12 +145,15 @@ def database_of(url: str) -> int:
 def masked(url: str) -> str:
     """Write a URL so that it can be shown: without its password and without its options.
 
-    A user's name without a password may be a password in the wrong place, and is not shown.
+    A user's name without a password may be a password in the wrong place, and is not shown; nor is anything of a URL
+    whose password was cut.
 
     >>> masked("rediss://me:secret@host:6379/0?ssl_ca_certs=x"), masked("redis://host"), masked("unix:///run/r.sock?db=1")
     ('rediss://me:***@host:6379/0', 'redis://host', 'unix:///run/r.sock')
     """
     parts = parts_of(url)
+    if "@" in parts.path + parts.query:
+        return f"{parts.scheme}://***"
     name, colon, _ = (parts.user or "").partition(":")
     user = None if parts.user is None else f"{name}:***" if colon else "***"
     return joined(parts._replace(user=user, query=""))
@@ -169,7 +172,9 @@ def quoted(text: str) -> str:
     return quote(text, safe="")
 
 
-def _refuse_control_characters(url: str) -> None:
+def _refuse_what_is_not_seen(url: str) -> None:
+    if url != url.strip(" "):
+        raise ValueError("begins or ends with a space; one that is meant is written %20")
     for character in url:
         if ord(character) < 32 or ord(character) == 127:
             raise ValueError(
@@ -221,14 +226,15 @@ def _host(text: str, scheme: str) -> tuple[str, int]:
     port = int(found[3]) if found[3] else PORTS[scheme]
     if not 1 <= port <= 65_535:
         raise ValueError("a port is a number from 1 to 65535")
-    return found[1] or found[2], port
+    # A zone is written with an encoded sign: [fe80::1%25eth0].
+    return (found[1] or found[2]).replace("%25", "%"), port
 
 
 def _database(parts: Parts, options: dict[str, Any]) -> int:
     named: int | None = options.pop("db", None)
     if parts.scheme == "unix":
         return named or 0
-    if not re.fullmatch(r"/?[0-9]{0,9}", parts.path):
+    if not re.fullmatch(r"/?[0-9]{0,9}/?", parts.path):
         raise ValueError("expected the number of a database after the host, as in redis://localhost:6379/0")
     path = parts.path.strip("/")
     if named is not None and path and int(path) != named:
@@ -249,7 +255,7 @@ def _socket(parts: Parts) -> str:
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
+    number = float(text) if re.fullmatch(r"[0-9]*\.?[0-9]+", text) else math.nan
     if not (math.isfinite(number) and 0 < number <= 3_600):
         raise ValueError("seconds, more than 0 and at most 3600")
     return number

@@ -284,6 +284,12 @@ def test_judgements_that_are_none_are_said(file, content, said):
         inputs.judgements(file(content))
 
 
+@pytest.mark.parametrize("content", ["q,d,1\nother,d,1\n", '{"query": "q"}\n', "other a b c d\n"])
+def test_judgements_of_which_no_line_is_right_are_a_file_of_another_kind(file, content):
+    with pytest.raises(InputFault, match=r":1: expected three columns"):
+        inputs.judgements(file(content), queries={"q"}, skipped=inputs.Skipped())
+
+
 def test_a_job_that_is_none_is_said_with_every_wrong_field():
     with pytest.raises(InputFault, match=r"j:3: query: .*blank; chunks: .*at least 1"):
         inputs.job_of(Line("j", 3, '{"query": "", "chunks": []}'))

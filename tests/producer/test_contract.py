@@ -200,6 +200,14 @@ def test_odd_json_is_refused_naming_the_field(text: str | bytes, field: str):
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize("field", ["top_k", "deadline_s", "min_score"])
+@pytest.mark.parametrize("digits", [400, 5_000])
+def test_a_number_that_is_too_long_is_not_called_no_number(field: str, digits: int):
+    with pytest.raises(JobRejected, match=r"expected a number from -1e\+30 to 1e\+30") as caught:
+        parse_job('{"query": "q", "chunks": ["x"], "%s": %s}' % (field, "9" * digits))
+    assert caught.value.field == field
+
+
 def test_a_nul_is_a_character_of_a_text_like_any_other():
     job = parse_job('{"query": "a\\u0000b", "chunks": [{"text": "\\u0000", "id": "\\u0000"}]}')
     assert job_of(payload_of(job)) == job

@@ -23,13 +23,14 @@ def test_each_field_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch):
         "RERANKQ_MODELS": "a/b, c ,,d",
         "RERANKQ_MAX_BATCH_TOKENS": "4096",
         "RERANKQ_DTYPE": "bfloat16",
-        "RERANKQ_CONF_DIR": "/srv/conf",
+        "RERANKQ_CONF_DIR": "conf",
     }
+    Path("conf").mkdir()
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     settings = Settings()
     assert (settings.broker_url, settings.lease_s, settings.models) == ("redis://broker:6379/0", 2.5, ["a/b", "c", "d"])
-    assert (settings.max_batch_tokens, settings.dtype, settings.conf_dir) == (4096, "bfloat16", Path("/srv/conf"))
+    assert (settings.max_batch_tokens, settings.dtype, settings.conf_dir) == (4096, "bfloat16", Path("conf"))
 
 
 def test_a_file_works_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch):
@@ -124,6 +125,10 @@ def test_channels_carry_the_deployments_name_because_they_ignore_databases():
         ("device", "cuda:"),
         ("device", "cuda:x"),
         ("device", "cpu:0"),
+        ("device", "cuda:\u0663"),
+        ("device", f"cuda:{10**20}"),
+        ("conf_dir", "/nowhere"),
+        ("models", '["a", "b"]'),
         *((name, value) for name in ("lease_s", "drain_s") for value in ("nan", "inf", "-inf", "-1", "1e9")),
         ("lease_s", "0"),
         *((name, "0") for name in ("concurrency", "max_attempts", "ring_window", "max_chunks", "max_job_bytes")),
@@ -166,6 +171,28 @@ def test_a_wrong_device_or_budget_is_told_what_is_right(monkeypatch: pytest.Monk
         assert Settings(device=right, max_batch_tokens=1).device == right
 
 
+@pytest.mark.parametrize("written", ["{}\n", "{}\r\n", " {} ", "\t{}"])
+def test_blanks_at_the_ends_of_a_variable_are_no_part_of_it(written: str, monkeypatch: pytest.MonkeyPatch):
+    said = {"BROKER_URL": "redis://host/0", "MODEL": "stub", "DEVICE": "cpu", "LEASE_S": "3", "DEPLOYMENT": "blue"}
+    for name, value in said.items():
+        monkeypatch.setenv(f"RERANKQ_{name}", written.format(value))
+    settings = Settings()
+    assert (settings.broker_url, settings.model, settings.device) == ("redis://host/0", "stub", "cpu")
+    assert (settings.lease_s, settings.deployment) == (3, "blue")
+
+
+@pytest.mark.parametrize("mark", ["'", '"'])
+def test_quotation_marks_that_nobody_removed_are_named(mark: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RERANKQ_MODEL", f"{mark}stub{mark}")
+    monkeypatch.setenv("RERANKQ_BROKER_URL", f"{mark}redis://:secret@host/0{mark}")
+    with pytest.raises(SettingsInvalid) as caught:
+        Settings()
+    said = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in said] == ["RERANKQ_BROKER_URL", "RERANKQ_MODEL"]
+    assert all("is in quotation marks" in line for line in said)
+    assert "secret" not in str(caught.value)
+
+
 LATIN_1 = "# Schlüssel\nRERANKQ_LEASE_S=3\n".encode("latin-1")
 
 
@@ -175,6 +202,7 @@ LATIN_1 = "# Schlüssel\nRERANKQ_LEASE_S=3\n".encode("latin-1")
         (LATIN_1, ".env, line 1: is not UTF-8; expected NAME=value lines in UTF-8"),
         (b"RERANKQ_LEASE_S=3\nRERANKQ_MODEL=a\0b\n", ".env, line 2: holds a NUL byte"),
         ("RERANKQ_LEASE_S=3".encode("utf-16"), ".env, line 1: "),
+        (b"A=1\nRERANKQ_MODEL\n", ".env, line 2: expected NAME=value"),
         (b"A=1\nRERANKQ_BROKER_URL='redis://:secret@host\n", ".env, line 2: expected NAME=value"),
     ],
 )

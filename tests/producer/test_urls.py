@@ -140,7 +140,7 @@ def test_options_of_tls_are_refused_where_there_is_none():
         ("socket_timeout=0", "option socket_timeout: expected seconds, more than 0 and at most 3600"),
         ("socket_timeout=nan", "option socket_timeout: expected seconds"),
         ("socket_timeout=inf", "option socket_timeout: expected seconds"),
-        ("socket_timeout=soon", "option socket_timeout: "),
+        ("socket_timeout=soon", "option socket_timeout: expected seconds, more than 0 and at most 3600"),
         ("max_connections=0", "option max_connections: expected a whole number from 1 to"),
         ("max_connections=-1", "option max_connections: expected a whole number from 1 to"),
         ("health_check_interval=1.5", "option health_check_interval: expected a whole number"),
@@ -171,7 +171,26 @@ def test_hosts_are_names_numbers_or_left_out():
     assert read("redis://my_redis.svc:1").hosts == (("my_redis.svc", 1),)
     assert read("rediss://[::1]:7/0").hosts == (("::1", 7),)
     assert read("sentinel://[fe80::1%eth0],two:5/0?master=m").hosts == (("fe80::1%eth0", 26379), ("two", 5))
+    assert read("sentinel://[fe80::1%25eth0]/0?master=m").hosts == (("fe80::1%eth0", 26379),)
     assert read("amqp://host").hosts == (("host", 5672),)
+
+
+def test_a_slash_after_the_number_of_a_database_changes_nothing():
+    assert read("redis://host/3/").database == database_of("redis://host/3/") == 3
+    assert with_database("redis://host/3/", 4) == "redis://host/4"
+    with pytest.raises(ValueError, match="the number of a database"):
+        read("redis://host/3//")
+
+
+@pytest.mark.parametrize("url", [" redis://host/0", "redis://host/0 ", "unix:///run/redis.sock "])
+def test_a_space_that_nobody_sees_at_an_end_of_a_url_is_named(url: str):
+    with pytest.raises(ValueError, match="begins or ends with a space"):
+        read(url)
+
+
+@pytest.mark.parametrize("special", list("/?"))
+def test_a_url_whose_password_is_cut_is_masked_whole(special: str):
+    assert masked(f"redis://me:se{special}cret@host/0") == "redis://***"
 
 
 def test_a_socket_has_a_path_that_may_be_percent_encoded_and_users_of_all_kinds():

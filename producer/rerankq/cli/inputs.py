@@ -260,25 +260,28 @@ def judgements(
     """
     grades: dict[str, dict[str, int]] = {}
     columns = JudgementColumns()
-    empty = True
+    first: InputFault | None = None
+    right = False
     for at, line in enumerate(lines(source)):
         cells = line.columns()
         header = judgement_header(cells) if at == 0 else None
         if header is not None:
             columns = header
             continue
-        empty = False
         needed = queries is None or (len(cells) > columns.query and cells[columns.query] in queries)
         try:
             query, chunk, grade = _judgement(line, cells, columns)
             if needed and grades.setdefault(query, {}).setdefault(chunk, grade) != grade:
                 raise line.fault(f"query {query} and document {chunk} are judged twice, and differently", "corpus-id")
+            right = True
         except InputFault as fault:
+            first = first or fault
             if needed or skipped is None:
                 raise
             skipped.add(fault)
-    if empty:
-        raise InputFault(f"{source}: holds no judgement")
+    if not right:
+        # Nothing there is what was expected: a file of another kind.
+        raise first or InputFault(f"{source}: holds no judgement")
     return grades
 
 
