@@ -34,6 +34,9 @@ ENV_FILE = ".env"
 # Settings of what does not exist yet: taken without a word, so that a deployment can be written ahead.
 TO_COME = frozenset({"API_KEYS", "PORT"})
 
+# Options of a URL that name a file or a folder.
+FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
+
 HOUR_S, YEAR_S = 3_600, 31_536_000
 
 Reader = Literal["worker", "producer", "both"]
@@ -153,7 +156,7 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _as_it_was_meant(cls, value: object) -> object:
-        """Without the line's end that a file of a secret leaves; not in quotation marks, which only ``.env`` removes."""
+        # A secret that is a file ends with a line's end; quotation marks are removed by ``.env``'s reader alone.
         if not isinstance(value, str):
             return value
         bare = value.strip()
@@ -175,7 +178,11 @@ class Settings(BaseSettings):
     def _known_scheme(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
-        urls.read(value, urls.REDIS | urls.AMQP if info.field_name == "broker_url" else urls.REDIS)
+        address = urls.read(value, urls.REDIS | urls.AMQP if info.field_name == "broker_url" else urls.REDIS)
+        for option in FILES:
+            if not Path(address.options.get(option, ".")).exists():
+                msg = f"option {option} names what does not exist here"
+                raise ValueError(msg)
         return value
 
     @field_validator("device")

@@ -236,8 +236,24 @@ def test_a_user_without_rights_is_told_which_it_lacks(redis_binary_each_version:
         url = server.url.replace(":" + server.url.split(":")[2].split("@")[0], "weak:weak")
         facts = examine(Settings(_env_file=None, broker_url=url, ledger_url=url.replace("/0", "/1")))
     (found,) = facts.servers
-    assert found.refused == ("ledger: run scripts", "ledger: subscribe", "ledger: publish")
+    assert found.refused == ("ledger: run scripts", "ledger: write", "ledger: subscribe", "ledger: publish")
     assert found.fsync is None
+
+
+def test_a_ledger_that_answers_and_takes_no_write_is_found(redis_binary_each_version: Path, doctor: Callable):
+    with EmbeddedRedis(binary=redis_binary_each_version, appendonly=True) as server:
+        with redis.Redis.from_url(server.url) as admin:
+            admin.config_set("min-replicas-to-write", 1)
+        status, found = doctor(RERANKQ_BROKER_URL=server.url)
+        said = [one["said"] for one in found if one["subject"] == "ledger" and one["level"] == "wrong"]
+        assert said == ["a write does not come through: NOREPLICAS Not enough good replicas to write."]
+        assert status == 1
+        with redis.Redis.from_url(server.url) as admin:
+            admin.config_set("min-replicas-to-write", 0)
+        status, found = doctor(RERANKQ_BROKER_URL=server.url)
+        assert any("a write," in one["said"] for one in found if (one["subject"], one["level"]) == ("ledger", "ok"))
+        with connect(Settings(_env_file=None, broker_url=server.url).ledger) as connection:
+            assert connection.keys("*") == [], "nothing is left behind"
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_odd_json_is_refused_naming_the_field(text: str | bytes, field: str):
 @pytest.mark.parametrize("digits", [400, 5_000])
 def test_a_number_that_is_too_long_is_not_called_no_number(field: str, digits: int):
     with pytest.raises(JobRejected, match=r"expected a number from -1e\+30 to 1e\+30") as caught:
-        parse_job('{"query": "q", "chunks": ["x"], "%s": %s}' % (field, "9" * digits))
+        parse_job(f'{{"query": "q", "chunks": ["x"], "{field}": {"9" * digits}}}')
     assert caught.value.field == field
 
 

@@ -193,6 +193,15 @@ def test_quotation_marks_that_nobody_removed_are_named(mark: str, monkeypatch: p
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("option", ["ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"])
+def test_a_file_that_a_url_names_and_that_is_not_there_is_said_with_its_option(option: str):
+    url = f"rediss://:secret@host/0?{option}=here.pem"
+    with pytest.raises(SettingsInvalid, match=f"^RERANKQ_BROKER_URL: option {option} names what does not exist here$"):
+        Settings(broker_url=url)
+    Path("here.pem").touch()
+    assert Settings(broker_url=url).broker_url == url
+
+
 LATIN_1 = "# Schlüssel\nRERANKQ_LEASE_S=3\n".encode("latin-1")
 
 

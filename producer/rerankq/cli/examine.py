@@ -18,7 +18,7 @@ from ..ledger import Ledger, calls, connect, translated
 from ..settings import Settings
 from ..urls import AMQP, masked, parts_of, with_database
 from .findings import SILENT_S, Facts, Server, Work, WorkerSeen
-from .round_trips import NOBODY, go, heard_through_the_broker
+from .round_trips import NOBODY, go, heard_through_the_broker, write_to
 
 ROUND_TRIPS = 9
 
@@ -113,6 +113,7 @@ def _refused(role: str, url: str, settings: Settings) -> list[str]:
             "broker": {"read bells": lambda: redis.llen(f"rerankq:{INTERACTIVE}")},
             "ledger": {
                 "run scripts": lambda: Ledger(redis).ask(calls.look(NOBODY, terms_of(settings))),
+                "write": lambda: write_to(redis),
                 "subscribe": lambda: (heard.subscribe(channel), heard.get_message(timeout=1)),
                 "publish": lambda: redis.publish(channel, ""),
             },

@@ -59,6 +59,7 @@ def _ways(settings: Settings) -> Sequence[tuple[str, str, Callable[[], object]]]
         ),
         ("ledger", "a script", lambda: ask(settings)),
         ("ledger", "a script, by asyncio", lambda: asyncio.run(ask_async(settings))),
+        ("ledger", "a write", lambda: write(settings)),
         ("ledger", "a message to workers", lambda: hear(settings)),
         ("ledger", "a message to waiters", lambda: asyncio.run(hear_async(settings))),
         ("cache", "a question", lambda: look_up(settings)),
@@ -79,6 +80,19 @@ def ask(settings: Settings) -> None:
     """Run a script."""
     with connections.ledger(settings.ledger) as redis:
         Ledger(redis).ask(calls.look(NOBODY, terms_of(settings)))
+
+
+def write(settings: Settings) -> None:
+    """Write a record and remove it again: a server may answer every question and take nothing."""
+    with translated(), connections.ledger(settings.ledger) as redis:
+        write_to(redis)
+
+
+def write_to(redis: Any) -> None:
+    """Do it over a connection that is there."""
+    key = f"rerankq:job:{NOBODY}-writes"
+    redis.set(key, "", px=1_000)
+    redis.delete(key)
 
 
 async def ask_async(settings: Settings) -> None:
