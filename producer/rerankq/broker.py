@@ -38,6 +38,9 @@ BULK = "rerankq.bulk"
 AHEAD, IN_LINE = 5, 0
 # What a broker replies of a queue that it does not hold.
 NOT_FOUND = "404"
+# Seconds between RabbitMQ's signs of life; a worker that hears none twice connects anew. Otherwise it would be deaf for
+# minutes where the network loses its connection and closes nothing.
+AMQP_HEARTBEAT_S = 10
 
 
 def queue(name: str, *, no_ack: bool = False) -> Queue:
@@ -156,7 +159,8 @@ def _amqp_conf(address: Address) -> dict[str, Any]:
         "heartbeat": "broker_heartbeat",
         "login_method": "broker_login_method",
     }
-    return {settings[name]: value for name, value in address.options.items() if name in settings}
+    given = {settings[name]: value for name, value in address.options.items() if name in settings}
+    return {"broker_heartbeat": AMQP_HEARTBEAT_S, **given}
 
 
 def _transport_options(address: Address) -> dict[str, Any]:
@@ -217,6 +221,15 @@ def round_trip(settings: Settings, timeout_s: float) -> None:
             queue.queue.delete()
 
 
+def _connection_with_limits(app: Celery) -> Connection:
+    connection = app.connection_for_write()
+    if connection.transport.driver_type == "amqp":
+        # py-amqp waits for an answer without end; Redis's own limits come with its connections.
+        limits = {"read_timeout": BROKER_ANSWER_S, "write_timeout": BROKER_ANSWER_S}
+        connection.transport_options = {**connection.transport_options, **limits}
+    return connection
+
+
 class Bells:
     """Ring doorbells from a thread of its own: no caller waits for the broker, and bells travel in batches.
 
@@ -273,7 +286,7 @@ class Bells:
 
     def _run(self) -> None:
         with self._publishing:
-            connection = self._app.connection_for_write()
+            connection = _connection_with_limits(self._app)
         while batch := self._next():
             for pause_s in (0.2, 1, 3, 10, None):
                 try:
@@ -284,7 +297,7 @@ class Bells:
                     break
                 except Exception as error:  # noqa: BLE001  # whatever the broker's library raises, the job is safe
                     connection.release()
-                    connection = self._app.connection_for_write()
+                    connection = _connection_with_limits(self._app)
                     if pause_s is None or self._closing(pause_s):
                         if self._outage.fails(time.monotonic()):
                             logger.warning("%d bells not rung, the sweeper will: %s", len(batch), error)
@@ -321,6 +334,9 @@ class Bells:
                     kwargsrepr="{}",
                     retry=False,
                 )
+            if connection.transport.driver_type == "amqp":
+                # Answered once all before it has arrived: what a network swallows looks as if it were sent.
+                producer.channel.basic_qos(0, 0, False)
 
 
 class MessageCounts:
@@ -354,13 +370,7 @@ class MessageCounts:
 
     def _messages(self, name: str) -> int:
         if self._connection is None:
-            self._connection = self._app.connection_for_write()
-            if self._connection.transport.driver_type == "amqp":
-                # py-amqp waits for an answer without end; Redis's own limits come with its connections.
-                self._connection.transport_options = {
-                    **self._connection.transport_options,
-                    "read_timeout": BROKER_ANSWER_S,
-                }
+            self._connection = _connection_with_limits(self._app)
             self._connection.ensure_connection(max_retries=1)
         try:
             # kombu looks for a queue in Redis under a name without our prefix; there, declaring one changes nothing.

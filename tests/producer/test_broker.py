@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -197,6 +199,56 @@ def test_a_broker_that_is_no_redis_gets_no_options_of_redis():
     assert app.conf.broker_transport_options == {}
     redis_options = make_app(Settings(broker_url="redis://host")).conf.broker_transport_options
     assert redis_options["global_keyprefix"] == "rerankq:"
+
+
+def test_rabbitmq_is_found_silent_within_seconds_unless_the_url_says_otherwise():
+    def heartbeat(url: str) -> object:
+        return make_app(Settings(broker_url=url, ledger_url="redis://host")).conf.broker_heartbeat
+
+    assert heartbeat("amqp://guest@host//") == 10
+    assert heartbeat("amqp://guest@host//?heartbeat=33") == 33
+
+
+class AmqpConnection:
+    """A connection to RabbitMQ whose network swallows what is sent, or does not."""
+
+    connection_errors = (OSError,)
+
+    def __init__(self, *, swallows: bool) -> None:
+        self.transport, self.channel, self.transport_options = SimpleNamespace(driver_type="amqp"), self, {}
+        self._swallows = swallows
+
+    def Producer(self, *, auto_declare: bool) -> "nullcontext[AmqpConnection]":  # noqa: N802  # kombu's names
+        return nullcontext(self)
+
+    def batch(self) -> "nullcontext[None]":
+        return nullcontext()
+
+    def basic_qos(self, *_: object) -> None:
+        assert self.transport_options["read_timeout"] > 0, "its answer is not waited for without end"
+        if self._swallows:
+            raise TimeoutError
+
+    def release(self) -> None:
+        pass
+
+
+def test_bells_that_a_network_swallowed_on_the_way_to_rabbitmq_are_rung_again():
+    ways = [AmqpConnection(swallows=False), AmqpConnection(swallows=True)]
+    sent: list[tuple[object, str]] = []
+    bells = Bells(
+        SimpleNamespace(
+            connection_for_write=lambda: ways[-1] if len(ways) == 1 else ways.pop(),
+            send_task=lambda _, *, task_id, producer, **__: sent.append((producer, task_id)),
+            close=lambda: None,
+        )
+    )
+    swallowing = ways[-1]
+    bells.ring(bells_for(2))
+    assert bells.flush(30)
+    bells.close()
+    assert [name for way, name in sent if way is swallowing] == ["job-0", "job-1"]
+    assert [name for way, name in sent if way is not swallowing] == ["job-0", "job-1"]
 
 
 def test_celery_keeps_no_results_and_takes_json_alone(settings: Settings):

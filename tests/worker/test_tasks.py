@@ -586,6 +586,23 @@ def test_messages_that_come_while_the_bulk_consumer_is_withdrawn_do_not_disturb_
     assert listening.bulk.consumes
 
 
+def test_a_lost_connection_to_rabbitmq_takes_that_of_events_along_which_may_never_answer_a_goodbye(program: Any):
+    ended: list[str] = []
+    events = SimpleNamespace(
+        transport=SimpleNamespace(driver_type="amqp"),
+        collect=lambda: ended.append("collected"),
+        connection_errors=(OSError,),
+        channel_errors=(),
+    )
+    # Of late acknowledgements, of which there are none; Celery warns where it is not set.
+    conf = {"worker_cancel_long_running_tasks_on_connection_loss": True}
+    consumer = object.__new__(program.SafeConsumer)
+    consumer.connection, consumer.event_dispatcher = None, SimpleNamespace(connection=events)
+    consumer.app = SimpleNamespace(conf=SimpleNamespace(**conf, worker_enable_prefetch_count_reduction=False))
+    consumer.on_connection_error_after_connected(OSError("too many heartbeats missed"))
+    assert ended == ["collected"]
+
+
 def test_a_job_revoked_before_it_was_received_gives_no_slot_back(worker: Any, program: Any):
     submit(worker)
     came_in(request("b"))

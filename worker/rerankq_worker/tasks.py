@@ -454,6 +454,10 @@ class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
         if self.connection is not None:
             self.connection.close = lambda: None
         super().on_connection_error_after_connected(exc)
+        dispatcher = self.event_dispatcher
+        if dispatcher is not None and dispatcher.connection.transport.driver_type == "amqp":
+            # It took the same way. Celery would close it politely, and wait for the answer without end.
+            ignore_errors(dispatcher.connection, dispatcher.connection.collect)
 
     def cancel_active_requests(self) -> None:
         """Hand back what runs, and stop as after SIGTERM: SIGQUIT calls this, in the middle of anything.
