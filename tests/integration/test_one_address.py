@@ -1,6 +1,8 @@
 """What a URL says holds for client, worker and doctor alike, and another program's environment for none of them."""
 
+import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -130,6 +132,21 @@ def test_another_programs_celery_in_the_environment_steers_neither_client_nor_wo
                 break
         (stats,) = answers.values()
     assert ("thread" in stats["pool"]["implementation"], stats["pool"]["max-concurrency"]) == (True, 5)
+
+
+def test_celerys_own_options_in_the_environment_do_not_reach_a_worker_of_the_command_line(redis_url: str):
+    environment = {**os.environ, **OTHERS, "RERANKQ_BROKER_URL": redis_url, "RERANKQ_MODEL": "no/such/folder"}
+    environment |= {"CELERY_WORKDIR": "/nowhere", "CELERY_APP": "no_such_module", "CELERY_CONFIG": "no_such_module"}
+    worker = subprocess.run(
+        [sys.executable, "-m", "rerankq.cli", "worker"],
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert "the worker cannot start: model 'no/such/folder'" in worker.stderr, "it came as far as its model"
+    assert "Traceback" not in worker.stderr
 
 
 def test_a_server_with_one_database_names_the_settings_to_set(redis_binary_each_version: Path, start_worker: Callable):

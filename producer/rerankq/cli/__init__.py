@@ -17,6 +17,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        from ..broker import forget_celerys_environment  # noqa: PLC0415  # an interrupt while it loads is quiet
         from .app import app  # noqa: PLC0415  # what it needs may be missing
     except KeyboardInterrupt:
         sys.exit(130)
@@ -25,6 +26,8 @@ def main() -> None:
             raise
         print(HOW_TO_GET_IT, file=sys.stderr)
         sys.exit(2)
+    # Before any worker or Flower is started: Celery's own options are read before our app is loaded.
+    forget_celerys_environment()
     app(prog_name="rerankq")
 
 
