@@ -80,3 +80,18 @@ def test_special_tokens_in_a_text_give_the_score_of_predict_in_any_batch(peer_of
     assert found.pairs == len(chunks) * len(queries)
     assert not found.beyond
     assert not found.flags_wrong
+
+
+def test_where_the_chunk_comes_first_it_is_cut_and_the_query_behind_it_kept(peer_of, engine_of):
+    # Here predict keeps the chunk, and of the query nothing that stands beyond the length.
+    peer = peer_of("qwen2 says, chunk first")
+    ours, chunk = engine_of(peer.family, *WAYS[0]), "A very long sentence that goes on, " * 14
+    [cut] = ours.tokenise(QUERY, [chunk])
+    assert cut.truncated
+    shorter = ours.tokenise(QUERY, [chunk[:end] for end in range(len(chunk))])
+    read = next(
+        chunk[:end] for end, pair in enumerate(shorter) if not pair.truncated and pair.ids.tolist() == cut.ids.tolist()
+    )
+    assert peer.length(QUERY, read) == cut.length <= peer.max_length
+    assert abs(ours.forward([cut]).item() - peer.logit(QUERY, read, peer.max_length)) < 1e-5
+    assert abs(ours.forward([cut]).item() - peer.logit(QUERY, chunk, peer.max_length)) > 1e-3

@@ -1,18 +1,22 @@
 """A pair gets the logit that it gets alone whatever is beside it, by a way that a probe found right, or none at all."""
 
+import itertools
 import json
 import shutil
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_checkpoints
 import torch
+from differential import TOLERANCES, WAYS
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 
 from rerankq_worker import engine
-from rerankq_worker.engine import Batcher, ModelUnusable, PairFailed, cross_encoder
+from rerankq_worker.engine import Batcher, ModelUnusable, PairFailed, cross_encoder, loading
 from rerankq_worker.engine.passes import OneLengthAtATime, WholeModel
 
 QUERY = tiny_checkpoints.QUERY
@@ -343,6 +347,19 @@ def test_scores_do_not_follow_files_that_are_overwritten(copied, tmp_path, name,
     np.testing.assert_array_equal(loaded.forward(pairs), before)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped files are listed by Linux alone")
+@pytest.mark.parametrize("name", ["bert", "qwen3 says"])
+def test_weights_are_read_and_not_mapped_so_that_a_file_cut_short_kills_nobody(made, monkeypatch, name):
+    mapped = []
+
+    def look(_):
+        mapped.append(str(made(name)) in Path("/proc/self/maps").read_text())
+
+    monkeypatch.setattr(loading, "_move_out_of_files", look)
+    load(made(name))
+    assert mapped == [False]
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_file_that_is_replaced_while_it_is_read_refuses_the_model(copied, monkeypatch, file):
     folder = copied("bert")
@@ -395,3 +412,19 @@ def test_precisions_that_round_differently_do_not_share_scores(made):
     prints = [load(made("bert"), dtype).fingerprint for dtype in ("float32", "bfloat16", "float16")]
     assert len(set(prints)) == 3
     assert load(made("bert"), padded=True).fingerprint == prints[0]
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3 says"])
+def test_whatever_shares_a_fingerprint_differs_by_no_more_than_the_stated_tolerance(made, name):
+    pytest.importorskip("openvino")
+    asked = [(*way, {}) for way in WAYS] + [("torch", dtype, {"padded": True}) for dtype in ("float32", "bfloat16")]
+    alike = {}
+    for runtime, dtype, options in asked:
+        loaded = load(made(name), dtype, runtime, **options)
+        logits = loaded.forward(loaded.tokenise(QUERY, TEXTS))
+        alike.setdefault(loaded.fingerprint, []).append((loaded.dtype, logits))
+    assert {len(ways) for ways in alike.values()} >= {1, 2}
+    for ways in alike.values():
+        for (dtype, one), (same, other) in itertools.combinations(ways, 2):
+            assert dtype == same
+            np.testing.assert_allclose(one, other, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])

@@ -40,7 +40,9 @@ def load_model(folder: Path, name: str, device: torch.device, dtype: torch.dtype
             trust_remote_code=False,
             local_files_only=True,
             activation_fn=torch.nn.Identity(),
-            model_kwargs={"use_safetensors": True, "dtype": dtype},
+            # A mapped file that somebody cuts short ends the process. Read whole, a file lies in memory for a moment,
+            # as a model on a CPU does anyway; one that only goes through to a GPU is mapped.
+            model_kwargs={"use_safetensors": True, "dtype": dtype, "disable_mmap": device.type == "cpu"},
         )
         model.eval()
         _move_out_of_files(model)
