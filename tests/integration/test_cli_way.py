@@ -141,6 +141,8 @@ def test_the_report_names_signals_with_weight_that_no_chunk_has(run, collection)
     assert "signals that no chunk has, so that their weight counts for nothing: vector\n" in report.stdout
     in_json = json.loads(run("rescore", *collection, "--limit", "3", "--fusion", "model", "--force", "--json").stdout)
     assert in_json["missing"] == {}
+    told = run("rescore", *collection, "--limit", "2", "--force").stdout
+    assert "signals that no chunk has" not in told, "a query without tags asks for none"
 
 
 def test_a_limit_takes_the_first_queries_of_the_run(run, collection, tmp_path):

@@ -183,9 +183,12 @@ def answer_of(query: str, ranking: Ranking, weights: Mapping[Signal, float]) -> 
 
 
 def signals_nowhere(ranking: Ranking, weights: Mapping[Signal, float]) -> tuple[str, ...]:
-    """Name the signals that the fusion weighs and no chunk has."""
-    found = {signal for chunk in ranking.chunks for signal in chunk.scores}
-    return tuple(signal for signal, weight in weights.items() if weight > 0 and signal not in found)
+    """Name the signals that the fusion weighs, the job asked for, and no chunk has (tags are asked for by its own)."""
+    return tuple(
+        signal
+        for signal, weight in weights.items()
+        if weight > 0 and ranking.chunks and all(signal in chunk.missing for chunk in ranking.chunks)
+    )
 
 
 @dataclass
