@@ -157,10 +157,10 @@ def test_a_worker_that_was_only_paused_answers_for_what_it_takes_afterwards(ledg
     assert claim(ledger, "killer", "other").suspect
 
 
-def paused(ledger: Ledger, name: str, owner: str) -> calls.Claim:
+def paused(ledger: Ledger, name: str, owner: str, terms: Terms = TERMS) -> calls.Claim:
     """A living worker takes a job, has the device alone with it, and is not heard of for longer than its lease."""
     ledger.ask(calls.beat(owner, "{}", gone_after_s=60))
-    taken = claim(ledger, name, owner)
+    taken = claim(ledger, name, owner, terms)
     ledger.ask(calls.isolate(name, taken.fence, owner))
     leases_end(ledger)
     return taken
@@ -207,6 +207,18 @@ def test_the_last_death_waits_until_the_worker_is_gone_by_a_second_sign(ledger: 
     taken = claim(ledger, "never registered", "w")
     ledger.ask(calls.isolate("never registered", taken.fence, "w"))
     assert judged() == 1
+
+
+def test_the_last_death_of_a_short_lease_is_not_told_by_a_silence_of_seconds(ledger: Ledger):
+    """As after a hiccup of the server: whoever has a longer lease sweeps first, before the worker's next sign."""
+    submit(ledger, "innocent")
+    paused(ledger, "innocent", "w", terms=TERMS._replace(lease_s=0.5))
+    terms = TERMS._replace(max_attempts=1, lease_s=60)
+    for seconds, dead in ((5, 0), (9.5, 0), (10.1, 1)):
+        silent(ledger, "w", seconds)
+        leases_end(ledger)
+        ledger.redis.delete("rerankq:sweeper")
+        assert ledger.ask(calls.sweep("s", terms)).dead == dead
 
 
 def test_a_worker_that_comes_back_takes_its_death_back_even_from_a_job_set_aside(ledger: Ledger):

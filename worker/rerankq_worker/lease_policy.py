@@ -5,8 +5,8 @@
 - A later sign of life of that worker (a heartbeat, a claim) takes suspicion and death back, for a day; even a job that
   was set aside as dead is queued again.
 - The death that would set a job aside waits for the second sign: the worker signed off, a neighbour on its machine
-  finds its process ended, or it gave no sign for three leases. Until then the claim stands, and a worker that was only
-  paused completes the job.
+  finds its process ended, or it gave no sign for three leases, 10 s at least. Until then the claim stands, and a
+  worker that was only paused completes the job.
 - A worker whose device hangs or died gives no signs of life, and claims nothing.
 - Every lease has the length that its own worker set. Whoever sweeps gives each lapsed lease until it has watched the
   ledger for so long without a break: an outage, a restarted or replaced server, a clock that was set forward, a pause.

@@ -35,7 +35,8 @@ local function judge_lapsed(id)
   local alone = redis.call('HGET', 'rerankq:alone', owner)
   local wait = watched < lease and lease - watched
   -- The death that sets it aside: as long as its worker may only be paused, the claim stands.
-  if alone == id and job[3] + 1 >= max_attempts and not gone(owner, 3 * lease) then wait = wait or 1 end
+  -- Signs come every second whatever the lease: of a short one, three are no longer than a server's hiccup.
+  if alone == id and job[3] + 1 >= max_attempts and not gone(owner, math.max(10, 3 * lease)) then wait = wait or 1 end
   if wait then return redis.call('ZADD', 'rerankq:running', stamp(time + wait), id) end
 
   redis.call('ZREM', 'rerankq:running', id)
