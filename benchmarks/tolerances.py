@@ -25,7 +25,7 @@ from gear.report import keep, machine, show, verdict
 from gear.texts import DATA, judged, need
 from numpy.typing import NDArray
 
-from rerankq_worker.engine import load
+from rerankq_worker.engine import ModelUnusable, load
 from rerankq_worker.engine.cores import multiplies_bfloat16
 from rerankq_worker.engine.errors import Unconvertible
 
@@ -76,8 +76,10 @@ def measured(name: str, model: str, pairs: Pairs, tokens: int | None) -> dict[st
     for way in ways():
         try:
             alone, beside = logits_of(model, way, pairs, tokens)
-        except Unconvertible as error:
-            found[" ".join(way)] = {"refused": str(error)}
+        except ModelUnusable as error:
+            if not isinstance(error.__cause__, Unconvertible):
+                raise
+            found[" ".join(way)] = {"refused": str(error.__cause__)}
             continue
         exact = exact if exact.size else alone
         distance = float(np.abs(alone - exact).max())
