@@ -126,7 +126,7 @@ def test_a_token_is_timed_before_the_first_batch_and_predicts_it():
     seen = []
     engine._sleep = lambda seconds: (seen.append(flights.oldest), sleep(seconds))
     (pair,) = engine.tokenise("q", ["word " * 200])
-    flights.launch([SharedPair(pair, None)], pair.length)
+    flights.launch([SharedPair(pair, pair.length, None)], pair.length)
     ((_, predicted),) = seen
     assert predicted == pytest.approx(0.5 * pair.length)
     flights.land()

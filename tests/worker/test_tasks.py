@@ -167,7 +167,8 @@ def test_jobs_left_in_a_models_former_queues_are_adopted_unless_somebody_listens
 
 
 def test_expired_cancelled_and_dead_jobs_raise_as_such(worker: Any):
-    submit(worker, deadline_s=1e-6)
+    submit(worker)
+    worker.ledger.redis.hset("rerankq:job:a", "deadline", "1.000000")
     with pytest.raises(JobExpired):
         worker.rerank("a")
     worker.ledger.ask(calls.cancel(submit(worker, "b"), worker.terms))
