@@ -185,7 +185,8 @@ class Worker:
     def __init__(self, name: str, url: str, environment: Mapping[str, str]) -> None:
         # Killed by the chunk that reads "poison"; otherwise the worker that everybody runs.
         command = ["poisonable" if word == TASKS else word for word in celery_worker.command(name=name)]
-        settings = Settings(_env_file=None, broker_url=url)
+        # With the run's model: an environment that names another as the default would send its jobs to other queues.
+        settings = Settings(_env_file=None, broker_url=url, model=environment["RERANKQ_MODEL"])
         variables = {
             **celery_worker.tuned(os.environ),
             **celery_worker.environment(settings),
