@@ -44,8 +44,9 @@ def jobs(count: int, **fields) -> list[RerankJob]:
     return [job(number, **fields) for number in range(count)]
 
 
-def threads_of_ours() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("rerankq", "asyncio"))]
+def threads_of_ours() -> set[threading.Thread]:
+    """Threads and not their names: one of an earlier client may just be ending."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith(("rerankq", "asyncio"))}
 
 
 # The way of a job
@@ -410,9 +411,9 @@ def test_closing_leaves_no_thread(settings: Settings, worker):
             client.result(job_id, timeout=20)
             other.close()
             assert client.result(job_id, timeout=20), "the thread serves the other one on"
-            assert len(threads_of_ours()) > len(before)
+            assert threads_of_ours() - before
         client.close()
-        assert threads_of_ours() == before
+        assert threads_of_ours() <= before
 
 
 CALLS: dict[str, Callable[[Client], object]] = {
@@ -445,7 +446,7 @@ def test_a_closed_client_says_so_in_every_method(settings: Settings, worker, cal
     client.close()
     with pytest.raises(rerankq.ClientClosed, match="the client is closed"):
         CALLS[call](client)
-    assert threads_of_ours() == before
+    assert threads_of_ours() <= before
 
 
 def test_no_public_method_is_missing_from_that():
@@ -477,7 +478,7 @@ def test_what_is_left_of_as_completed_after_closing_does_no_harm(settings: Setti
         list(coming)
     del coming
     gc.collect()
-    assert threads_of_ours() == before
+    assert threads_of_ours() <= before
 
 
 def test_ctrl_c_while_waiting_stops_the_waiting(client: Client, wait_until: Callable):

@@ -349,14 +349,15 @@ def test_scores_do_not_follow_files_that_are_overwritten(copied, tmp_path, name,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mapped files are listed by Linux alone")
 @pytest.mark.parametrize("name", ["bert", "qwen3 says"])
-def test_weights_are_read_and_not_mapped_so_that_a_file_cut_short_kills_nobody(made, monkeypatch, name):
-    mapped = []
+def test_weights_are_read_and_not_mapped_so_that_a_file_cut_short_kills_nobody(copied, monkeypatch, name):
+    # A folder of its own: the shared one may still be mapped by a model that another test holds against ours.
+    folder, mapped = copied(name), []
 
     def look(_):
-        mapped.append(str(made(name)) in Path("/proc/self/maps").read_text())
+        mapped.append(str(folder) in Path("/proc/self/maps").read_text())
 
     monkeypatch.setattr(loading, "_move_out_of_files", look)
-    load(made(name))
+    load(folder)
     assert mapped == [False]
 
 
