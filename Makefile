@@ -14,7 +14,7 @@ STAMP := $(VENV)/rerankq-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest lint format bench chaos differential soak audit clean
+.PHONY: help install demo test test-lowest lint format docs bench chaos differential soak audit clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ lint: $(STAMP)  ## Check style and types.
 format: $(STAMP)  ## Put the code into the agreed form.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## Fill the tables of docs/ from the models, errors and catalogues that they describe.
+	$(BIN)/python docs/generate.py
 
 bench: $(STAMP)  ## Run the benchmarks within 20 minutes, and tell which numbers are reached; INFINITY names a rival's .venv.
 	@$(BIN)/python benchmarks/every.py $(if $(INFINITY),--infinity $(INFINITY))

@@ -1,6 +1,10 @@
-"""What docs/reliability.md and SECURITY.md lean on is there: tests, files, settings, commands and targets."""
+"""The documents: what they name is there, their tables are the models', their sessions run."""
 
+import doctest
 import re
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,29 +14,115 @@ from rerankq.cli.app import app
 from rerankq.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DOCUMENTS = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in ("docs/reliability.md", "SECURITY.md")}
+NAMES = ["README.md", "SECURITY.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in NAMES}
+
+# Folders of the repository, by which a path in the text is known for one.
+FOLDERS = r"(?:benchmarks|conf|docker|docs|examples|models|producer|tests|worker|\.ci)"
+# What a run writes, and a checkout need not hold.
+WRITTEN_BY_A_RUN = "benchmarks/results/"
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_test_that_is_named_exists(name):
+@cache
+def known_tests() -> set[str]:
     code = "\n".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("test_*.py"))
-    there = set(re.findall(r"^(?:async )?def (test_\w+)", code, re.MULTILINE))
+    return set(re.findall(r"^(?:async )?def (test_\w+)", code, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_test_that_is_named_exists(name):
     named = set(re.findall(r"`(test_\w+)`", DOCUMENTS[name]))
-    assert len(named) > 8
-    assert named <= there, named - there
+    assert len(named) > 8 or name not in {"docs/reliability.md", "SECURITY.md"}
+    assert named <= known_tests(), named - known_tests()
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_file_setting_command_and_target_that_is_named_exists(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_that_is_named_exists(name):
+    named = set(re.findall(rf"`({FOLDERS}/[\w./*-]*|[\w-]+\.txt)`", DOCUMENTS[name]))
+    assert {file for file in named if not file.startswith(WRITTEN_BY_A_RUN) and not there(file)} == set()
+
+
+def there(file: str) -> bool:
+    return any(REPOSITORY.glob(file)) if "*" in file else (REPOSITORY / file).exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_leads_somewhere(name):
+    for goal in re.findall(r"\]\(([^)\s]+)\)", DOCUMENTS[name]):
+        if goal.startswith("https://"):
+            continue
+        file, _, heading = goal.partition("#")
+        path = (REPOSITORY / name).parent / file if file else REPOSITORY / name
+        assert path.exists(), goal
+        assert not heading or heading in headings(path), goal
+
+
+def headings(path: Path) -> set[str]:
+    """The names by which a page's headings are linked to."""
+    found = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_command_and_target_that_is_named_exists(name):
     text = DOCUMENTS[name]
-    for file in re.findall(r"`((?:conf|tests|docs)/[\w./-]+|[\w-]+\.txt)`", text):
-        assert (REPOSITORY / file).is_file(), file
-    assert {setting.lower() for setting in re.findall(r"RERANKQ_([A-Z_]+)", text)} <= Settings.model_fields.keys()
+    assert {
+        setting.lower() for setting in re.findall(r"RERANKQ_([A-Z_]+)\b(?!\*)", text)
+    } <= Settings.model_fields.keys()
     assert set(re.findall(r"`rerankq ([a-z]+)", text)) <= typer.main.get_command(app).commands.keys()
-    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"`make ([a-z]+)", text)) <= targets
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
+
+
+def test_the_tables_are_those_that_make_docs_writes():
+    run = subprocess.run(
+        [sys.executable, REPOSITORY / "docs/generate.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, f"{run.stdout}{run.stderr}: run make docs"
+
+
+def test_every_setting_and_every_field_of_a_job_says_who_reads_it():
+    for name in ("settings", "jobs"):
+        rows = re.findall(r"^\| `.*$", DOCUMENTS[f"docs/{name}.md"], re.MULTILINE)
+        assert len(rows) > len(Settings.model_fields) - 1
+        for row in rows:
+            assert not row.endswith("|  |"), row
+            assert row.count(" | ") == 2 or row.split(" | ")[4].strip(), row
 
 
 def test_the_promises_defaults_are_the_settings_defaults():
     assert Settings.model_fields["lease_s"].default == 8
     assert "(`RERANKQ_LEASE_S`, 8 s)" in DOCUMENTS["docs/reliability.md"]
+
+
+def test_the_keys_of_the_ledger_are_those_that_its_scripts_use():
+    scripts = "\n".join(path.read_text() for path in (REPOSITORY / "producer/rerankq/ledger/scripts").glob("*.lua"))
+    used = set(re.findall(r"'(rerankq:[a-z]+)", scripts))
+    named = set(re.findall(r"^\| `(rerankq:[a-z]+)", DOCUMENTS["docs/ledger.md"], re.MULTILINE))
+    assert named == used
+
+
+def test_the_fields_of_a_job_in_the_ledger_are_those_that_its_scripts_write():
+    scripts = "\n".join(path.read_text() for path in (REPOSITORY / "producer/rerankq/ledger/scripts").glob("*.lua"))
+    page = DOCUMENTS["docs/ledger.md"]
+    table = page[page.index("| field of a job") :].split("\n\n")[0]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split(" | ")[0])}
+    assert {name for name in named if f"'{name}'" not in scripts} == set()
+    (accepting,) = re.findall(r"redis.call\('HSET', key, ('state', 'queued', 'content'.*?)\)\n", scripts, re.DOTALL)
+    written = set(re.findall(r"'(\w+)'", accepting)) - {"queued"}
+    assert len(written) > 10
+    assert written <= named
+
+
+def test_the_words_of_a_jobs_history_are_those_that_are_written():
+    scripts = "\n".join(path.read_text() for path in (REPOSITORY / "producer/rerankq/ledger/scripts").glob("*.lua"))
+    page = DOCUMENTS["docs/ledger.md"]
+    table = page[page.index("| word | what happened") :].split("\n\n")[0]
+    assert set(re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE)) == set(re.findall(r"note\(key, '([\w-]+)'", scripts))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ">>> " in DOCUMENTS[name]])
+def test_the_sessions_of_a_page_give_what_stands_there(name):
+    failed, tried = doctest.testfile(str(REPOSITORY / name), module_relative=False, encoding="utf-8")
+    assert tried > 0
+    assert failed == 0

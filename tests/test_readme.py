@@ -1,4 +1,4 @@
-"""What the README says is so: its settings, commands, files, targets and code are the real ones."""
+"""What the README says is so: its commands, options, files, targets and code are the real ones."""
 
 import ast
 import re
@@ -9,29 +9,10 @@ import typer.main
 
 import rerankq
 from rerankq.cli.app import app
-from rerankq.settings import Settings, read_by
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 COMMANDS = typer.main.get_command(app).commands
-
-
-def default_of(name: str) -> str:
-    default = Settings.model_fields[name].get_default(call_default_factory=True)
-    return "" if default in (None, "", []) else f"`{default}`"
-
-
-def test_the_settings_table_is_the_settings():
-    rows = [
-        f"| `RERANKQ_{name.upper()}` | {default_of(name)} | {read_by(name)} | {field.description} |"
-        for name, field in Settings.model_fields.items()
-    ]
-    assert re.findall(r"^\| `RERANKQ_.*$", README, re.MULTILINE) == rows
-
-
-def test_every_setting_named_in_the_text_exists():
-    named = {name.lower() for name in re.findall(r"RERANKQ_([A-Z_]+)", README)}
-    assert named == Settings.model_fields.keys()
 
 
 def documented_commands() -> set[str]:

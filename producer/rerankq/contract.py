@@ -165,6 +165,16 @@ def _sorted(mapping: dict[Any, Any]) -> dict[Any, Any]:
     return dict(sorted(mapping.items()))
 
 
+def _field(read_by: str, description: str, *, unit: str = "", **options: Any) -> Any:
+    """Declare a field of a job: who reads it, and what its number counts. ``docs/jobs.md`` is made from this."""
+    return Field(description=description, json_schema_extra={"read_by": read_by, "unit": unit}, **options)
+
+
+def _unit(unit: str) -> dict[str, JsonValue]:
+    """Say what a number of an answer counts, for ``docs/jobs.md``."""
+    return {"unit": unit}
+
+
 class Record(BaseModel):
     """A frozen model that refuses unknown fields."""
 
@@ -207,18 +217,52 @@ class Chunk(Written):
     'Tides The moon pulls.'
     """
 
-    text: Text
-    id: Text = Field("", description="The caller's name for it; empty: see ``chunk_names`` of the job.")
-    title: Text = ""
+    text: Text = _field(
+        "model, token signal", "The content. The model reads the title and the text, with a space between them."
+    )
+    id: Text = _field(
+        "caller", "Your name for the chunk, unique in the job. Without one it is named by its position.", default=""
+    )
+    title: Text = _field("model, token signal", "Read by the model before the text.", default="")
     # Factories throughout: pydantic copies a default that could be changed with the slow ``copy.deepcopy``.
-    keywords: list[Text] = Field(default_factory=list)
-    questions: list[Text] = Field(default_factory=list)
-    vector_score: FirstStage | None = Field(None, description="First-stage similarity; NaN counts as missing.")
-    keyword_score: FirstStage | None = Field(None, description="First-stage BM25 or the like; NaN counts as missing.")
-    pagerank: Number = Field(0, ge=0, le=100, allow_inf_nan=False)
-    tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = Field(default_factory=dict)
-    tokens: list[Text] | None = Field(None, description="The caller's own tokenisation of the text, used as given.")
-    metadata: Metadata = Field(default_factory=dict, description="Handed back untouched.")
+    keywords: list[Text] = _field(
+        "token signal", "Words or phrases that describe the chunk. The model does not read them.", default_factory=list
+    )
+    questions: list[Text] = _field(
+        "token signal", "Questions that the chunk answers. The model does not read them.", default_factory=list
+    )
+    vector_score: FirstStage | None = _field(
+        "vector signal",
+        "Similarity from your vector search, higher is better. None, NaN or infinity: the chunk has none.",
+        default=None,
+    )
+    keyword_score: FirstStage | None = _field(
+        "keyword signal",
+        "Score from your keyword search (BM25 or the like). None, NaN or infinity: the chunk has none.",
+        default=None,
+    )
+    pagerank: Number = _field(
+        "pagerank signal",
+        "Importance of the chunk, whatever the query is.",
+        unit="percent",
+        default=0,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+    )
+    tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = _field(
+        "tags signal", "Tags with their weights, compared with ``query_tags`` of the job.", default_factory=dict
+    )
+    tokens: list[Text] | None = _field(
+        "token signal",
+        "Your own tokens of the text, used as given. None: the worker makes them from the text.",
+        default=None,
+    )
+    metadata: Metadata = _field(
+        "caller",
+        f"Any JSON object, at most {MAX_DEPTH} levels deep. Returned unchanged with the ranked chunk.",
+        default_factory=dict,
+    )
 
     @property
     def model_text(self) -> str:
@@ -229,16 +273,34 @@ class Chunk(Written):
 class Fusion(Written):
     """How the signals of a chunk become one score; the rules are those of ``rerankq_worker.fusion``."""
 
-    method: Literal["weighted", "rrf"] = "weighted"
-    weights: Annotated[dict[Signal, Weight], AfterValidator(_sorted)] = Field({"model": 1.0}, min_length=1)
-    normalise: Annotated[dict[Signal, Normalisation], AfterValidator(_sorted)] = Field(
-        default_factory=dict,
-        description="Per signal; by default model sigmoid, token and vector none, keyword minmax, pagerank percent, "
-        "tags cosine.",
+    method: Literal["weighted", "rrf"] = _field(
+        "worker",
+        "``weighted``: sum of weight x normalised signal. ``rrf``: reciprocal rank fusion, by ranks instead of values.",
+        default="weighted",
     )
-    boosts: Annotated[dict[TextField, Weight], AfterValidator(_sorted)] = Field(default_factory=dict)
-    rrf_k: Count = Field(60, ge=1)
-    token_rule: Literal["coverage", "ragflow"] = "coverage"  # noqa: S105  # no secret: tokens of text
+    weights: Annotated[dict[Signal, Weight], AfterValidator(_sorted)] = _field(
+        "worker",
+        "Weight of each signal. A signal that is not named weighs 0 and is not computed; one at least is above 0.",
+        default={"model": 1.0},
+        min_length=1,
+    )
+    normalise: Annotated[dict[Signal, Normalisation], AfterValidator(_sorted)] = _field(
+        "worker",
+        "Rule that brings a signal's values onto one scale. A signal that is not named follows, whatever the profile: "
+        "model sigmoid, token none, vector none, keyword minmax, pagerank percent, tags cosine.",
+        default_factory=dict,
+    )
+    boosts: Annotated[dict[TextField, Weight], AfterValidator(_sorted)] = _field(
+        "worker",
+        "Weight of each text field in the token signal. Empty: a token counts once, in content, title or keywords.",
+        default_factory=dict,
+    )
+    rrf_k: Count = _field("worker", "The constant k of reciprocal rank fusion.", default=60, ge=1)
+    token_rule: Literal["coverage", "ragflow"] = _field(
+        "worker",
+        "How the token signal is computed: field-weighted coverage of the query, or RAGFlow's formula.",
+        default="coverage",
+    )
 
     @model_validator(mode="after")
     def _weighs_something(self) -> Self:
@@ -277,40 +339,111 @@ class RerankJob(Written):
     'Bread rises.'
     """
 
-    query: Annotated[Text, AfterValidator(_not_blank)]
-    chunks: Annotated[list[Annotated[Chunk, BeforeValidator(_as_chunk)]], AfterValidator(_each_named_once)] = Field(
-        min_length=1
+    query: Annotated[Text, AfterValidator(_not_blank)] = _field(
+        "model, token signal", "The question. It must hold a visible character."
     )
-    id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
-    model: Text | None = Field(None, min_length=1, max_length=512)
-    top_k: Count | None = Field(None, ge=1, description="Chunks of the ranking, at most; more than there are: all.")
-    min_score: Finite | None = Field(None, description="On the fused score.")
+    chunks: Annotated[list[Annotated[Chunk, BeforeValidator(_as_chunk)]], AfterValidator(_each_named_once)] = _field(
+        "worker",
+        "The candidates; a plain string is a chunk with that text. At most ``RERANKQ_MAX_CHUNKS``.",
+        min_length=1,
+    )
+    id: str | None = _field(
+        "client, ledger",
+        "Your name for the job. None: a hash of its content, so that an equal job gets the stored ranking; "
+        "a random id if ``cache`` is not ``use``.",
+        default=None,
+        pattern=r"^[A-Za-z0-9._:-]{1,128}$",
+    )
+    model: Text | None = _field(
+        "client, worker",
+        "Name of the model, as ``RERANKQ_MODEL`` takes it. None: the deployment's default.",
+        default=None,
+        min_length=1,
+        max_length=512,
+    )
+    top_k: Count | None = _field(
+        "worker", "Return at most this many chunks, the best. None: all.", unit="chunks", default=None, ge=1
+    )
+    min_score: Finite | None = _field(
+        "worker",
+        "Leave out chunks whose fused score is lower. Its scale depends on the fusion: choose it from measured scores.",
+        default=None,
+    )
     fusion: Annotated[
         Annotated[Fusion, Tag(_NUMBERS)] | Annotated[Text, Tag(_PROFILE)], Discriminator(_kind_of_fusion)
-    ] = "default"
-    query_tokens: list[tuple[Text, Weight]] | None = Field(None, description="Tokens with weights, used as given.")
-    query_tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = Field(default_factory=dict)
-    priority: Priority = "interactive"
-    deadline_s: Number | None = Field(
-        None,
+    ] = _field(
+        "client, worker",
+        "Name of a profile in ``fusion.toml``, or numbers of your own. The client replaces a name by its numbers.",
+        default="default",
+    )
+    query_tokens: list[tuple[Text, Weight]] | None = _field(
+        "token signal",
+        "Your own tokens of the query with their weights, used as given. None: the worker makes them from the query, "
+        "weighted by their idf over the job's chunks.",
+        default=None,
+    )
+    query_tags: Annotated[dict[Text, Finite], AfterValidator(_sorted)] = _field(
+        "tags signal",
+        "Tags that the query asks for, with weights. Empty: the tags signal plays no part.",
+        default_factory=dict,
+    )
+    priority: Priority = _field(
+        "ledger, worker",
+        "``interactive`` if a person waits for the answer, else ``bulk``: bulk jobs give way to interactive ones.",
+        default="interactive",
+    )
+    deadline_s: Number | None = _field(
+        "ledger",
+        "After this time from submission, a job that has not been started expires. A job that was started in time does "
+        "not expire any more, even if it is queued again because its worker died or was stopped.",
+        unit="seconds",
+        default=None,
         ge=MIN_DEADLINE_S,
         le=MAX_DEADLINE_S,
         allow_inf_nan=False,
-        description="Seconds from submission; a job not started by then expires. Once started it never does, "
-        "even where it is queued again because its worker died or was stopped.",
     )
-    max_length: Count | None = Field(None, ge=8, description="Tokens of a pair; at most what the model takes.")
-    query_max_tokens: Count = Field(128, ge=1)
-    long_chunks: Literal["truncate", "window"] = "truncate"  # "window" does not exist yet: submitting it is refused
-    cache: Literal["use", "refresh", "bypass"] = "use"
-    skip_at_or_below: Count = Field(
-        0,
+    max_length: Count | None = _field(
+        "worker",
+        "Limit of a pair (query and chunk together). None: the model's own limit, which is also the maximum.",
+        unit="tokens",
+        default=None,
+        ge=8,
+    )
+    query_max_tokens: Count = _field(
+        "worker",
+        "A query is cut to this length, but only in a pair that is longer than ``max_length``.",
+        unit="tokens",
+        default=128,
+        ge=1,
+    )
+    long_chunks: Literal["truncate", "window"] = _field(
+        "client, worker",
+        "``truncate``: what does not fit is cut, and the ranked chunk says ``truncated``. "
+        "``window`` does not exist yet and is refused.",
+        default="truncate",
+    )
+    cache: Literal["use", "refresh", "bypass"] = _field(
+        "client, worker",
+        "``use``: read and store scores. ``refresh``: compute all pairs again and store them. ``bypass``: neither read "
+        "nor store. With the last two, a job without an id of its own is never answered by a stored ranking.",
+        default="use",
+    )
+    skip_at_or_below: Count = _field(
+        "worker",
+        "A job with so few chunks keeps your order, unscored, and its ranking says ``skipped``. "
+        "Ignored if ``min_score`` is set.",
+        unit="chunks",
+        default=0,
         ge=0,
-        description="Chunks; a job with so few keeps its first-stage order, unscored, unless ``min_score`` is to be "
-        "judged.",
     )
-    tenant: str = Field("", pattern=r"^[A-Za-z0-9._@-]{0,128}$")
-    return_text: bool = False
+    tenant: str = _field(
+        "ledger, worker",
+        "Who the job is for. Tenants share workers in turn, so that one with many jobs does not hold up another. "
+        "No protection: every producer can read every job.",
+        default="",
+        pattern=r"^[A-Za-z0-9._@-]{0,128}$",
+    )
+    return_text: bool = _field("worker", "Return the chunks' texts in the ranking.", default=False)
 
     def chunk_names(self) -> list[str]:
         """Name each chunk as the ranking does.
@@ -331,54 +464,67 @@ class RerankJob(Written):
 class RankedChunk(Record):
     """A chunk's place in a ranking."""
 
-    id: str
+    id: str = Field(description="The chunk's own id, or the name that its position gave it.")
     index: int = Field(description="Position in the job, from 0.")
     rank: int = Field(description="Place in the ranking, from 1.")
-    score: float = Field(description="Fused.")
+    score: float = Field(description="Fused score: the ranking's order. Compare it within one ranking.")
     scores: dict[str, float] = Field(
-        default_factory=dict, description="Every signal by name, normalised; missing ones are left out."
+        default_factory=dict, description="Every signal that took part, by name, after normalising."
     )
-    model_logit: float | None = Field(None, description="Raw; None where the chunk was not scored.")
+    model_logit: float | None = Field(None, description="The model's raw output. None: the chunk was not scored.")
     missing: list[str] = Field(
-        default_factory=list, description="Signals with a weight that this chunk, or the whole job, has no value of."
+        default_factory=list, description="Signals with a weight for which this chunk, or the whole job, has no value."
     )
-    truncated: bool = False
-    cached: bool = False
+    truncated: bool = Field(False, description="The pair was longer than its limit: the model read a part of it.")
+    cached: bool = Field(False, description="The model's score came from the score cache.")
     span: tuple[int, int] | None = Field(
-        None, description="Start and end in characters of the window that scored best."
+        None,
+        description="Start and end of the window that scored best. Always None while there are no windows.",
+        json_schema_extra=_unit("characters"),
     )
-    text: str | None = None
-    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+    text: str | None = Field(None, description="The chunk's text, if the job asked for it with ``return_text``.")
+    metadata: dict[str, JsonValue] = Field(default_factory=dict, description="As the job gave it.")
 
 
 class ModelName(Record):
     """Which weights made a ranking."""
 
-    name: str
-    fingerprint: str
+    name: str = Field(description="Full name of the model.")
+    fingerprint: str = Field(description="Hash of the weights and of what else changes a score: precision, runtime.")
 
 
 class Usage(Record):
     """What a job cost, in pairs and tokens."""
 
-    pairs: int = 0
-    cached_pairs: int = 0
+    pairs: int = Field(0, description="Pairs that the fusion needed.", json_schema_extra=_unit("pairs"))
+    cached_pairs: int = Field(0, description="Of these, from the score cache.", json_schema_extra=_unit("pairs"))
     tokens: int = Field(
         0,
-        description="Real tokens, no padding, of the pairs computed for this job: equal ones once, none that were "
-        "known or computed for another job.",
+        description="Tokens computed for this job, without padding. Equal pairs count once; pairs from the score "
+        "cache, or computed for another job at the same time, do not count.",
+        json_schema_extra=_unit("tokens"),
     )
-    truncated_pairs: int = 0
+    truncated_pairs: int = Field(
+        0, description="Pairs of which the model read only a part.", json_schema_extra=_unit("pairs")
+    )
 
 
 class Timings(Record):
     """Where a job's time went, in milliseconds."""
 
-    queued: float = Field(0, description="From submission to the claim by a worker.")
-    tokenise: float = 0
-    waiting: float = Field(0, description="For the device, while batches of other jobs were on it.")
-    inference: float = Field(0, description="Batches with pairs of this job were on the device.")
-    total: float = Field(0, description="From the claim by a worker to the finished ranking, so without ``queued``.")
+    queued: float = Field(
+        0, description="From submission until a worker claimed the job.", json_schema_extra=_unit("ms")
+    )
+    tokenise: float = Field(0, description="Turning texts into tokens.", json_schema_extra=_unit("ms"))
+    waiting: float = Field(
+        0, description="Waiting for the device, while it computed other jobs' batches.", json_schema_extra=_unit("ms")
+    )
+    inference: float = Field(
+        0, description="While batches with pairs of this job were on the device.", json_schema_extra=_unit("ms")
+    )
+    total: float = Field(
+        0, description="From the claim to the finished ranking; ``queued`` is not in it.", json_schema_extra=_unit("ms")
+    )
 
 
 class Ranking(Record):
@@ -387,51 +533,65 @@ class Ranking(Record):
     By score; equal scores by the model's raw logit, equal logits in the job's order.
     """
 
-    job_id: str
-    model: ModelName
-    chunks: list[RankedChunk]
-    usage: Usage = Usage()
-    timings_ms: Timings = Timings()
-    skipped: bool = Field(False, description="Too few chunks to be worth scoring: first-stage order, unscored.")
-    dropped: int = Field(0, description="Chunks of the job that ``top_k`` or ``min_score`` left out.")
+    job_id: str = Field(description="The job that it answers.")
+    model: ModelName = Field(description="Which model made it.")
+    chunks: list[RankedChunk] = Field(description="Best first.")
+    usage: Usage = Field(Usage(), description="What it cost.")
+    timings_ms: Timings = Field(Timings(), description="Where the time went.")
+    skipped: bool = Field(
+        False, description="The job had too few chunks to be scored (``skip_at_or_below``): they are in its own order."
+    )
+    dropped: int = Field(
+        0, description="Chunks that ``top_k`` or ``min_score`` left out.", json_schema_extra=_unit("chunks")
+    )
 
 
 class JobStatus(Record):
     """Where a job stands. Times are seconds since the epoch by the ledger's clock."""
 
-    job_id: str
-    state: State
-    pairs_done: int = 0
-    pairs_total: int = 0
-    submitted_at: float | None = None
-    started_at: float | None = None
-    ended_at: float | None = None
+    job_id: str = Field(description="The job that was asked for.")
+    state: State = Field(description="See ``docs/ledger.md``; ``unknown``: never submitted, forgotten, or too old.")
+    pairs_done: int = Field(0, description="Pairs scored so far.", json_schema_extra=_unit("pairs"))
+    pairs_total: int = Field(0, description="Pairs of the job.", json_schema_extra=_unit("pairs"))
+    submitted_at: float | None = Field(
+        None, description="When it was accepted.", json_schema_extra=_unit("seconds since the epoch")
+    )
+    started_at: float | None = Field(
+        None, description="When a worker last claimed it.", json_schema_extra=_unit("seconds since the epoch")
+    )
+    ended_at: float | None = Field(
+        None, description="When it ended.", json_schema_extra=_unit("seconds since the epoch")
+    )
     attempts: int = Field(0, description="How often a worker has claimed it.")
-    error: str | None = None
+    error: str | None = Field(None, description="Why there is no ranking.")
 
 
 class JobEvent(Record):
-    """What befell a job: ``alone`` and ``claimed`` by a worker, ``lease-over``, ``handed-back``, ``retried``."""
+    """One line of a dead job's history, such as ``claimed``, ``alone`` or ``lease-over``."""
 
-    at: float = Field(description="Seconds since the epoch by the ledger's clock.")
-    event: str
-    worker: str = ""
+    at: float = Field(description="When, by the ledger's clock.", json_schema_extra=_unit("seconds since the epoch"))
+    event: str = Field(description="What happened; the words are explained in ``docs/ledger.md``.")
+    worker: str = Field("", description="Which worker it concerns.")
 
 
 class DeadJob(Record):
-    """A job that was set aside because its worker died of it. Times are seconds since the epoch."""
+    """A job that was set aside because it crashed its workers. Times are seconds since the epoch."""
 
-    job_id: str
-    queue: str
-    tenant: str
+    job_id: str = Field(description="The job's id.")
+    queue: str = Field(description="The queue that it waited in.")
+    tenant: str = Field(description="As the job gave it.")
     label: str = Field(description="The query's first words, the number of chunks, the model.")
-    pairs: int
-    deaths: int = Field(description="Of workers, alone with it.")
-    submitted_at: float | None
-    died_at: float | None
-    error: str
-    history: list[JobEvent]
-    payload: str | None = Field(None, description="The job as JSON, texts and all, where it was asked for.")
+    pairs: int = Field(description="Pairs of the job.", json_schema_extra=_unit("pairs"))
+    deaths: int = Field(description="How often a worker died while it ran this job alone.")
+    submitted_at: float | None = Field(
+        description="When it was accepted.", json_schema_extra=_unit("seconds since the epoch")
+    )
+    died_at: float | None = Field(
+        description="When it was set aside.", json_schema_extra=_unit("seconds since the epoch")
+    )
+    error: str = Field(description="Why it is dead, in a sentence.")
+    history: list[JobEvent] = Field(description="What happened to it, oldest first.")
+    payload: str | None = Field(None, description="The job as JSON with all its texts, if it was asked for.")
 
 
 class _Misplaced(ValueError):

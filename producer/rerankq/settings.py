@@ -42,9 +42,12 @@ HOUR_S, YEAR_S = 3_600, 31_536_000
 Reader = Literal["worker", "producer", "both"]
 
 
-def _setting(default: Any, read_by: Reader, description: str, **limits: Any) -> Any:
-    """Declare a setting, and whose it is: set elsewhere, it changes nothing."""
-    return Field(default, description=description, json_schema_extra={"read_by": read_by}, **limits)
+def _setting(default: Any, read_by: Reader, description: str, *, unit: str = "", **limits: Any) -> Any:
+    """Declare a setting, what its number counts, and who reads it: set elsewhere, it changes nothing.
+
+    ``docs/settings.md`` is made from this.
+    """
+    return Field(default, description=description, json_schema_extra={"read_by": read_by, "unit": unit}, **limits)
 
 
 def read_by(name: str) -> Reader:
@@ -73,43 +76,64 @@ class Settings(BaseSettings):
 
     # URLs hold passwords, so that a printed Settings does not show them.
     broker_url: str | None = _setting(
-        None, "both", "Doorbells: redis://, rediss://, unix://, sentinel:// or amqp://.", repr=False
+        None,
+        "both",
+        "Where doorbells (Celery messages that name a job) go: redis://, rediss://, unix://, sentinel:// or amqp://.",
+        repr=False,
     )
     ledger_url: str | None = _setting(
-        None, "both", "Jobs and rankings; default: the broker's database plus 1.", repr=False, validate_default=True
+        None,
+        "both",
+        "Where jobs and rankings are kept. Default: the database after the broker's.",
+        repr=False,
+        validate_default=True,
     )
-    cache_url: str | None = _setting(None, "worker", "Scores; default: the broker's database plus 2.", repr=False)
+    cache_url: str | None = _setting(
+        None, "worker", "Where scores are kept. Default: the second database after the broker's.", repr=False
+    )
     deployment: str = _setting(
         "",
         "both",
-        "Name in pub/sub channels; default: the ledger's database number.",
+        "Name of the deployment in pub/sub channels. Default: the ledger's database number.",
         pattern=r"^[A-Za-z0-9._-]*$",
         max_length=100,
     )
     model: str = _setting(
-        "BAAI/bge-reranker-base", "both", "A catalogue name, a hub name, a folder, `bundled`, or `stub`."
+        "BAAI/bge-reranker-base",
+        "both",
+        "The model: a name in `models.toml`, a name on the Hugging Face hub, a folder, `bundled`, or `stub`.",
     )
     default_model: str = _setting(
-        "", "both", "The deployment's default model, on a worker that serves another one; empty = MODEL."
+        "",
+        "both",
+        "Model for jobs that name none; set it on workers that serve another model. Default: `RERANKQ_MODEL`.",
     )
     models: Annotated[list[str], NoDecode] = _setting(
-        [], "both", "Models that the deployment lists (commas): accepted while no worker for them is alive."
+        [],
+        "both",
+        "Models, separated by commas, whose jobs are accepted although no worker for them is running at the moment.",
     )
-    device: str = _setting("auto", "worker", "auto, cpu, cuda, cuda:N.")
+    device: str = _setting("auto", "worker", "What the model runs on: `auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = _setting(
-        "auto", "worker", "auto = bfloat16 where the device multiplies it faster, else float32."
+        "auto", "worker", "Precision of the model. `auto` = bfloat16 if it is faster on this device, else float32."
     )
     runtime: Literal["auto", "torch", "openvino"] = _setting(
-        "auto", "worker", "What computes the model; auto = OpenVINO on a CPU where it is installed, else torch."
+        "auto", "worker", "Library that runs the model. `auto` = OpenVINO on a CPU if it is installed, else torch."
     )
     max_batch_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = _setting(
-        "auto", "worker", "Tokens per forward pass, padding included; auto = found by measuring at start."
+        "auto",
+        "worker",
+        "Limit of a batch, padding included. `auto` = measured when the worker starts.",
+        unit="tokens",
     )
-    concurrency: int = _setting(32, "worker", "Jobs in flight per worker.", ge=1, le=1024)
+    concurrency: int = _setting(
+        32, "worker", "How many jobs a worker processes at the same time.", unit="jobs", ge=1, le=1024
+    )
     lease_s: float = _setting(
         8,
         "both",
-        "Seconds without a sign of life after which a job is handed on.",
+        "If a worker is silent this long, its jobs go to another.",
+        unit="seconds",
         ge=0.05,
         le=HOUR_S,
         allow_inf_nan=False,
@@ -117,7 +141,8 @@ class Settings(BaseSettings):
     drain_s: float = _setting(
         8,
         "worker",
-        "Seconds to finish jobs in when told to stop; the rest is handed back.",
+        "How long a worker that is told to stop may take to finish its jobs; it hands back the rest.",
+        unit="seconds",
         ge=0,
         le=HOUR_S,
         allow_inf_nan=False,
@@ -125,20 +150,48 @@ class Settings(BaseSettings):
     max_attempts: int = _setting(
         3,
         "both",
-        "Deaths of a worker, alone with a job, that set the job aside; the one that made it a suspect is not counted.",
+        "How often a job may crash its worker while running alone before it is marked dead.",
+        unit="deaths",
         ge=1,
         le=1_000,
     )
-    ring_window: int = _setting(256, "both", "Doorbells out at a time, per queue and tenant.", ge=1, le=1_000_000)
-    cache_ttl_s: int = _setting(604_800, "worker", "Seconds that a score is remembered.", ge=1, le=10 * YEAR_S)
-    result_ttl_s: int = _setting(3_600, "both", "Seconds that a ranking is kept.", ge=1, le=10 * YEAR_S)
-    max_chunks: int = _setting(10_000, "producer", "Chunks in a job.", ge=1, le=1_000_000)
-    # A string in Redis has at most 512 MiB.
-    max_job_bytes: int = _setting(16_777_216, "both", "Bytes of a job as JSON.", ge=1, le=512 << 20)
-    max_queued_pairs: int = _setting(
-        10_000_000, "both", "Pairs waiting, over all queues; more is QueueFull.", ge=1, le=10**12
+    ring_window: int = _setting(
+        256,
+        "both",
+        "How many doorbells may be out at a time, per queue and tenant; the rest of a backlog waits in the ledger.",
+        unit="doorbells",
+        ge=1,
+        le=1_000_000,
     )
-    conf_dir: Path | None = _setting(None, "both", "Folder whose models.toml and fusion.toml replace the shipped ones.")
+    cache_ttl_s: int = _setting(
+        604_800,
+        "worker",
+        "How long the scores of a query are kept after the last of them was computed.",
+        unit="seconds",
+        ge=1,
+        le=10 * YEAR_S,
+    )
+    result_ttl_s: int = _setting(
+        3_600, "both", "How long a ranking is kept after its job ended.", unit="seconds", ge=1, le=10 * YEAR_S
+    )
+    max_chunks: int = _setting(
+        10_000, "producer", "Largest number of chunks in a job.", unit="chunks", ge=1, le=1_000_000
+    )
+    # A string in Redis has at most 512 MiB.
+    max_job_bytes: int = _setting(
+        16_777_216, "both", "Largest size of a job as JSON.", unit="bytes", ge=1, le=512 << 20
+    )
+    max_queued_pairs: int = _setting(
+        10_000_000,
+        "both",
+        "How many pairs may wait, over all queues; a submission beyond that is refused with QueueFull.",
+        unit="pairs",
+        ge=1,
+        le=10**12,
+    )
+    conf_dir: Path | None = _setting(
+        None, "both", "Folder whose models.toml and fusion.toml are read instead of the ones in the package."
+    )
 
     def __init__(self, **given: Any) -> None:
         path = given.get("_env_file", ENV_FILE)
