@@ -514,6 +514,26 @@ def test_bulk_keeps_its_share_of_a_device_that_works_by_itself(started):
     assert shares[0] == pytest.approx(0.2, abs=0.01)
 
 
+# A batch takes 0.05 s. Bulk with a fifth of the device has its turn once it has waited for four of them.
+@pytest.mark.parametrize(("bulk_share", "batches"), [(0.2, 4), (0.5, 1), (0.1, 9)])
+def test_a_bulk_pair_beside_many_interactive_ones_leads_once_it_has_waited_for_their_share(
+    started, bulk_share, batches
+):
+    simulation = Simulation(started, bulk_share=bulk_share, fill_tokens=0)
+    waits = []
+
+    def bulk():
+        came = simulation.now
+        ticket = simulation.batcher.submit(simulation.pairs(1), priority="bulk")
+        ticket.add_done_callback(lambda _: waits.append(simulation.now - came))
+
+    simulation.due = [(0.25, bulk)]
+    simulation.batcher.submit(simulation.pairs(1000)).result(PATIENCE_S)
+    assert len(waits) == 1
+    # It waits for its turn, for the batch then on the device, and for its own.
+    assert batches * 0.05 <= waits[0] <= (batches + 3) * 0.05
+
+
 def test_the_seconds_in_which_something_is_in_flight_are_counted_once(started):
     simulation = Simulation(started)
     simulation.batcher.submit(simulation.pairs(1000)).result(PATIENCE_S)
@@ -675,6 +695,26 @@ def test_out_of_memory_halves_the_batch_and_goes_on_with_smaller_ones(started, m
     assert 3 <= stats.out_of_memory <= (3 if make_engine is ScriptedEngine else 5)
     assert engine.released == stats.out_of_memory
     assert stats.failed_pairs == 0
+
+
+def test_out_of_memory_lowers_the_budget_below_the_batch_that_failed_however_large_it_was(started, make_engine):
+    engine = make_engine()
+    engine.fails = lambda batch: MemoryError() if len(batch) * max(pair.length for pair in batch) > 100 else None
+    batcher = started(engine, max_batch_tokens=100_000)
+    pairs = engine.tokenise("q", ["five"] * 40)
+    batcher.submit(pairs).result(PATIENCE_S)
+    assert batcher.stats().batch_tokens <= sum(pair.length for pair in pairs) // 2
+
+
+def test_a_batch_that_failed_teaches_nothing_of_how_long_batches_take(started):
+    engine = ScriptedEngine()
+    batcher = started(engine)
+    batcher.submit(engine.tokenise("q", ["a"])).result(PATIENCE_S)
+    learnt = batcher._flights.pace
+    engine.fails = lambda _: MemoryError()
+    with pytest.raises(PairFailed):
+        batcher.submit(engine.tokenise("q", ["a"])).result(PATIENCE_S)
+    assert batcher._flights.pace == learnt
 
 
 def test_a_pair_that_does_not_fit_even_alone_fails_and_the_engine_lives(started, make_engine):

@@ -115,6 +115,13 @@ def test_the_flag_of_a_cut_pair_lives_and_dies_with_its_score(scores: ScoreCache
     assert known.truncated.tolist() == [True, False, False, False]
 
 
+def test_the_flag_of_a_cut_pair_says_nothing_without_a_score(scores: ScoreCache, server: redis.Redis):
+    scores.write("fp", QUERY, HASHES[:2], floats(1, 2), flags(1, 1))
+    server.hdel(KEY, HASHES[0])
+    known = scores.read("fp", QUERY, HASHES[:2])
+    assert known.mask.tolist() == known.truncated.tolist() == [False, True]
+
+
 def test_a_refreshed_score_of_a_pair_that_is_whole_loses_an_old_mark_of_a_cut(scores: ScoreCache, server: redis.Redis):
     scores.write("fp", QUERY, HASHES[:3], floats(1, 2, 3), flags(1, 1, 1))
     scores.write("fp", QUERY, HASHES[:3], floats(4, np.nan, 6), flags(0, 0, 1))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerankq_worker.doorbell import LARGEST, NoDoorbell, headers_of, sized
+from rerankq_worker.doorbell import LARGEST, LONGEST_ID, LONGEST_SHOWN, NoDoorbell, headers_of, sized
 
 HEADERS = {"task": "rerankq.rerank", "id": "a", "lang": "py", "eta": None, "expires": None}
 REST = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
@@ -26,6 +26,17 @@ def test_what_the_client_sends_is_a_doorbell():
     )
 
 
+@pytest.mark.parametrize("job_id", ["a" * LONGEST_ID, "a b", "月"])
+def test_an_id_as_long_as_ids_may_be_is_let_in(job_id: str):
+    assert headers_of(HEADERS | {"id": job_id}, [[job_id], {}, REST])["id"] == job_id
+    assert LONGEST_ID == 128, "as the contract says"
+
+
+@pytest.mark.parametrize("shown", ["x" * LONGEST_SHOWN, "x" * (LONGEST_SHOWN + 1), "x" * 60_000])
+def test_what_flower_shows_of_a_doorbell_is_cut(shown: str):
+    assert headers_of(HEADERS | {"argsrepr": shown}, [["a"], {}, REST])["argsrepr"] == "x" * LONGEST_SHOWN
+
+
 @pytest.mark.parametrize("name", ["eta", "expires", "timelimit", "retries", "stamps", "group", "shadow"])
 def test_headers_that_celery_would_obey_are_left_out(name: str):
     assert name not in headers_of(HEADERS | {name: "soon"}, [["an-id"], {}, REST])
@@ -41,6 +52,9 @@ def test_headers_that_celery_would_obey_are_left_out(name: str):
         (HEADERS, [["a" * 129], {}, REST]),
         (HEADERS, [["a\nb"], {}, REST]),
         (HEADERS, [["a"], {"more": 1}, REST]),
+        (HEADERS, [["a"], [], REST]),
+        (HEADERS, [["a"], None, REST]),
+        (HEADERS, [["a"], {}, REST, REST]),
         (HEADERS, [["a"], {}, REST | {"chain": [{"task": "rerankq.rerank"}]}]),
     ],
 )

@@ -66,6 +66,13 @@ def test_a_newcomer_goes_before_those_who_have_had_more_than_their_share():
     assert serve(queue, 3) == ["small", "large", "small"]
 
 
+def test_the_clock_goes_on_by_a_turn_shared_among_all_flows():
+    queue = queue_of("a", "b", "c", "d")
+    serve(queue, 2)
+    queue.enter("late")
+    assert {flow: start for start, flow in queue} == {"a": 100.0, "b": 100.0, "c": 0.0, "d": 0.0, "late": 25.0}
+
+
 def test_a_newcomer_goes_behind_those_who_wait_for_their_share():
     queue = queue_of("a", "b", "c")
     serve(queue, 1)
@@ -111,6 +118,15 @@ def test_leaving_and_coming_back_is_no_second_share():
             queue.leave("hops", returns=True)
             queue.enter("hops")
     assert abs(led.count("hops") - led.count("steady")) <= 2
+
+
+@pytest.mark.parametrize(("returns", "start"), [(True, 1000.0), (False, 0.0)])
+def test_a_flow_that_left_with_more_than_its_share_starts_where_it_left_if_it_returns(returns, start):
+    queue = queue_of("steady", "hops")
+    queue.charge({"hops": 1000})
+    queue.leave("hops", returns=returns)
+    queue.enter("hops")
+    assert {flow: at for at, flow in queue} == {"steady": 0.0, "hops": start}
 
 
 def test_who_left_is_forgotten_once_the_clock_has_made_up_for_it():

@@ -111,6 +111,14 @@ def test_contents_alone_give_the_share_of_the_query_that_is_covered():
         np.testing.assert_allclose(scores, [0.75, 1.0, 0.0])
 
 
+# Summed one after the other these give more than numpy's own sum of them.
+@pytest.mark.parametrize("weights", [[0.1] * 16, [2.4, 2.0, 2.4, 2.9, 1.8, 1.8, 2.9, 1.1, 2.0]])
+def test_a_chunk_that_covers_all_of_a_query_is_covered_to_one_however_its_weights_round(weights):
+    query = [(f"token {at}", weight) for at, weight in enumerate(weights)]
+    (score,) = fusion.token_similarity(query, [{"content": [token for token, _ in query]}])
+    assert score == 1.0
+
+
 def test_boosts_decide_the_order():
     query = [("tide", 1.0)]
     chunks = [{name: ["tide"]} for name in FIELDS]

@@ -1,5 +1,6 @@
 """Leases: renewed while the device lives, let lapse when it hangs, and work on what is no longer ours is stopped."""
 
+import re
 import threading
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from rerankq.ledger import Claim, Ledger, Terms, calls, connect
 from rerankq.placing import Place
 from rerankq.settings import Settings
 from rerankq_worker import leases as leases_module
-from rerankq_worker.lease_policy import PATIENCE, PATIENCE_S, hangs
+from rerankq_worker.lease_policy import BREAK_S, PATIENCE, PATIENCE_S, forget_after_s, hangs, renew_every_s
 from rerankq_worker.leases import Leases
 
 WAIT_S = 20  # a test that hangs ends here; none that works waits so long
@@ -204,6 +205,17 @@ def test_the_timer_renews(lively: World):
     assert lively.lease_of("a") is not None
 
 
+@pytest.mark.parametrize("lease_s", [0.3, 8, 60])
+def test_the_timer_renews_so_often_that_one_renewal_may_fail(redis_url: str, monkeypatch, lease_s: float):
+    world, waits = World(redis_url, lease_s), []
+    stopped = world.leases._stopped
+    monkeypatch.setattr(stopped, "wait", lambda seconds: waits.append(seconds) or len(waits) == 3)
+    world.leases._run()
+    assert waits == [pytest.approx(lease_s / 3)] * 3
+    assert 2 * renew_every_s(lease_s) < lease_s
+    world.ledger.redis.close()
+
+
 def test_a_hanging_device_renews_nothing_and_is_given_up_once_its_leases_have_lapsed(lively: World):
     lively.held("a")
     lively.device_hangs = True
@@ -229,8 +241,9 @@ def test_after_a_pause_of_our_own_the_device_has_time_to_go_on(lively: World, mo
     clock = [0.0]
     monkeypatch.setattr(leases_module.time, "monotonic", lambda: clock[0])
     lively.device_hangs = True
-    lively.leases._woke_up(slept_for=lively.terms.lease_s / 3 + 1)
-    assert lively.leases._hangs(), "a busy machine is no pause"
+    for seconds in (lively.terms.lease_s / 3 + 1, lively.terms.lease_s + BREAK_S):
+        lively.leases._woke_up(slept_for=seconds)
+        assert lively.leases._hangs(), "a busy machine is no pause"
     lively.leases._woke_up(slept_for=3_600)
     assert not lively.leases._hangs()
     assert not lively.leases.hung
@@ -257,8 +270,8 @@ def test_the_timer_outlives_a_ledger_that_is_away_and_any_bug(
     assert seen.wait(WAIT_S)
     assert errors == []
     lively.leases.stop()
-    said = [record.getMessage().split(":")[0] for record in caplog.records if record.levelname == "WARNING"]
-    assert said == ["leases not renewed", "leases are renewed again, after 0 s"], "an outage is said once"
+    said = [re.split("[:,]", one.getMessage())[0] for one in caplog.records if one.levelname == "WARNING"]
+    assert said == ["leases not renewed", "leases are renewed again"], "an outage is said once"
 
 
 def test_leases_survive_a_server_that_was_started_again_empty():
@@ -285,3 +298,8 @@ def test_leases_survive_a_server_that_was_started_again_empty():
 )
 def test_a_batch_hangs_when_it_takes_ten_times_its_time_and_never_before_a_minute(running_s, predicted_s, hung):
     assert hangs(running_s, predicted_s) == hung
+
+
+@pytest.mark.parametrize(("lease_s", "seconds"), [(0.5, 60), (6, 60), (8, 80), (60, 600)])
+def test_the_registry_forgets_a_worker_after_ten_leases_and_never_before_a_minute(lease_s, seconds):
+    assert forget_after_s(lease_s) == seconds

@@ -126,6 +126,35 @@ def test_others_go_between_two_suspects():
     assert turns(*suspects, *others) == ["bulk", "soon", "suspect 0", "suspect 1", "suspect 2"]
 
 
+def lined_up(*waiters: Waiter, inside: Waiter) -> SharedExclusiveLock:
+    """A lock with one inside (its number is 0), for which these wait (1, 2 and so on)."""
+    lock = SharedExclusiveLock()
+    with lock._changed:
+        lock._line[0] = inside
+        lock._admit()
+        lock._line |= dict(enumerate(waiters, 1))
+    return lock
+
+
+def test_a_suspect_that_gives_up_waiting_gives_bulk_no_turn_before_the_next_suspect():
+    bulk, suspect = Waiter(exclusive=False, interactive=False), Waiter(exclusive=True, interactive=False)
+    lock = lined_up(suspect, suspect, bulk, inside=bulk)
+    with lock._changed:
+        lock._leave(1, suspect)
+        assert list(lock._line) == [2, 3]
+        lock._leave(0, bulk)
+    assert list(lock._line) == [3]
+    assert lock._holders == Holders(exclusive=True)
+
+
+def test_a_suspect_is_passed_by_those_that_came_after_it_alone():
+    bulk, soon = Waiter(exclusive=True, interactive=False), Waiter(exclusive=True, interactive=True)
+    lock = lined_up(bulk, soon, bulk, inside=Waiter(exclusive=False, interactive=True))
+    with lock._changed:
+        lock._leave(0, Waiter(exclusive=False, interactive=True))
+    assert {number: waiter.passed for number, waiter in lock._line.items()} == {1: 1, 3: 0}
+
+
 # The lock, with threads
 
 

@@ -36,6 +36,11 @@ class ScriptedEngine(StubEngine):
         if not held:
             self.gate.set()
 
+    def tokenise(self, query, chunks, *, hashes=None, **limits):
+        # An engine remembers tokens by these: those of another text would give a chunk another's score.
+        assert hashes is None or list(hashes) == [text_hash(chunk) for chunk in chunks]
+        return super().tokenise(query, chunks, hashes=hashes, **limits)
+
     def forward(self, batch):
         self.entered.release()
         assert self.gate.wait(WAIT_S)
@@ -413,6 +418,19 @@ def test_a_cut_pair_says_so_computed_or_cached(world: World):
     for ranking in (world.rank(long), world.rank(long)):
         assert {chunk.index: chunk.truncated for chunk in ranking.chunks} == {0: False, 1: True}
         assert ranking.usage.truncated_pairs == 1
+
+
+@pytest.mark.parametrize("known", [(0,), (1,), (0, 2), (1, 3)])
+def test_a_cut_pair_says_so_from_the_cache_whichever_of_its_neighbours_were_known_before(
+    world: World, known: tuple[int, ...]
+):
+    texts = ["short", "word " * 5_000, "also short", "others " * 5_000, "last"]
+    world.rank(job([texts[at] for at in known]))
+    for _ in range(2):
+        ranking = world.rank(job(texts))
+        assert {chunk.index: chunk.truncated for chunk in ranking.chunks} == dict(enumerate([0, 1, 0, 1, 0]))
+        assert ranking.usage.truncated_pairs == 2
+    assert ranking.usage.cached_pairs == len(texts)
 
 
 def test_ids_text_and_metadata_come_back_as_they_went(world: World):

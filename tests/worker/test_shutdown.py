@@ -36,6 +36,17 @@ def test_a_worker_that_is_not_told_to_stop_is_left_alone():
     assert scene.thread.is_alive()
 
 
+def test_the_time_to_end_is_that_to_drain_and_then_that_to_hand_back(monkeypatch: pytest.MonkeyPatch):
+    waits, statuses = [], []
+    watchdog = ShutdownWatchdog(7, lambda _: None, grace_s=3, exit_process=statuses.append)
+    monkeypatch.setattr(watchdog._hurry, "wait", lambda seconds: waits.append(("until in a hurry", seconds)))
+    monkeypatch.setattr(shutdown.time, "sleep", lambda seconds: waits.append(("in any case", seconds)))
+    watchdog.arm()
+    watchdog._watch()
+    assert waits == [("until in a hurry", 7), ("in any case", 3)]
+    assert statuses == [STOP_TIMED_OUT]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_worker_that_drains_for_too_long_ends_with_a_status_of_its_own(number: int):
     scene = Scene()
@@ -130,3 +141,19 @@ def test_steps_run_side_by_side_and_one_that_hangs_is_left_behind():
     assert not within(0.02, lambda: free.wait(WAIT_S), lambda: done.append("beside it"))
     assert done[-1] == "beside it"
     free.set()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "timers"),
+    [([signal.SIGTERM], [3]), ([], [3]), ([signal.SIGHUP], []), ([signal.SIGTERM, signal.SIGHUP], [])],
+)
+def test_the_interpreter_has_the_time_to_hand_back_for_its_own_end_unless_it_starts_again(
+    monkeypatch: pytest.MonkeyPatch, numbers: list[int], timers: list[float]
+):
+    set_to: list[float] = []
+    monkeypatch.setattr(signal, "setitimer", lambda _, seconds: set_to.append(seconds))
+    watchdog = ShutdownWatchdog(0, lambda _: None, grace_s=3, exit_process=lambda _: None)
+    for number in numbers:
+        watchdog.hear(number)
+    watchdog.finish()
+    assert set_to == timers

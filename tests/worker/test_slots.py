@@ -174,3 +174,11 @@ def test_no_suspect_is_lost_and_none_is_taken_twice(total: int, names: list[str]
         assert len(inside) <= (2 if total >= 4 else 1)
         assert not waiting or inside, "nobody waits while nobody is in"
     assert {bell.id for bell in slots.forget()} == waiting
+
+
+def test_so_many_suspects_are_kept_in_mind_and_no_more():
+    slots = SuspectSlots(4)
+    for number in range(SuspectSlots.MOST_KEPT + 3):
+        slots.take(suspect(f"a{number}"))
+    assert len(slots.forget()) == SuspectSlots.MOST_KEPT == 10_000
+    assert slots.forget() == []

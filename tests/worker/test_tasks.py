@@ -95,6 +95,18 @@ def test_a_second_bell_does_nothing(worker: Any):
     assert worker.rerank("never submitted") == "nothing to do: unknown"
 
 
+@pytest.mark.parametrize("why", ["it was told to hand back", "its device hangs"])
+def test_a_worker_that_cannot_work_claims_nothing(worker: Any, why: str):
+    submit(worker)
+    if why == "its device hangs":
+        worker.leases._hung_since = 0.0
+    else:
+        worker.drop()
+    with pytest.raises(Ignore, match="a sweeper"):
+        worker.rerank("a")
+    assert (state(worker), look(worker).status.attempts) == ("queued", 0)
+
+
 def queue_of(worker: Any, name: str = "a") -> str:
     return worker.ledger.redis.hget(f"rerankq:job:{name}", "queue").decode()
 
@@ -191,6 +203,16 @@ def test_a_pair_that_cannot_be_scored_fails_its_job_and_says_why(worker: Any, mo
     assert "no such token" in found.status.error
 
 
+def test_the_error_of_a_failed_job_is_cut(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    def stumble(*_: object, **__: object) -> None:
+        raise ValueError("all of the text that could not be read " * 10_000)
+
+    monkeypatch.setattr(worker.reranker, "rank", stumble)
+    with pytest.raises(ValueError, match="could not be read"):
+        worker.rerank(submit(worker))
+    assert 1_000 < len(look(worker).status.error) <= 2_000
+
+
 def test_a_bug_fails_its_job_by_name(worker: Any, monkeypatch: pytest.MonkeyPatch):
     def stumble(*_: object, **__: object) -> None:
         raise ZeroDivisionError("one over none")
@@ -217,6 +239,13 @@ def test_a_payload_over_the_limit_is_refused_before_it_is_parsed(worker: Any, mo
     with pytest.raises(JobTooLarge, match="at most 100"):
         worker.rerank("a")
     assert look(worker).error_type == "JobTooLarge"
+
+
+def test_a_payload_of_just_the_limit_is_taken(worker: Any):
+    size = worker.ledger.redis.hstrlen(f"rerankq:job:{submit(worker)}", "payload")
+    worker.settings = worker.settings.model_copy(update={"max_job_bytes": size})
+    worker.rerank("a")
+    assert state(worker) == "done"
 
 
 def test_what_a_payload_holds_is_not_quoted_when_it_cannot_be_read(worker: Any, caplog: pytest.LogCaptureFixture):

@@ -119,6 +119,19 @@ def test_a_tenant_with_many_jobs_gets_no_more_than_one_with_a_single_job(padded)
     assert max(map(device.tokens, many)) - min(map(device.tokens, many)) <= 2 * device.budget
 
 
+@pytest.mark.parametrize("count", [2, 8, 18])
+def test_a_tenant_whose_jobs_come_one_after_the_other_gets_no_more_than_one_whose_job_is_large(count):
+    device = Device(1000)
+    steady, _ = device.join([50] * 4000, tenant="steady")
+    small, served = [], 0
+    for _ in range(100):
+        if not any(pair.place != NOWHERE for pair in small):
+            _, small = device.join([50] * count, tenant="hops")
+        served += sum(pair.length for pair in device.step() if pair.job is not steady)
+    # A batch goes to both where it has room for both.
+    assert served <= device.tokens(steady) + 2 * device.budget
+
+
 @pytest.mark.parametrize("padded", [True, False])
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=5), others=st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
@@ -139,6 +152,15 @@ def test_a_stream_of_small_jobs_holds_up_no_large_one(padded):
             device.join([900])
         device.step()
     assert device.tokens(large) >= 0.3 * sum(pair.length for batch in device.batches for pair in batch)
+
+
+@pytest.mark.parametrize("size", [1, 4, 10])
+def test_a_window_shows_as_many_of_bulk_however_many_interactive_pairs_wait(size):
+    device = Device()
+    device.join([5] * 10)
+    device.join([5] * 12, priority=BULK)
+    window = device.waiting.window(size)
+    assert [int((window.priorities == kind).sum()) for kind in (INTERACTIVE, BULK)] == [size, size]
 
 
 def test_a_pair_of_two_jobs_is_computed_once_in_the_turn_that_comes_first():
