@@ -1,5 +1,6 @@
 """The doctor: every rule by its facts, and real servers that break the promise one way each."""
 
+import itertools
 import json
 import os
 import socket
@@ -11,12 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import redis
 
+from rerankq import BrokerUnavailable
+from rerankq.cli import examine as examination
+from rerankq.cli import round_trips
 from rerankq.cli.examine import examine
-from rerankq.cli.findings import Facts, Server, Work, WorkerSeen, findings
+from rerankq.cli.findings import Facts, Server, Work, WorkerSeen, findings, one_each
 from rerankq.cli.round_trips import Trip
 from rerankq.embedded import EmbeddedRedis
 from rerankq.ledger import Ledger, calls, connect
@@ -29,6 +34,7 @@ LEDGER = Server(
 CACHE = Server(roles=("cache",), url="redis://c:6379/0", run_id="2", version="7.2.4", maxmemory=1 << 30)
 CACHE = replace(CACHE, policy="allkeys-lfu")
 WORKER = WorkerSeen("gpu0:1:a", "m", "f", ("rerankq.interactive", "rerankq.bulk"), version="1.0", device="cuda:0")
+ELSEWHERE = replace(WORKER, id="b", queues=("rerankq.interactive.x", "rerankq.bulk.x"))
 WELL = Facts("1.0", [LEDGER, CACHE], [WORKER], Work())
 
 
@@ -52,6 +58,13 @@ def cache(**fields) -> Facts:
     return replace(WELL, servers=[LEDGER, replace(CACHE, **fields)])
 
 
+# All that Redis has but noeviction.
+EVICTING = [
+    *(f"{keys}-{way}" for keys in ("allkeys", "volatile") for way in ("lru", "lfu", "random")),
+    "volatile-ttl",
+]
+
+
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
@@ -61,13 +74,19 @@ def cache(**fields) -> Facts:
         (ledger(appendonly=False), "appendonly is off"),
         (ledger(log_is_written=False), "could not be written"),
         (ledger(fsync="no"), "appendfsync no"),
-        (ledger(policy="allkeys-lru"), "drops accepted jobs"),
+        *((ledger(policy=policy), f"{policy}: a full server drops accepted jobs") for policy in EVICTING),
         (ledger(memory=int(0.95 * (2 << 30))), "95% full: jobs are refused"),
+        (ledger(memory=9, maxmemory=10), "90% full: jobs are refused"),
         (ledger(refused=("ledger: run scripts",)), "may not: ledger: run scripts"),
         (cache(policy="noeviction"), "takes no score"),
-        (cache(policy="volatile-lru"), "takes no score"),
+        *((cache(policy=policy), "takes no score") for policy in EVICTING if policy.startswith("volatile")),
         (cache(run_id="1"), "give RERANKQ_CACHE_URL a server of its own"),
         (replace(WELL, workers=[]), "none gives signs of life"),
+        (replace(WELL, workers=[], work=Work(sweeper=False)), "none gives signs of life"),
+        (
+            replace(WELL, workers=[WORKER, replace(WORKER, id="b", model="other", age_s=9.0)], listed=["m", "other"]),
+            "lists other, and no worker serves it",
+        ),
         (replace(WELL, workers=[WORKER, replace(WORKER, id="b", fingerprint="g")]), "different weights"),
         (replace(WELL, listed=["m", "other"]), "lists other, and no worker serves it"),
         (replace(WELL, work=Work(pairs_waiting=10_000_000)), "10000000 pairs waiting of 10000000"),
@@ -99,6 +118,7 @@ def test_each_broken_promise_is_wrong_and_nothing_else_is(facts, said):
         (ledger(maxmemory=0), "no maxmemory"),
         (ledger(latency_ms=30.0), "slow: 30.0 ms"),
         (ledger(ahead_s=-7.0), "7 s behind ours"),
+        (ledger(ahead_s=7.0), "7 s ahead of ours"),
         (ledger(accepts_alone=True), "min-replicas-to-write is 0"),
         (ledger(memory=int(0.8 * (2 << 30))), "80% full"),
         (replace(WELL, version="1.1"), "1.0, 1.1 side by side"),
@@ -109,6 +129,7 @@ def test_each_broken_promise_is_wrong_and_nothing_else_is(facts, said):
             replace(WELL, workers=[WORKER, replace(WORKER, id="b", age_s=9.0)]),
             "worker b: m on cuda:0, 9.0 s ago: killed",
         ),
+        (replace(WELL, workers=[WORKER, replace(WORKER, id="b", fingerprint="g", age_s=9.0)]), "9.0 s ago: killed"),
         (
             replace(WELL, default="n", chosen=True),
             "RERANKQ_MODEL: n here, and not heeded: jobs that name no model go to m",
@@ -124,6 +145,10 @@ def test_what_is_worth_knowing_is_a_note_and_not_wrong(facts, said):
 @pytest.mark.parametrize(
     "facts",
     [
+        cache(memory=int(0.95 * (1 << 30))),  # a full cache evicts
+        ledger(version="6.2.0"),
+        replace(WELL, servers=[replace(LEDGER, roles=("broker",), run_id="0", appendonly=False, fsync="no"), LEDGER]),
+        replace(WELL, default="n", chosen=True, workers=[replace(WORKER, model="n"), ELSEWHERE]),
         replace(WELL, default="n", chosen=False),  # nobody set it here
         replace(WELL, default="m", chosen=True),
         replace(
@@ -136,6 +161,132 @@ def test_what_is_worth_knowing_is_a_note_and_not_wrong(facts, said):
 )
 def test_what_is_right_or_cannot_be_known_is_not_held_against_anybody(facts):
     assert (wrong(facts), notes(facts)) == ([], [])
+
+
+def test_a_memory_limit_is_told_in_mebibytes_with_its_share():
+    found = findings(ledger(memory=1 << 30))
+    assert "maxmemory 2048 MiB, noeviction, 50% in use" in [one.said for one in found]
+
+
+def test_a_role_is_well_where_all_of_its_ways_lead_there_and_back():
+    trips = [Trip("ledger", "a script"), Trip("ledger", "a write", "x"), Trip("cache", "a question")]
+    found = [(one.level, one.subject) for one in findings(replace(WELL, trips=trips)) if "there and back" in one.said]
+    assert found == [("ok", "cache")]
+
+
+def test_a_way_without_an_answer_is_a_fault_beside_those_that_lead_back(monkeypatch):
+    done = threading.Event()
+
+    def refuse():
+        raise TimeoutError
+
+    def fail():
+        raise RuntimeError("NOPERM: no Permission")
+
+    ways = {"hangs": done.wait, "answers": bool, "fails without a word": refuse, "is refused": fail}
+    monkeypatch.setattr(round_trips, "WITHIN_S", 0.1)
+    monkeypatch.setattr(round_trips, "_ways", lambda settings: [("ledger", way, go) for way, go in ways.items()])
+    trips = round_trips.go(Settings(_env_file=None), ["ledger"])
+    done.set()
+    assert [(trip.fault, trip.refused) for trip in trips] == [
+        ("no answer within 0.1 s", False),
+        ("", False),
+        ("TimeoutError", False),
+        ("NOPERM: no Permission", True),
+    ]
+    assert round_trips.go(Settings(_env_file=None), ["cache"]) == []
+
+
+@pytest.mark.parametrize("message", [None, {"type": "subscribe"}])
+def test_a_message_that_is_not_the_one_that_was_sent_is_none(message):
+    round_trips._expect("message", {"type": "message"})
+    with pytest.raises(BrokerUnavailable, match="nothing was heard"):
+        round_trips._expect("message", message)
+
+
+def test_where_nobody_may_be_asked_through_the_broker_nobody_is_held_to_be_deaf(monkeypatch):
+    def refuse(**_):
+        raise redis.exceptions.NoPermissionError("this user has no permissions")
+
+    app = SimpleNamespace(control=SimpleNamespace(inspect=refuse), close=lambda: None)
+    monkeypatch.setattr(round_trips, "make_app", lambda settings: app)
+    assert round_trips.heard_through_the_broker(Settings(_env_file=None), 1) is None
+
+
+def test_the_clock_of_a_server_is_held_against_the_middle_of_the_round_trip(monkeypatch):
+    # A quarter of a second there and back, by a server that is seven seconds ahead.
+    now = itertools.count(100, 0.25)
+    monkeypatch.setattr(examination.time, "time", lambda: next(now))
+
+    class Ahead:
+        answers = itertools.count()
+
+        def time(self):
+            there = 100.125 + 7 + 0.5 * next(self.answers)
+            return int(there), round(there % 1 * 1_000_000)
+
+    assert examination._clock(Ahead()) == (250.0, 7.0)
+
+
+def test_who_may_not_see_the_sweeper_does_not_miss_it():
+    class Forbidding:
+        def exists(self, name):
+            raise redis.exceptions.NoPermissionError("this user has no permissions")
+
+    assert examination._somebody_sweeps(Forbidding())
+
+
+@pytest.mark.parametrize(
+    ("told", "field", "found"),
+    [
+        ({"role": "slave"}, "replica", True),
+        ({"role": "replica"}, "replica", True),
+        ({"role": "master"}, "replica", False),
+        ({"aof_last_write_status": "err"}, "log_is_written", False),
+        ({"aof_last_write_status": "ok"}, "log_is_written", True),
+        ({"aof_enabled": 1}, "appendonly", True),
+        ({"used_memory": 7, "used_memory_peak": 9}, "memory", 7),
+        ({"maxmemory": 8, "maxmemory_policy": "volatile-ttl"}, "policy", "volatile-ttl"),
+        ({"config_file": "/tmp/rerankq-redis-x/redis.conf"}, "throwaway", True),
+        ({"config_file": "/etc/redis.conf"}, "throwaway", False),
+    ],
+)
+def test_what_a_server_tells_of_itself_is_what_is_judged(redis_url: str, monkeypatch, told, field, found):
+    real = redis.Redis.info
+    monkeypatch.setattr(redis.Redis, "info", lambda self: real(self) | told)
+    server = examination._server(Settings(_env_file=None, broker_url=redis_url), {"cache": redis_url})
+    assert server.fault == ""
+    assert getattr(server, field) == found
+
+
+def test_what_the_ledger_holds_is_counted_and_whom_it_remembers_too_long_is_nobody(redis_url: str, monkeypatch):
+    settings = Settings(
+        _env_file=None, broker_url=redis_url, model="m", default_model="n", models=["x"], max_queued_pairs=70, lease_s=8
+    )
+    info = json.dumps({"model": "m", "fingerprint": "f", "queues": []})
+    with connect(settings.ledger) as connection:
+        now = connection.time()[0]
+        queues = {"*": 5, "rerankq.bulk": 3, "rerankq.bulk|tenant": 3, "rerankq.interactive": 2}
+        connection.hset("rerankq:backlog", mapping=queues)
+        connection.hset("rerankq:workers", mapping={"silent": f"{now - 20} {info}", "gone": f"{now - 30} {info}"})
+    monkeypatch.setattr(examination, "go", lambda settings, roles: [])
+    facts = examine(settings)
+    assert facts.work is not None
+    assert (facts.work.pairs_waiting, facts.work.max_pairs) == (5, 70)
+    assert facts.work.by_queue == {"rerankq.bulk": 3, "rerankq.interactive": 2}
+    assert [worker.id for worker in facts.workers] == ["silent"]
+    assert (facts.default, facts.chosen, facts.listed) == ("n", True, ["x"])
+    by_default = Settings(_env_file=None, broker_url=redis_url, default_model="n")
+    assert examine(by_default).chosen
+    # Set neither here: what others call the default is right.
+    assert not examine(Settings(_env_file=None, broker_url=redis_url)).chosen
+
+
+def test_refusals_of_one_server_under_several_users_are_all_told():
+    users = [replace(LEDGER, refused=("ledger: publish",)), replace(LEDGER, roles=("cache",), refused=("cache: read",))]
+    (one,) = one_each(users)
+    assert (one.roles, one.refused) == (("broker", "ledger", "cache"), ("ledger: publish", "cache: read"))
+    assert len(one_each([replace(one, run_id="", url=f"redis://{name}") for name in "ab"])) == 2
 
 
 def test_workers_of_different_models_may_have_different_weights():
@@ -235,6 +386,7 @@ def test_a_user_without_rights_is_told_which_it_lacks(redis_binary_each_version:
                                   "+@read", "+@connection", "+select", "+time", "+info", "+hello")  # fmt: skip
         url = server.url.replace(":" + server.url.split(":")[2].split("@")[0], "weak:weak")
         facts = examine(Settings(_env_file=None, broker_url=url, ledger_url=url.replace("/0", "/1")))
+    assert facts.work is not None, "what it may see is told"
     (found,) = facts.servers
     assert found.refused == ("ledger: run scripts", "ledger: write", "ledger: subscribe", "ledger: publish")
     assert found.fsync is None
@@ -264,6 +416,16 @@ def lost_job(redis_url: str) -> Settings:
         connection.zadd("rerankq:running", {"lost": time.time() - 60})
         connection.zadd("rerankq:dead", {"poison": time.time()})
     return settings
+
+
+def test_a_lease_that_lapsed_just_now_is_not_lost(lost_job: Settings):
+    # The next sweep hands it on, or the one after an outage.
+    with connect(lost_job.ledger) as connection:
+        now = connection.time()[0]
+        connection.zadd("rerankq:running", {"lapsed": now - 1, "running": now + 5})
+    work = examine(lost_job).work
+    assert work is not None
+    assert (work.long_over, work.running) == (1, 3)
 
 
 def test_lost_leases_and_dead_jobs_are_counted(lost_job: Settings):

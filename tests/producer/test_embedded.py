@@ -124,11 +124,20 @@ def test_a_hanging_server_is_killed(monkeypatch):
 
 def test_a_forked_child_leaves_the_server_alone():
     with EmbeddedRedis() as server:
+        guard = server_process(server.url).parent()
+        guard.suspend()  # so that what it is told stays where it can be seen
         child = os.fork()
         if child == 0:
             server.stop()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
+        told = os.open(f"/proc/{guard.pid}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            with pytest.raises(BlockingIOError):
+                os.read(told, 1)
+        finally:
+            os.close(told)
+            guard.resume()
         with connect(server.url) as connection:
             assert connection.ping()
 
@@ -151,6 +160,15 @@ def test_a_port_taken_at_the_last_moment_is_tried_again(monkeypatch):
     free_port = embedded._free_port
     with socket.create_server(("127.0.0.1", 0)) as squatter:
         ports = iter([squatter.getsockname()[1], squatter.getsockname()[1]])
+        monkeypatch.setattr(embedded, "_free_port", lambda: next(ports, None) or free_port())
+        with EmbeddedRedis() as server, connect(server.url) as connection:
+            assert connection.ping()
+
+
+def test_another_redis_on_the_port_is_not_taken_for_ours(monkeypatch):
+    free_port = embedded._free_port
+    with EmbeddedRedis() as other:
+        ports = iter([int(other.url.split(":")[-1].removesuffix("/0"))])
         monkeypatch.setattr(embedded, "_free_port", lambda: next(ports, None) or free_port())
         with EmbeddedRedis() as server, connect(server.url) as connection:
             assert connection.ping()

@@ -1,0 +1,76 @@
+"""The catalogues: a folder of one's own replaces what it has, and what is not well formed is named."""
+
+from pathlib import Path
+
+import pytest
+
+from rerankq import catalogue
+from rerankq.contract import Fusion
+from rerankq.errors import JobRejected, SettingsInvalid
+
+FUSION = '[profile.mine]\ndescription = "x"\nweights = { model = 2 }\n'
+MODELS = """
+[models."org/mine"]
+max_length = 512
+languages = ["en"]
+size_mb = 1
+licence = "MIT"
+choose_when = "x"
+aliases = ["short"]
+"""
+
+
+@pytest.mark.parametrize("own", [("fusion.toml",), ("models.toml",), ("fusion.toml", "models.toml"), ()])
+def test_a_folder_of_ones_own_replaces_the_catalogues_that_it_has(tmp_path: Path, own: tuple[str, ...]):
+    for name in own:
+        (tmp_path / name).write_text({"fusion.toml": FUSION, "models.toml": MODELS}[name])
+    shipped = catalogue.profiles(), catalogue.models()
+    assert catalogue.profiles(tmp_path) == (
+        {"mine": Fusion(weights={"model": 2})} if "fusion.toml" in own else shipped[0]
+    )
+    assert (
+        set(catalogue.models(tmp_path)) == {"org/mine"}
+        if "models.toml" in own
+        else catalogue.models(tmp_path) == shipped[1]
+    )
+
+
+def test_a_name_of_a_model_is_its_full_one_whatever_stands_at_its_end(tmp_path: Path):
+    (tmp_path / "models.toml").write_text(MODELS)
+    for name in ("short", "org/mine", "org/mine/", "short//"):
+        assert catalogue.canonical(name, tmp_path) == "org/mine"
+    assert catalogue.canonical("/srv/other/", tmp_path) == "/srv/other"
+    assert catalogue.canonical("/", tmp_path) == "/"
+    assert catalogue.canonical("short") == "short", "the shipped catalogue has no such alias"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "fusion.toml",
+            "[profile.a]\nweights = { model = 1 }\n[profile.b]\nweights = { model = -1 }\n",
+            "profile b: weights",
+        ),
+        ("fusion.toml", "[profile", r"expected TOML with a table \[profile\]"),
+        ("fusion.toml", "[profiles.a]\n", r"expected TOML with a table \[profile\]"),
+        ("models.toml", '[models.a]\nmax_length = "long"\n', "max_length"),
+        ("models.toml", "", r"expected TOML with a table \[models\]"),
+    ],
+)
+def test_a_catalogue_that_is_not_well_formed_is_named(tmp_path: Path, name: str, content: str, said: str):
+    (tmp_path / name).write_text(content)
+    read = catalogue.profiles if name == "fusion.toml" else catalogue.models
+    with pytest.raises(SettingsInvalid) as caught:
+        read(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    with pytest.raises(SettingsInvalid, match=said):
+        read(tmp_path)
+
+
+def test_a_profile_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path):
+    (tmp_path / "fusion.toml").write_text(FUSION + "[profile.another]\nweights = { model = 1 }\n")
+    with pytest.raises(JobRejected, match="no profile 'default'; there are another, mine"):
+        catalogue.resolve("default", tmp_path)
+    given = Fusion(weights={"model": 3})
+    assert catalogue.resolve(given, tmp_path) is given

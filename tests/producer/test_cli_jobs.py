@@ -1,0 +1,212 @@
+"""Jobs on the command line, in this process: submitted, waited for, cancelled, with the exit status of each."""
+
+import json
+import re
+import threading
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from rerankq import BrokerUnavailable, Client, RerankJob
+from rerankq.cli import app as commands
+from rerankq.cli import celery_worker
+from rerankq.cli.app import app
+from rerankq.cli.flow import Flow
+from rerankq.settings import Settings
+
+GOOD = '{"id": "good", "query": "a", "chunks": ["b", "c"]}'
+
+
+@pytest.fixture
+def run(settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RERANKQ_BROKER_URL", settings.broker)
+
+    def run(*arguments, given=None, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return CliRunner().invoke(app, list(arguments), input=given)
+
+    return run
+
+
+@pytest.fixture
+def client(settings):
+    with Client(settings) as client:
+        yield client
+
+
+@pytest.fixture
+def once_queued(worker, wait_until):
+    """Do something with a job as soon as it is there, beside the command that submits it."""
+    threads = []
+
+    def once_queued(name, do):
+        def wait():
+            wait_until(lambda: worker.state(name) == "queued")
+            do(name)
+
+        threads.append(threading.Thread(target=wait))
+        threads[-1].start()
+
+    yield once_queued
+    for thread in threads:
+        thread.join()
+
+
+def test_a_job_that_fails_while_it_is_waited_for_is_told_and_ends_in_status_1(run, worker, once_queued):
+    worker.register("m")
+    once_queued("good", lambda name: worker.fail(name, "no such thing"))
+    done = run("submit", "-", "--wait", given=GOOD)
+    told = json.loads(done.stdout)
+    assert (told["line"], told["error_type"]) == ("standard input:1", "JobFailed")
+    assert "no such thing" in told["error"]
+    assert (done.exit_code, done.stderr) == (1, "")
+
+
+def test_a_ranking_that_is_waited_for_is_printed_and_ends_in_status_0(run, worker, once_queued):
+    worker.register("m")
+    once_queued("good", worker.finish)
+    done = run("submit", "-", "--wait", given=GOOD)
+    assert [chunk["rank"] for chunk in json.loads(done.stdout)["chunks"]] == [1, 2]
+    assert done.exit_code == 0
+
+
+def test_a_job_that_is_refused_leaves_its_neighbours_ids_and_ends_in_status_1(run):
+    other = '{"query": "a", "chunks": ["b"], "model": "nobody-has-it"}'
+    done = run("submit", "-", given=f"{other}\n{GOOD}\n")
+    assert (done.exit_code, done.stdout) == (1, "good\n")
+    assert done.stderr.startswith("rerankq: standard input:1: ")
+    assert "nobody-has-it" in done.stderr
+
+
+def test_ids_that_were_accepted_before_the_ledger_went_away_are_printed(run, monkeypatch):
+    def goes_away(flow, named):
+        raise BrokerUnavailable("gone", accepted=["one", "two"])
+
+    monkeypatch.setattr(Flow, "submit", goes_away)
+    done = run("submit", "-", given=GOOD)
+    assert (done.exit_code, done.stdout) == (1, "one\ntwo\n")
+
+
+def test_a_line_may_write_each_character_in_six_bytes_and_be_no_longer(run):
+    limit = {"RERANKQ_MAX_JOB_BYTES": "1000"}
+    escaped = json.dumps({"id": "one", "query": "語" * 200, "chunks": ["b"]})
+    assert len(escaped) > 1200
+    done = run("submit", "-", given=escaped, **limit)
+    assert (done.stdout, done.stderr) == ("one\n", "")
+    done = run("submit", "-", given=f"{'x' * 4001}\n", **limit)
+    assert (done.exit_code, done.stderr) == (2, "rerankq: standard input:1: longer than 4000 bytes\n")
+
+
+@pytest.mark.parametrize(("jobs", "said"), [(["a"], "1 job goes on"), (["a", "b"], "2 jobs go on")])
+def test_jobs_that_go_on_are_counted_and_named(capsys, jobs, said):
+    commands._tell_what_goes_on(jobs)
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.splitlines()[1:] == jobs
+    commands._tell_what_goes_on([])
+    assert capsys.readouterr().err == ""
+
+
+def test_the_state_of_a_job_is_told_with_its_pairs_and_its_error(run, client, worker):
+    client.submit(RerankJob(id="good", query="a", chunks=["b", "c"]))
+    done = run("status", "good")
+    state, when = done.stdout.splitlines()
+    assert (done.exit_code, state) == (0, "queued  0 of 2 pairs, attempts: 0")
+    assert re.fullmatch(r"submitted \d{1,2}\.\d s ago", when)
+    worker.fail("good", "no such thing")
+    done = run("status", "good")
+    assert done.stdout.startswith("failed  ")
+    assert done.stdout.endswith("no such thing\n")
+    done = run("status", "nobody")
+    assert (done.exit_code, done.stdout) == (1, "unknown: never submitted, forgotten, or past its time to live\n")
+    assert run("status", "nobody", "--json").exit_code == 1
+
+
+def test_what_has_ended_is_not_cancelled_and_ends_in_status_1(run, client, worker):
+    for name in ("one", "two"):
+        client.submit(RerankJob(id=name, query=name, chunks=["b"]))
+    worker.finish("two")
+    assert [(done.exit_code, done.stdout) for done in (run("cancel", "one"), run("cancel", "two"))] == [
+        (0, "cancelled\n"),
+        (1, "done\n"),
+    ]
+    assert run("cancel", "nobody").exit_code == 1
+
+
+def test_a_result_ends_in_status_1_where_there_is_none_within_the_timeout(run, client, worker):
+    worker.register("m")
+    client.submit(RerankJob(id="good", query="a", chunks=["b"]))
+    done = run("result", "good", "--timeout", "0")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "rerankq: job good: no ranking within 0.0 s; it may still come\n"
+    worker.finish("good")
+    done = run("result", "good", "--timeout", "0")
+    assert (done.exit_code, json.loads(done.stdout)["job_id"]) == (0, "good")
+
+
+def test_a_worker_that_cannot_be_started_is_said_and_ends_in_status_1(run, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.execve", refuse)
+    done = run("worker")
+    assert (done.exit_code, done.stderr) == (1, "rerankq: [Errno 13] Permission denied\n")
+
+
+def test_a_worker_says_more_where_it_is_asked_to(run, monkeypatch):
+    started = []
+    monkeypatch.setattr("os.execve", lambda program, command, environment: started.append(command))
+    for more in ((), ("--verbose",)):
+        run("worker", *more)
+    quiet, verbose = started
+    assert ("-q" in quiet, quiet[quiet.index("-l") + 1]) == (True, "WARNING")
+    assert ("-q" in verbose, verbose[verbose.index("-l") + 1]) == (False, "INFO")
+
+
+def test_another_process_reads_the_same_settings():
+    settings = Settings(_env_file=None, broker_url="redis://a/0", cache_url="redis://c", model="m", concurrency=7)
+    written = celery_worker.environment(settings)
+    assert written == {
+        "RERANKQ_BROKER_URL": "redis://a/0",
+        "RERANKQ_LEDGER_URL": "redis://a/1",
+        "RERANKQ_CACHE_URL": "redis://c",
+        "RERANKQ_MODEL": "m",
+        "RERANKQ_DEFAULT_MODEL": "m",
+        "RERANKQ_CONCURRENCY": "7",
+    }
+    other = settings.model_copy(update={"default_model": "n"})
+    assert celery_worker.environment(other)["RERANKQ_DEFAULT_MODEL"] == "n"
+
+
+def test_what_the_environment_says_of_the_tokenisers_stays():
+    assert celery_worker.tuned({"TOKENIZERS_PARALLELISM": "true", "X": "1"}).items() >= {
+        ("TOKENIZERS_PARALLELISM", "true"),
+        ("X", "1"),
+    }
+    assert celery_worker.tuned({})["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_the_password_of_a_redis_that_was_there_before_is_not_printed_as_json_either(run, settings, monkeypatch):
+    class Stack:
+        def __init__(self, given, **_):
+            self.settings, self.embedded = given, False
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait_until_ready(self, client):
+            pass
+
+        def tend(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "stacks", SimpleNamespace(Stack=Stack, flower_is_installed=lambda: False))
+    told = json.loads(run("up", "--json").stdout)
+    assert told["broker_url"].startswith("redis://:***@")
+    assert (told["embedded"], told["flower"]) == (False, None)
