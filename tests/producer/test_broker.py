@@ -264,3 +264,14 @@ def test_the_app_for_flower_is_built_when_it_is_asked_for(redis_url: str):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = broker.no_such_name
+
+
+def test_doorbells_that_are_out_for_publishing_are_sent_when_the_interpreter_ends(
+    bells: Bells, messages: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    at_the_end: list[Callable] = []
+    monkeypatch.setattr(broker.atexit, "register", at_the_end.append)
+    bells.ring(bells_for(3))
+    (ended,) = at_the_end
+    ended()
+    assert len(messages(BULK)) == 3

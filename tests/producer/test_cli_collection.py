@@ -140,6 +140,7 @@ def test_a_limit_takes_the_first_queries_of_the_run_and_needs_no_text_of_the_oth
     collection = read(limit=1, documents=DOCUMENTS[:3], queries=QUERIES[1:])
     assert collection.counts() == {"q1": 3}
     assert read(limit=99).counts() == {"q1": 3, "q2": 1}
+    assert read(limit=1, run=RUN[1:]).counts() == {"q2": 1}
 
 
 def test_judgements_are_read_of_the_runs_queries_alone(read):

@@ -1,6 +1,7 @@
 """Dead jobs on the command line and through the client: named, explained, tried again, dropped."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from rerankq import BrokerUnavailable, Client, JobDead, JobUnknown, RerankJob
+from rerankq.cli import dead
 from rerankq.cli.app import app
+from rerankq.contract import DeadJob
 from rerankq.ledger import calls
 from rerankq.settings import Settings
 
@@ -151,3 +154,26 @@ def test_words_of_a_query_obey_no_terminal(run: Callable, killed: Callable):
     for told in (run("list").stdout, run("show", "poison").stdout):
         assert "[red]x[/red]" in told
         assert not {"\x9b", "\x1b"} & set(told)
+
+
+def test_times_are_told_in_utc_wherever_they_are_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert dead._clock(1.5) == "1970-01-01 00:00:01.500000Z"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_job_that_is_named_twice_is_told_once(run: Callable, killed: Callable):
+    killed("poison")
+    done = run("retry", "poison", "poison")
+    assert (done.exit_code, done.stdout) == (0, "poison  queued\n")
+
+
+def test_a_payload_that_is_no_json_is_shown_as_it_is():
+    job = DeadJob(job_id="x", queue="q", tenant="", label="", pairs=1, deaths=3, submitted_at=None, died_at=None,
+                  error="e", history=[], payload="no JSON")  # fmt: skip
+    assert dead._record(job, payload=True)["payload"] == "no JSON"
+    assert "payload" not in dead._record(job)

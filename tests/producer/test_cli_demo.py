@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from rerankq import RankedChunk
@@ -65,3 +67,12 @@ def test_the_record_says_the_same_as_the_tables(done):
     record = demo.as_record(done)
     assert record["answers_first"] == {"before": done.first_before, "after": done.first_after}
     assert [one["before"] for one in record["comparisons"]] == [one.before for one in done.comparisons]
+
+
+def test_answers_that_come_first_are_counted_before_and_after(done):
+    one = replace(done.comparisons[0], before=["a", "b"], answer="a")
+    ranked = [RankedChunk(id=name, index=0, rank=rank, score=1) for rank, name in enumerate("ba", start=1)]
+    worse, better = replace(one, after=ranked), replace(one, after=ranked, answer="b")
+    counted = replace(done, comparisons=[worse, better, better])
+    assert (counted.first_before, counted.first_after) == (1, 2)
+    assert demo.as_record(replace(done, again_pairs=7))["again"]["pairs"] == 7

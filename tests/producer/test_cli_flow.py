@@ -2,7 +2,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerankq import BrokerUnavailable, JobFailed, JobRejected, JobTimedOut, ModelUnknown, QueueFull, RerankJob
+from rerankq import (
+    BrokerUnavailable,
+    JobFailed,
+    JobRejected,
+    JobTimedOut,
+    ModelUnknown,
+    QueueFull,
+    RerankJob,
+    SettingsInvalid,
+)
 from rerankq.cli import flow as flows
 from rerankq.cli.flow import Flow, batches
 
@@ -200,3 +209,38 @@ def test_batches_keep_the_order_and_their_bounds(sizes):
         pairs = sum(len(one.chunks) for _, one in batch)
         assert len(batch) <= flows.JOBS_AT_ONCE
         assert pairs <= flows.PAIRS_AT_ONCE or len(batch) == 1
+
+
+def test_an_error_that_no_pause_mends_ends_the_flow_at_once():
+    flow = flow_of(FakeDesk(troubles=[None, QueueFull("full", retry_after_s=7), SettingsInvalid("wrong")]))
+    with pytest.raises(SettingsInvalid):
+        list(flow.outcomes(keyed(f"q{number}" for number in range(200))))
+    assert flow.pauses == []
+
+
+def test_jobs_of_all_batches_under_way_are_cancelled_when_the_flow_is_abandoned():
+    desk = FakeDesk()
+    outcomes = flow_of(desk, ours=True).outcomes(keyed(f"q{number}" for number in range(2 * flows.JOBS_AT_ONCE)))
+    ended, _ = next(outcomes)
+    outcomes.close()
+    assert set(desk.cancelled) == set(desk.submitted) - {f"id-of-{ended}"}
+
+
+def test_the_workers_are_looked_after_while_a_full_queue_is_waited_for():
+    full = QueueFull("full", retry_after_s=7)
+    events = []
+    flow = Flow(FakeDesk(troubles=[full, full]), tend=lambda: events.append("look"), pause=events.append)
+    flow.submit(keyed(["a"]))
+    assert events == ["look", 7]
+
+
+def test_a_ledger_that_goes_away_while_jobs_are_forgotten_or_cancelled_takes_no_ranking_along():
+    def gone(*_):
+        raise BrokerUnavailable("gone")
+
+    desk = FakeDesk()
+    desk.forget = desk.cancel = gone
+    assert len(list(flow_of(desk, ours=True).outcomes(keyed(["a", "b"])))) == 2
+    outcomes = flow_of(desk, ours=True).outcomes(keyed(["c", "d"]))
+    next(outcomes)
+    outcomes.close()

@@ -247,6 +247,7 @@ def test_a_line_of_a_run_that_is_none_is_said(text, said):
         "\n\nq d 2\n",
         "\ufeffquery-id corpus-id score\r\nq d 2\r\n",
         "q d 2\nq d 2\n",
+        "#qid pid rel\nq d 2\n",
         "q d 2\nq d 2.0",
     ],
 )
@@ -273,6 +274,7 @@ def test_judgements_of_queries_that_are_not_asked_for_may_be_wrong(file):
         ("q d nan\n", ":1: score: expected a finite number"),
         (f"q d {'9' * 5_000}\n", ":1: score: expected a finite number"),
         ("q d 1\nq d 0\n", ":2: corpus-id: query q and document d are judged twice, and differently"),
+        ("q d 0\nq d 1\n", ":2: corpus-id: query q and document d are judged twice, and differently"),
         ("", "in.jsonl: holds no judgement"),
         ("query-id corpus-id score\n", "in.jsonl: holds no judgement"),
         (b"q d\xff 1\n", ":1: not UTF-8"),
@@ -293,3 +295,39 @@ def test_judgements_of_which_no_line_is_right_are_a_file_of_another_kind(file, c
 def test_a_job_that_is_none_is_said_with_every_wrong_field():
     with pytest.raises(InputFault, match=r"j:3: query: .*blank; chunks: .*at least 1"):
         inputs.job_of(Line("j", 3, '{"query": "", "chunks": []}'))
+
+
+def test_a_line_as_long_as_may_be_is_read_and_one_byte_more_is_not(file):
+    assert texts(file("1234567\n"), max_bytes=8) == ["1234567"]
+    with pytest.raises(InputFault, match=r"in.jsonl:1: longer than 8 bytes"):
+        texts(file("12345678\n"), max_bytes=8)
+
+
+def test_a_file_that_is_torn_names_the_last_line_that_could_be_read(file):
+    torn = gzipped(b"a\n")[:-8] + gzipped(b"a\n")[-4:] * 2
+    with pytest.raises(InputFault, match=r"cannot be read: CRC check failed|cannot be read after line 1: CRC"):
+        texts(file(torn))
+    with pytest.raises(InputFault, match=r"cannot be read: .*invalid"):
+        texts(file(gzipped(b"a\n")[:10] + b"\xff" * 20))
+    skipped = inputs.Skipped()
+    for number in (3, 5):
+        skipped.add(Line("s", number, "").fault("wrong"))
+    assert str(skipped) == "2 invalid lines skipped, the first: s:3: wrong"
+
+
+@pytest.mark.parametrize("title", ["0", "false", "[]", "{}"])
+def test_a_title_is_a_text_or_null(title):
+    with pytest.raises(InputFault, match=r"c:1: title: expected a text, found "):
+        inputs.chunk_of(Line("c", 1, f'{{"_id": "d", "title": {title}, "text": "t"}}'))
+
+
+def test_json_that_is_none_is_said_with_its_column_counted_from_1():
+    with pytest.raises(InputFault, match=r"^q:2: not JSON: .* at column 9$"):
+        inputs.query_of(Line("q", 2, '{"_id": nope}'))
+
+
+@pytest.mark.parametrize("written", ["x" * 50, "9" * 400, "0." + "5" * 48])
+def test_a_number_that_is_none_is_said_by_its_beginning(file, written):
+    with pytest.raises(InputFault) as fault:
+        inputs.judgements(file(f"q d {written}\n"))
+    assert str(fault.value).endswith(f"found {written[:40]!r}")

@@ -283,3 +283,25 @@ def test_scores_that_can_be_told_apart_are_written_as_they_are(scores):
 def test_written_scores_are_close_to_the_true_ones(scores):
     scores.sort(reverse=True)
     assert [float(written) for written in output.descending(scores)] == pytest.approx(scores, abs=2e-5)
+
+
+def test_a_run_is_on_the_disk_before_it_takes_the_place_of_what_was_there(decide, tmp_path, monkeypatch):
+    (tmp_path / "out.trec").write_text("before")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_size, read())))
+
+    def read():
+        return (tmp_path / "out.trec").read_text()
+
+    write(decide("out.trec"))
+    assert synced == [(len(WRITTEN), "before")]
+    assert read() == WRITTEN
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_a_file_that_is_replaced_keeps_its_owner(decide, tmp_path):
+    (tmp_path / "out.trec").write_text("before")
+    os.chown(tmp_path / "out.trec", 12345, 23456)
+    write(decide("out.trec"))
+    found = (tmp_path / "out.trec").stat()
+    assert (found.st_uid, found.st_gid) == (12345, 23456)

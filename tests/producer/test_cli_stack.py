@@ -4,10 +4,13 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import ClassVar
 
 import psutil
 import pytest
 
+from rerankq import BrokerUnavailable
 from rerankq.cli import leash, show, stack
 from rerankq.cli.stack import Part, Stack
 from rerankq.settings import Settings
@@ -118,3 +121,159 @@ def test_the_password_of_a_redis_that_was_there_before_is_not_printed(capsys):
     said = capsys.readouterr().out
     assert "redis://me:***@redis.example:6379/0 (yours)" in said
     assert "s3cret" not in said
+
+
+class DeadProcess:
+    """A program that has ended."""
+
+    pid, stdin = 2**22 + 1, None
+
+    def __init__(self, command, env, **_):
+        self.command, self.env = command, env
+        self.returncode = 3
+
+    def poll(self):
+        return self.returncode
+
+    def wait(self, timeout=None):
+        return self.returncode
+
+
+def test_a_part_that_dies_again_and_again_rests_longer_and_one_that_lived_long_does_not(monkeypatch):
+    monkeypatch.setattr(stack.subprocess, "Popen", DeadProcess)
+    part, pauses, now = Part("part", ["x"], {}, quiet=False), [], 0.0
+    for lived_s in (0, 0, 0, stack.LONG_LIFE_S, stack.LONG_LIFE_S + 1, 0):
+        part.start(now)
+        now += lived_s
+        death = part.tend(now)
+        assert (death.status, str(death)[:21]) == (3, "part ended (status 3)")
+        pauses.append(death.pause_s)
+    assert pauses == [1, 2, 4, 8, 1, 2]
+
+
+def test_what_a_part_is_given_goes_before_what_stands_in_the_environment(monkeypatch):
+    started = []
+    monkeypatch.setattr(stack.subprocess, "Popen", lambda *given, **options: started.append(options["env"]))
+    monkeypatch.setenv("RERANKQ_MODEL", "ours")
+    Part("part", ["x"], {"RERANKQ_MODEL": "given"}, quiet=False).start(0.0)
+    assert started[0]["RERANKQ_MODEL"] == "given"
+    assert started[0]["PATH"] == os.environ["PATH"]
+
+
+def test_of_what_a_part_said_the_last_lines_are_told(start):
+    words = "import time\nfor n in range(20): print(n)\nprint('here', flush=True)\ntime.sleep(600)"
+    part, _ = start([sys.executable, "-c", words])
+    assert part.said(2) == "19\nhere"
+
+
+def test_the_roles_of_an_embedded_redis_have_databases_of_their_own():
+    settings = stack.settings_for("redis://:x@h:1/0", Settings(_env_file=None, broker_url="redis://other/7"))
+    assert (settings.broker, settings.ledger, settings.cache) == (
+        "redis://:x@h:1/0",
+        "redis://:x@h:1/1",
+        "redis://:x@h:1/2",
+    )
+
+
+@pytest.mark.parametrize(("read_only", "found"), [("true", "true"), ("", "false"), (None, "false")])
+def test_flower_with_a_password_shows_only_where_it_is_told_to(read_only, found):
+    said = {"FLOWER_BASIC_AUTH": "me:secret"} | ({} if read_only is None else {"FLOWER_READ_ONLY": read_only})
+    assert stack.flower_environment(said)["FLOWER_READ_ONLY"] == found
+    assert stack.flower_environment({"FLOWER_READ_ONLY": "false"})["FLOWER_READ_ONLY"] == "true"
+
+
+class DyingPart:
+    def __init__(self, name):
+        self.name = name
+
+    def tend(self, now):
+        return stack.Death(self.name, 1, 1.0)
+
+    def said(self):
+        return "its last words"
+
+
+@pytest.fixture
+def of_parts():
+    """A stack that was not started, with these parts."""
+
+    def of_parts(*parts, alive=True):
+        told = []
+        made = Stack(Settings(_env_file=None), tell=told.append)
+        made._redis = SimpleNamespace(alive=alive)
+        made._parts = list(parts)
+        return made, told
+
+    return of_parts
+
+
+def test_a_worker_that_was_never_ready_ends_the_stack_and_one_that_was_is_started_again(of_parts):
+    made, told = of_parts(DyingPart("Flower"))
+    made.tend()
+    assert told == ["Flower ended (status 1); starting it again in 1 s"]
+    made, told = of_parts(DyingPart("worker"))
+    with pytest.raises(stack.StackFailed, match=r"could not be started \(status 1\)\nits last words"):
+        made.tend()
+    made._parts = []
+    looks = [[], [SimpleNamespace(queues=())], [SimpleNamespace(queues=("rerankq.bulk",))]]
+    made.wait_until_ready(SimpleNamespace(workers=lambda: looks.pop(0)), look_s=0)
+    assert looks == [], "a worker without queues takes no jobs"
+    made._parts = [DyingPart("worker")]
+    made.tend()
+    assert told == ["worker ended (status 1); starting it again in 1 s"]
+
+
+def test_a_stack_whose_redis_is_gone_ends(of_parts):
+    made, _ = of_parts(alive=False)
+    with pytest.raises(BrokerUnavailable, match="the embedded Redis has ended"):
+        made.tend()
+
+
+def test_a_redis_of_ones_own_is_brought_where_none_is_named_or_it_is_asked_for():
+    there = Settings(_env_file=None, broker_url="redis://h")
+    assert [Stack(there).embedded, Stack(there, embedded=True).embedded, Stack(Settings(_env_file=None)).embedded] == [
+        False,
+        True,
+        True,
+    ]
+
+
+class Opened:
+    """In place of a client and a stack: keeps the settings that it was opened with."""
+
+    seen: ClassVar[list[Settings]] = []
+
+    def __init__(self, settings, **_):
+        self.settings = settings
+        self.seen.append(settings)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def workers(self):
+        return []
+
+    def wait_until_ready(self, client):
+        pass
+
+    def tend(self):
+        pass
+
+
+@pytest.mark.parametrize("model", ["named", None])
+def test_a_desk_names_the_model_to_a_deployment_and_brings_it_where_there_is_none(monkeypatch, model):
+    monkeypatch.setattr(stack, "Client", Opened)
+    monkeypatch.setattr(stack, "Stack", Opened)
+    told = []
+    there = Settings(_env_file=None, broker_url="redis://h", model="m")
+    with stack.desk(there, model, told.append) as (_, named, look):
+        look()
+    assert (named, len(told)) == (model, 1)
+    Opened.seen.clear()
+    with stack.desk(Settings(_env_file=None, model="m", default_model="d"), model, told.append) as (_, named, _):
+        pass
+    assert named is None
+    assert {(settings.model, settings.default_model) for settings in Opened.seen} == {(model or "m", "")}

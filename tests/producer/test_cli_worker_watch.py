@@ -49,3 +49,12 @@ def test_a_ledger_that_does_not_answer_is_nothing_to_tell():
         raise BrokerUnavailable("gone")
 
     WorkerWatch(gone, pytest.fail).look([None])
+
+
+def test_a_short_name_of_the_catalogue_is_served_by_the_model_that_it_stands_for(tmp_path):
+    (tmp_path / "models.toml").write_text(
+        '[models."org/long"]\nmax_length = 1\nlanguages = []\nsize_mb = 1\nlicence = "x"\nchoose_when = "x"\n'
+        'aliases = ["short"]\n'
+    )
+    assert unserved(["short", "org/long"], [worker("org/long", ".x")], tmp_path) == ()
+    assert unserved(["short"], [worker("other", ".x")], tmp_path) == ("short",)

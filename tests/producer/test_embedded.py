@@ -267,3 +267,35 @@ def test_a_url_points_every_role_at_its_own_database():
         with connect(settings.ledger) as ledger, connect(settings.cache) as cache:
             ledger.set("role", "ledger")
             assert cache.get("role") is None
+
+
+def test_a_server_leads_a_session_of_its_own_and_saves_nothing():
+    with EmbeddedRedis() as server, connect(server.url) as connection:
+        guard = server_process(server.url).parent()
+        assert os.getsid(guard.pid) == guard.pid, "Ctrl-C goes to the terminal's session"
+        assert connection.config_get("save")["save"] == ""
+
+
+def test_a_server_that_was_given_up_is_gone(tmp_path):
+    mute = tmp_path / "mute-server"
+    mute.write_text("#!/bin/sh\nexec sleep 600\n")
+    mute.chmod(0o755)
+    server = EmbeddedRedis(binary=mute, start_timeout_s=0.1)
+    with pytest.raises(BrokerUnavailable):
+        server.start()
+    assert not server.alive
+    assert not [one for one in psutil.Process().children(recursive=True) if "sleep" in one.name()]
+
+
+def test_the_last_lines_of_a_log_are_told(tmp_path):
+    (tmp_path / "log").write_text("x" * 9_000 + "".join(f"\n{number}" for number in range(9)))
+    with (tmp_path / "log").open() as log:
+        assert embedded._end_of(log.fileno()) == "4\n5\n6\n7\n8"
+
+
+def test_a_server_of_another_name_is_found_behind_redis_itself(tmp_path, monkeypatch):
+    for name in ("valkey-server", "redis-server"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert list(embedded.binaries())[:2] == [tmp_path / "redis-server", tmp_path / "valkey-server"]

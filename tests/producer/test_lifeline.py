@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
-import psutil
 import pytest
 
 from rerankq import lifeline
+from rerankq.cli import leash
 
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
@@ -35,15 +35,6 @@ def test_the_end_of_input_stops_the_program(last_words):
         assert guard.returncode == 128 + 15
 
 
-def test_a_program_that_will_not_stop_is_killed():
-    with hold(sys.executable, "-c", STUBBORN, grace_s=0.1) as guard:
-        guard.stdout.readline()
-        (program,) = psutil.Process(guard.pid).children()
-        guard.communicate(timeout=30)
-        assert guard.returncode == 128 + 9
-        assert not program.is_running()
-
-
 def test_its_folder_goes_away_with_the_program(tmp_path):
     folder = tmp_path / "of its own"
     folder.mkdir()
@@ -66,3 +57,16 @@ def test_the_folder_goes_away_when_the_program_does_not_exist(tmp_path):
 def test_it_starts_without_the_package():
     script = f"import runpy, sys; runpy.run_path({lifeline.__file__!r}); assert 'rerankq' not in sys.modules"
     subprocess.run([sys.executable, "-I", "-c", script], check=True)
+
+
+@pytest.mark.parametrize("guard", [[lifeline.__file__, "0.1", ""], [leash.__file__, "0.1"]])
+def test_a_guarded_program_has_no_input_and_a_stubborn_one_is_killed_in_time(guard):
+    command = [sys.executable, "-I", "-S", *guard]
+    with subprocess.Popen([*command, "cat"], stdin=subprocess.PIPE) as guarded:
+        assert guarded.wait(30) == 0, "its guard's input is none of its own"
+    with subprocess.Popen(
+        [*command, sys.executable, "-c", STUBBORN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as guarded:
+        guarded.stdout.readline()
+        guarded.communicate(timeout=30)
+        assert guarded.returncode == 128 + 9

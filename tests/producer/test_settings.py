@@ -264,3 +264,39 @@ def test_a_name_that_is_almost_a_settings_is_warned_of_once_wherever_it_stands(
 def test_every_setting_says_who_reads_it():
     assert {read_by(name) for name in Settings.model_fields} == {"both", "producer", "worker"}
     assert (read_by("device"), read_by("max_chunks"), read_by("broker_url")) == ("worker", "producer", "both")
+
+
+LIMITS = {
+    "concurrency": (1, 1024),
+    "lease_s": (0.05, 3600),
+    "drain_s": (0, 3600),
+    "max_attempts": (1, 1000),
+    "ring_window": (1, 1_000_000),
+    "cache_ttl_s": (1, 315_360_000),
+    "result_ttl_s": (1, 315_360_000),
+    "max_chunks": (1, 1_000_000),
+    "max_job_bytes": (1, 536_870_912),
+    "max_queued_pairs": (1, 10**12),
+    "max_batch_tokens": (1, 10_000_000),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_number_may_be_as_small_and_as_large_as_its_limits_and_no_further(name: str):
+    least, most = LIMITS[name]
+    for right in (least, most):
+        assert getattr(Settings(**{name: right}), name) == right
+    for wrong in (least - (1 if isinstance(least, int) else 0.01), most + 1):
+        with pytest.raises(SettingsInvalid, match=f"^RERANKQ_{name.upper()}: "):
+            Settings(**{name: wrong})
+
+
+def test_settings_that_are_printed_show_no_password():
+    urls = {f"{role}_url": f"redis://:secret@{role}/0" for role in ("broker", "ledger", "cache")}
+    assert "secret" not in f"{Settings(**urls)} {Settings(**urls)!r}"
+
+
+def test_quotation_marks_with_nothing_between_them_are_named_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RERANKQ_DEFAULT_MODEL", '""')
+    with pytest.raises(SettingsInvalid, match="RERANKQ_DEFAULT_MODEL: is in quotation marks"):
+        Settings()
