@@ -8,13 +8,14 @@ SEED ?= 1
 JOBS ?= 2000
 MINUTES ?= 30
 PROCESSES ?= 4
+MODULES ?=
 LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/rerankq-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest lint format docs bench chaos differential soak audit clean
+.PHONY: help install demo test test-lowest lint format docs bench chaos differential soak mutate audit clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,12 +58,15 @@ differential: $(STAMP)  ## Hold scores against sentence-transformers' predict, e
 soak: $(STAMP)  ## See whether memory, threads, connections and open files stay flat (MINUTES=30).
 	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
 
+mutate: $(STAMP)  ## Put faults into the pure modules, one at a time, and name those that no test notices (MODULES=fusion/ranks).
+	$(BIN)/python tests/mutation.py $(MODULES)
+
 audit: $(STAMP)  ## Look for known weaknesses in what constraints.txt pins; needs a network, and fetches pip-audit.
 	$(PIP) pip-audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:  ## Remove the environments and what the tools left.
-	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .mutate
 
 # The stamp comes last: an interrupted installation is started again. torch comes before all that needs it, alone, so
 # that TORCH_INDEX decides which build of it there will be.
