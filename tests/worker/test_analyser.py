@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rerankq_worker.fusion import analyser as module
-from rerankq_worker.fusion.analyser import Analyser, analyse, token_ids
+from rerankq_worker.fusion.analyser import Analyser, analyse, read_part, token_ids
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,16 @@ def test_what_no_model_reads_is_not_analysed():
     assert set(ids.tolist()) == set(token_ids(["tide", "moon", "tidetide", "tidemoon", "moonmoon"]).tolist())
 
 
+@pytest.mark.parametrize("space", [" ", "\n", "\t", "\u3000"])
+def test_the_part_of_a_text_that_is_read_ends_at_the_last_white_space_near_its_end(space):
+    most, near = module.READ_CHARACTERS, module._NEAR
+    assert len(read_part("a" * most)) == most
+    assert len(read_part("a" * most + "b")) == most
+    for place, end in ((most - 1, most - 1), (most, most), (most - near, most - near), (most - near - 1, most)):
+        assert len(read_part("a" * place + space + "b" * 2 * near)) == end
+    assert len(read_part("a" * (most - 300) + " " + "b" * 99 + space + "c" * 600)) == most - 200
+
+
 @pytest.mark.parametrize(
     "text", ["moon " * 200_000, "月亮" * 200_000, "月亮，" * 200_000, "x1_" * 300_000, "가나" * 300_000]
 )
@@ -208,6 +218,24 @@ def test_a_text_too_large_to_remember_is_analysed_all_the_same():
     analyser = Analyser(capacity_bytes=100)
     assert analyser.token_ids(["moon sea"])[0].size == 2
     assert not analyser._known
+
+
+def test_an_entry_of_an_eighth_of_the_memory_is_the_largest_that_is_remembered():
+    for capacity, remembered in ((8 * (8 + 400), True), (8 * (8 + 400) - 1, False)):
+        analyser = Analyser(capacity_bytes=capacity)
+        analyser.token_ids(["moon"])
+        assert bool(analyser._known) == remembered
+
+
+def test_a_text_without_characters_takes_no_place_in_the_memory():
+    analyser = Analyser()
+    assert [ids.size for ids in analyser.token_ids(["", "moon", ""])] == [0, 1, 0]
+    assert len(analyser._known) == 1
+
+
+def test_token_ids_of_many_tokens_are_those_of_each_once():
+    ids = token_ids(f"word{number % 9_000}" for number in range(30_000))
+    assert sorted(ids.tolist()) == sorted(hash(f"word{number}") for number in range(9_000))
 
 
 def test_what_is_remembered_cannot_be_changed():

@@ -296,3 +296,14 @@ def test_a_large_window_is_planned_whole():
     batch = plan(lengths, np.zeros(10_000, np.int8), np.arange(10_000, 0, -1), 32_768)
     assert 0 in batch
     assert len(batch) * lengths[batch].max() <= 32_768
+
+
+def test_pairs_of_more_tokens_than_16_bits_hold_are_ordered_by_length():
+    lengths = [1 << 16, (1 << 16) - 1, (1 << 16) + 7]
+    assert plan(lengths, [0] * 3, [1.0] * 3, budget=1 << 20).tolist() == [1, 0, 2]
+    assert plan(lengths[:2], [0] * 2, [1.0] * 2, budget=1 << 20, padded=False).tolist() == [1, 0]
+
+
+def test_a_batch_costs_nothing_without_pairs_and_the_longest_for_each_with_them():
+    assert [cost([], padded=padded) for padded in (True, False)] == [0, 0]
+    assert [cost([3, 5, 4], padded=padded) for padded in (True, False)] == [15, 12]

@@ -303,6 +303,30 @@ def test_a_rule_that_is_not_named_is_the_signals_own():
     assert {row.tolist()[0] for row in blend.normalised.values()} == {0.5}
 
 
+def test_a_ranking_orders_numbers_of_any_type():
+    for kind in (np.uint8, np.bool_):
+        assert fusion.rank(np.array([0, 1, 0], dtype=kind)).tolist() == [1, 0, 2]
+        assert fusion.rank([0.5] * 3, logits=np.array([0, 1, 0], dtype=kind)).tolist() == [1, 0, 2]
+
+
+# Under a thousandth is almost equal: such values are clipped, not stretched.
+@pytest.mark.parametrize(
+    ("raw", "normalised"),
+    [
+        ([5.0, 5.0009, None], [1.0, 1.0, math.nan]),
+        ([5.0, 5.0011], [0.0, 1.0]),
+        ([-5.0009, -5.0], [0.0, 0.0]),
+        ([0.9996, 1.0004], [0.9996, 1.0]),
+        ([-0.0004, 0.0005], [0.0, 0.0005]),
+        ([0.0, 1.0], [0.0, 1.0]),
+        ([0.0, 0.5, 1.0001], [0.0, 0.5 / 1.0001, 1.0]),
+        ([-0.25, 0.0, 1.0], [0.0, 0.2, 1.0]),
+    ],
+)
+def test_ragflows_rule_stretches_only_what_differs_and_leaves_its_range(raw, normalised):
+    np.testing.assert_allclose(fusion.normalise_ragflow(raw), normalised, rtol=1e-12)
+
+
 def test_a_negative_top_k_is_refused():
     with pytest.raises(ValueError, match="top_k"):
         fusion.rank([1.0], top_k=-1)
@@ -321,6 +345,28 @@ def test_tag_scores_are_cosines(query, chunks):
     for score, tags in zip(scores, chunks, strict=True):
         if not query.keys() & tags.keys() or not any(tags.values()):
             assert score == 0
+
+
+small_weights = st.dictionaries(st.sampled_from("abcd"), st.integers(-9, 9))
+
+
+@given(small_weights.filter(lambda tags: any(tags.values())), st.lists(small_weights, max_size=4))
+def test_tag_scores_equal_the_cosines_of_their_definition(query, chunks):
+    def norm(tags):
+        return math.sqrt(sum(weight * weight for weight in tags.values()))
+
+    expected = [
+        sum(query.get(tag, 0) * weight for tag, weight in tags.items()) / (norm(query) * norm(tags) or 1)
+        for tags in chunks
+    ]
+    np.testing.assert_allclose(fusion.rank_feature_scores(query, chunks), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tags_in_one_direction_score_one_exactly_and_in_opposite_ones_minus_one():
+    # Their parts squared add up to a little more than 1.
+    tags = {"a": 1, "b": 1, "c": 1}
+    scores = fusion.rank_feature_scores(tags, [tags, {tag: -weight for tag, weight in tags.items()}])
+    assert scores.tolist() == [1.0, -1.0]
 
 
 def test_tags_that_are_not_finite_do_not_count():
