@@ -223,6 +223,11 @@ def test_equal_values_are_neither_lifted_nor_sunk_by_minmax():
     assert fusion.normalise_minmax([3.0, 3.0, None]).tolist()[:2] == [0.5, 0.5]
 
 
+def test_minmax_stretches_a_span_that_is_larger_than_any_float():
+    largest = float(np.finfo(np.float64).max)
+    np.testing.assert_allclose(fusion.normalise_minmax([-largest, largest, 0.0, largest / 2]), [0.0, 1.0, 0.5, 0.75])
+
+
 def slow_places(row):
     return [math.nan if v is None else 1 + sum(w > v for w in row if w is not None) for v in row]
 
@@ -235,6 +240,11 @@ def test_places_equal_their_slow_twin(row):
 def test_a_chunk_gets_nothing_from_a_ranking_that_lacks_it():
     scores = fusion.reciprocal_rank_fusion({"a": [5.0, None], "b": [1.0, 1.0]}, k=60)
     np.testing.assert_allclose(scores, [2 / 61, 1 / 61])
+
+
+def test_the_constant_of_reciprocal_ranks_is_60_unless_another_is_named():
+    assert fusion.reciprocal_rank_fusion({"a": [5.0]}).tolist() == [1 / 61]
+    assert fusion.reciprocal_rank_fusion({"a": [5.0]}, k=0, weights={"a": 0.5}).tolist() == [0.5]
 
 
 def test_reciprocal_ranks_of_nothing_are_nothing():
