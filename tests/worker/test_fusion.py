@@ -130,6 +130,14 @@ def test_the_weight_of_what_a_chunk_lacks_goes_to_its_other_signals(missing):
     assert math.isnan(blend.normalised["model"][0])
 
 
+def test_what_a_chunk_lacks_changes_no_bit_of_its_neighbours_scores():
+    spec = Spec(weights={"model": 0.7, "token": 0.3, "vector": 0.1}, normalise=PLAIN)
+    rows = np.random.default_rng(0).uniform(size=(3, 50))
+    alone = fusion.fuse(dict(zip(spec.weights, rows, strict=True)), spec)
+    lacking = np.hstack([rows, [[math.nan], [0.5], [0.5]]])
+    np.testing.assert_array_equal(fusion.fuse(dict(zip(spec.weights, lacking, strict=True)), spec)[:-1], alone)
+
+
 @pytest.mark.parametrize("method", ["weighted", "rrf"])
 def test_a_signal_that_no_chunk_has_plays_no_part_and_is_named(method):
     spec = Spec(method, weights={"model": 0.7, "token": 0.3}, normalise=PLAIN)
