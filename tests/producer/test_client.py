@@ -224,6 +224,42 @@ def test_a_full_backlog_midway_carries_what_was_accepted_and_when_to_try_again(r
         assert {client.status(one).state for one in caught.value.accepted[-3:]} == {"queued"}
 
 
+@pytest.mark.parametrize(
+    ("pairs_per_s", "after_s"), [(0.5, 4), (0.001, 60), (1e6, 1), (0, 5)], ids=["usual", "slow", "fast", "unknown"]
+)
+def test_a_full_backlog_says_when_a_job_will_fit_in_within_a_minute(
+    redis_url: str, worker, pairs_per_s: float, after_s: float
+):
+    worker.register("m", pairs_per_s=pairs_per_s)
+    with Client(Settings(broker_url=redis_url, max_queued_pairs=10)) as client:
+        client.submit_many(jobs(5))
+        with pytest.raises(rerankq.QueueFull) as caught:
+            client.submit(job(5))
+        assert caught.value.retry_after_s == after_s
+
+
+def test_of_several_jobs_that_are_refused_at_once_the_first_is_named(client: Client):
+    client.submit_many([job(1, id="one"), job(2, id="two")])
+    with pytest.raises(rerankq.JobRejected, match="'one'"):
+        client.submit_many([job(3, id="one"), job(4, id="two")])
+
+
+def test_the_registry_is_read_once_for_jobs_that_come_soon_after_each_other(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("rerankq.client.BELIEVE_S", 1e6)
+    workers, read = AsyncLedger.workers, []
+
+    async def counted(self: AsyncLedger):
+        read.append(1)
+        return await workers(self)
+
+    monkeypatch.setattr(AsyncLedger, "workers", counted)
+    client.submit(job(1))
+    client.submit(job(2))
+    assert len(read) == 1
+
+
 def test_an_outage_midway_carries_what_was_accepted(client: Client, monkeypatch: pytest.MonkeyPatch):
     ask_all, asked = AsyncLedger.ask_all, []
 

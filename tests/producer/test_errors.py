@@ -66,6 +66,7 @@ def test_an_error_survives_a_trip_to_another_process(name: str):
     error = getattr(errors, name)("why", accepted=["a", "b"])
     if isinstance(error, QueueFull):
         error.retry_after_s = 7.0
+    assert error.accepted == ["a", "b"]
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is type(error)
         assert str(again) == "why"

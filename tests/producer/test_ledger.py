@@ -145,8 +145,11 @@ def test_a_parked_job_whose_lease_ends_a_sweep_later_stays_innocent_too(ledger: 
     assert not claim(ledger, "parked", "y").suspect
 
 
-def test_a_worker_that_was_only_paused_answers_for_what_it_takes_afterwards(ledger: Ledger):
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_worker_that_was_only_paused_answers_for_what_it_takes_afterwards(ledger: Ledger, registered: bool):
     submit(ledger, "suspect", "killer")
+    if registered:
+        ledger.ask(calls.beat("paused", "{}", gone_after_s=60))
     alone = claim(ledger, "suspect", "paused")
     ledger.ask(calls.isolate("suspect", alone.fence, "paused"))
     leases_end(ledger)
@@ -239,8 +242,9 @@ def test_a_worker_that_comes_back_takes_its_death_back_even_from_a_job_set_aside
     assert state(ledger, "innocent") == "done", "what ended is none the worse for it"
 
 
-def test_suspects_are_cleared_when_the_worker_that_left_them_lives(ledger: Ledger):
-    submit(ledger, "a", "b")
+@pytest.mark.parametrize("sign", ["a heartbeat", "a claim"])
+def test_suspects_are_cleared_when_the_worker_that_left_them_lives(ledger: Ledger, sign: str):
+    submit(ledger, "a", "b", "next")
     for name in "ab":
         claim(ledger, name, "paused")
     leases_end(ledger)
@@ -248,9 +252,26 @@ def test_suspects_are_cleared_when_the_worker_that_left_them_lives(ledger: Ledge
     claim(ledger, "a", "other")
     leases_end(ledger)
     sweep(ledger)
-    ledger.ask(calls.beat("paused", "{}", gone_after_s=60))
+    if sign == "a claim":
+        claim(ledger, "next", "paused")
+    else:
+        ledger.ask(calls.beat("paused", "{}", gone_after_s=60))
     assert not claim(ledger, "b").suspect
     assert claim(ledger, "a").suspect, "another worker's silence accuses it still"
+
+
+def test_a_silence_that_is_no_death_takes_none_back_when_it_ends(ledger: Ledger):
+    submit(ledger, "a")
+    alone = claim(ledger, "a", "one that dies")
+    ledger.ask(calls.isolate("a", alone.fence, "one that dies"))
+    leases_end(ledger)
+    sweep(ledger)
+    claim(ledger, "a", "paused")
+    leases_end(ledger)
+    sweep(ledger)
+    assert 0 < ledger.redis.ttl("rerankq:accused:paused") <= 86_400, "whoever never comes back is forgotten"
+    ledger.ask(calls.beat("paused", "{}", gone_after_s=60))
+    assert ledger.redis.hmget("rerankq:job:a", "deaths", "suspect") == [b"1", b"1"]
 
 
 def test_a_lease_that_lapsed_has_until_the_sweeper_has_watched_for_its_own_length(ledger: Ledger):
@@ -369,6 +390,7 @@ def killed(ledger: Ledger, name: str) -> None:
 
 def test_a_dead_job_that_is_tried_again_has_all_its_attempts_and_stays_a_suspect(ledger: Ledger):
     submit(ledger, "poison", pairs=5, payload=b"the payload")
+    ledger.redis.hset("rerankq:job:poison", "lost", 1)
     killed(ledger, "poison")
     answer = ledger.ask(calls.retry("poison", TERMS))
     assert answer == calls.Retrial("queued", calls.Bell("poison", BULK, "label of poison"))
@@ -378,6 +400,7 @@ def test_a_dead_job_that_is_tried_again_has_all_its_attempts_and_stays_a_suspect
         *("queued", 0, None, None, None),
     )
     assert ledger.ask(calls.retry("poison", TERMS)) == calls.Retrial("queued", None), "it is rung for once"
+    assert not ledger.redis.hexists("rerankq:job:poison", "lost"), "it stands in line by its age"
     assert ledger.redis.hget("rerankq:backlog", "*") == b"5"
     killed(ledger, "poison")
     found = ledger.ask(calls.record("poison"))
@@ -548,6 +571,15 @@ def test_ringing_on_takes_tenants_in_turn(ledger: Ledger):
     assert shares == {"a": 16, "b": 16, "c": 16}
 
 
+def test_doorbells_taken_one_at_a_time_go_to_tenants_in_turn(ledger: Ledger):
+    for tenant in "ab":
+        submit(
+            ledger, *(f"{tenant}{number}" for number in range(2)), tenant=tenant, terms=TERMS._replace(ring_window=0)
+        )
+    taken = [ledger.ask(calls.ring_on([BULK], TERMS, most=1))[0].id for _ in range(4)]
+    assert {one[0] for one in taken[:2]} == {one[0] for one in taken[2:]} == {"a", "b"}
+
+
 def test_a_tenant_without_jobs_leaves_the_line_of_tenants(ledger: Ledger):
     submit(ledger, "a", tenant="gone")
     taken = claim(ledger, "a")
@@ -564,6 +596,45 @@ def test_a_bell_whose_job_was_removed_by_other_hands_is_dropped(ledger: Ledger):
     assert sweep(ledger, {BULK: 0}).bells == 0
     assert ledger.redis.zcard(f"rerankq:rung:{BULK}") == 0
     assert ledger.ask(calls.claim("a", "w", TERMS)) == "unknown"
+
+
+def test_a_claim_asks_for_more_doorbells_when_less_than_half_of_the_window_is_out(ledger: Ledger):
+    terms = TERMS._replace(ring_window=4)
+    submit(ledger, *"abcdef", terms=terms)
+    assert [claim(ledger, name, terms=terms).ring_on for name in "abc"] == [False, False, True]
+    submit(ledger, "alone", tenant="without a backlog", terms=terms)
+    assert not claim(ledger, "alone", terms=terms).ring_on
+
+
+def test_a_job_that_was_running_before_goes_ahead_of_those_that_wait(ledger: Ledger):
+    submit(ledger, "older", "handed-back", "younger", terms=TERMS._replace(ring_window=0))
+    ledger.ask(calls.hand_back([("handed-back", claim(ledger, "handed-back").fence)]))
+    bells = ledger.ask(calls.ring_on([BULK], TERMS))
+    assert [(bell.id, bell.ahead) for bell in bells] == [("handed-back", True), ("older", False), ("younger", False)]
+
+
+def test_the_message_of_a_deferred_suspect_counts_as_lost_from_that_moment_on(ledger: Ledger):
+    submit(ledger, "suspect")
+    claim(ledger, "suspect", "one that dies")
+    leases_end(ledger)
+    sweep(ledger)
+    ledger.ask(calls.ring_on([BULK], TERMS))
+    rung_ago(ledger, {"suspect": 20})
+    deferred = ledger.ask(calls.claim_unless_suspect("suspect", "w", TERMS))
+    assert deferred == calls.Deferred(calls.Bell("suspect", BULK, "label of suspect", ahead=True), "bulk")
+    assert sweep(ledger, {BULK: 0}).bells == 0
+    assert state(ledger, "suspect") == "queued"
+
+
+def test_jobs_of_a_former_queue_move_a_few_at_a_time_with_their_deadlines_and_their_pairs(ledger: Ledger):
+    submit(ledger, "a", "b", tenant="one", pairs=5, deadline_s=100, queue="former")
+    submit(ledger, "c", tenant="other", pairs=5, deadline_s=100, queue="former")
+    assert [ledger.ask(calls.adopt({"former": BULK}, limit=2)) for _ in range(3)] == [2, 1, 0]
+    assert ledger.redis.zcard("rerankq:deadlines") == 3
+    backlog = {field: int(pairs) for field, pairs in ledger.redis.hgetall("rerankq:backlog").items()}
+    assert backlog == {b"*": 15, BULK.encode(): 15, f"{BULK}|one".encode(): 10, f"{BULK}|other".encode(): 5}
+    assert {bell.id for bell in ledger.ask(calls.ring_on(["former", BULK], TERMS))} == {"a", "b", "c"}
+    assert {claim(ledger, name).priority for name in "abc"} == {"bulk"}
 
 
 @pytest.mark.parametrize(
@@ -589,6 +660,7 @@ def test_a_running_or_dead_job_whose_place_was_evicted_is_found_again_too(ledger
     ledger.redis.delete("rerankq:running", "rerankq:dead")
     assert (state(ledger, "running"), state(ledger, "dead")) == ("running", "dead")
     assert ledger.ask(calls.dead()) == ["dead"]
+    assert ledger.redis.zscore("rerankq:running", "running") > now(ledger), "its worker may be at it"
     leases_end(ledger)
     assert sweep(ledger).lapsed == 1
 
@@ -681,6 +753,35 @@ def test_the_backlog_limit_refuses_and_says_how_much_waits_but_takes_a_large_job
     assert state(ledger, "small") == "unknown"
     claim(ledger, "large")
     submit(ledger, "small", terms=terms)
+    submit(ledger, "the rest", pairs=9, terms=terms)
+    assert ledger.ask(calls.submit(entry("one more"), terms)).state == "full"
+
+
+def test_the_texts_of_a_job_are_dropped_however_it_ends(ledger: Ledger):
+    submit(ledger, "done", "failed", "cancelled", "stopped", "expired", payload=b"the texts")
+    ledger.ask(calls.complete("done", claim(ledger, "done").fence, ranking("done"), TERMS))
+    ledger.ask(calls.fail("failed", claim(ledger, "failed").fence, "JobFailed", "why", TERMS))
+    claim(ledger, "stopped")
+    for name in ("cancelled", "stopped"):
+        ledger.ask(calls.cancel(name, TERMS))
+    ledger.redis.hset("rerankq:job:expired", "deadline", "1.0")
+    for name, ended in {"done": "done", "failed": "failed", "cancelled": "cancelled", "stopped": "cancelled"}.items():
+        assert state(ledger, name) == ended
+        assert not ledger.redis.hexists(f"rerankq:job:{name}", "payload")
+    assert state(ledger, "expired") == "expired"
+    assert not ledger.redis.hexists("rerankq:job:expired", "payload")
+
+
+def test_forgetting_drops_what_ended_and_leaves_what_has_not(ledger: Ledger):
+    submit(ledger, "done", "failed", "cancelled", "expired", "running", "queued")
+    ledger.ask(calls.complete("done", claim(ledger, "done").fence, ranking("done"), TERMS))
+    ledger.ask(calls.fail("failed", claim(ledger, "failed").fence, "JobFailed", "why", TERMS))
+    ledger.ask(calls.cancel("cancelled", TERMS))
+    ledger.redis.hset("rerankq:job:expired", "deadline", "1.0")
+    claim(ledger, "running")
+    for name in ("done", "failed", "cancelled", "expired", "running", "queued"):
+        assert ledger.ask(calls.forget(name, TERMS)) == name
+        assert state(ledger, name) == (name if name in {"running", "queued"} else "unknown")
 
 
 # Who hears of it
@@ -708,6 +809,41 @@ def test_each_end_is_published_and_a_cancellation_reaches_the_workers(ledger: Le
         (b"tests:job:expired", b"expired"),
     ]
     ears.close()
+
+
+def test_a_job_set_aside_is_published_and_has_no_time_to_live(ledger: Ledger):
+    ears = ledger.redis.pubsub()
+    ears.psubscribe("tests:job:*")
+    ears.get_message(timeout=5)
+    submit(ledger, "poison")
+    ledger.redis.expire("rerankq:job:poison", 1_000)
+    killed(ledger, "poison")
+    heard = ears.get_message(timeout=5)
+    assert (heard["channel"], heard["data"]) == (b"tests:job:poison", b"dead")
+    assert ledger.redis.ttl("rerankq:job:poison") == -1
+    ears.close()
+
+
+def test_a_sweep_expires_what_is_late_and_forgets_deadlines_of_jobs_that_are_none(ledger: Ledger):
+    submit(ledger, "late", "in time", deadline_s=1_000)
+    ledger.redis.hset("rerankq:job:late", "deadline", "1.0")
+    ledger.redis.zadd("rerankq:deadlines", {"late": 1, "removed by other hands": 1})
+    assert sweep(ledger).expired == 1
+    assert ledger.redis.zrange("rerankq:deadlines", 0, -1) == [b"in time"]
+    assert state(ledger, "late") == "expired"
+
+
+def test_the_pairs_done_and_the_seconds_waited_are_those_of_the_job(ledger: Ledger):
+    submit(ledger, "a", pairs=7)
+    ledger.redis.hset("rerankq:job:a", "created", f"{now(ledger) - 1_000:.6f}")
+    taken = claim(ledger, "a")
+    assert taken.waited_s == pytest.approx(1_000, abs=60)
+    ledger.ask(calls.renew([("a", taken.fence, 3)], TERMS))
+    status = ledger.ask(calls.look("a", TERMS)).status
+    assert (status.pairs_done, status.pairs_total) == (3, 7)
+    assert status.started_at - status.submitted_at == pytest.approx(1_000, abs=60)
+    ledger.ask(calls.complete("a", taken.fence, ranking("a"), TERMS))
+    assert ledger.ask(calls.look("a", TERMS)).status.pairs_done == 7
 
 
 def test_one_sweeper_sweeps_at_a_time_and_its_lock_runs_out(ledger: Ledger):
@@ -786,7 +922,9 @@ def test_a_failure_in_words_that_no_utf8_can_carry_is_stored_all_the_same(newest
     submit(newest_ledger, "a")
     failure = calls.fail("a", claim(newest_ledger, "a").fence, "JobFailed", "broken \ud800 text " * 1_000, TERMS)
     assert newest_ledger.ask(failure) == "failed"
-    assert newest_ledger.ask(calls.look("a", TERMS)).status.error.startswith("broken ? text")
+    error = newest_ledger.ask(calls.look("a", TERMS)).status.error
+    assert error.startswith("broken ? text")
+    assert len(error) == 2_000, "a ledger is no place for a log"
 
 
 # A full Redis
@@ -854,6 +992,13 @@ def test_submissions_are_refused_well_before_the_memory_is_full_however_many_com
     assert refused.state == "crowded"
     assert refused.memory_percent > 90
     assert ledger.redis.set("a stranger's key", "has room")
+
+
+def test_a_job_is_refused_that_would_fill_the_memory_by_itself(small_server: Callable):
+    ledger = small_server("20mb")
+    # While it is submitted the server holds it twice: as it came, and as it is stored.
+    assert ledger.ask(calls.submit(entry("large", payload=b"x" * 7_000_000), TERMS)).state == "crowded"
+    assert ledger.ask(calls.submit(entry("small", payload=b"x" * 1_000_000), TERMS)).state == "queued"
 
 
 def test_a_really_full_ledger_still_does_all_that_makes_room(small_server: Callable, wait_until: Callable):

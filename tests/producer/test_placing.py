@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rerankq.errors import ModelUnknown
@@ -92,11 +92,13 @@ def test_names_that_differ_only_in_what_a_queue_cannot_say_have_queues_of_their_
     assert "" not in {suffix_of(name, "another") for name in ALIKE}
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=5, unique=True))
 def test_no_two_models_share_a_queue(names: list[str]):
     assert len({suffix_of(name, "\0") for name in names}) == len(names)
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1))
 def test_any_name_of_a_model_gives_a_queue_that_any_broker_takes(name: str):
     assert re.fullmatch(r"rerankq\.bulk\.[A-Za-z0-9_-]{17,57}", queue_name("bulk", suffix_of(name, "\0")))
@@ -107,6 +109,7 @@ def test_the_default_keeps_the_plain_names_and_a_folder_shows_its_last_part():
     assert all(suffix_of(one, "x").startswith(".mine-") for one in ("/srv/models/mine", "./mine", "~/mine"))
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8"), min_size=1), st.booleans())
 def test_jobs_in_a_models_former_queues_come_to_those_that_it_has_now(name: str, is_default: bool):
     default = name if is_default else name + "x"

@@ -53,6 +53,19 @@ def test_a_password_works_as_written_or_is_refused_by_the_character_that_cannot_
         assert "wo" not in str(caught.value).replace("word", "")
 
 
+def test_a_port_is_one_that_there_is():
+    assert [read(f"redis://host:{port}/0").hosts for port in (1, 65_535)] == [(("host", 1),), (("host", 65_535),)]
+    for port in (0, 65_536):
+        with pytest.raises(ValueError, match="from 1 to 65535"):
+            read(f"redis://host:{port}/0")
+
+
+def test_the_path_of_a_socket_is_measured_in_bytes():
+    assert read(f"unix:///{'é' * 51}").path == f"/{'é' * 51}"
+    with pytest.raises(ValueError, match="at most 103 bytes"):
+        read(f"unix:///{'é' * 52}")
+
+
 @pytest.mark.parametrize("character", ["\t", "\n", "\r", "\0", "\x7f", "\udcff"])
 def test_what_no_url_holds_is_refused_and_not_dropped(character: str):
     with pytest.raises(ValueError, match=r"control character|not UTF-8"):

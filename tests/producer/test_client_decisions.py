@@ -1,0 +1,142 @@
+"""What a client decides without asking anybody: what a job becomes, what an end means, what a round trip holds."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from rerankq import JobFailed, JobRejected, JobTooLarge, JobUnknown, RerankJob, catalogue, client
+from rerankq.client import AsyncClient, Submission, enter, live_for, outcome, refuse_too_large, seconds_of, terms_of
+from rerankq.contract import JobStatus, job_of
+from rerankq.ledger import Entry, Look, Terms
+from rerankq.placing import Place
+from rerankq.settings import Settings
+
+PLACE = Place("full/name", ("w", "x"), ".full")
+
+
+def settings(**fields: Any) -> Settings:
+    return Settings(broker_url="redis://nobody:1/0", **fields)
+
+
+def job(chunks: int = 2, **fields: Any) -> RerankJob:
+    return RerankJob(query="why?", chunks=["because"] * chunks, **fields)
+
+
+# What a job becomes
+
+
+def test_a_job_carries_its_models_full_name_and_its_fusion_in_numbers():
+    entered = enter(job(model="short", fusion="default"), PLACE, settings())
+    written = job_of(entered.payload)
+    assert (written.model, written.fusion) == ("full/name", catalogue.resolve("default", None))
+    assert job_of(enter(job(), PLACE, settings()).payload).model is None, "it is for whatever is the default then"
+
+
+def test_all_that_the_ledger_asks_of_a_job_is_told_beside_its_payload():
+    entered = enter(job(3, priority="bulk", deadline_s=7, tenant="t", id="mine"), PLACE, settings())
+    assert entered._replace(content="", label="", payload=b"") == Entry(
+        *("mine", "", "rerankq.bulk.full", "t", "bulk", 3, 7, "", "full/name", b"", ("w", "x"))
+    )
+
+
+def test_the_size_limits_allow_just_what_they_name():
+    size = len(enter(job(), PLACE, settings()).payload)
+    assert enter(job(), PLACE, settings(max_job_bytes=size, max_chunks=2)).pairs == 2
+    with pytest.raises(JobTooLarge, match=f"at most {size - 1} are allowed"):
+        enter(job(), PLACE, settings(max_job_bytes=size - 1))
+    for chunks in (["x"] * 2, ("x",) * 2):
+        with pytest.raises(JobTooLarge, match="at most 1 are allowed"):
+            refuse_too_large({"query": "q", "chunks": chunks}, settings(max_chunks=1))
+
+
+def test_json_that_escapes_its_letters_is_measured_as_what_it_says():
+    escaped = json.dumps({"query": "é" * 100, "chunks": ["x"]})
+    limits = settings(max_job_bytes=len(escaped) // 3 + 1)
+    refuse_too_large(escaped, limits)
+    with pytest.raises(JobTooLarge):
+        refuse_too_large(escaped + " " * limits.max_job_bytes, limits)
+
+
+def test_windows_are_refused_as_long_as_no_worker_knows_them():
+    with pytest.raises(JobRejected, match="not available yet"):
+        enter(job(long_chunks="window"), PLACE, settings())
+
+
+def test_what_a_deployment_sets_reaches_the_scripts_of_the_ledger():
+    numbers = {"result_ttl_s": 11, "ring_window": 12, "max_queued_pairs": 13, "max_attempts": 14, "lease_s": 15}
+    told = settings(**numbers)
+    assert terms_of(told) == Terms(channel=told.channel, **numbers)
+
+
+def test_a_worker_counts_as_alive_for_three_leases_and_for_ten_seconds_at_least():
+    assert (live_for(8), live_for(1)) == (24, 10)
+
+
+# What an end means
+
+
+@pytest.mark.parametrize("state", ["done", "unknown"])
+def test_an_end_without_a_ranking_or_an_error_is_an_unknown_job(state: str):
+    assert type(outcome(Look(JobStatus(job_id="a", state=state), "", None))) is JobUnknown
+
+
+def test_an_error_without_words_is_told_by_its_state():
+    error = outcome(Look(JobStatus(job_id="a", state="failed"), "", None))
+    assert (type(error), str(error)) == (JobFailed, "job a: failed")
+
+
+def test_a_timeout_below_zero_is_none_at_all_and_an_endless_one_is_no_limit():
+    assert (seconds_of(-1), seconds_of(2), seconds_of(float("inf")), seconds_of(10**400)) == (0, 2, None, None)
+
+
+def test_a_rerank_waits_for_what_submitting_left_of_its_timeout(monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr(client.time, "monotonic", lambda: clock[0])
+    waited = []
+
+    async def submit(self: AsyncClient, job: Any) -> str:
+        clock[0] += 3
+        return "a"
+
+    async def result(self: AsyncClient, job_id: str, timeout: float) -> None:  # noqa: ASYNC109  # the contract's name
+        waited.append((job_id, timeout))
+
+    async def main() -> None:
+        async with AsyncClient(settings()) as asynchronous:
+            await asynchronous.rerank("why?", ["because"], timeout=10)
+
+    monkeypatch.setattr(AsyncClient, "submit", submit)
+    monkeypatch.setattr(AsyncClient, "result", result)
+    asyncio.run(main())
+    assert waited == [("a", 7)]
+
+
+# What a round trip holds
+
+
+def round_trips(count: int, payload: bytes) -> list[int]:
+    trips = []
+
+    async def entered(_: Any) -> Entry:
+        return enter(job(), PLACE, settings())._replace(payload=payload)
+
+    async def accepted(entries: list[Entry]) -> list[str]:
+        trips.append(len(entries))
+        return [entry.id for entry in entries]
+
+    async def main() -> list[str]:
+        submission = Submission(entered, lambda entries: asyncio.create_task(accepted(entries)))
+        await submission.add([{}] * count)
+        return await submission.end()
+
+    assert len(asyncio.run(main())) == count
+    return trips
+
+
+def test_a_round_trip_of_a_bulk_submission_is_bounded_in_jobs_and_in_bytes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(client, "SUBMIT_AT_ONCE", 4)
+    monkeypatch.setattr(client, "SUBMIT_BYTES", 1_000)
+    assert round_trips(10, b"x") == [4, 4, 2]
+    assert round_trips(7, b"x" * 400) == [3, 3, 1]
