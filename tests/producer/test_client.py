@@ -378,6 +378,24 @@ def test_a_full_server_is_a_queue_full_with_a_time_to_try_again(client: Client, 
     assert len(client.submit_many(jobs(10))) == 10
 
 
+def test_the_dead_are_listed_in_order_however_many_round_trips_it_takes(
+    client: Client, worker, monkeypatch: pytest.MonkeyPatch
+):
+    ids = [f"dead-{number}" for number in range(5)]
+    for at, one in enumerate(ids):
+        worker.redis.hset(f"rerankq:job:{one}", "state", "dead")
+        worker.redis.zadd("rerankq:dead", {one: at})
+    monkeypatch.setattr("rerankq.client.SUBMIT_AT_ONCE", 2)
+    assert [found.job_id for found in client.dead()] == ids
+
+
+def test_a_server_that_forgot_the_scripts_is_given_them_again(client: Client, worker):
+    worker.redis.script_flush()
+    ids = client.submit_many(jobs(3))
+    worker.redis.script_flush()
+    assert {client.status(one).state for one in ids} == {"queued"}
+
+
 # Settings, outages
 
 

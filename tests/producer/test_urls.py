@@ -60,6 +60,17 @@ def test_a_port_is_one_that_there_is():
             read(f"redis://host:{port}/0")
 
 
+def test_seconds_may_be_an_hour_and_no_more():
+    assert read("redis://host?socket_timeout=3600").options["socket_timeout"] == 3_600
+    with pytest.raises(ValueError, match="at most 3600"):
+        read("redis://host?socket_timeout=3601")
+
+
+def test_an_empty_password_is_none():
+    assert read("redis://me:@host/0").password is None
+    assert read("redis://me:@host/0?password=secret").password == "secret"
+
+
 def test_the_path_of_a_socket_is_measured_in_bytes():
     assert read(f"unix:///{'é' * 51}").path == f"/{'é' * 51}"
     with pytest.raises(ValueError, match="at most 103 bytes"):
