@@ -37,6 +37,10 @@ def test_a_worker_that_is_gone_for_the_moment_still_tells_which_model_will_answe
     assert place(None, worker("m", "old", age_s=1_000), worker("m", "new")) == Place("m", ("new",), "")
 
 
+def test_the_model_of_a_worker_that_lives_goes_before_that_of_one_that_is_gone():
+    assert place(None, worker("former", "a", age_s=1_000), worker("new", "z")) == Place("new", ("z",), "")
+
+
 def test_all_weights_that_answer_while_a_fleet_is_renewed_are_known():
     fleet = [worker("m", "new"), worker("m", "old"), worker("m", "old"), worker("n", "other", suffix=".n")]
     assert place(None, *fleet).weights == place("m", *fleet).weights == ("new", "old")
