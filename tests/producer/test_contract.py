@@ -643,3 +643,19 @@ def test_the_text_that_the_model_reads_is_title_and_text_and_nothing_else():
     chunk = Chunk(title=" Tides ", text="The moon pulls.\n", keywords=["k"], questions=["q"], tokens=["t"])
     assert chunk.model_text == "Tides  The moon pulls."
     assert Chunk(text="x").model_text == "x"
+
+
+def nested(levels: int) -> Any:
+    return [nested(levels - 1)] if levels else 1
+
+
+def test_what_is_just_within_a_limit_is_taken():
+    within = {"deep": nested(contract.MAX_DEPTH - 1), "long": 10 ** (contract.MAX_DIGITS - 1)}
+    assert Chunk(text="x", metadata=within).metadata == within
+    assert job_of(payload_of(RerankJob(query="q", chunks=[{"text": "x", "metadata": within}]))).chunks[0].metadata == (
+        within
+    )
+    assert Fusion(weights={"model": contract.MIN_WEIGHT, "token": contract.MAX_WEIGHT}).weights["model"] == 1e-30
+    for beyond in ({"deep": nested(contract.MAX_DEPTH)}, {"long": 10 ** (contract.MAX_DIGITS + 1)}):
+        with pytest.raises(JobRejected):
+            Chunk(text="x", metadata=beyond)
