@@ -1027,6 +1027,55 @@ def test_the_snapshot_says_what_runs_and_how_long_it_should_take(started):
     assert batcher.stats().batch_started is None
 
 
+def test_the_first_batch_is_predicted_by_what_was_measured_before(started):
+    engine = ScriptedEngine(held=True)
+    batcher = started(engine, seconds_per_token=0.25)
+    (pair,) = engine.tokenise("q", ["a chunk"])
+    batcher.submit([pair])
+    engine.wait_until_busy()
+    assert batcher.stats().batch_predicted_s == pytest.approx(0.25 * pair.length)
+
+
+def test_a_device_that_is_asked_whether_it_lives_counts_as_busy_meanwhile(started):
+    seen = []
+
+    class Dying(ScriptedEngine):
+        def warm_up(self):
+            seen.append(batcher.stats().batch_started)
+
+    batcher = started(Dying(fails=lambda _: ValueError("no")), clock=lambda: 7.0)
+    with pytest.raises(PairFailed):
+        batcher.submit(batcher._engine.tokenise("q", ["a"])).result(PATIENCE_S)
+    assert seen == [7.0]
+    assert batcher.stats().batch_started is None
+
+
+def test_progress_is_when_the_last_batch_ended_or_its_failure_was_settled(started):
+    simulation = Simulation(started)
+    simulation.batcher.submit(simulation.pairs(10)).result(PATIENCE_S)
+    assert simulation.batcher.stats().last_progress == pytest.approx(0.05)
+
+    def fail(batch):
+        simulation.now = 3.0
+        raise ValueError("no")
+
+    simulation.engine.launch = fail
+    with pytest.raises(PairFailed):
+        simulation.batcher.submit(simulation.pairs(1)).result(PATIENCE_S)
+    assert simulation.batcher.stats().last_progress == 3.0
+
+
+def test_every_thread_that_waits_for_a_ticket_gets_its_logits(started):
+    engine = ScriptedEngine(held=True)
+    ticket = started(engine).submit(engine.tokenise("q", ["a"]))
+    with ThreadPoolExecutor(3) as threads:
+        results = [threads.submit(ticket.result, PATIENCE_S) for _ in range(3)]
+        while len(ticket._changed._waiters) < 3:
+            threading.Event().wait(0.001)
+        engine.gate.set()
+        assert len({float(result.result(PATIENCE_S)[0]) for result in results}) == 1
+
+
 # -- closing -------------------------------------------------------------------------------------------------------
 
 

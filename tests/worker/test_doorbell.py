@@ -19,7 +19,9 @@ anything = st.recursive(
 
 def test_what_the_client_sends_is_a_doorbell():
     kept = headers_of(HEADERS, [["an-id"], {}, REST])
-    assert (kept["task"], kept["id"], kept["argsrepr"]) == ("rerankq.rerank", "a", "an-id")
+    assert kept == {
+        "task": "rerankq.rerank", "id": "a", "root_id": "a", "lang": "py", "argsrepr": "an-id", "kwargsrepr": "{}",
+    }  # fmt: skip
     assert (
         headers_of(HEADERS | {"argsrepr": '"why tides?" 2 chunks'}, [["x"], {}, REST])["argsrepr"]
         == '"why tides?" 2 chunks'

@@ -73,6 +73,15 @@ def test_the_clock_goes_on_by_a_turn_shared_among_all_flows():
     assert {flow: start for start, flow in queue} == {"a": 100.0, "b": 100.0, "c": 0.0, "d": 0.0, "late": 25.0}
 
 
+def test_a_newcomer_waits_for_no_more_than_those_served_before_though_one_led_out_of_turn():
+    queue = queue_of("ahead", "behind")
+    queue.charge({"ahead": 1000}, leader="ahead")
+    queue.charge({"behind": 10}, leader="behind")
+    queue.charge({"ahead": 50}, leader="ahead")
+    queue.enter("late")
+    assert {flow: start for start, flow in queue} == {"ahead": 1050.0, "behind": 10.0, "late": 10.0}
+
+
 def test_a_newcomer_goes_behind_those_who_wait_for_their_share():
     queue = queue_of("a", "b", "c")
     serve(queue, 1)

@@ -247,7 +247,9 @@ def test_after_a_pause_of_our_own_the_device_has_time_to_go_on(lively: World, mo
     lively.leases._woke_up(slept_for=3_600)
     assert not lively.leases._hangs()
     assert not lively.leases.hung
-    clock[0] += PATIENCE_S
+    clock[0] += PATIENCE_S - 1
+    assert not lively.leases._hangs()
+    clock[0] += 1
     assert lively.leases._hangs()
     assert lively.leases.hung
 

@@ -155,6 +155,31 @@ def test_a_suspect_is_passed_by_those_that_came_after_it_alone():
     assert {number: waiter.passed for number, waiter in lock._line.items()} == {1: 1, 3: 0}
 
 
+def test_a_suspect_that_gives_up_lets_in_those_that_waited_for_it_alone():
+    bulk, suspect = Waiter(exclusive=False, interactive=False), Waiter(exclusive=True, interactive=False)
+    lock = lined_up(suspect, bulk, inside=bulk)
+    with lock._changed:
+        lock._leave(1, suspect)
+    assert not lock._line
+    assert lock._holders == Holders(bulk=2)
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_lock_knows_who_is_interactive_and_who_is_alone(alone: bool, interactive: bool):
+    lock = SharedExclusiveLock()
+    lock._holders = Holders(exclusive=True)
+    seen: list[Waiter] = []
+
+    def give_up() -> None:
+        seen.extend(lock._line.values())
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        entered(lock, alone=alone, interactive=interactive, go_on=give_up)
+    assert seen == [Waiter(exclusive=alone, interactive=interactive)]
+
+
 # The lock, with threads
 
 

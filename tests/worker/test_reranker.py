@@ -481,13 +481,17 @@ def test_a_closed_engine_is_said_as_such(world: World):
 # -- cancelling -------------------------------------------------------------------------------------------------------
 
 
-def test_the_device_is_shared_among_tenants(world: World, monkeypatch: pytest.MonkeyPatch):
-    tenants, submit = [], world.batcher.submit
-    monkeypatch.setattr(
-        world.batcher, "submit", lambda *args, **named: tenants.append(named["tenant"]) or submit(*args, **named)
-    )
-    world.rank(job(tenant="a-tenant"))
-    assert tenants == ["a-tenant"]
+@pytest.mark.parametrize("priority", ["interactive", "bulk"])
+def test_the_device_is_shared_by_priority_and_among_tenants(world: World, monkeypatch, priority: str):
+    asked, submit = [], world.batcher.submit
+
+    def submit_and_look(*args, **named):
+        asked.append((named["priority"], named["tenant"]))
+        return submit(*args, **named)
+
+    monkeypatch.setattr(world.batcher, "submit", submit_and_look)
+    world.rank(job(tenant="a-tenant", priority=priority))
+    assert asked == [(priority, "a-tenant")]
 
 
 def test_a_job_cancelled_before_it_began_computes_nothing(world: World):

@@ -157,3 +157,20 @@ def test_the_interpreter_has_the_time_to_hand_back_for_its_own_end_unless_it_sta
         watchdog.hear(number)
     watchdog.finish()
     assert set_to == timers
+
+
+def test_steps_have_one_limit_together_and_not_one_each(monkeypatch: pytest.MonkeyPatch):
+    clock, waits = [100.0], []
+
+    class Hanging:
+        def __init__(self, **_: object) -> None:
+            self.start = self.is_alive = lambda: True
+
+        def join(self, seconds: float) -> None:
+            waits.append(seconds)
+            clock[0] += seconds
+
+    monkeypatch.setattr(shutdown.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(shutdown.threading, "Thread", Hanging)
+    assert not within(3.0, int, int, int)
+    assert waits == [3.0, 0.0, 0.0]

@@ -188,6 +188,22 @@ def test_a_watch_is_as_long_as_the_unbroken_end_of_what_it_saw(lease_s: float, t
     assert watch.lost(now).watched_s(now + 2) == pytest.approx(2)
 
 
+@pytest.mark.parametrize(
+    ("passed", "step", "broke"),
+    [
+        (5.3, 0.0, False),
+        (5.4, 0.0, True),
+        (1.0, BREAK_S - 0.1, False),
+        (1.0, BREAK_S + 0.1, True),
+        (1.0, -900.0, False),
+    ],
+)
+def test_a_watch_is_broken_by_what_keeps_a_living_worker_from_renewing(passed: float, step: float, broke: bool):
+    watch = Watch(lease_s=8).saw(0.0, 0.0, ledger_now=1e9, server=Server("a", 100.0))
+    watch = watch.saw(passed, passed, ledger_now=1e9 + passed + step, server=Server("a", 100.0 + passed))
+    assert watch.watched_s(passed) == pytest.approx(0.0 if broke else 100.0 + passed)
+
+
 def test_a_worker_that_cannot_work_gives_no_sign_of_life_and_judges_nobody(world: World):
     world.submit("a")
     world.claim("a")

@@ -23,7 +23,7 @@ from rerankq import JobCancelled, JobDead, JobExpired, RerankJob
 from rerankq.broker import make_app
 from rerankq.client import enter
 from rerankq.errors import BrokerUnavailable, JobRejected, JobTooLarge, SettingsInvalid
-from rerankq.ledger import calls
+from rerankq.ledger import Bell, Deferred, calls
 from rerankq.placing import Place, queue_name, suffix_of
 from rerankq.settings import Settings
 from rerankq_worker.engine import EngineDied, PairFailed
@@ -317,6 +317,41 @@ def test_a_suspect_has_the_device_alone_and_the_ledger_knows_it(worker: Any, mon
     assert worker.ledger.redis.hget("rerankq:alone", worker.id) is None
     worker.rerank(submit(worker, "b"))
     assert seen[1] == (False, None)
+
+
+def test_the_next_suspects_doorbell_is_sent_when_the_one_before_it_has_ended(worker: Any, monkeypatch):
+    sent: list[str] = []
+    monkeypatch.setattr(worker.bells, "ring", lambda bells: sent.extend(bell.id for bell in bells))
+    for name in "abc":
+        submit_suspect(worker, name)
+
+    def others_come() -> None:
+        for name in "bc":
+            with pytest.raises(Ignore, match="turn"):
+                worker.rerank(name)
+
+    with monkeypatch.context() as patched:
+        in_the_middle(worker, patched, others_come)
+        worker.rerank("a")
+    assert sent == ["b"]
+    worker.rerank("b")
+    assert sent == ["b", "c"]
+    worker.rerank("c")
+    assert sent == ["b", "c"]
+
+
+def submit_suspect(worker: Any, name: str) -> str:
+    worker.ledger.redis.hset(f"rerankq:job:{submit(worker, name)}", "suspect", 1)
+    return name
+
+
+def test_a_worker_that_hands_back_tells_others_of_the_suspects_that_waited_here(worker: Any, monkeypatch):
+    sent: list[str] = []
+    monkeypatch.setattr(worker.bells, "ring", lambda bells: sent.extend(bell.id for bell in bells))
+    worker.suspects.take(Deferred(Bell("elsewhere", "q", "", ahead=True), "interactive"))
+    worker.suspects.take(Deferred(Bell("waits", "q", "", ahead=True), "interactive"))
+    worker.drop()
+    assert sent == ["waits"]
 
 
 def test_a_suspect_that_was_taken_away_while_it_waited_is_not_run(worker: Any, monkeypatch: pytest.MonkeyPatch):

@@ -163,6 +163,20 @@ def test_a_window_shows_as_many_of_bulk_however_many_interactive_pairs_wait(size
     assert [int((window.priorities == kind).sum()) for kind in (INTERACTIVE, BULK)] == [size, size]
 
 
+@pytest.mark.parametrize("one_tenant", [True, False])
+def test_whoever_leads_a_batch_with_little_of_its_own_pays_for_a_quarter_of_it(one_tenant):
+    device = Device(1000)
+    small, pairs = device.join([10] * 3, tenant="small")
+    large, _ = device.join([990] * 3, tenant="small" if one_tenant else "large")
+    assert device.step()[0] is pairs[0]
+    assert [device.tokens(line) for line in (small, large)] == [10, 990]
+    shares = device.waiting._shares[INTERACTIVE]
+    if one_tenant:
+        assert {line: start for start, line in shares._jobs["small"]} == {small: 250, large: 990}
+    else:
+        assert {tenant: start for start, tenant in shares._tenants} == {"small": 250, "large": 990}
+
+
 def test_a_pair_of_two_jobs_is_computed_once_in_the_turn_that_comes_first():
     device = Device(100)
     _, pairs = device.join([50] * 100)
