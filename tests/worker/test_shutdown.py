@@ -1,9 +1,11 @@
 """The watchdog ends a worker that was told to stop and does not; what it decides, without a process to end."""
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,3 +176,17 @@ def test_steps_have_one_limit_together_and_not_one_each(monkeypatch: pytest.Monk
     monkeypatch.setattr(shutdown.threading, "Thread", Hanging)
     assert not within(3.0, int, int, int)
     assert waits == [3.0, 0.0, 0.0]
+
+
+def test_signals_that_are_ignored_stay_ignored(monkeypatch: pytest.MonkeyPatch):
+    def made(*, args: tuple[int, ...] = (), **_: object) -> SimpleNamespace:
+        return SimpleNamespace(start=lambda: [os.close(reader) for reader in args])
+
+    taken: list[int] = []
+    ignored = {signal.SIGINT: signal.SIG_IGN}
+    monkeypatch.setattr(signal, "getsignal", lambda number: ignored.get(number, signal.SIG_DFL))
+    monkeypatch.setattr(signal, "signal", lambda number, _: taken.append(number))
+    monkeypatch.setattr(signal, "set_wakeup_fd", lambda writer, **_: os.close(writer))
+    monkeypatch.setattr(shutdown.threading, "Thread", made)
+    ShutdownWatchdog(0, lambda _: None).install()
+    assert taken == [signal.SIGTERM, signal.SIGQUIT]

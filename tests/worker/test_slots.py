@@ -182,3 +182,11 @@ def test_so_many_suspects_are_kept_in_mind_and_no_more():
         slots.take(suspect(f"a{number}"))
     assert len(slots.forget()) == SuspectSlots.MOST_KEPT == 10_000
     assert slots.forget() == []
+
+
+def test_a_suspect_that_is_taken_by_a_second_doorbell_is_not_kept_in_mind():
+    slots = SuspectSlots(4)
+    assert [slots.take(suspect(name)) for name in "ab"] == [True, False]
+    slots.give_back(suspect("a"))
+    assert slots.take(suspect("b"))
+    assert slots.forget() == []

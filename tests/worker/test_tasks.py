@@ -107,6 +107,13 @@ def test_a_worker_that_cannot_work_claims_nothing(worker: Any, why: str):
     assert (state(worker), look(worker).status.attempts) == ("queued", 0)
 
 
+def test_a_job_whose_engine_is_closed_meanwhile_is_handed_back_and_not_failed(worker: Any):
+    worker.batcher.close()
+    with pytest.raises(Ignore, match="handed back"):
+        worker.rerank(submit(worker))
+    assert state(worker) == "queued"
+
+
 def queue_of(worker: Any, name: str = "a") -> str:
     return worker.ledger.redis.hget(f"rerankq:job:{name}", "queue").decode()
 
