@@ -15,7 +15,7 @@ from rerankq.cli.rescore import Plan
 from rerankq.contract import ModelName, Usage
 from rerankq.settings import Settings
 
-FUSION = "[profile.default]\nweights = {{ model = {}, keyword = 0.4 }}\n"
+FUSION = "[profile.default]\nweights = {{ model = {}, vector = 0.4 }}\n"
 
 
 class Bar:
@@ -156,13 +156,13 @@ def test_the_model_of_the_settings_is_part_of_the_header_where_none_is_named(pla
 
 def test_the_three_measures_are_those_of_three_orders_over_the_queries_that_are_judged_and_ranked(plan, tmp_path):
     with collection_of(plan) as collection, Journal.open(tmp_path / "part", {}) as journal:
-        # The model has d3 first, the fusion d2; q3 has no judgements, and counts for nothing.
+        # The model has d3 first, the fusion d2, by the order of the ranking; q3 has no judgements.
         for query in ("q1", "q3"):
-            journal.append(answer(query, [("d2", 0.3, -2.0), ("d3", 0.2, 1.0), ("d1", 0.1, -3.0)]))
+            journal.append(answer(query, [("d2", 0.3, -2.0), ("d3", 0.3, 0.0), ("d1", 0.3, -3.0)]))
         found, queries = rescore.measure(collection, journal, fusion="default")
         assert queries == 1, "q2 failed"
         assert found == {"first stage": 1.0, "model alone": 0.5, "fusion default": 0.5}
-        journal.append(answer("q2", [("d2", 0.3, -2.0), ("d3", 0.2, 1.0), ("d1", 0.1, -3.0)]))
+        journal.append(answer("q2", [("d2", 0.3, -2.0), ("d3", 0.3, 0.0), ("d1", 0.3, -3.0)]))
         found, queries = rescore.measure(collection, journal, fusion="default")
     assert queries == 2
     assert found == pytest.approx(
@@ -200,7 +200,7 @@ def test_a_run_is_rescored_and_reported(do, plan, tmp_path):
     assert (report.queries, report.resumed, report.judged_queries) == (3, 0, 2)
     assert (report.pairs, report.cached_pairs, report.truncated_pairs) == (9, 3, 6)
     assert (report.model, report.weights, report.fusion, report.failed) == ("m", "w", "default", {})
-    assert report.missing == {}, "the profile weighs no vectors"
+    assert report.missing == {"vector": 3}, "by the weights of the folder of one's own"
     assert replace(report, seconds=2.0).pairs_per_s == 4.5
     assert replace(report, seconds=0.0).pairs_per_s == 0
     assert (bar.total, bar.done, bar.told) == (9, 9, [])
@@ -277,6 +277,13 @@ def test_what_of_the_files_counts_for_nothing_is_told(do, plan, tmp_path):
 
 
 def test_the_catalogue_of_a_folder_of_ones_own_is_the_one_that_is_used(do, settings, plan):
-    assert catalogue.resolve("default", settings.conf_dir).weights == {"model": 1, "keyword": 0.4}
+    assert catalogue.resolve("default", settings.conf_dir).weights == {"model": 1, "vector": 0.4}
     with pytest.raises(InputFault, match=r"--fusion: no profile 'elasticsearch'; there are default$"):
         do(fusion="elasticsearch")
+
+
+def test_a_depth_may_be_as_large_as_a_job(plan, settings):
+    most = settings.max_chunks
+    rescore.check(replace(plan, depth=most), settings)
+    with pytest.raises(InputFault, match=f"--depth: expected 1 to {most}"):
+        rescore.check(replace(plan, depth=most + 1), settings)

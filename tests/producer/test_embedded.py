@@ -114,11 +114,15 @@ def test_it_outlives_the_thread_that_started_it():
         server.stop()
 
 
-def test_a_hanging_server_is_killed(monkeypatch):
+@pytest.mark.parametrize("guard_too", [False, True])
+def test_a_hanging_server_is_killed_and_so_is_a_hanging_guard_with_it(monkeypatch, guard_too):
     monkeypatch.setattr(embedded, "GRACE_S", 0.2)
     with EmbeddedRedis() as server:
         process = server_process(server.url)
+        guard = process.parent()
         process.suspend()
+        if guard_too:
+            guard.suspend()
     assert gone(process)
 
 
