@@ -26,7 +26,8 @@ from gear.workers import POISONABLE, deployment, kept_running, python_path
 
 from rerankq import Client, RerankJob
 from rerankq.cli import celery_worker
-from rerankq.cli.stack import FLOWER_ENVIRONMENT, Part, flower_command, flower_is_installed, free_port
+from rerankq.cli.stack import FLOWER_ENVIRONMENT, Part, flower_command, flower_is_installed
+from rerankq.embedded import free_port
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE_S = 300

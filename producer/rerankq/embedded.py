@@ -118,7 +118,7 @@ class EmbeddedRedis:
         deadline = time.monotonic() + self._start_timeout_s
         while True:
             # Between our look at a free port and the server's bind somebody else may take it.
-            fault = self._start_on(_free_port(), binary, deadline)
+            fault = self._start_on(free_port(), binary, deadline)
             if fault is None:
                 return self
             if "Address already in use" not in fault or time.monotonic() > deadline:
@@ -232,11 +232,14 @@ def parse_version(said: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-def _free_port() -> int:
+def free_port(wanted: int = 0) -> int:
+    """Find a port of the loopback: the wanted one, or any free one if it is taken or 0."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _answers(port: int, password: str) -> bool:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -115,53 +114,3 @@ def settings(redis_url: str) -> Settings:
 def client(settings: Settings) -> Iterator[Client]:
     with ExitStack() as stack:
         yield stack.enter_context(Client(settings))
-
-
-@pytest.fixture
-def wait_until() -> Callable[..., None]:
-    """Wait for a condition that other processes make true."""
-
-    def wait(holds: Callable[[], bool], seconds: float = 30) -> None:
-        ends = time.monotonic() + seconds
-        while not holds():
-            if time.monotonic() > ends:
-                pytest.fail("did not come true in time")
-            time.sleep(0.02)
-
-    return wait
-
-
-class DurableRedis:
-    """A server with an append-only file that can be shut down, killed and started again on its port."""
-
-    def __init__(self, binary: Path, folder: Path) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
-        self._command = [str(binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
-        self._command += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]  # everysec may lose 2 s
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        with redis.Redis(port=self.port) as connection:
-            for _ in range(500):
-                try:
-                    connection.ping()
-                except redis.ConnectionError:
-                    time.sleep(0.02)
-                else:
-                    return
-        pytest.fail("redis-server did not start")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture
-def durable_redis(redis_binary_each_version: Path, tmp_path: Path) -> Iterator[DurableRedis]:
-    server = DurableRedis(redis_binary_each_version, tmp_path)
-    yield server
-    server.kill()

@@ -130,17 +130,17 @@ def test_a_worker_that_is_told_to_stop_finishes_its_jobs_and_the_next_takes_the_
     assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
 
 
-def test_jobs_survive_a_redis_that_restarts_under_work(start_worker: Callable, durable_redis: Any):
+def test_jobs_survive_a_redis_that_restarts_under_work(start_worker: Callable, restartable_redis: Any):
     env = {"RERANKQ_MODEL": "stub:4e-5", "RERANKQ_LEASE_S": "2"}
-    worker = start_worker(url=durable_redis.url, **env)
+    worker = start_worker(url=restartable_redis.url, **env)
     wanted = jobs(150)
-    with Client(Settings(broker_url=durable_redis.url, lease_s=2)) as client:
+    with Client(Settings(broker_url=restartable_redis.url, lease_s=2)) as client:
         ids = client.submit_many(wanted)
         ended = client.as_completed(ids, timeout=100)
         got = dict(next(ended) for _ in range(10))
-        durable_redis.kill()
+        restartable_redis.kill()
         time.sleep(1)
-        durable_redis.start()
+        restartable_redis.start()
         got |= dict(ended)
     assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
     assert worker.process.poll() is None, worker.log.read_text()[-3000:]
@@ -171,12 +171,12 @@ def test_a_worker_that_starts_while_redis_is_full_ranks_what_was_accepted(
 
 
 @pytest.fixture
-def pair(durable_redis: Any, redis_binary_each_version: Path, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
+def pair(restartable_redis: Any, redis_binary_each_version: Path, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
     """A server, and a replica that follows it."""
     (folder := tmp_path / "replica").mkdir()
-    replica = type(durable_redis)(redis_binary_each_version, folder)
-    follow(replica, durable_redis)
-    yield durable_redis, replica
+    replica = type(restartable_redis)(redis_binary_each_version, folder)
+    follow(replica, restartable_redis)
+    yield restartable_redis, replica
     replica.kill()
 
 

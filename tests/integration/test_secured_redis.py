@@ -14,16 +14,11 @@ import redis
 from rerankq import BrokerUnavailable, Client, JobUnknown, Ranking, RerankJob, __version__
 from rerankq.broker import make_app
 from rerankq.cli.examine import examine
-from rerankq.embedded import binaries
+from rerankq.embedded import binaries, free_port
 from rerankq.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROLES = ("producer", "worker", "flower")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

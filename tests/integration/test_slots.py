@@ -116,9 +116,9 @@ def test_a_job_that_was_handed_back_overtakes_the_bells_that_are_out(
 
 
 def test_bells_lost_while_the_ledger_was_away_are_rung_again(
-    start_worker: Callable, durable_redis: Any, redis_url: str, wait_until: Callable
+    start_worker: Callable, restartable_redis: Any, redis_url: str, wait_until: Callable
 ):
-    urls = {"ledger_url": durable_redis.url, "cache_url": redis_url, "lease_s": 2}
+    urls = {"ledger_url": restartable_redis.url, "cache_url": redis_url, "lease_s": 2}
     env = {f"RERANKQ_{name.upper()}": str(value) for name, value in urls.items()}
     worker = start_worker(ready=False, **env)
     with Client(Settings(broker_url=redis_url, **urls)) as client, redis.Redis.from_url(redis_url) as broker:
@@ -127,9 +127,9 @@ def test_bells_lost_while_the_ledger_was_away_are_rung_again(
         ids = client.submit_many([job(f"late-{number}", priority="bulk") for number in range(20)])
         # All but one, perhaps, that went to the pop it was blocked in.
         wait_until(lambda: broker.llen("rerankq:rerankq.bulk") >= 19)
-        durable_redis.kill()
+        restartable_redis.kill()
         worker.send(18)  # SIGCONT: every bell is heard, and no claim is possible
         wait_until(lambda: broker.llen("rerankq:rerankq.bulk") == 0)
-        durable_redis.start()
+        restartable_redis.start()
         drain(client, ids)
     assert worker.process.poll() is None

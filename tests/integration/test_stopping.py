@@ -36,16 +36,16 @@ def statuses(*workers: Any) -> list[int]:
 
 
 def test_workers_end_in_time_though_redis_hangs_whatever_they_do_and_whichever_way_they_are_told(
-    start_worker: Callable, durable_redis: Any, wait_until: Callable
+    start_worker: Callable, restartable_redis: Any, wait_until: Callable
 ):
-    url = durable_redis.url
+    url = restartable_redis.url
     idle = [start_worker(url=url, **ENV) for _ in range(2)]
     with Client(Settings(broker_url=url)) as client:
         client.rerank("q", ["x"], timeout=30)
         busy = [start_worker(url=url, **ENV, **SLOW, RERANKQ_DEFAULT_MODEL="stub") for _ in range(3)]
         ids = client.submit_many([job(f"job-{at}").model_copy(update={"model": "stub:0.5"}) for at in range(12)])
         wait_until(lambda: sum(client.status(one).state == "running" for one in ids) == 12)
-        durable_redis.process.send_signal(signal.SIGSTOP)
+        restartable_redis.process.send_signal(signal.SIGSTOP)
         try:
             time.sleep(1)  # so that pings, renewals and pops are under way, and hang
             for worker, number in zip([*idle, *busy], ["TERM", "INT", "TERM", "QUIT", "INT"], strict=True):
@@ -53,26 +53,26 @@ def test_workers_end_in_time_though_redis_hangs_whatever_they_do_and_whichever_w
             busy[2].process.send_signal(signal.SIGINT)
             ended = statuses(*idle, *busy)
         finally:
-            durable_redis.process.send_signal(signal.SIGCONT)
+            restartable_redis.process.send_signal(signal.SIGCONT)
     assert set(ended) <= {0, 1, 75}
     assert 75 in ended, "the watchdog was needed"
 
 
 def test_a_broker_that_hangs_alone_keeps_no_job_from_being_handed_back(
-    start_worker: Callable, durable_redis: Any, redis_url: str, wait_until: Callable
+    start_worker: Callable, restartable_redis: Any, redis_url: str, wait_until: Callable
 ):
     urls = {"RERANKQ_LEDGER_URL": Settings(broker_url=redis_url).ledger, "RERANKQ_CACHE_URL": redis_url}
-    worker = start_worker(url=durable_redis.url, ready=False, **urls, **ENV, **SLOW)
-    settings = Settings(broker_url=durable_redis.url, ledger_url=urls["RERANKQ_LEDGER_URL"], cache_url=redis_url)
+    worker = start_worker(url=restartable_redis.url, ready=False, **urls, **ENV, **SLOW)
+    settings = Settings(broker_url=restartable_redis.url, ledger_url=urls["RERANKQ_LEDGER_URL"], cache_url=redis_url)
     with Client(settings) as client, redis.Redis.from_url(settings.ledger) as ledger:
         ids = client.submit_many([job(f"job-{at}") for at in range(2)])
         wait_until(lambda: all(client.status(one).state == "running" for one in ids))
-        durable_redis.process.send_signal(signal.SIGSTOP)
+        restartable_redis.process.send_signal(signal.SIGSTOP)
         try:
             worker.process.send_signal(signal.SIGTERM)
             statuses(worker)
         finally:
-            durable_redis.process.send_signal(signal.SIGCONT)
+            restartable_redis.process.send_signal(signal.SIGCONT)
         assert [client.status(one).state for one in ids] == ["queued", "queued"]
         assert {ledger.hget(f"rerankq:job:{one}", "suspect") for one in ids} == {b"0"}
         assert ledger.hkeys("rerankq:workers") == [], "it signed off"
@@ -108,16 +108,16 @@ def _handles(pid: int, number: int) -> bool:
 
 
 def test_a_worker_whose_ledger_hangs_at_the_start_ends_at_once(
-    start_worker: Callable, durable_redis: Any, wait_until: Callable
+    start_worker: Callable, restartable_redis: Any, wait_until: Callable
 ):
-    durable_redis.process.send_signal(signal.SIGSTOP)
+    restartable_redis.process.send_signal(signal.SIGSTOP)
     try:
-        worker = start_worker(url=durable_redis.url, ready=False, **ENV)
+        worker = start_worker(url=restartable_redis.url, ready=False, **ENV)
         wait_until(lambda: _handles(worker.process.pid, signal.SIGTERM), 60)
         worker.process.send_signal(signal.SIGTERM)
         assert statuses(worker) == [143]
     finally:
-        durable_redis.process.send_signal(signal.SIGCONT)
+        restartable_redis.process.send_signal(signal.SIGCONT)
 
 
 def test_a_log_that_nobody_reads_does_not_keep_a_worker_alive(start_worker: Callable, wait_until: Callable):

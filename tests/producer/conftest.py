@@ -1,15 +1,10 @@
-"""A stand-in for workers, and a Redis that can be taken away, for tests of the producer's side."""
+"""A stand-in for workers, for tests of the producer's side."""
 
 import json
-import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
-import redis
 
 from rerankq.client import terms_of
 from rerankq.contract import ModelName, RankedChunk, Ranking, job_of
@@ -80,54 +75,3 @@ def make_worker() -> Iterator[Callable[[Settings], StandIn]]:
 @pytest.fixture
 def worker(make_worker: Callable[[Settings], StandIn], settings: Settings) -> StandIn:
     return make_worker(settings)
-
-
-@pytest.fixture
-def wait_until() -> Callable[..., None]:
-    """Wait for a condition that other threads or processes make true."""
-
-    def wait(holds: Callable[[], object], seconds: float = 30) -> None:
-        ends = time.monotonic() + seconds
-        while not holds():
-            if time.monotonic() > ends:
-                pytest.fail("did not come true in time")
-            time.sleep(0.01)
-
-    return wait
-
-
-class RestartableRedis:
-    """A server that comes back on its port with all it held."""
-
-    def __init__(self, binary: Path, folder: Path) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
-        self._command = [str(binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
-        self._command += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        with redis.Redis(port=self.port) as connection:
-            ends = time.monotonic() + 20
-            while time.monotonic() < ends:
-                try:
-                    connection.ping()
-                except redis.ConnectionError:
-                    time.sleep(0.02)
-                else:
-                    return
-        pytest.fail("redis-server did not start")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture
-def restartable_redis(redis_binary_each_version: Path, tmp_path: Path) -> Iterator[RestartableRedis]:
-    server = RestartableRedis(redis_binary_each_version, tmp_path)
-    yield server
-    server.kill()

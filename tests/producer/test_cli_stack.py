@@ -1,6 +1,5 @@
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -104,15 +103,6 @@ def test_the_leash_hands_on_the_exit_status(code, status):
     command = [sys.executable, leash.__file__, "1", sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.wait() == status
-
-
-def test_a_port_that_is_taken_is_replaced_by_a_free_one():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert stack.free_port(port) != port
-    assert stack.free_port(port) == port
 
 
 def test_the_password_of_a_redis_that_was_there_before_is_not_printed(capsys):

@@ -24,6 +24,7 @@ from redis.exceptions import RedisError
 
 from rerankq import BrokerUnavailable, Client, connections, urls
 from rerankq.broker import Bells, make_app
+from rerankq.embedded import free_port
 from rerankq.ledger import Bell, Ledger, connect
 from rerankq.settings import Settings
 
@@ -99,11 +100,6 @@ class Stalling:
         for end in (one, other):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -161,21 +161,30 @@ def test_it_listens_on_the_loopback_only():
 
 
 def test_a_port_taken_at_the_last_moment_is_tried_again(monkeypatch):
-    free_port = embedded._free_port
+    free_port = embedded.free_port
     with socket.create_server(("127.0.0.1", 0)) as squatter:
         ports = iter([squatter.getsockname()[1], squatter.getsockname()[1]])
-        monkeypatch.setattr(embedded, "_free_port", lambda: next(ports, None) or free_port())
+        monkeypatch.setattr(embedded, "free_port", lambda: next(ports, None) or free_port())
         with EmbeddedRedis() as server, connect(server.url) as connection:
             assert connection.ping()
 
 
 def test_another_redis_on_the_port_is_not_taken_for_ours(monkeypatch):
-    free_port = embedded._free_port
+    free_port = embedded.free_port
     with EmbeddedRedis() as other:
         ports = iter([int(other.url.split(":")[-1].removesuffix("/0"))])
-        monkeypatch.setattr(embedded, "_free_port", lambda: next(ports, None) or free_port())
+        monkeypatch.setattr(embedded, "free_port", lambda: next(ports, None) or free_port())
         with EmbeddedRedis() as server, connect(server.url) as connection:
             assert connection.ping()
+
+
+def test_a_port_that_is_taken_is_replaced_by_a_free_one():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert embedded.free_port(port) != port
+    assert embedded.free_port(port) == port
 
 
 def test_two_servers_do_not_meet():

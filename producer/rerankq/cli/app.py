@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import Client, Ranking, RerankqError, SettingsInvalid, __version__
+from ..embedded import free_port
 from ..settings import Settings
 from ..urls import masked
 from . import celery_worker, dead, doctor, show
@@ -106,7 +107,7 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Run Redis, a worker and Flower on this machine until Ctrl-C. With RERANKQ_BROKER_URL set that Redis is used."""
-    port = stacks.free_port(flower_port) if stacks.flower_is_installed() else None
+    port = free_port(flower_port) if stacks.flower_is_installed() else None
     flower = f"http://127.0.0.1:{port}" if port else None
     with (
         stacks.Stack(settings_with(model=model), flower_port=port, quiet=False, tell=show.say) as stack,

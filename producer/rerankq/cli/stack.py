@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -286,18 +285,6 @@ def flower_command(port: int) -> list[str]:
 def flower_is_installed() -> bool:
     """Whether Flower can be run here."""
     return find_spec("flower") is not None
-
-
-def free_port(wanted: int) -> int:
-    """Find a port of the loopback: the wanted one, or a free one if it is taken."""
-    for port in (wanted, 0):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise StackFailed("no free port on the loopback")
 
 
 @contextmanager

@@ -17,8 +17,8 @@ import redis
 from gear.workers import POISONABLE, TASKS, python_path
 
 from rerankq.cli import celery_worker
-from rerankq.cli.stack import Part, free_port
-from rerankq.embedded import find_binary
+from rerankq.cli.stack import Part
+from rerankq.embedded import find_binary, free_port
 from rerankq.settings import Settings
 
 # A supervisor that waits a second, as systemd and Docker do, and does not wait longer each time.
