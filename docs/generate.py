@@ -1,4 +1,4 @@
-"""Fill the tables of docs/ from the models, errors and catalogues that they describe: ``make docs``.
+"""Fill the tables of the documents from what they describe: models, errors, catalogues, results (``make docs``).
 
 A page marks a table with ``<!-- table: NAME -->`` and ``<!-- end -->``; what stands between is replaced.
 With ``--check`` nothing is written, and the exit status is 1 if a page would change.
@@ -20,9 +20,10 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from rerankq import catalogue, contract, errors
 from rerankq.settings import PREFIX, Settings
 
-DOCS = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
-MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # Names of types that a reader of JSON knows.
 KINDS = {"string": "string", "number": "number", "integer": "integer", "boolean": "true or false", "null": "null"}
@@ -134,6 +135,85 @@ def model_rows(_: str) -> Iterator[list[str]]:
         ]
 
 
+def figure_rows(_: str) -> Iterator[list[str]]:
+    """Rows for the README: what the benchmarks measured, in a few lines."""
+    bulk, known, idle = result("throughput.auto"), result("cached"), result("latency")
+    urgent, many, crash = result("priorities"), result("scaling"), result("crash")
+    share = many["ratios"]["8 workers ÷ linear"]
+    yield ["what", "measured"]
+    yield [
+        "bulk jobs, bundled model, 50 chunks a job",
+        f"{bulk['pairs_per_second']['rerankq']['median']:.0f} pairs/s of {bulk['tokens_per_pair']:.0f} tokens: "
+        f"{bulk['ratios']['rerankq ÷ the usual task']:.1f} times a Celery task that calls `CrossEncoder.predict`",
+    ]
+    yield [
+        "pairs whose scores are known",
+        f"{known['known_pairs_per_second']['model']['worker']['median']:,.0f} pairs/s".replace(",", " "),
+    ]
+    yield [
+        "one small job on an idle worker",
+        f"{idle['beyond_inference_ms']['median']:.0f} ms beyond the model's own time (median)",
+    ]
+    yield [
+        "the same under a backlog of bulk jobs",
+        f"95th percentile {urgent['ratios']['p95 under a bulk backlog ÷ idle p95']:g} times the idle one",
+    ]
+    yield [
+        "8 workers; a worker is killed",
+        f"{share:.1%} of 8 times one (stub engine); its jobs run again after "
+        f"{crash['killed']['seconds_until_the_first_runs_again']:.0f} s",
+    ]
+
+
+def ledger_size_rows(_: str) -> Iterator[list[str]]:
+    """Rows for what jobs take in Redis."""
+    measured = result("ledger_size")
+    characters = measured["characters"]
+    yield [
+        f"chunks of {characters} characters in a job",
+        "a waiting job",
+        "waiting jobs in 1 GiB",
+        "a ranking",
+        "rankings in 1 GiB",
+        "a score",
+    ]
+    for chunks, sizes in measured["by_chunks"].items():
+        waiting, done = sizes["waiting_bytes"], sizes["done_bytes"]
+        yield [
+            chunks,
+            size(waiting),
+            count(2**30 / waiting),
+            size(done),
+            count(2**30 / done),
+            f"{sizes['score_bytes']:.0f} B",
+        ]
+
+
+def result(name: str) -> dict[str, Any]:
+    """Read what a benchmark left."""
+    path = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def size(in_bytes: float) -> str:
+    """Write a size as a person would.
+
+    >>> size(1984), size(53_200)
+    ('2.0 kB', '53 kB')
+    """
+    return f"{in_bytes / 1000:.1f} kB" if in_bytes < 10_000 else f"{in_bytes / 1000:.0f} kB"
+
+
+def count(number: float) -> str:
+    """Write a number in two digits, which is what it is worth.
+
+    >>> count(541_234), count(9_871)
+    ('540 000', '9 900')
+    """
+    return f"{float(f'{number:.1e}'):,.0f}".replace(",", " ")
+
+
 TABLES: dict[str, Callable[[str], Iterable[list[str]]]] = {
     "job": job_fields,
     "answer": answer_fields,
@@ -141,6 +221,8 @@ TABLES: dict[str, Callable[[str], Iterable[list[str]]]] = {
     "errors": error_rows,
     "profiles": profile_rows,
     "models": model_rows,
+    "figures": figure_rows,
+    "ledger-size": ledger_size_rows,
 }
 
 
@@ -217,7 +299,7 @@ def as_markdown(text: str | None) -> str:
 def main(arguments: list[str]) -> int:
     """Fill every page, or check that all are filled."""
     changed = []
-    for path in sorted(DOCS.glob("*.md")):
+    for path in PAGES:
         page = path.read_text(encoding="utf-8")
         if (new := filled(page)) != page:
             changed.append(path.name)

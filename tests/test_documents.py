@@ -64,14 +64,29 @@ def headings(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_setting_command_and_target_that_is_named_exists(name):
+def test_every_setting_target_and_extra_that_is_named_exists(name):
     text = DOCUMENTS[name]
-    assert {
-        setting.lower() for setting in re.findall(r"RERANKQ_([A-Z_]+)\b(?!\*)", text)
-    } <= Settings.model_fields.keys()
-    assert set(re.findall(r"`rerankq ([a-z]+)", text)) <= typer.main.get_command(app).commands.keys()
+    settings = {setting.lower() for setting in re.findall(r"\bRERANKQ_([A-Z_]+)\b", text)}
+    assert settings <= Settings.model_fields.keys(), settings - Settings.model_fields.keys()
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
+    assert set(re.findall(r"(?:`|^\$ )make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    declared = set(re.findall(r"^(\w+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE))
+    extras = {extra for named in re.findall(r"(?:rerankq|\.|whl)\[([\w,]+)\]", text) for extra in named.split(",")}
+    assert extras <= declared
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_and_option_that_is_named_exists(name):
+    spans = re.findall(r"`(rerankq [^`\n]+)`", DOCUMENTS[name])
+    spans += re.findall(r"^\$ .*?(?:\.venv/bin/)?\b(rerankq [a-z][^\n]*)$", DOCUMENTS[name], re.MULTILINE)
+    for span in spans:
+        command = typer.main.get_command(app)
+        for word in span.split()[1:]:
+            if hasattr(command, "commands") and word in command.commands:
+                command = command.commands[word]
+            elif word.startswith("--"):
+                assert word in {option for parameter in command.params for option in parameter.opts}, span
+        assert command.name != "rerankq", span
 
 
 def test_the_tables_are_those_that_make_docs_writes():

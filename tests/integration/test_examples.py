@@ -1,0 +1,105 @@
+"""The programs of examples/ and of the documents, each run against a worker as a user would run it."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rerankq.embedded import EmbeddedRedis
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXAMPLES = REPOSITORY / "examples"
+
+
+@pytest.fixture(scope="module")
+def broker_url(worker_process):
+    """The URL of an embedded Redis with a worker behind it."""
+    with EmbeddedRedis() as server:
+        worker = worker_process(server.url)
+        yield server.url
+        worker.stop()
+
+
+@pytest.fixture
+def run(broker_url, tmp_path):
+    """Run a program in a process of its own; answer the lines that it printed."""
+
+    def run_program(program: Path, *arguments: str) -> list[str]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RERANKQ_")}
+        done = subprocess.run(
+            [sys.executable, program, *arguments],
+            env=environment | {"RERANKQ_BROKER_URL": broker_url},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run_program
+
+
+def test_every_example_is_run_here():
+    tests = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in EXAMPLES.glob("*.py") if path.stem not in tests] == []
+
+
+def test_a_backend_awaits_the_rankings_of_several_queries(run):
+    lines = run(EXAMPLES / "awaiting_backend.py")
+    assert len(lines) == 3
+    assert not any("first-stage order" in line for line in lines)
+    for line in lines:
+        assert {"bread", "tides", "sun"} == set(line.split()[-3:])
+
+
+def test_own_weights_share_out_the_signal_that_a_chunk_lacks(run):
+    lines = run(EXAMPLES / "own_fusion.py")
+    assert [line.split()[0] for line in lines] == ["1", "2", "3"]
+    assert [line.endswith("lacks ['keyword']") for line in lines if " tides " in line] == [True]
+
+
+def test_each_job_of_a_file_becomes_a_line_of_another(run, tmp_path):
+    queries = [f"query {number}" for number in range(20)]
+    jobs = [json.dumps({"query": query, "chunks": ["Bread rises.", "The moon pulls."]}) for query in queries]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(jobs) + "\n")
+    assert run(EXAMPLES / "bulk_file.py", "jobs.jsonl", "rankings.jsonl") == []
+    rankings = [json.loads(line) for line in (tmp_path / "rankings.jsonl").read_text().splitlines()]
+    assert len({ranking["job_id"] for ranking in rankings}) == 20
+    assert all(len(ranking["chunks"]) == 2 for ranking in rankings)
+
+
+def test_a_web_service_takes_a_job_and_is_polled_for_its_ranking(broker_url, monkeypatch, wait_until):
+    testing = pytest.importorskip("fastapi.testclient", reason="fastapi is not installed")
+    monkeypatch.setenv("RERANKQ_BROKER_URL", broker_url)
+    spec = importlib.util.spec_from_file_location("polling_backend", EXAMPLES / "polling_backend.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with testing.TestClient(module.app) as web:
+        accepted = web.post("/jobs", json={"query": "why tides?", "chunks": ["Bread rises.", "The moon pulls."]})
+        assert accepted.status_code == 202
+        goal = accepted.json()["ranking"]
+        wait_until(lambda: web.get(goal).status_code == 200)
+        assert [chunk["rank"] for chunk in web.get(goal).json()["chunks"]] == [1, 2]
+
+        assert web.post("/jobs", json={"query": "why tides?", "chunks": []}).status_code == 422
+        unknown = web.get("/jobs/no-such-job")
+        assert (unknown.status_code, unknown.json()["error"]) == (404, "JobUnknown")
+        nobody = web.post("/jobs", json={"query": "why?", "chunks": ["a"], "model": "no/such-model"})
+        assert (nobody.status_code, nobody.json()["retryable"]) == (404, True)
+
+
+@pytest.mark.parametrize(("page", "printed"), [("README.md", ["1", "2"]), ("docs/python.md", ["10"])])
+def test_the_python_of_a_page_runs_as_one_program(run, tmp_path, page, printed):
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (REPOSITORY / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    lines = run(tmp_path / "page.py")
+    assert set(printed) <= {line.split()[0] for line in lines}, lines
