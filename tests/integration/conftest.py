@@ -1,14 +1,16 @@
 """Real workers on a real Redis, for tests of the whole way of a job."""
 
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -19,7 +21,46 @@ from rerankq.settings import Settings
 HERE = Path(__file__).parent
 
 # Programs, not tests: the search for doctests would import them, and importing one is starting a worker.
-collect_ignore = ["hanging.py", "killable.py", "poisonable.py", "renewed.py"]
+collect_ignore = ["forked_worker.py", "hanging.py", "killable.py", "poisonable.py", "renewed.py"]
+
+
+# A worker's libraries take more than a second to import, as much as the rest of most tests: it is forked from a process
+# that has imported them. None of these reads the settings when it is imported, as `rerankq_worker.tasks` does.
+LIBRARIES = [
+    "celery.bin.celery", "celery.worker.consumer", "celery.apps.worker", "celery.concurrency.thread",
+    "kombu.transport.redis", "rerankq.client", "rerankq.broker", "rerankq_worker.engine", "rerankq_worker.fusion",
+]  # fmt: skip
+_forking = multiprocessing.get_context("forkserver")
+_forking.set_forkserver_preload(LIBRARIES)
+
+
+class ForkedProcess:
+    """Runs a program in a forked process, and is asked of it as a ``subprocess.Popen`` is."""
+
+    def __init__(self, program: Path, given: dict[str, Any]) -> None:
+        run = {"init_globals": given, "run_name": "__main__"}
+        self._process = _forking.Process(target=runpy.run_path, args=(str(program),), kwargs=run, daemon=True)
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    poll = returncode.fget
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("forked process", timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 class RunningWorker:
@@ -31,21 +72,13 @@ class RunningWorker:
         # Ours before what the tests themselves were told: both run the same code.
         path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment |= {"RERANKQ_BROKER_URL": url, "RERANKQ_MODEL": "stub", "PYTHONPATH": path, **env}
-        self._command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{id(self)}@%h"]
-        self._command += ["-l", "DEBUG" if debug else "WARNING"]
-        self._environment = environment
+        self.environment = environment
+        self.arguments = ["-A", app, "worker", "-n", f"{id(self)}@%h", "-l", "DEBUG" if debug else "WARNING"]
         self.start()
 
     def start(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                cwd=tempfile.gettempdir(),
-            )
+        given = {"ARGUMENTS": self.arguments, "ENVIRONMENT": self.environment, "LOG": str(self.log)}
+        self.process = ForkedProcess(HERE / "forked_worker.py", given)
 
     def send(self, number: int) -> None:
         os.killpg(self.process.pid, number)

@@ -4,6 +4,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -123,8 +124,8 @@ def test_a_worker_whose_ledger_hangs_at_the_start_ends_at_once(
 def test_a_log_that_nobody_reads_does_not_keep_a_worker_alive(start_worker: Callable, wait_until: Callable):
     reader, writer = os.pipe()
     other = start_worker(**ENV)
-    command = [*other._command[:-1], "INFO"]
-    worker = subprocess.Popen(command, env=other._environment, stdout=writer, stderr=writer, cwd="/tmp")
+    command = [sys.executable, "-m", "celery", *other.arguments[:-1], "INFO"]
+    worker = subprocess.Popen(command, env=other.environment, stdout=writer, stderr=writer, cwd="/tmp")
     filling = threading.Thread(target=_fill, args=(writer,))
     try:
         said = b""
