@@ -7,6 +7,7 @@ TORCH_INDEX ?=
 SEED ?= 1
 JOBS ?= 2000
 MINUTES ?= 30
+EXAMPLES ?= 5000
 PROCESSES ?= 4
 MODULES ?=
 LOWEST := .venv-lowest
@@ -15,7 +16,7 @@ STAMP := $(VENV)/rerankq-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest lint format docs bench chaos differential soak mutate audit clean
+.PHONY: help install demo test test-lowest lint format docs bench chaos differential stateful soak mutate audit clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,12 +27,12 @@ demo: $(STAMP)  ## Rank a few queries with the bundled model, and show what move
 	$(BIN)/rerankq demo
 
 test: lint  ## Lint, check types, run every test, four files at a time (PROCESSES=4): most of it is waiting.
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Old libraries warn of what their successors dropped: here a warning is no error.
 test-lowest: $(LOWEST)/rerankq-installed  ## Run demo, command line and both packages' tests with the lowest versions allowed.
 	$(LOWEST)/bin/rerankq demo
-	$(LOWEST)/bin/python -m pytest --numprocesses $(PROCESSES) --dist loadfile -W default tests/producer tests/worker
+	$(LOWEST)/bin/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder -W default tests/producer tests/worker
 
 lint: $(STAMP)  ## Check style and types.
 	$(BIN)/ruff check .
@@ -54,6 +55,9 @@ chaos: $(STAMP)  ## Kill, hang and cut what runs 2000 jobs (SEED=1 JOBS=2000), a
 
 differential: $(STAMP)  ## Hold scores against sentence-transformers' predict, every family and runtime (MINUTES=30 SEED=1).
 	$(BIN)/python tests/worker/differential.py --minutes $(MINUTES) --seed $(SEED)
+
+stateful: $(STAMP)  ## Compare the ledger with its plain model over EXAMPLES=5000 sequences of calls; make test tries 100.
+	STATEFUL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/producer/test_ledger_twin.py
 
 soak: $(STAMP)  ## See whether memory, threads, connections and open files stay flat (MINUTES=30).
 	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)

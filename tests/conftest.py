@@ -38,6 +38,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 REDIS_VERSIONS = {"6.2": (6, 2), "7": (7, 0)}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with slow tests first: begun last, one of them would run alone at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def missing(what: str) -> None:
     """Skip on a laptop, fail in CI: there a missing service would silently test nothing."""
     if os.environ.get("CI") == "true":

@@ -18,6 +18,8 @@ import psutil
 import pytest
 import redis
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "rerankq.cli"]
 QUERIES = 40
 DEPTH = 5

@@ -18,6 +18,8 @@ from rerankq.cli.examine import examine
 from rerankq.settings import Settings
 from rerankq_worker.engine import load
 
+pytestmark = pytest.mark.slow
+
 
 def jobs(count: int, chunks: int = 12) -> list[RerankJob]:
     return [

@@ -19,6 +19,8 @@ from rerankq import Client, RerankJob
 from rerankq.broker import make_app
 from rerankq.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 DRAIN_S = 1
 # Such a worker has six seconds; what is longer is for a busy machine. Before there was a watchdog it took minutes.
 ENDS_S = 30

@@ -34,8 +34,8 @@ WORKERS = ("w1", "w2")
 IDS = tuple(f"j{number}" for number in range(6))
 # Seconds that no example lives to see; how they pass is told, not waited for.
 FAR, FARTHER = 1_000.0, 2_000.0
-#: Sequences of up to 50 steps; `make twin` goes on for longer.
-EXAMPLES = int(os.environ.get("TWIN_EXAMPLES", "100"))
+#: Sequences of up to 50 steps; `make stateful` goes on for longer.
+EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "100"))
 
 
 @dataclasses.dataclass
@@ -604,6 +604,21 @@ class BothLedgers(RuleBasedStateMachine):
             assert self.ask(calls.isolate(name, job.fence, owner)) == self.twin.isolate(name, job.fence, owner)
         self._die(owner)
 
+    @precondition(lambda self: any(job.state == "queued" for job in self.twin.jobs.values()))
+    @rule(data=st.data(), owner=owners)
+    def job_ends_every_worker_that_takes_it(self, data: st.DataObject, owner: str) -> None:
+        # By chance alone hardly a job would be dead, and what comes after that would not be tried.
+        queued = [name for name, job in self.twin.jobs.items() if job.state == "queued"]
+        name = data.draw(st.sampled_from(queued))
+        for _ in range(TERMS.max_attempts):
+            self._claim(name, owner)
+            job = self.twin.jobs[name]
+            if job.state != "running":
+                return
+            assert self.ask(calls.isolate(name, job.fence, owner)) == self.twin.isolate(name, job.fence, owner)
+            self._die(owner)
+            self.sweep(watched=True, held_by_broker={})
+
     def _die(self, owner: str) -> None:
         for name, job in self.twin.jobs.items():
             if job.state == "running" and job.owner == owner:
@@ -687,6 +702,7 @@ class BothLedgers(RuleBasedStateMachine):
                 assert job.queue in held.queues
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(max(900, 10 * EXAMPLES))  # 0.1 s of one core each, of which a busy machine gives little
 def test_the_ledger_and_its_twin_stay_equal_whatever_is_asked_in_any_order(redis_url_each_version: str):
     with at(redis_url_each_version) as real:

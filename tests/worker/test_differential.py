@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import QUERY, RECIPES, reading, write
 
+pytestmark = pytest.mark.slow
+
 #: Families that more than one runtime and precision is tried with.
 SEVERAL_WAYS = ("bert", "xlm-r", "qwen3 says")
 

@@ -19,6 +19,8 @@ from rerankq_worker import engine
 from rerankq_worker.engine import Batcher, ModelUnusable, PairFailed, cross_encoder, loading
 from rerankq_worker.engine.passes import OneLengthAtATime, WholeModel
 
+pytestmark = pytest.mark.slow
+
 QUERY = tiny_checkpoints.QUERY
 TEXTS = (*tiny_checkpoints.TEXTS, "", "a", "word " * 60)
 PATIENCE_S = 60
