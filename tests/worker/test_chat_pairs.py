@@ -142,6 +142,19 @@ def test_a_long_query_keeps_half_the_room_at_most_and_the_chunk_gets_the_rest(
     assert (pair.length, pair.truncated) == (max_length, True)
 
 
+@pytest.mark.parametrize("at", range(len(RENDERINGS)))
+@pytest.mark.parametrize("query", ["fever", "fever?", "\n", "?\n\n", "痛み", "which drug reduces fever and pain?"])
+def test_a_pair_in_a_tight_length_is_no_longer_than_that(qwen, joined, at, query):
+    # What stands round a query may take more tokens beside it than without it, where they run together.
+    render, chunk = RENDERINGS[at], TEXTS[1] * 3
+    frame, end = len(ids_of(qwen, render("", ""))), ids_of(qwen, render.after)
+    for length in range(frame + 2, frame + 12):
+        [short, long] = joined[at].pairs(query, ["a", chunk], max_length=length)
+        assert max(short.length, long.length) <= length
+        assert long.ids[-len(end) :].tolist() == end
+        assert long.truncated
+
+
 @pytest.mark.parametrize(("render", "opening"), list(zip(RENDERINGS, OPENINGS, strict=True)))
 def test_a_chunk_begins_at_the_last_place_before_it_where_tokens_never_run_together(qwen, render, opening):
     ours = ChatPairs(qwen, render, max_length=512)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rerankq_worker import engine
-from rerankq_worker.engine.calibration import BUDGETS, LEVEL, levelling_point, measure, seconds_per_token
+from rerankq_worker.engine.calibration import BUDGETS, LEVEL, PATIENCE_S, levelling_point, measure, seconds_per_token
 from rerankq_worker.engine.flights import Flights
 from rerankq_worker.engine.stub import StubEngine
 from rerankq_worker.engine.ticket import SharedPair
@@ -83,10 +83,59 @@ def test_a_budget_that_does_not_fit_into_memory_is_not_chosen_and_not_tried_agai
     assert device.tried.count(4096) == device.released == 1
 
 
-def test_budgets_beyond_what_is_known_to_fit_are_not_tried():
+@pytest.mark.parametrize("fails_at", [1024, 2048])
+def test_a_budget_that_no_longer_fits_takes_the_larger_ones_with_it(fails_at):
+    class Shared(Device):
+        def forward(self, batch):
+            # Others on the device take memory after the first round, in which every budget fitted.
+            if len(self.tried) == len(CPU):
+                self.holds = fails_at - 1
+            return super().forward(batch)
+
+    device = Shared(per_batch_s=1.0, per_token_s=1e-3)
+    assert max(device.measured()) == fails_at // 2
+    assert device.tried[len(CPU) :].count(fails_at) == device.released == 1
+
+
+@pytest.mark.parametrize(("fit", "largest"), [(1500, 1024), (1024, 1024), (1023, 512)])
+def test_budgets_beyond_what_is_known_to_fit_are_not_tried(fit, largest):
     device = Device(per_batch_s=1.0, per_token_s=1e-3)
-    assert set(device.measured(most_tokens=lambda batch: 1500)) == {512, 1024}
-    assert max(device.tried) == 1024
+    assert max(device.measured(most_tokens=lambda batch: fit)) == largest
+    assert max(device.tried) == largest
+
+
+def test_another_error_than_want_of_memory_is_raised_whenever_it_comes():
+    class Broken(Device):
+        def forward(self, batch):
+            if len(self.tried) == 2:
+                raise RuntimeError("device-side assert triggered")
+            return super().forward(batch)
+
+    with pytest.raises(RuntimeError, match="assert"):
+        Broken(per_batch_s=0.0, per_token_s=1e-3).measured()
+
+
+def test_a_batch_that_would_last_beyond_the_patience_is_not_begun():
+    device = Device(per_batch_s=0.0, per_token_s=1e-3)
+    device.measured(patience_s=3.0)
+    assert device.tried == [512, 1024], "2048 tokens more would end after 3.6 s"
+
+
+def test_a_loaded_engine_gets_the_levelling_point_of_the_budgets_that_its_device_holds(monkeypatch):
+    device = Device(per_batch_s=0.0, per_token_s=0.0)
+    device.device, device.most_tokens = "cpu", lambda batch: 1e6
+    asked = {}
+
+    def measured(of, budgets, **options):
+        asked.update(options, of=of, budgets=budgets)
+        return {512: 700.0, 1024: 960.0, 2048: 1000.0}
+
+    monkeypatch.setattr(engine, "_load_stub", lambda *_: device)
+    monkeypatch.setattr(engine, "measure", measured)
+    assert engine.load("stub", max_batch_tokens="measured").max_batch_tokens == 1024
+    assert asked == {
+        "of": device, "budgets": CPU, "patience_s": PATIENCE_S["cpu"], "most_tokens": device.most_tokens,
+    }  # fmt: skip
 
 
 def test_a_device_that_cannot_hold_the_smallest_batch_is_heard_of():

@@ -6,12 +6,14 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder.modules.logit_score import LogitScore
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -27,7 +29,9 @@ from transformers import (
 )
 
 from rerankq_worker import engine
-from rerankq_worker.engine import ModelUnusable
+from rerankq_worker.engine import ModelUnusable, cross_encoder, device, loading
+from rerankq_worker.engine.device import tokens_that_fit
+from rerankq_worker.engine.last_layer import TwoWords, compute_last_layer_in_float32
 from rerankq_worker.engine.passes import FlattenedPass
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -340,7 +344,8 @@ def test_the_fingerprint_follows_the_content_and_the_precision_and_nothing_else(
     for file in folders["bert"].iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     known = engines["bert"].fingerprint
-    assert load(str(copy), dtype="float32", threads=1, max_batch_tokens=99).fingerprint == known
+    moved = load(str(copy), dtype="float32", threads=1, max_batch_tokens=99)
+    assert (moved.fingerprint, moved.max_batch_tokens, torch.get_num_threads()) == (known, 99, 1)
     assert load(str(copy), dtype="bfloat16", threads=1).fingerprint != known
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-2] ^= 1
@@ -353,6 +358,79 @@ def test_an_engine_says_what_it_is(engines, folders):
     one = engines["modernbert"]
     assert (one.name, one.dtype, one.device) == (str(folders["modernbert"]), "float32", "cpu")
     assert one.max_batch_tokens == 2048
+    assert one.vocabulary == json.loads((folders["modernbert"] / "config.json").read_text())["vocab_size"]
+
+
+def test_limits_of_length_that_a_caller_gives_are_kept(engines):
+    [pair] = engines["bert"].tokenise("drug " * 30, ["fever " * 90], max_length=40, query_max_tokens=4)
+    assert (pair.length, pair.second_from, pair.truncated) == (40, 1 + 4 + 1, True)
+
+
+def test_the_memory_that_a_batch_takes_is_judged_by_its_tokens(engines, monkeypatch):
+    batch = engines["bert"].tokenise(QUERY, TEXTS)
+    monkeypatch.setattr(cross_encoder, "tokens_that_fit", lambda device, tokens, run: (device.type, tokens, len(run())))
+    assert engines["bert"].most_tokens(batch) == ("cpu", sum(pair.length for pair in batch), len(batch))
+
+
+def test_half_of_the_free_memory_is_for_a_batch_by_what_a_small_one_took_beyond_the_weights(monkeypatch):
+    runs = []
+    told = {
+        "reset_peak_memory_stats": None, "memory_allocated": 1_000, "max_memory_allocated": 5_000, "empty_cache": None,
+        "mem_get_info": (80_000, 10**6),
+    }  # fmt: skip
+    for name, answer in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    assert tokens_that_fit(torch.device("cuda"), 40, lambda: runs.append(1)) == 0.5 * 80_000 / 100
+    assert len(runs) == 2, "the first takes what libraries take once"
+    assert tokens_that_fit(torch.device("cpu"), 40, lambda: runs.append(1)) == np.inf
+
+
+def test_a_cpu_is_fast_in_bfloat16_where_it_has_the_instructions(monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(device, "multiplies_bfloat16", lambda has=has: has)
+        assert device.multiplies_bfloat16_faster(torch.device("cpu")) is has
+        assert device.multiplies_bfloat16_faster(torch.device("meta")) is False
+
+
+def test_the_hash_of_weights_follows_names_shapes_types_and_every_number():
+    def hashed(**weights):
+        return loading.hash_of_weights(SimpleNamespace(state_dict=lambda: weights))
+
+    first, second = torch.arange(6.0), torch.ones(2)
+    others = [
+        hashed(b=second, a=first), hashed(a=first, c=second), hashed(a=first.reshape(2, 3), b=second),
+        hashed(a=first.view(torch.int32), b=second), hashed(a=first + 1, b=second), hashed(a=first, b=second * 2),
+    ]  # fmt: skip
+    assert others[0] == hashed(a=first, b=second)
+    assert len(set(others)) == len(others)
+
+
+def test_a_model_that_states_no_length_is_asked_for_one():
+    wordless = SimpleNamespace(max_seq_length=10**30, named_modules=list)
+    with pytest.raises(ModelUnusable, match="no maximum length"):
+        loading.readable_length(wordless, None)
+    assert loading.readable_length(wordless, 700) == 700
+    table = ("embeddings.position_embeddings", torch.nn.Embedding(64, 2))
+    assert loading.readable_length(SimpleNamespace(max_seq_length=90, named_modules=lambda: [table]), None) == 64
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_rows_of_two_words_give_their_logits_in_float32(bias):
+    whole, words = torch.nn.Linear(8, 9, bias=bias), TwoWords(linear := torch.nn.Linear(8, 9, bias=bias), [7, 2])
+    whole.load_state_dict(linear.state_dict())
+    states = torch.randn(3, 8)
+    torch.testing.assert_close(words(states), whole(states)[:, [7, 2]])
+    assert TwoWords(whole.bfloat16(), [7, 2])(states.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("no", "left"), [(2, (0, 1)), (0, (0, 1)), (None, (0, None))])
+def test_a_decoder_that_is_asked_for_one_word_keeps_one_row(no, left):
+    kept, score = [], LogitScore(true_token_id=7, false_token_id=no)
+    layer = torch.nn.Linear(8, 9)
+    body = SimpleNamespace(get_output_embeddings=lambda: layer, set_output_embeddings=kept.append)
+    compute_last_layer_in_float32([SimpleNamespace(auto_model=body), score])
+    assert (score.true_token_id, score.false_token_id) == left
+    assert len(kept[0].weight) == (2 if no is not None else 1)
 
 
 @pytest.mark.parametrize(

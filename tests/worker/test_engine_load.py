@@ -11,7 +11,7 @@ import pytest
 from rerankq.cli import celery_worker
 from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable, checkpoint, cores
-from rerankq_worker.engine.errors import is_out_of_memory
+from rerankq_worker.engine.errors import in_one_line, is_out_of_memory
 
 FIND = "import sys; from rerankq_worker.engine import find_checkpoint; print(find_checkpoint(sys.argv[1]))"
 
@@ -114,6 +114,39 @@ def test_the_fingerprint_ignores_what_is_not_read(tmp_path):
     assert fingerprint(folder) == first
 
 
+def test_the_fingerprint_changes_with_a_files_name_and_a_chat_template(tmp_path):
+    written = [write_checkpoint(tmp_path / name, **{f"{name}__json": "{}"}) for name in ("added", "vocab")]
+    templated = write_checkpoint(tmp_path / "t", added__json="{}", chat_template__jinja="{{ messages }}")
+    assert len({fingerprint(folder) for folder in (*written, templated)}) == 3
+
+
+def test_a_file_that_is_overwritten_in_its_place_is_seen(tmp_path):
+    folder = write_checkpoint(tmp_path)
+    before, weights = checkpoint.files_of(folder), folder / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    os.utime(weights, ns=(1, 1))
+    assert checkpoint.files_of(folder) != before
+
+
+def test_pickled_weights_beside_those_in_safetensors_do_not_matter(tmp_path):
+    folder = write_checkpoint(tmp_path)
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    assert checkpoint.find_checkpoint(str(folder)) == folder
+
+
+def test_of_a_model_on_the_hub_no_exports_and_no_pickled_weights_are_fetched(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.update(options, name=name) or tmp_path
+    )
+    write_checkpoint(tmp_path)
+    assert checkpoint.find_checkpoint("acme/tiny") == tmp_path
+    assert asked["name"] == "acme/tiny"
+    assert {"onnx/*", "openvino/*"} <= set(asked["ignore_patterns"])
+    assert not [pattern for pattern in asked["allow_patterns"] if pattern.endswith(("bin", "pt", "pkl", "*"))]
+
+
 def test_what_is_written_or_replaced_is_seen(tmp_path):
     folder = write_checkpoint(tmp_path, tokenizer__json="{}")
     before = checkpoint.files_of(folder)
@@ -140,10 +173,30 @@ def test_the_batch_budget_may_come_as_text():
 def test_a_maximum_length_that_holds_nothing_is_refused():
     with pytest.raises(ValueError, match="max_length"):
         engine.load("stub", max_length=0)
+    assert engine.load("stub", max_length=1).max_length == 1
+
+
+def test_no_threads_are_refused():
+    with pytest.raises(ValueError, match="threads"):
+        engine.load("stub", threads=0)
 
 
 def test_the_cores_counted_are_there():
     assert 1 <= engine.available_cores() <= os.cpu_count()
+
+
+def test_the_cores_counted_are_the_fewer_of_affinity_and_quota(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    found = {}
+    for quota in ("200000 100000", "6400000 100000", "max 100000"):
+        monkeypatch.setattr(cores, "_read", lambda _, quota=quota: quota)
+        found[quota] = cores.available_cores()
+    assert found == {"200000 100000": 2, "6400000 100000": 6, "max 100000": 6}
+
+
+@pytest.mark.parametrize("flag", ["amx_bf16", "amx_fp16", "amx_int8", "avx512_bf16", "avx512_fp16", "avx_vnni"])
+def test_instructions_that_round_in_their_own_way_are_named(flag):
+    assert cores.short_number_instructions(f"model name: x\nflags: fpu {flag} avx2") == flag
 
 
 @pytest.mark.parametrize(
@@ -169,6 +222,28 @@ def test_torchs_own_memory_error_is_recognised_without_importing_torch():
     assert is_out_of_memory(kind("anything"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUDA Out Of Memory. Tried to allocate 2 GiB",
+        "Cannot allocate memory",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
+        "Failed to allocate 4096 bytes",
+    ],
+)
+def test_want_of_memory_is_recognised_in_every_librarys_words(words):
+    assert is_out_of_memory(RuntimeError(words))
+
+
+def test_a_foreign_error_is_repeated_in_one_line_and_not_at_any_length():
+    said = in_one_line(ValueError("line one\n" + "x" * 10_000))
+    assert said.startswith("line one xxx")
+    assert said.endswith("…")
+    assert len(said) <= 301
+    assert in_one_line(ValueError("y" * 300)) == "y" * 300
 
 
 def test_all_errors_are_engine_errors():

@@ -2,20 +2,22 @@
 
 import contextlib
 import gzip
+import importlib
 import json
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rerankq_worker import engine
-from rerankq_worker.engine import ModelUnusable, ways
+from rerankq_worker.engine import ModelUnusable, openvino_pass, ways
 from rerankq_worker.engine.cores import multiplies_bfloat16
-from rerankq_worker.engine.openvino_pass import OpenVinoPass
+from rerankq_worker.engine.openvino_pass import OpenVinoPass, quantise_weights
 
 SCIFACT = Path(__file__).resolve().parents[3] / "shared" / "data" / "scifact"
 QUERY = "which drug reduces fever in adults?"
@@ -80,6 +82,7 @@ def test_scores_of_float32_are_shared_between_runtimes_and_of_less_are_not(engin
     other = engines["bfloat16"] if multiplies_bfloat16() else engines["float32"]
     assert engines["bfloat16"].fingerprint == other.fingerprint
     assert len({one.fingerprint for one in (*reduced, torch_engine)}) == 3
+    assert engines["bfloat16"].fingerprint != reduced[0].fingerprint
 
 
 def test_it_says_what_it_is_and_what_it_computes_in(engines):
@@ -128,6 +131,51 @@ def test_no_thread_is_bound_to_a_core_that_every_worker_of_a_machine_would_take(
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 cores.add(frozenset(os.sched_getaffinity(int(thread.name))))
     assert cores == {frozenset(os.sched_getaffinity(0))}
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_weights_in_int8_have_a_scale_for_each_output(transposed):
+    openvino, ops = openvino_pass._openvino(), importlib.import_module("openvino.opset13")
+    dice = np.random.default_rng(0)
+    # Outputs of very different size, and one of zeros.
+    weights = (dice.normal(size=(4, 64)) * [[1e-3], [1.0], [1e3], [0.0]]).astype(np.float32)
+    states = dice.normal(size=(2, 64)).astype(np.float32)
+    given = ops.parameter([2, 64], np.float32)
+    constant = ops.constant(weights if transposed else np.ascontiguousarray(weights.T))
+    graph = openvino.Model([ops.matmul(given, constant, False, transposed)], [given])
+    quantise_weights(graph)
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    logits = openvino.Core().compile_model(graph, "CPU", exact)([states])[0]
+    expected = states @ weights.T
+    np.testing.assert_allclose(logits / [1e-3, 1, 1e3, 1], expected / [1e-3, 1, 1e3, 1], rtol=0, atol=0.3)
+    assert not logits[:, 3].any()
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "computed"),
+    [("bfloat16", "f32", "float32"), ("bfloat16", "bf16", "bfloat16"), ("int8", "f32", "int8")],
+)
+def test_the_precision_that_the_cpu_computes_in_is_told(asked, given, computed):
+    compiled = SimpleNamespace(get_property=lambda _: SimpleNamespace(to_string=lambda: given))
+    assert openvino_pass._computed_in(compiled, asked) == computed
+
+
+def test_states_that_were_not_written_or_are_of_another_batch_are_no_logits(monkeypatch):
+    states = np.ones((2, 3), np.float32)
+    request = SimpleNamespace(infer=lambda *_, **__: [states])
+    run = OpenVinoPass.__new__(OpenVinoPass)
+    run._request, run._inputs = request, None
+    run._across = SimpleNamespace(head=lambda given: given.sum(1))
+    monkeypatch.setattr(openvino_pass, "padded", lambda *_: {})
+    assert run([None] * 2).tolist() == [3, 3]
+    with pytest.raises(MemoryError):
+        run([None] * 2)  # nothing was written since
+    states[:] = 1
+    with pytest.raises(MemoryError):
+        run([None] * 3)
+    states[0] = 1
+    with pytest.raises(MemoryError):
+        run([None] * 2)  # one row of two
 
 
 def test_it_reports_its_use_to_nobody():

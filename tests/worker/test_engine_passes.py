@@ -1,6 +1,7 @@
 """Every way through a model gives the logit that the pair gets alone, from the model's own forward pass."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +11,13 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rerankq_worker.engine import probing
 from rerankq_worker.engine.attention import runs_of
 from rerankq_worker.engine.first_token import FirstTokenLayer, shorten
 from rerankq_worker.engine.forms import form_of
 from rerankq_worker.engine.openvino_pass import OpenVinoPass
 from rerankq_worker.engine.passes import FlattenedPass, Inputs, PaddedPass
+from rerankq_worker.engine.probing import Probe
 from rerankq_worker.engine.protocol import TokenisedPair
 
 WORDS = 200
@@ -47,6 +50,7 @@ class Family(NamedTuple):
 FAMILIES = {
     "bert": Family("BertForSequenceClassification", {"pad_token_id": 0}, types=True),
     "bert without segments": Family("BertForSequenceClassification", {"pad_token_id": 0}),
+    "bert, looking back": Family("BertForSequenceClassification", {"pad_token_id": 0, "is_decoder": True}),
     "roberta": Family("RobertaForSequenceClassification", {"pad_token_id": 1}, pad=1),
     "xlm-r": Family("XLMRobertaForSequenceClassification", {"pad_token_id": 1}, pad=1),
     "camembert": Family("CamembertForSequenceClassification", {"pad_token_id": 1}, pad=1),
@@ -60,8 +64,13 @@ FAMILIES = {
     ),
     "llama": Family("LlamaForSequenceClassification", SHARED_KEYS),
     "qwen2": Family("Qwen2ForSequenceClassification", SHARED_KEYS),
+    "qwen2, sliding": Family(
+        "Qwen2ForSequenceClassification",
+        {**SHARED_KEYS, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
     "qwen3": Family("Qwen3ForSequenceClassification", SHARED_KEYS),
     "qwen3, yes or no": Family("Qwen3ForCausalLM", SHARED_KEYS, yes_or_no=(YES, NO)),
+    "qwen3, yes or the first token": Family("Qwen3ForCausalLM", SHARED_KEYS, yes_or_no=(YES, 0)),
     "qwen3, yes alone": Family("Qwen3ForCausalLM", SHARED_KEYS, yes_or_no=(YES, None)),
 }
 
@@ -127,7 +136,8 @@ def compiled(model: Any, form: Any, inputs: Inputs) -> OpenVinoPass:
     return OpenVinoPass(PaddedPass(model, form, inputs), inputs, dtype="float32", threads=1)
 
 
-LENGTHS = [[17, 90, 90, 64, 33, 2, 110], [9], [40, 40, 40], [2, 2], [100, 3]]
+# Windows of attention hold their tokens exactly, one less and one more among others.
+LENGTHS = [[17, 90, 90, 64, 33, 2, 110], [9, 8, 10, 16, 15], [40, 40, 40], [2, 2], [100, 3]]
 
 
 @pytest.mark.parametrize(
@@ -181,12 +191,38 @@ def test_the_last_layer_of_bert_like_models_computes_the_first_token_alone(name,
     assert any(isinstance(layer, FirstTokenLayer) for layer in backbone.modules()) is reduced
 
 
+def test_the_last_layer_of_a_decoder_stays_whole():
+    # Its first token attends to itself alone, which the shortened layer would not know without padding.
+    assert shorten(model_of(FAMILIES["bert, looking back"]).bert) is False
+
+
 def test_a_padding_with_the_vocabularys_last_id_is_compiled_too():
     model, inputs = model_of(FAMILIES["qwen3"]), Inputs(CPU, pad=WORDS - 1, with_types=False)
     batch = pairs_of([9, 30])
     logits = compiled(model, form_of(model), inputs)(batch)
     expected = [alone(FAMILIES["qwen3"], model_of(FAMILIES["qwen3"]), pair) for pair in batch]
     np.testing.assert_allclose(logits.detach(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_way_that_gives_no_finite_logit_in_one_batch_alone_is_not_taken():
+    pairs = tuple(pairs_of([5, 9, 12, 30, 70]))
+    probe = Probe(pairs, np.zeros(len(pairs)), 1e-4)
+    assert probe.disagreement(lambda batch: torch.zeros(len(batch))) == ""
+    for sick in pairs:
+        holds = [torch.nan if pair is sick else 0.0 for pair in pairs]
+        logit = dict(zip(map(id, pairs), holds, strict=True))
+        assert probe.disagreement(lambda batch, logit=logit: torch.tensor([logit[id(pair)] for pair in batch]))
+
+
+@pytest.mark.parametrize(("window", "longest"), [(None, 160), (64, 160), (256, 321), (4096, 160)])
+def test_pairs_that_ways_are_tried_with_are_longer_than_a_window_that_is_not_too_large(window, longest):
+    config = SimpleNamespace(sliding_window=window)
+    model = [SimpleNamespace(auto_model=SimpleNamespace(config=config))]
+    assert probing._longest(model, 8192) == longest
+    assert probing._longest(model, 100) == 100
+    made = probing._made_up(pairs_of([30, 40]), Inputs(CPU, pad=3, with_types=False), longest)
+    assert max(pair.length for pair in made) == longest
+    assert any(3 in pair.ids for pair in made), "the padding's own id may stand in a text"
 
 
 def test_a_family_that_is_not_known_has_no_form():

@@ -86,6 +86,14 @@ def test_a_cost_that_is_none_is_refused(model):
         engine.load(model)
 
 
+def test_batches_of_what_is_scored_at_once_cost_no_more_than_the_budget():
+    slept = []
+    stub = StubEngine(seconds_per_token=1, max_batch_tokens=24, sleep=slept.append)
+    stub.score([("a query", "word " * words) for words in (1, 5, 3, 1, 19)])
+    assert max(slept) == 24, "the pair of 24 tokens fits, alone"
+    assert sum(slept) >= 24 + 6 + 10 + 8 + 6
+
+
 @given(st.lists(st.tuples(st.text(max_size=20), st.text(max_size=40)), max_size=20))
 def test_scores_depend_on_query_and_chunk_alone(pairs):
     stub = StubEngine(seconds_per_token=0, max_batch_tokens=50)
@@ -119,6 +127,10 @@ def test_scores_are_the_same_in_every_process():
         (57, 5, 38, True),
         (31, 31, 64, True),
         (500, 500, 64, True),
+        (61, 0, 64, False),
+        (62, 0, 33, True),
+        (0, 61, 64, False),
+        (0, 62, 64, True),
         (0, 0, 3, False),
     ],
 )

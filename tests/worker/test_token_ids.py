@@ -4,7 +4,7 @@ import os
 import threading
 import tracemalloc
 
-from rerankq_worker.engine.token_ids import FirstIds, KnownIds
+from rerankq_worker.engine.token_ids import FirstIds, KnownIds, text_hash
 
 
 def entries(names, size=100):
@@ -19,6 +19,10 @@ def bytes_of_one(size=100):
     known = KnownIds(1 << 30)
     known.keep(entries("a", size))
     return known.held_bytes
+
+
+def test_texts_with_lone_surrogates_have_hashes_of_their_own():
+    assert len({text_hash(text) for text in ("\ud800", "\ud801", "?", "\ufffd", "")}) == 5
 
 
 def test_the_least_recently_used_go_first():
