@@ -142,14 +142,17 @@ def test_a_long_query_keeps_half_the_room_at_most_and_the_chunk_gets_the_rest(
     assert (pair.length, pair.truncated) == (max_length, True)
 
 
-@pytest.mark.parametrize("at", range(len(RENDERINGS)))
-@pytest.mark.parametrize("query", ["fever", "fever?", "\n", "?\n\n", "痛み", "which drug reduces fever and pain?"])
-def test_a_pair_in_a_tight_length_is_no_longer_than_that(qwen, joined, at, query):
-    # What stands round a query may take more tokens beside it than without it, where they run together.
-    render, chunk = RENDERINGS[at], TEXTS[1] * 3
+#: One word where nothing stands between, which tokens of a query part into more.
+PARTED = Rendering("<|im_start|> requir", "ements<|im_end|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize("render", [QWEN3, PARTED])
+@pytest.mark.parametrize("query", ["x", "\n", "?\n\n", "痛み", "which drug reduces fever and pain?"])
+def test_a_pair_in_a_tight_length_is_no_longer_than_that(qwen, render, query):
+    ours, chunk = ChatPairs(qwen, render, max_length=128), TEXTS[1] * 3
     frame, end = len(ids_of(qwen, render("", ""))), ids_of(qwen, render.after)
-    for length in range(frame + 2, frame + 12):
-        [short, long] = joined[at].pairs(query, ["a", chunk], max_length=length)
+    for length in range(frame + 2, frame + 9):
+        [short, long] = ours.pairs(query, ["a", chunk], max_length=length)
         assert max(short.length, long.length) <= length
         assert long.ids[-len(end) :].tolist() == end
         assert long.truncated
