@@ -3,12 +3,13 @@
 import pytest
 
 from rerankq_worker.engine import EngineError
-from rerankq_worker.engine.runtimes import DTYPES, RUNTIMES, Choice, Facts, choose
+from rerankq_worker.engine.runtimes import DTYPES, RUNTIMES, Choice, Facts, choose, precision_of
 
 FULL = Facts("cpu", fast_bfloat16=True, openvino=True)
 OLD = Facts("cpu", fast_bfloat16=False, openvino=True)
 BARE = Facts("cpu", fast_bfloat16=True, openvino=False)
 GPU = Facts("cuda", fast_bfloat16=True, openvino=True)
+APPLE = Facts("mps", fast_bfloat16=False, openvino=True)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,7 @@ GPU = Facts("cuda", fast_bfloat16=True, openvino=True)
         (OLD, ("auto", "auto"), ("openvino", "float32")),
         (BARE, ("auto", "auto"), ("torch", "bfloat16")),
         (GPU, ("auto", "auto"), ("torch", "bfloat16")),
+        (APPLE, ("auto", "auto"), ("torch", "float32")),
         (GPU, ("auto", "float16"), ("torch", "float16")),
         (FULL, ("auto", "float16"), ("torch", "float16")),
         (FULL, ("auto", "int8"), ("openvino", "int8")),
@@ -30,7 +32,13 @@ def test_the_fastest_that_is_there_is_chosen_unless_another_is_asked_for(facts, 
     assert choose(*asked, facts) == Choice(*chosen)
 
 
-@pytest.mark.parametrize("facts", [FULL, OLD, BARE, GPU])
+def test_scores_of_one_gpu_are_shared_whatever_the_cpu_beside_it():
+    reduced = Choice("torch", "bfloat16")
+    assert precision_of(reduced, "cuda", "amx_bf16") == precision_of(reduced, "cuda", "")
+    assert precision_of(reduced, "cpu", "amx_bf16") != precision_of(reduced, "cpu", "")
+
+
+@pytest.mark.parametrize("facts", [FULL, OLD, BARE, GPU, APPLE])
 @pytest.mark.parametrize("runtime", ["auto", *RUNTIMES])
 @pytest.mark.parametrize("dtype", ["auto", *DTYPES])
 def test_a_choice_is_what_was_asked_for_and_possible_or_an_error(facts, runtime, dtype):
