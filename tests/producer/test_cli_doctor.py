@@ -134,6 +134,10 @@ def test_each_broken_promise_is_wrong_and_nothing_else_is(facts, said):
             replace(WELL, default="n", chosen=True),
             "RERANKQ_MODEL: n here, and not heeded: jobs that name no model go to m",
         ),
+        (
+            replace(WELL, default="n", chosen=True, workers=[WORKER, replace(ELSEWHERE, model="n")]),
+            "RERANKQ_MODEL: n here, and not heeded: jobs that name no model go to m",
+        ),
     ],
 )
 def test_what_is_worth_knowing_is_a_note_and_not_wrong(facts, said):

@@ -305,3 +305,12 @@ def test_a_file_that_is_replaced_keeps_its_owner(decide, tmp_path):
     write(decide("out.trec"))
     found = (tmp_path / "out.trec").stat()
     assert (found.st_uid, found.st_gid) == (12345, 23456)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives folders away")
+def test_a_private_folder_of_somebody_else_is_refused(decide, tmp_path, monkeypatch):
+    monkeypatch.setattr(output.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"rerankq-{os.getuid()}").mkdir()
+    os.chown(tmp_path / f"rerankq-{os.getuid()}", 12345, 23456)
+    with pytest.raises(InputFault, match="is not our own folder"):
+        decide("/dev/null").journal("some-work")

@@ -312,3 +312,23 @@ def test_a_server_of_another_name_is_found_behind_redis_itself(tmp_path, monkeyp
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert list(embedded.binaries())[:2] == [tmp_path / "redis-server", tmp_path / "valkey-server"]
+
+
+def test_a_server_whose_start_is_interrupted_is_gone(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def start(*given, **options):
+        started.append(popen(*given, **options))
+        return started[-1]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded.subprocess, "Popen", start)
+    monkeypatch.setattr(embedded, "_answers", interrupt)
+    server = EmbeddedRedis()
+    with pytest.raises(KeyboardInterrupt):
+        server.start()
+    assert not server.alive
+    assert started[-1].returncode is not None

@@ -8,9 +8,7 @@ import pytest
 from rerankq import lifeline
 from rerankq.cli import leash
 
-STUBBORN = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
-)
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 
 
 def hold(*command: str, grace_s: float = 5, folder: str = "") -> subprocess.Popen:
