@@ -29,7 +29,7 @@ from gear.texts import DATA, need, questions
 from gear.workers import POISONABLE, deployment, python_path, until
 
 from rerankq import Client, JobDead, Ranking, RerankJob
-from rerankq.cli.stack import Part
+from rerankq.local.processes import SupervisedProcess
 
 POISON = RerankJob(id="poison", query="what kills?", chunks=["poison", "harmless"], fusion="model")
 # Shares of the jobs that have ended when something happens to a worker.
@@ -49,7 +49,7 @@ class Trace(NamedTuple):
 class Scene:
     """The workers, what the ledger says of the jobs, and the endings that a producer hears."""
 
-    def __init__(self, client: Client, parts: list[Part], ids: list[str]) -> None:
+    def __init__(self, client: Client, parts: list[SupervisedProcess], ids: list[str]) -> None:
         self.client = client
         self.parts = parts
         self.ids = ids
@@ -71,7 +71,7 @@ class Scene:
     def held_by(self, worker: str) -> list[str]:
         return [one for one, trace in self.traces().items() if trace.state == "running" and worker in trace.owner]
 
-    def is_up(self, part: Part) -> bool:
+    def is_up(self, part: SupervisedProcess) -> bool:
         """Whether a worker has loaded its model and said so."""
         name = name_of(part)
         return bool(name) and any(name in worker.id for worker in self.client.workers())
@@ -98,7 +98,7 @@ class Scene:
             self.endings[one] = ending
 
 
-def name_of(part: Part) -> str:
+def name_of(part: SupervisedProcess) -> str:
     """Tell the part of a worker's name that only it has: its process, the child of the one that watches over it.
 
     Empty while the worker is down.
@@ -107,13 +107,13 @@ def name_of(part: Part) -> str:
     return f":{children[0].pid}:" if children else ""
 
 
-def send(part: Part, number: int) -> None:
+def send(part: SupervisedProcess, number: int) -> None:
     if part.pid is None:
         raise RuntimeError(f"{part.name} is down")
     os.killpg(part.pid, number)
 
 
-def kill_one(scene: Scene, part: Part) -> dict[str, Any]:
+def kill_one(scene: Scene, part: SupervisedProcess) -> dict[str, Any]:
     """SIGKILL in the middle of its jobs, and start again."""
     worker = name_of(part)
     scene.amid_the_work(lambda: len(scene.held_by(worker)) > 1)
@@ -136,7 +136,7 @@ def kill_one(scene: Scene, part: Part) -> dict[str, Any]:
     }
 
 
-def pause_one(scene: Scene, part: Part) -> dict[str, Any]:
+def pause_one(scene: Scene, part: SupervisedProcess) -> dict[str, Any]:
     """SIGSTOP past its leases, until somebody else has claimed one of its jobs, then continue."""
     scene.amid_the_work(lambda: all(scene.is_up(one) for one in scene.parts))
     worker = name_of(part)

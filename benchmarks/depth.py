@@ -24,12 +24,14 @@ from gear.plot import curves
 from gear.report import keep, machine, show
 from gear.workers import forget_settings, kept_running, until, worker_part
 
-from rerankq.cli.stack import settings_for
-from rerankq.client import enter, terms_of
+from rerankq.client.routing import Route
+from rerankq.client.submission import prepare
 from rerankq.contract import ModelName, RankedChunk, Ranking, RerankJob
-from rerankq.embedded import EmbeddedRedis
-from rerankq.ledger import Call, Claim, Entry, Ledger, calls, connect
-from rerankq.placing import Place
+from rerankq.ledger import Call, Claim, NewJob, calls, connect
+from rerankq.ledger.limits import LedgerLimits
+from rerankq.ledger.runner import Ledger
+from rerankq.local.embedded import EmbeddedRedis
+from rerankq.local.stack import settings_for
 from rerankq.settings import Settings
 
 AT_ONCE = 100
@@ -49,13 +51,13 @@ class Backlog:
 
     def __init__(self, settings: Settings) -> None:
         # No room for bells: as for every job that joins a backlog, and none is out that nobody hears.
-        self.terms = terms_of(settings)._replace(ring_window=0)
+        self.limits = LedgerLimits.of(settings)._replace(doorbell_window=0)
         self.ledger = Ledger(connect(settings.ledger))
         self.redis = self.ledger.redis
-        self._entry = enter(JOB, Place(MODEL, "", ""), settings)
+        self._entry = prepare(JOB, Route(MODEL, "", ""), settings)
         self._numbers = count()
 
-    def entries(self, jobs: int) -> list[Entry]:
+    def entries(self, jobs: int) -> list[NewJob]:
         return [self._entry._replace(id=f"job-{next(self._numbers)}") for _ in range(jobs)]
 
     def ask(self, wanted: Iterable[Call[Answer]]) -> list[Answer]:
@@ -72,7 +74,7 @@ class Backlog:
         return int(self.redis.hget("rerankq:backlog", "*") or 0)
 
     def fill(self, depth: int) -> None:
-        self.ask(calls.submit(entry, self.terms) for entry in self.entries(depth - self.waiting()))
+        self.ask(calls.submit(new_job, self.limits) for new_job in self.entries(depth - self.waiting()))
 
     def cpu_s(self) -> float:
         used = self.redis.info("cpu")
@@ -101,33 +103,35 @@ def ranking_of(job_id: str) -> Ranking:
     return Ranking(job_id=job_id, model=ModelName(name=MODEL, fingerprint="f"), chunks=[chunk])
 
 
-def rung(backlog: Backlog, jobs: int) -> list[str]:
+def sent(backlog: Backlog, jobs: int) -> list[str]:
     """Take jobs off the backlog as sweepers do: a window at a time, oldest first."""
     ids: list[str] = []
     while len(ids) < jobs:
         most = min(256, jobs - len(ids))
-        bells = backlog.ledger.ask(calls.ring_on(QUEUES, backlog.terms._replace(ring_window=10**9), most=most))
-        if not bells:
+        doorbells = backlog.ledger.ask(
+            calls.refill_window(QUEUES, backlog.limits._replace(doorbell_window=10**9), most=most)
+        )
+        if not doorbells:
             raise RuntimeError(f"the backlog gave {len(ids)} jobs, not {jobs}")
-        ids += [bell.id for bell in bells]
+        ids += [doorbell.id for doorbell in doorbells]
     return ids
 
 
 def probe(backlog: Backlog, probes: int) -> dict[str, dict[str, float]]:
     """Put so many jobs through all that happens to a job; microseconds per job and step, by both clocks."""
-    terms, ask = backlog.terms, backlog.ask
+    limits, ask = backlog.limits, backlog.ask
     steps: dict[str, dict[str, float]] = {}
     entries = backlog.entries(probes)
-    _, steps["submit"] = timed(backlog, lambda: ask(calls.submit(entry, terms) for entry in entries))
-    ids, steps["ring on"] = timed(backlog, lambda: rung(backlog, probes))
-    claims, steps["claim"] = timed(backlog, lambda: ask(calls.claim(one, "bench", terms) for one in ids))
+    _, steps["submit"] = timed(backlog, lambda: ask(calls.submit(new_job, limits) for new_job in entries))
+    ids, steps["ring on"] = timed(backlog, lambda: sent(backlog, probes))
+    claims, steps["claim"] = timed(backlog, lambda: ask(calls.claim(one, "bench", limits) for one in ids))
     held = [claim for claim in claims if isinstance(claim, Claim)]
     if len(held) != len(ids):
         raise RuntimeError(f"{len(ids) - len(held)} jobs of the backlog could not be claimed")
-    ends = [calls.complete(one.id, one.fence, ranking_of(one.id), terms) for one in held]
+    ends = [calls.complete(one.id, one.fence, ranking_of(one.id), limits) for one in held]
     _, steps["complete"] = timed(backlog, lambda: ask(ends))
-    _, steps["forget"] = timed(backlog, lambda: ask(calls.forget(one.id, terms) for one in held))
-    sweep = calls.sweep("bench", terms)
+    _, steps["forget"] = timed(backlog, lambda: ask(calls.forget(one.id, limits) for one in held))
+    sweep = calls.sweep("bench", limits)
     _, steps[SWEEP] = timed(backlog, lambda: [backlog.ledger.ask(sweep) for _ in range(SWEEPS)])
     return steps
 

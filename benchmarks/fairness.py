@@ -27,9 +27,9 @@ import numpy as np
 from gear.plot import bars
 from gear.report import keep, machine, show, verdict
 
-from rerankq_worker.batching import cost, fill_of
 from rerankq_worker.engine import AsynchronousStubEngine, Batcher, StubEngine, Ticket, TokenisedPair
-from rerankq_worker.engine.waiting import WaitingPairs, Window
+from rerankq_worker.engine.scheduling.batching import cost, fill_of
+from rerankq_worker.engine.scheduling.waiting_pairs import WaitingPairs, Window
 
 BUDGET = 2048
 # Seconds a token: 25 pairs of 327 tokens a second, times four to be done sooner.

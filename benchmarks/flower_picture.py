@@ -25,9 +25,10 @@ from gear.texts import DATA, Question, need, questions
 from gear.workers import POISONABLE, deployment, kept_running, python_path
 
 from rerankq import Client, RerankJob
-from rerankq.cli import celery_worker
-from rerankq.cli.stack import FLOWER_ENVIRONMENT, Part, flower_command, flower_is_installed
-from rerankq.embedded import free_port
+from rerankq.local import worker_command as celery_worker
+from rerankq.local.embedded import free_port
+from rerankq.local.processes import SupervisedProcess
+from rerankq.local.stack import FLOWER_ENVIRONMENT, flower_command, flower_is_installed
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE_S = 300
@@ -71,7 +72,7 @@ def busy_flower(asked: list[Question]) -> Iterator[str]:
     port = free_port(5555)
     with deployment(app="poisonable", PYTHONPATH=python_path(POISONABLE)) as (client, _):
         environment = {**celery_worker.environment(client.settings), **FLOWER_ENVIRONMENT}
-        with kept_running(Part("Flower", flower_command(port), environment, quiet=True)):
+        with kept_running(SupervisedProcess("Flower", flower_command(port), environment, quiet=True)):
             # Flower knows only what happened while it was there.
             wait_for_flower(port)
             rank_all_sorts(client, asked)

@@ -51,7 +51,7 @@ def missing(device: str) -> str | None:
 
 def measure_shape(name: str, args: argparse.Namespace, ceiling: float, ends: float) -> dict[str, Any]:
     """Measure all ways on one shape, in the time that is left to it."""
-    from gear.engine_ways import FLATTENED, PADDED, PREDICT, Ways, best_budget, timed  # noqa: PLC0415 - see main
+    from gear.engine_ways import PADDED, PREDICT, UNPADDED, Ways, best_budget, timed  # noqa: PLC0415 - see main
     from gear.random_models import model_of, pairs_of, real_lengths  # noqa: PLC0415
 
     ways = Ways(model_of(name, args.device, tiny=args.tiny), args.device)
@@ -60,14 +60,14 @@ def measure_shape(name: str, args: argparse.Namespace, ceiling: float, ends: flo
     even = pairs_of([args.longest] * (args.pairs // 2), vocabulary, with_types=ways.with_types)
     # Two ways over each budget, predict, and the even pairs; each scores its pairs once before it is timed.
     each = max(0.2, min(args.seconds, (ends - time.monotonic()) / (2 * len(args.budgets) + 2) / 2))
-    answers = {way: best_budget(ways, way, real, args.budgets, seconds=each) for way in (FLATTENED, PADDED)}
+    answers = {way: best_budget(ways, way, real, args.budgets, seconds=each) for way in (UNPADDED, PADDED)}
     answers[PREDICT] = timed(ways, PREDICT, real, 0, seconds=each)
-    answers[EVEN] = timed(ways, FLATTENED, even, answers[FLATTENED]["budget"], seconds=each)
+    answers[EVEN] = timed(ways, UNPADDED, even, answers[UNPADDED]["budget"], seconds=each)
     logits = {way: answer.pop("logits") for way, answer in answers.items()}
     for answer in answers.values():
         pace = answer.pop("operations_per_second")
         answer |= {"tflops": round(pace / 1e12, 4), "share_of_ceiling": round(pace / ceiling, 3)}
-    flattened = answers[FLATTENED]["pairs_per_second"]
+    flattened = answers[UNPADDED]["pairs_per_second"]
     known = logits[PREDICT]
     return {
         "parameters_millions": round(sum(one.numel() for one in ways.model.parameters()) / 1e6, 1),
@@ -78,7 +78,7 @@ def measure_shape(name: str, args: argparse.Namespace, ceiling: float, ends: flo
         "logits_from_least_to_greatest": round(max(known) - min(known), 3),
         "greatest_distance_of_logits_from_predict": {
             way: round(max(abs(one - other) for one, other in zip(logits[way], known, strict=True)), 4)
-            for way in (FLATTENED, PADDED)
+            for way in (UNPADDED, PADDED)
         },
     }
 

@@ -18,8 +18,8 @@ from gear.report import keep, machine, show, verdict
 from gear.workers import forget_settings, kept_running, until, worker_part
 
 from rerankq import Client, Ranking, RerankJob, Settings
-from rerankq.cli.stack import settings_for
-from rerankq.embedded import EmbeddedRedis
+from rerankq.local.embedded import EmbeddedRedis
+from rerankq.local.stack import settings_for
 
 WORDS = "tide moon sea water coast sun pull rise fall day night wind wave sand ship".split()  # noqa: SIM905
 PATIENCE_S = 600

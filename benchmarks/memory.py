@@ -29,7 +29,7 @@ from gear.texts import DATA, need, questions
 from gear.workers import deployment, forget_settings
 
 from rerankq import Client, Ranking, RerankJob
-from rerankq.cli.stack import Part
+from rerankq.local.processes import SupervisedProcess
 
 MIB = 2**20
 PATIENCE_S = 900
@@ -60,7 +60,7 @@ def importing(times: int) -> dict[str, float]:
     }
 
 
-def resident_mib(part: Part) -> float:
+def resident_mib(part: SupervisedProcess) -> float:
     """Tell the resident memory of a worker: the child of the process that watches over it."""
     (child,) = psutil.Process(part.pid).children()
     return round(child.memory_info().rss / MIB, 1)

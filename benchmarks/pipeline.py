@@ -24,8 +24,8 @@ from gear.report import machine
 from gear.workers import deployment, python_path
 
 from rerankq import Client, RerankJob
-from rerankq.broker import make_app
-from rerankq_worker.batching import plan_all
+from rerankq.broker.celery_app import make_app
+from rerankq_worker.engine.scheduling.batching import plan_all
 
 BATCH_S = 0.008
 CHUNKS = 50

@@ -23,9 +23,9 @@ from gear.report import keep, machine, show, spread, verdict
 from gear.rooms import Pairs, Room
 from gear.texts import DATA, Judged, judged, need
 
-from rerankq.cli.metrics import mean, ndcg, trec_order
-from rerankq_worker.batching import plan_all
+from rerankq.rescoring.metrics import mean, ndcg, trec_order
 from rerankq_worker.engine import Engine, allocator_environment, load
+from rerankq_worker.engine.scheduling.batching import plan_all
 
 
 class Way(NamedTuple):

@@ -23,12 +23,15 @@ from gear.report import keep, machine, show, spread, verdict
 from gear.workers import forget_settings
 
 from rerankq import Client, RerankJob
-from rerankq.cli.stack import settings_for
-from rerankq.client import enter, terms_of
-from rerankq.contract import digest, parse_job, payload_of
-from rerankq.embedded import EmbeddedRedis
-from rerankq.ledger import Ledger, calls, connect
-from rerankq.placing import Place
+from rerankq.client.routing import Route
+from rerankq.client.submission import prepare
+from rerankq.contract import parse_job
+from rerankq.identity import digest, payload_of
+from rerankq.ledger import calls, connect
+from rerankq.ledger.limits import LedgerLimits
+from rerankq.ledger.runner import Ledger
+from rerankq.local.embedded import EmbeddedRedis
+from rerankq.local.stack import settings_for
 from rerankq.settings import Settings
 
 WORDS = (
@@ -93,19 +96,21 @@ def parts(jobs: Sequence[dict[str, Any]], settings: Settings, ledger: Ledger) ->
     models = [parse_job(job) for job in jobs]
     texts = [model.model_dump_json(exclude_defaults=True) for model in models]
     payloads = [payload_of(model) for model in models]
-    place, terms = Place("bundled", "", ""), terms_of(settings)
-    entries = [enter(model, place, settings) for model in models]
+    place, limits = Route("bundled", "", ""), LedgerLimits.of(settings)
+    entries = [prepare(model, place, settings) for model in models]
     ledger.redis.flushall()
 
     def asked() -> None:
-        wanted = [calls.submit(entry, terms) for entry in entries]
+        wanted = [calls.submit(new_job, limits) for new_job in entries]
         for at in range(0, len(wanted), AT_ONCE):
             ledger.ask_all(wanted[at : at + AT_ONCE])
 
     found = {
         "check a mapping": micros(lambda: [parse_job(job) for job in jobs], len(jobs)),
         "check JSON text": micros(lambda: [parse_job(text) for text in texts], len(jobs)),
-        "enter (all below but the ledger)": micros(lambda: [enter(one, place, settings) for one in models], len(jobs)),
+        "enter (all below but the ledger)": micros(
+            lambda: [prepare(one, place, settings) for one in models], len(jobs)
+        ),
         "write the payload": micros(lambda: [payload_of(model) for model in models], len(jobs)),
         "hash the payload": micros(lambda: [digest(payload) for payload in payloads], len(jobs)),
     }

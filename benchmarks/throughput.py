@@ -36,8 +36,8 @@ from gear.texts import DATA, Question, need, questions
 from gear.workers import deployment, engine_figures, kept_running, python_path, until
 
 from rerankq import Client, Ranking
-from rerankq.cli.stack import Part
-from rerankq.embedded import EmbeddedRedis
+from rerankq.local.embedded import EmbeddedRedis
+from rerankq.local.processes import SupervisedProcess
 
 OURS, TASK, PREDICT, ENGINE = "rerankq", "the usual task", "one predict", "the engine"
 INFINITY = "infinity over HTTP"
@@ -77,7 +77,7 @@ def usual_task(pool: str) -> Iterator[Way]:
         command = [sys.executable, "-m", "celery", "-q", "-A", "usual_way", "worker", "-l", "WARNING"]
         command += ["-P", pool, "-c", str(size), "--without-gossip", "--without-mingle"]
         environment = {"USUAL_WAY_URL": url, "PYTHONPATH": python_path(Path(__file__).parent)}
-        part = running.enter_context(kept_running(Part(TASK, command, environment, quiet=True)))
+        part = running.enter_context(kept_running(SupervisedProcess(TASK, command, environment, quiet=True)))
         until(lambda: bool(app.control.inspect(timeout=0.5).ping()), [part], seconds=180)
 
         def way(asked: Sequence[Question]) -> Logits:

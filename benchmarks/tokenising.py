@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from rerankq_worker.engine import TokenisedPair, text_hash
-from rerankq_worker.engine.pair_tokeniser import PairTokeniser
+from rerankq_worker.engine.tokenising.pair_tokeniser import PairTokeniser
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "minilm-l6-rerank"
 MAX_LENGTH, BATCH = 512, 32

@@ -26,8 +26,8 @@ from gear.texts import DATA, judged, need
 from numpy.typing import NDArray
 
 from rerankq_worker.engine import ModelUnusable, load
-from rerankq_worker.engine.cores import multiplies_bfloat16
 from rerankq_worker.engine.errors import Unconvertible
+from rerankq_worker.engine.models.cores import multiplies_bfloat16
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "worker"))
 import tiny_checkpoints

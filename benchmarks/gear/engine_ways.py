@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from rerankq_worker.batching import plan_all
-from rerankq_worker.engine.attention import Layout, Reach, attend, runs_of
-from rerankq_worker.engine.first_token import shorten
-from rerankq_worker.engine.forms import form_of
-from rerankq_worker.engine.passes import FlattenedPass, Inputs, PaddedPass, padded
+from rerankq_worker.engine.models.architectures import architecture_of
+from rerankq_worker.engine.models.attention import AttentionSpan, UnpaddedBatch, attend, runs_of
+from rerankq_worker.engine.models.first_token import reduce_to_cls
+from rerankq_worker.engine.models.passes import Inputs, PaddedPass, UnpaddedPass, padded
 from rerankq_worker.engine.protocol import TokenisedPair
+from rerankq_worker.engine.scheduling.batching import plan_all
 
 from .work import operations, shape_of
 
-FLATTENED, PADDED, PREDICT = "flattened", "padded", "predict"
+UNPADDED, PADDED, PREDICT = "flattened", "padded", "predict"
 PREDICT_BATCH = 32
 # Largest difference of one attention output from float32's: bf16 has 8 bits.
 ATTENTION_TOLERANCE = 0.03
@@ -37,11 +37,11 @@ class Ways:
         self.model = model
         self.with_types = type(model).__name__.startswith("Bert")
         self._inputs = Inputs(torch.device(device), pad=model.config.pad_token_id or 0, with_types=self.with_types)
-        self._form = form_of(model)
+        self._form = architecture_of(model)
         backbone = getattr(model, self._form.backbone)
         self._layers = getattr(getattr(backbone, "encoder", None), "layer", None)
         self._last = self._layers[-1] if self._layers is not None else None
-        self.shortens = self._form.place == "first" and shorten(backbone)
+        self.shortens = self._form.place == "first" and reduce_to_cls(backbone)
         self._shortened = self._layers[-1] if self._layers is not None else None
 
     def choose(self, way: str) -> Run:
@@ -51,7 +51,7 @@ class Ways:
             self._layers[-1] = self._last if way == PREDICT else self._shortened
         if way == PREDICT:
             return lambda batch: self.model(**padded(batch, self._inputs)).logits.reshape(len(batch)).float()
-        made = FlattenedPass if way == FLATTENED else PaddedPass
+        made = UnpaddedPass if way == UNPADDED else PaddedPass
         return made(self.model, self._form, self._inputs)
 
 
@@ -82,7 +82,7 @@ def timed(ways: Ways, way: str, pairs: Sequence[TokenisedPair], budget: int, *, 
         once = time.perf_counter()
         score(run, pairs, batches)
         paces.append(time.perf_counter() - once)
-    computed = lengths if way == FLATTENED else [max(lengths[at] for at in one) for one in batches for _ in one]
+    computed = lengths if way == UNPADDED else [max(lengths[at] for at in one) for one in batches for _ in one]
     shape = shape_of(ways.model.config, shortened=ways.shortens and way != PREDICT)
     median = statistics.median(paces)
     return {
@@ -120,33 +120,33 @@ def check_attention(device: str) -> dict[str, Any]:
     lengths = [1, 17, 64, 130, 512, 333]
     ends = torch.tensor([0, *lengths]).cumsum(0)
     states = [torch.randn(1, 12, int(ends[-1]), 64, device=device, dtype=torch.bfloat16) for _ in range(3)]
-    bounds = ends.to(device, torch.int32)
-    layout = Layout(bounds[:-1].long(), bounds, max(lengths), runs_of(lengths))
+    cu_seqlens = ends.to(device, torch.int32)
+    layout = UnpaddedBatch(cu_seqlens[:-1].long(), cu_seqlens, max(lengths), runs_of(lengths))
     reaches = {
-        "all": Reach(None),
-        "causal": Reach(None, causal=True),
-        "window of 65": Reach(None, window=65),
-        "first token": Reach(None, first_only=True),
+        "all": AttentionSpan(None),
+        "causal": AttentionSpan(None, causal=True),
+        "window of 65": AttentionSpan(None, window=65),
+        "first token": AttentionSpan(None, first_only=True),
     }
     found = {}
-    for said, reach in reaches.items():
-        query = states[0][:, :, layout.first] if reach.first_only else states[0]
-        out = attend(query, states[1], states[2], layout, reach).float()
-        found[said] = round((out - _one_by_one(states, ends.tolist(), reach)).abs().max().item(), 5)
+    for said, span in reaches.items():
+        query = states[0][:, :, layout.first] if span.first_only else states[0]
+        out = attend(query, states[1], states[2], layout, span).float()
+        found[said] = round((out - _one_by_one(states, ends.tolist(), span)).abs().max().item(), 5)
     return {"greatest_difference": found, "agrees": all(one <= ATTENTION_TOLERANCE for one in found.values())}
 
 
-def _one_by_one(states: Sequence[torch.Tensor], ends: Sequence[int], reach: Reach) -> torch.Tensor:
+def _one_by_one(states: Sequence[torch.Tensor], ends: Sequence[int], span: AttentionSpan) -> torch.Tensor:
     parts = []
     for start, end in pairwise(ends):
         query, key, value = (one[:, :, start:end].float() for one in states)
         places = torch.arange(end - start, device=query.device)
         distance = places[:, None] - places
         seen = torch.ones_like(distance, dtype=torch.bool)
-        if reach.causal:
+        if span.causal:
             seen &= distance >= 0
-        if reach.window is not None:
-            seen &= distance.abs() < reach.window
+        if span.window is not None:
+            seen &= distance.abs() < span.window
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-        parts.append(out[:, :, :1] if reach.first_only else out)
+        parts.append(out[:, :, :1] if span.first_only else out)
     return torch.cat(parts, 2).transpose(1, 2)

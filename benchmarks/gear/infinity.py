@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from rerankq.cli.stack import Part
+from rerankq.local.processes import SupervisedProcess
 
 from .rooms import BUNDLED, Logits
 from .texts import Question
@@ -56,7 +56,7 @@ def infinity(environment: Path) -> Iterator[Callable[[Sequence[Question]], Logit
     command = [str(program_of(environment)), *words.split()]
     # Its environment, not ours: packages of ours on its path would be imported before its own.
     variables = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": "", "PATH": _path_with(environment)}
-    part = Part("infinity", command, variables, quiet=True)
+    part = SupervisedProcess("infinity", command, variables, quiet=True)
     address = f"http://127.0.0.1:{port}"
     with kept_running(part), ThreadPoolExecutor(AT_ONCE) as pool:
         until(lambda: _answers(f"{address}/health"), [part], seconds=START_S)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rerankq import Client
-from rerankq.broker import make_app
-from rerankq.cli import celery_worker
-from rerankq.cli.stack import Part, settings_for
-from rerankq.embedded import EmbeddedRedis
+from rerankq.broker.celery_app import make_app
+from rerankq.local import worker_command as celery_worker
+from rerankq.local.embedded import EmbeddedRedis
+from rerankq.local.processes import SupervisedProcess
+from rerankq.local.stack import settings_for
 from rerankq.settings import Settings
 
 TASKS = "rerankq_worker.tasks"
@@ -36,7 +37,7 @@ def python_path(folder: Path) -> str:
 @contextmanager
 def deployment(
     *, workers: int = 1, model: str = "bundled", dtype: str = "float32", app: str = TASKS, **environment: str
-) -> Iterator[tuple[Client, list[Part]]]:
+) -> Iterator[tuple[Client, list[SupervisedProcess]]]:
     """Run an embedded Redis with workers of a model, and a client, for as long as a ``with`` block.
 
     ``environment`` reaches the workers. They are ready when the block begins.
@@ -55,7 +56,7 @@ def deployment(
 
 
 @contextmanager
-def kept_running(part: Part) -> Iterator[Part]:
+def kept_running(part: SupervisedProcess) -> Iterator[SupervisedProcess]:
     """Start a part, and stop it at the end."""
     part.start(time.monotonic())
     try:
@@ -65,7 +66,9 @@ def kept_running(part: Part) -> Iterator[Part]:
         part.wait()
 
 
-def until(holds: Callable[[], bool], parts: Sequence[Part], *, seconds: float, mortal: bool = False) -> None:
+def until(
+    holds: Callable[[], bool], parts: Sequence[SupervisedProcess], *, seconds: float, mortal: bool = False
+) -> None:
     """Wait for a condition that other processes make true; *mortal* parts that die are started again.
 
     Raises:
@@ -74,7 +77,7 @@ def until(holds: Callable[[], bool], parts: Sequence[Part], *, seconds: float, m
     ends = time.monotonic() + seconds
     while not holds():
         for part in parts:
-            death = part.tend(time.monotonic())
+            death = part.supervise(time.monotonic())
             if death and not mortal:
                 raise RuntimeError(f"{death}\n{part.said()}")
         if time.monotonic() > ends:
@@ -93,7 +96,9 @@ def engine_figures(settings: Settings) -> dict[str, dict[str, Any]]:
     return {name: stats["engine"] for name, stats in said.items()}
 
 
-def worker_part(settings: Settings, name: str, *, dtype: str = "float32", app: str = TASKS, **environment: str) -> Part:
+def worker_part(
+    settings: Settings, name: str, *, dtype: str = "float32", app: str = TASKS, **environment: str
+) -> SupervisedProcess:
     """Make a worker of a deployment, not started yet."""
     command = [app if word == TASKS else word for word in celery_worker.command(name=name)]
     variables = {
@@ -102,4 +107,4 @@ def worker_part(settings: Settings, name: str, *, dtype: str = "float32", app: s
         "RERANKQ_DTYPE": dtype,
         **environment,
     }
-    return Part(name, command, variables, quiet=True)
+    return SupervisedProcess(name, command, variables, quiet=True)

@@ -9,7 +9,8 @@
         print(ranking.chunks[0].index)
 """
 
-from .client import AsyncClient, Client
+from .client.asynchronous import AsyncClient
+from .client.blocking import Client
 from .contract import Chunk, Fusion, JobStatus, RankedChunk, Ranking, RerankJob
 from .errors import (
     BrokerUnavailable,

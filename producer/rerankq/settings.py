@@ -155,7 +155,7 @@ class Settings(BaseSettings):
         ge=1,
         le=1_000,
     )
-    ring_window: int = _setting(
+    doorbell_window: int = _setting(
         256,
         "both",
         "How many doorbells may be out at a time, per queue and tenant; the rest of a backlog waits in the ledger.",

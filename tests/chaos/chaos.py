@@ -82,7 +82,7 @@ class Run:
         """Do what is due, and look round."""
         while self._due and self._due[0][0] <= self.now():
             heapq.heappop(self._due)[2]()
-        self.worker_deaths += sum(worker.tend() for worker in self._workers)
+        self.worker_deaths += sum(worker.supervise() for worker in self._workers)
         self.watch.look_after(self.lost)
         time.sleep(LOOK_EVERY_S)
 

@@ -32,7 +32,7 @@ from gear.workers import forget_settings  # isort: skip
 from scene.actors import RedisServer, Worker, leftovers, program_of
 from scene.watching import Watch
 
-from rerankq.cli.stack import Part
+from rerankq.local.processes import SupervisedProcess
 
 STEADY = str(Path(__file__).with_name("scene") / "steady.py")
 MIB = 1 << 20
@@ -78,7 +78,7 @@ def soak(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 raise RuntimeError(f"the worker did not start:\n{worker.said()}")
             time.sleep(0.05)
         urls = environment | {"RERANKQ_BROKER_URL": server.url}
-        producer = Part("producer", [sys.executable, STEADY, str(args.jobs)], urls, quiet=True)
+        producer = SupervisedProcess("producer", [sys.executable, STEADY, str(args.jobs)], urls, quiet=True)
         producer.start(time.monotonic())
         running.callback(producer.close)
         time.sleep(2)  # for the producer to be a program of its own
@@ -87,7 +87,7 @@ def soak(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         step_s = 60 * args.minutes / args.samples
         for at in range(args.samples):
             time.sleep(max(0.0, began + (at + 1) * step_s - time.monotonic()))
-            if worker.tend() or producer.tend(time.monotonic()):
+            if worker.supervise() or producer.supervise(time.monotonic()):
                 raise RuntimeError(f"a part died:\n{worker.said()}\n{producer.said(40)}")
             sampled = {
                 "worker": figures(processor),

@@ -6,7 +6,7 @@ import torch
 
 from rerankq_worker import engine
 from rerankq_worker.engine import Batcher
-from rerankq_worker.engine.attention import Layout, Reach, attend, runs_of
+from rerankq_worker.engine.models.attention import AttentionSpan, UnpaddedBatch, attend, runs_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -27,12 +27,12 @@ def test_the_kernel_for_unpadded_pairs_agrees_with_attention_run_by_run(causal, 
     torch.manual_seed(1)
     lengths = [40, 40, 7, 64, 1]
     states = [torch.randn(1, heads, sum(lengths), 32) for heads in (4, kept, kept)]
-    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    reach = Reach(None, causal=causal, window=window)
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    span = AttentionSpan(None, causal=causal, window=window)
 
     def attended(device, dtype):
-        layout = Layout(bounds[:-1].long().to(device), bounds.to(device), max(lengths), runs_of(lengths))
-        return attend(*(part.to(device, dtype) for part in states), layout, reach).float().cpu()
+        layout = UnpaddedBatch(cu_seqlens[:-1].long().to(device), cu_seqlens.to(device), max(lengths), runs_of(lengths))
+        return attend(*(part.to(device, dtype) for part in states), layout, span).float().cpu()
 
     torch.testing.assert_close(attended("cuda", torch.bfloat16), attended("cpu", torch.float32), rtol=0, atol=0.05)
 

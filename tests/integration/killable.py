@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rerankq.ledger import Call, Ledger
+from rerankq.ledger import Call
+from rerankq.ledger.runner import Ledger
 from rerankq_worker import engine, tasks
 from rerankq_worker.cache import ScoreCache
 from rerankq_worker.engine import Batcher, text_hash

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from rerankq import Client, JobCancelled, Ranking, RerankJob
-from rerankq.broker import make_app
+from rerankq.broker.celery_app import make_app
 from rerankq.settings import Settings
 from rerankq_worker.engine import load
 

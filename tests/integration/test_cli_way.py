@@ -89,7 +89,7 @@ def is_worker(process):
         command = process.cmdline()
     except psutil.Error:  # it ended while we looked
         return False
-    return "rerankq_worker.tasks" in command and not any(part.endswith("leash.py") for part in command)
+    return "rerankq_worker.tasks" in command and not any(part.endswith("process_guard.py") for part in command)
 
 
 def gone(processes):

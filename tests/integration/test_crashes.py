@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from rerankq import BrokerUnavailable, Client, JobDead, JobUnknown, Ranking, RerankJob
-from rerankq.cli.examine import examine
+from rerankq.doctor.collect import collect
 from rerankq.settings import Settings
 from rerankq_worker.engine import load
 
@@ -299,7 +299,7 @@ def test_jobs_survive_a_master_that_dies_under_work_and_is_replaced_by_sentinel(
     settings = Settings(broker_url=sentinel.url, lease_s=2)
     with Client(settings) as client:
         wait_until(client.workers)
-        assert [server.fault for server in examine(settings).servers] == [""], "the doctor finds it, too"
+        assert [server.fault for server in collect(settings).servers] == [""], "the doctor finds it, too"
         ids = client.submit_many(wanted[:120])
         ended = client.as_completed(ids, timeout=100)
         got = dict(next(ended) for _ in range(10))

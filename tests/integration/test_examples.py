@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rerankq.embedded import EmbeddedRedis
+from rerankq.local.embedded import EmbeddedRedis
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = REPOSITORY / "examples"

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from rerankq import Client, Ranking, RerankJob
-from rerankq.embedded import EmbeddedRedis
+from rerankq.local.embedded import EmbeddedRedis
 from rerankq.settings import Settings
 from rerankq_worker.engine import load
 

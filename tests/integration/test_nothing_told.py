@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from rerankq import BrokerUnavailable, Chunk, Client, JobFailed, Ranking, RerankJob
-from rerankq.broker import make_app
+from rerankq.broker.celery_app import make_app
 from rerankq.settings import Settings
 from rerankq.urls import masked
 

@@ -14,10 +14,10 @@ import pytest
 import redis
 
 from rerankq import BrokerUnavailable, Client, SettingsInvalid
-from rerankq.broker import make_app
-from rerankq.cli.examine import examine
-from rerankq.cli.findings import findings
-from rerankq.embedded import EmbeddedRedis
+from rerankq.broker.celery_app import make_app
+from rerankq.doctor.checks import checks
+from rerankq.doctor.collect import collect
+from rerankq.local.embedded import EmbeddedRedis
 from rerankq.settings import Settings
 
 # All that a URL of a socket may hold as it is.
@@ -44,7 +44,7 @@ def local(redis_binary_each_version: Path) -> Iterator[str]:
 
 
 def said_of(settings: Settings) -> list[str]:
-    return [f"{one.level} {one.subject}: {one.said}" for one in findings(examine(settings))]
+    return [f"{one.level} {one.subject}: {one.said}" for one in checks(collect(settings))]
 
 
 def in_good_time(client: Client, worker: Any, wait_until: Callable) -> None:
@@ -54,7 +54,7 @@ def in_good_time(client: Client, worker: Any, wait_until: Callable) -> None:
     began = time.monotonic()
     for number in range(5):
         assert client.rerank(f"q{number}", ["a", "b"], timeout=30).chunks
-    assert time.monotonic() - began < 5 * 2.5, "a lost bell or a deaf waiter costs three seconds each"
+    assert time.monotonic() - began < 5 * 2.5, "a lost doorbell or a deaf waiter costs three seconds each"
 
 
 def test_a_socket_with_a_password_of_every_sign_serves_all_roles(

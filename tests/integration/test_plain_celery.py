@@ -12,8 +12,8 @@ import pytest
 import redis
 
 from rerankq import Client, ModelUnknown, Ranking
-from rerankq.broker import INTERACTIVE, TASK, make_app, queue
-from rerankq.placing import suffix_of
+from rerankq.broker.celery_app import INTERACTIVE, TASK, make_app, queue
+from rerankq.client.routing import suffix_of
 from rerankq.settings import Settings
 
 

@@ -12,9 +12,9 @@ import pytest
 import redis
 
 from rerankq import BrokerUnavailable, Client, JobUnknown, Ranking, RerankJob, __version__
-from rerankq.broker import make_app
-from rerankq.cli.examine import examine
-from rerankq.embedded import binaries, free_port
+from rerankq.broker.celery_app import make_app
+from rerankq.doctor.collect import collect
+from rerankq.local.embedded import binaries, free_port
 from rerankq.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -71,7 +71,7 @@ def settings_of(url: str) -> Settings:
 
 
 def test_each_role_can_do_its_work_with_the_rights_of_the_acl_file(urls: dict[str, str], start_worker: Callable):
-    worker = start_worker(url=urls["worker"], RERANKQ_LEASE_S="1", RERANKQ_RING_WINDOW="4")
+    worker = start_worker(url=urls["worker"], RERANKQ_LEASE_S="1", RERANKQ_DOORBELL_WINDOW="4")
     with Client(settings_of(urls["producer"])) as client:
         ids = client.submit_many(jobs(30))
         got = dict(client.as_completed(ids, timeout=60))
@@ -98,8 +98,8 @@ def test_each_role_can_do_its_work_with_the_rights_of_the_acl_file(urls: dict[st
     assert {entry for entry in refused if not entry[2].startswith("client")} == set()
     # The doctor may ask as any of the two, and is not told how often Redis syncs.
     for role in ("producer", "worker"):
-        facts = examine(settings_of(urls[role]))
-        (server,), (seen,) = facts.servers, facts.workers
+        snapshot = collect(settings_of(urls[role]))
+        (server,), (seen,) = snapshot.servers, snapshot.workers
         assert (server.fault, server.refused, server.fsync) == ("", (), None)
         assert (seen.model, seen.device, seen.version) == ("stub", "none (float32)", __version__)
     assert "NOPERM" not in worker.log.read_text()

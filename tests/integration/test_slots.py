@@ -91,9 +91,9 @@ def test_a_small_tenant_waits_for_a_window_of_a_large_one_and_not_for_its_backlo
     start_worker()
     drain(client, [small], seconds=120)
     ended = client.status(small).ended_at
-    # Besides the bells that were out already: those that were rung in turn while they were heard.
+    # Besides the doorbells that were out already: those that were rung in turn while they were heard.
     before = [one.ended_at for one in map(client.status, flood[:1_000]) if one.ended_at and one.ended_at < ended]
-    assert len(before) < settings.ring_window + 100
+    assert len(before) < settings.doorbell_window + 100
 
 
 def test_a_job_that_was_handed_back_overtakes_the_bells_that_are_out(
@@ -123,12 +123,12 @@ def test_bells_lost_while_the_ledger_was_away_are_rung_again(
     worker = start_worker(ready=False, **env)
     with Client(Settings(broker_url=redis_url, **urls)) as client, redis.Redis.from_url(redis_url) as broker:
         drain(client, client.submit_many([job("first")]))
-        worker.send(19)  # SIGSTOP: so that the bells wait in the broker
+        worker.send(19)  # SIGSTOP: so that the doorbells wait in the broker
         ids = client.submit_many([job(f"late-{number}", priority="bulk") for number in range(20)])
         # All but one, perhaps, that went to the pop it was blocked in.
         wait_until(lambda: broker.llen("rerankq:rerankq.bulk") >= 19)
         restartable_redis.kill()
-        worker.send(18)  # SIGCONT: every bell is heard, and no claim is possible
+        worker.send(18)  # SIGCONT: every doorbell is heard, and no claim is possible
         wait_until(lambda: broker.llen("rerankq:rerankq.bulk") == 0)
         restartable_redis.start()
         drain(client, ids)

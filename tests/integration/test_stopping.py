@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from rerankq import Client, RerankJob
-from rerankq.broker import make_app
+from rerankq.broker.celery_app import make_app
 from rerankq.settings import Settings
 
 pytestmark = pytest.mark.slow

@@ -25,9 +25,9 @@ from rerankq import (
     Ranking,
     RerankJob,
 )
-from rerankq.broker import make_app
+from rerankq.broker.celery_app import make_app
 from rerankq.catalogue import profiles
-from rerankq.embedded import EmbeddedRedis
+from rerankq.local.embedded import EmbeddedRedis
 from rerankq.settings import Settings
 from rerankq_worker.engine import load
 

@@ -6,9 +6,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from rerankq.client import terms_of
-from rerankq.contract import ModelName, RankedChunk, Ranking, job_of
-from rerankq.ledger import Claim, Ledger, calls, connect
+from rerankq.contract import ModelName, RankedChunk, Ranking
+from rerankq.identity import job_of
+from rerankq.ledger import Claim, calls, connect
+from rerankq.ledger.limits import LedgerLimits
+from rerankq.ledger.runner import Ledger
 from rerankq.settings import Settings
 
 
@@ -16,22 +18,22 @@ class StandIn:
     """Plays the worker: claims jobs and says how they ended, when a test wants it."""
 
     def __init__(self, settings: Settings) -> None:
-        self.terms = terms_of(settings)
+        self.limits = LedgerLimits.of(settings)
         self.ledger = Ledger(connect(settings.ledger))
         self.redis = self.ledger.redis
 
     def claim(self, job_id: str) -> Claim:
-        claim = self.ledger.ask(calls.claim(job_id, "stand-in", self.terms))
+        claim = self.ledger.ask(calls.claim(job_id, "stand-in", self.limits))
         assert isinstance(claim, Claim), claim
         return claim
 
     def finish(self, *job_ids: str) -> None:
-        claims = self.ledger.ask_all([calls.claim(one, "stand-in", self.terms) for one in job_ids])
-        ends = [calls.complete(one.id, one.fence, ranking_of(one), self.terms) for one in claims]
+        claims = self.ledger.ask_all([calls.claim(one, "stand-in", self.limits) for one in job_ids])
+        ends = [calls.complete(one.id, one.fence, ranking_of(one), self.limits) for one in claims]
         assert set(self.ledger.ask_all(ends)) <= {"done"}
 
     def fail(self, job_id: str, why: str, error_type: str = "JobFailed") -> None:
-        call = calls.fail(job_id, self.claim(job_id).fence, error_type, why, self.terms)
+        call = calls.fail(job_id, self.claim(job_id).fence, error_type, why, self.limits)
         assert self.ledger.ask(call) == "failed"
 
     def register(self, model: str, fingerprint: str = "f", suffix: str = "", **more: object) -> None:
@@ -40,7 +42,7 @@ class StandIn:
         self.ledger.ask(calls.beat(f"worker of {model}", json.dumps(info), gone_after_s=60))
 
     def state(self, job_id: str) -> str:
-        return self.ledger.ask(calls.look(job_id, self.terms)).status.state
+        return self.ledger.ask(calls.snapshot(job_id, self.limits)).status.state
 
 
 def ranking_of(claim: Claim) -> Ranking:

@@ -12,21 +12,22 @@ from types import SimpleNamespace
 import pytest
 import redis
 
-from rerankq import broker
-from rerankq.broker import BULK, INTERACTIVE, TASK, Bells, MessageCounts, make_app
-from rerankq.ledger import Bell, Counted
+from rerankq.broker import celery_app as broker
+from rerankq.broker.celery_app import BULK, INTERACTIVE, TASK, make_app
+from rerankq.broker.doorbells import DoorbellSender, MessageCounts
+from rerankq.ledger import Counted, Doorbell
 from rerankq.settings import Settings
 
 
-def bells_for(count: int, queue: str = BULK) -> list[Bell]:
-    return [Bell(f"job-{number}", queue, f'"question {number}" 2 chunks, m') for number in range(count)]
+def bells_for(count: int, queue: str = BULK) -> list[Doorbell]:
+    return [Doorbell(f"job-{number}", queue, f'"question {number}" 2 chunks, m') for number in range(count)]
 
 
 @pytest.fixture
-def bells(settings: Settings) -> Iterator[Bells]:
-    bells = Bells(make_app(settings))
-    yield bells
-    bells.close(timeout_s=1)
+def doorbells(settings: Settings) -> Iterator[DoorbellSender]:
+    doorbells = DoorbellSender(make_app(settings))
+    yield doorbells
+    doorbells.close(timeout_s=1)
 
 
 @pytest.fixture
@@ -35,80 +36,82 @@ def messages(redis_url: str) -> Iterator[Callable[[str], list[dict]]]:
         yield lambda queue: [json.loads(raw) for raw in reversed(connection.lrange(f"rerankq:{queue}", 0, -1))]
 
 
-def test_bells_arrive_in_order_as_messages_that_name_jobs(bells: Bells, messages: Callable):
-    bells.ring(bells_for(1_000))
-    assert bells.flush(30)
+def test_bells_arrive_in_order_as_messages_that_name_jobs(doorbells: DoorbellSender, messages: Callable):
+    doorbells.send(bells_for(1_000))
+    assert doorbells.flush(30)
     heard = messages(BULK)
-    assert [message["headers"]["id"] for message in heard] == [bell.id for bell in bells_for(1_000)]
+    assert [message["headers"]["id"] for message in heard] == [doorbell.id for doorbell in bells_for(1_000)]
     headers = heard[7]["headers"]
     assert (headers["task"], headers["argsrepr"], headers["kwargsrepr"]) == (TASK, '"question 7" 2 chunks, m', "{}")
     assert headers["ignore_result"]
 
 
-def test_each_queue_gets_its_own(bells: Bells, messages: Callable):
+def test_each_queue_gets_its_own(doorbells: DoorbellSender, messages: Callable):
     other = "rerankq.interactive.other-model"
-    bells.ring([*bells_for(2), *bells_for(3, INTERACTIVE), *bells_for(1, other)])
-    assert bells.flush(30)
+    doorbells.send([*bells_for(2), *bells_for(3, INTERACTIVE), *bells_for(1, other)])
+    assert doorbells.flush(30)
     assert [len(messages(queue)) for queue in (BULK, INTERACTIVE, other)] == [2, 3, 1]
 
 
-def test_everything_in_the_broker_begins_with_our_name(bells: Bells, redis_url: str):
-    bells.ring(bells_for(3))
-    assert bells.flush(30)
+def test_everything_in_the_broker_begins_with_our_name(doorbells: DoorbellSender, redis_url: str):
+    doorbells.send(bells_for(3))
+    assert doorbells.flush(30)
     with redis.Redis.from_url(redis_url) as connection:
         assert all(key.startswith(b"rerankq") for key in connection.keys("*"))
 
 
 def test_a_broker_that_comes_back_hears_what_was_rung_meanwhile(
-    bells: Bells, messages: Callable, monkeypatch: pytest.MonkeyPatch
+    doorbells: DoorbellSender, messages: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    publish, failures = bells._publish, [OSError("away"), ConnectionResetError("away again")]
+    publish, failures = doorbells._publish, [OSError("away"), ConnectionResetError("away again")]
 
     def fails_first(*args: object) -> None:
         if failures:
             raise failures.pop()
         publish(*args)
 
-    monkeypatch.setattr(bells, "_publish", fails_first)
-    bells.ring(bells_for(5))
-    assert bells.flush(30)
+    monkeypatch.setattr(doorbells, "_publish", fails_first)
+    doorbells.send(bells_for(5))
+    assert doorbells.flush(30)
     assert len(messages(BULK)) == 5
     assert not failures
 
 
 def test_bells_that_cannot_be_rung_are_told_once_and_given_up(caplog: pytest.LogCaptureFixture):
-    bells = Bells(make_app(Settings(broker_url="redis://127.0.0.1:1/0")))
-    bells.ring(bells_for(5))
-    assert not bells.flush(0.05), "ringing does not wait for the broker"
-    with bells._wanted:
-        bells._wanted.wait_for(lambda: bells._ringing, 10)
+    doorbells = DoorbellSender(make_app(Settings(broker_url="redis://127.0.0.1:1/0")))
+    doorbells.send(bells_for(5))
+    assert not doorbells.flush(0.05), "ringing does not wait for the broker"
+    with doorbells._wanted:
+        doorbells._wanted.wait_for(lambda: doorbells._ringing, 10)
         # As closing does, but with the thread still ours to look at.
-        thread, bells._closed = bells._thread, True
-        bells._wanted.notify_all()
+        thread, doorbells._closed = doorbells._thread, True
+        doorbells._wanted.notify_all()
     thread.join(20)
     assert not thread.is_alive()
-    assert caplog.text.count("5 bells not rung, the sweeper will") == 1
-    bells.close()
+    assert caplog.text.count("5 doorbells not rung, the sweeper will") == 1
+    doorbells.close()
 
 
 def test_a_broker_that_is_away_for_long_is_said_once_and_so_is_its_end(
-    bells: Bells, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    doorbells: DoorbellSender, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     def away(*_: object) -> None:
         raise OSError("away")
 
     with monkeypatch.context() as patched:
-        patched.setattr(bells, "_publish", away)
-        patched.setattr(bells, "_closing", lambda pause_s: True)  # no second try
-        bells.ring(bells_for(1_000))
-        assert bells.flush(30)
-    bells.ring(bells_for(1))
-    assert bells.flush(30)
+        patched.setattr(doorbells, "_publish", away)
+        patched.setattr(doorbells, "_closing", lambda pause_s: True)  # no second try
+        doorbells.send(bells_for(1_000))
+        assert doorbells.flush(30)
+    doorbells.send(bells_for(1))
+    assert doorbells.flush(30)
     said = [record.getMessage() for record in caplog.records]
-    assert [words.split(",")[0] for words in said] == ["200 bells not rung", "the broker takes bells again"]
+    assert [words.split(",")[0] for words in said] == ["200 doorbells not rung", "the broker takes doorbells again"]
 
 
-def test_a_submission_does_not_fail_where_no_thread_can_be_started(bells: Bells, monkeypatch: pytest.MonkeyPatch):
+def test_a_submission_does_not_fail_where_no_thread_can_be_started(
+    doorbells: DoorbellSender, monkeypatch: pytest.MonkeyPatch
+):
     """As at the end of the interpreter."""
 
     def refused(self: threading.Thread) -> None:
@@ -116,39 +119,41 @@ def test_a_submission_does_not_fail_where_no_thread_can_be_started(bells: Bells,
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refused)
-        bells.ring(bells_for(3))
-    assert bells.flush(1)
-    bells.ring(bells_for(1))
-    assert bells.flush(30)
+        doorbells.send(bells_for(3))
+    assert doorbells.flush(1)
+    doorbells.send(bells_for(1))
+    assert doorbells.flush(30)
 
 
-def test_closing_twice_or_without_a_bell_does_nothing_and_ringing_after_it_works(bells: Bells, messages: Callable):
-    bells.ring([])
-    bells.close()
-    bells.close()
-    assert bells._thread is None
-    bells.ring(bells_for(1))
-    bells.close()
+def test_closing_twice_or_without_a_bell_does_nothing_and_ringing_after_it_works(
+    doorbells: DoorbellSender, messages: Callable
+):
+    doorbells.send([])
+    doorbells.close()
+    doorbells.close()
+    assert doorbells._thread is None
+    doorbells.send(bells_for(1))
+    doorbells.close()
     assert len(messages(BULK)) == 1
 
 
-def test_a_thread_that_died_is_replaced(bells: Bells, messages: Callable):
-    bells._thread = threading.Thread(target=str)
-    bells._thread.start()
-    bells._thread.join()
-    bells.ring(bells_for(2))
-    assert bells.flush(30)
+def test_a_thread_that_died_is_replaced(doorbells: DoorbellSender, messages: Callable):
+    doorbells._thread = threading.Thread(target=str)
+    doorbells._thread.start()
+    doorbells._thread.join()
+    doorbells.send(bells_for(2))
+    assert doorbells.flush(30)
     assert len(messages(BULK)) == 2
 
 
-def test_many_threads_ring_at_once(bells: Bells, messages: Callable):
-    ringers = [threading.Thread(target=bells.ring, args=([bell],)) for bell in bells_for(64)]
+def test_many_threads_ring_at_once(doorbells: DoorbellSender, messages: Callable):
+    ringers = [threading.Thread(target=doorbells.send, args=([doorbell],)) for doorbell in bells_for(64)]
     for ringer in ringers:
         ringer.start()
     for ringer in ringers:
         ringer.join()
-    assert bells.flush(30)
-    assert {message["headers"]["id"] for message in messages(BULK)} == {bell.id for bell in bells_for(64)}
+    assert doorbells.flush(30)
+    assert {message["headers"]["id"] for message in messages(BULK)} == {doorbell.id for doorbell in bells_for(64)}
 
 
 @pytest.fixture
@@ -164,10 +169,10 @@ def counted(counts: MessageCounts, *queues: str) -> Counted:
     return counts.take()
 
 
-def test_messages_are_counted_by_queue_whether_they_overtake_or_not(bells: Bells, counts: MessageCounts):
+def test_messages_are_counted_by_queue_whether_they_overtake_or_not(doorbells: DoorbellSender, counts: MessageCounts):
     assert counted(counts, BULK, INTERACTIVE) == Counted(7.0, {BULK: 0, INTERACTIVE: 0}), "none has been declared yet"
-    bells.ring([*bells_for(5), *bells_for(2, INTERACTIVE), Bell("lost", BULK, "label", ahead=True)])
-    assert bells.flush(30)
+    doorbells.send([*bells_for(5), *bells_for(2, INTERACTIVE), Doorbell("lost", BULK, "label", ahead=True)])
+    assert doorbells.flush(30)
     assert counted(counts, BULK, INTERACTIVE) == Counted(7.0, {BULK: 6, INTERACTIVE: 2})
     assert counts.take().messages == {}, "what was counted is taken once"
 
@@ -236,7 +241,7 @@ class AmqpConnection:
 def test_bells_that_a_network_swallowed_on_the_way_to_rabbitmq_are_rung_again():
     ways = [AmqpConnection(swallows=False), AmqpConnection(swallows=True)]
     sent: list[tuple[object, str]] = []
-    bells = Bells(
+    doorbells = DoorbellSender(
         SimpleNamespace(
             connection_for_write=lambda: ways[-1] if len(ways) == 1 else ways.pop(),
             send_task=lambda _, *, task_id, producer, **__: sent.append((producer, task_id)),
@@ -244,9 +249,9 @@ def test_bells_that_a_network_swallowed_on_the_way_to_rabbitmq_are_rung_again():
         )
     )
     swallowing = ways[-1]
-    bells.ring(bells_for(2))
-    assert bells.flush(30)
-    bells.close()
+    doorbells.send(bells_for(2))
+    assert doorbells.flush(30)
+    doorbells.close()
     assert [name for way, name in sent if way is swallowing] == ["job-0", "job-1"]
     assert [name for way, name in sent if way is not swallowing] == ["job-0", "job-1"]
 
@@ -267,11 +272,11 @@ def test_the_app_for_flower_is_built_when_it_is_asked_for(redis_url: str):
 
 
 def test_doorbells_that_are_out_for_publishing_are_sent_when_the_interpreter_ends(
-    bells: Bells, messages: Callable, monkeypatch: pytest.MonkeyPatch
+    doorbells: DoorbellSender, messages: Callable, monkeypatch: pytest.MonkeyPatch
 ):
     at_the_end: list[Callable] = []
     monkeypatch.setattr(broker.atexit, "register", at_the_end.append)
-    bells.ring(bells_for(3))
+    doorbells.send(bells_for(3))
     (ended,) = at_the_end
     ended()
     assert len(messages(BULK)) == 3

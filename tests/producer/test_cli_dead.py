@@ -38,13 +38,13 @@ def killed(client: Client, worker: Any) -> Callable[..., str]:
 
     def kill(name: str, query: str = "what kills?") -> str:
         client.submit(RerankJob(id=name, query=query, chunks=[SECRET], tenant="t"))
-        for number in range(worker.terms.max_attempts):
+        for number in range(worker.limits.max_attempts):
             owner = f"stand-in-{number}-{name}"
-            claim = worker.ledger.ask(calls.claim(name, owner, worker.terms))
+            claim = worker.ledger.ask(calls.claim(name, owner, worker.limits))
             worker.ledger.ask(calls.isolate(name, claim.fence, owner))
             worker.redis.zadd("rerankq:running", {name: 1})
             worker.redis.delete("rerankq:sweeper")
-            worker.ledger.ask(calls.sweep("s", worker.terms))
+            worker.ledger.ask(calls.sweep("s", worker.limits))
         assert worker.state(name) == "dead"
         return name
 
@@ -127,7 +127,7 @@ def test_what_was_done_before_the_ledger_went_away_is_told(
 ):
     names = [killed(f"poison-{number}") for number in range(3)]
     asked: list[str] = []
-    real = getattr(Client, command)
+    real = getattr(Client, f"{command}_dead")
 
     def goes_away(client: Client, job_id: str) -> str:
         asked.append(job_id)
@@ -135,7 +135,7 @@ def test_what_was_done_before_the_ledger_went_away_is_told(
             raise BrokerUnavailable("gone")
         return real(client, job_id)
 
-    monkeypatch.setattr(Client, command, goes_away)
+    monkeypatch.setattr(Client, f"{command}_dead", goes_away)
     done = run(command, *names)
     assert done.exit_code != 0
     assert done.stdout == "".join(f"{name}  {state}\n" for name in names[:2])

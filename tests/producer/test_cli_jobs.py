@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from rerankq import BrokerUnavailable, Client, RerankJob
 from rerankq.cli import app as commands
-from rerankq.cli import celery_worker
 from rerankq.cli.app import app
-from rerankq.cli.flow import Flow
+from rerankq.local import worker_command as celery_worker
 from rerankq.settings import Settings
+from rerankq.stream import JobStream
 
 GOOD = '{"id": "good", "query": "a", "chunks": ["b", "c"]}'
 
@@ -85,7 +85,7 @@ def test_ids_that_were_accepted_before_the_ledger_went_away_are_printed(run, mon
     def goes_away(flow, named):
         raise BrokerUnavailable("gone", accepted=["one", "two"])
 
-    monkeypatch.setattr(Flow, "submit", goes_away)
+    monkeypatch.setattr(JobStream, "submit", goes_away)
     done = run("submit", "-", given=GOOD)
     assert (done.exit_code, done.stdout) == (1, "one\ntwo\n")
 
@@ -203,7 +203,7 @@ def test_the_password_of_a_redis_that_was_there_before_is_not_printed_as_json_ei
         def wait_until_ready(self, client):
             pass
 
-        def tend(self):
+        def supervise(self):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "stacks", SimpleNamespace(Stack=Stack, flower_is_installed=lambda: False))

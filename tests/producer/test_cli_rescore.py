@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from rerankq import JobFailed, RankedChunk, Ranking, catalogue
-from rerankq.cli import rescore
-from rerankq.cli.collection import Collection
-from rerankq.cli.inputs import InputFault
-from rerankq.cli.journal import Answer, Journal
-from rerankq.cli.rescore import Plan
 from rerankq.contract import ModelName, Usage
+from rerankq.rescoring import rescore
+from rerankq.rescoring.collection import Collection
+from rerankq.rescoring.inputs import InputFault
+from rerankq.rescoring.journal import Answer, Journal
+from rerankq.rescoring.rescore import Plan
 from rerankq.settings import Settings
 
 FUSION = "[profile.default]\nweights = {{ model = {}, vector = 0.4 }}\n"
@@ -37,7 +37,7 @@ class Bar:
         self.done += pairs
 
 
-class Desk:
+class JobClient:
     """A client that turns every first stage round; of jobs whose query is in *failing* it says that they failed."""
 
     def __init__(self, failing=()):
@@ -103,9 +103,9 @@ def do(plan, settings, monkeypatch):
     def do(desk=None, bar=None, **options):
         @contextmanager
         def open_desk(settings, model, tell):
-            yield desk or Desk(), model, lambda: None
+            yield desk or JobClient(), model, lambda: None
 
-        monkeypatch.setattr(rescore, "desk", open_desk)
+        monkeypatch.setattr(rescore, "open_client", open_desk)
         given = replace(plan, **options)
         return rescore.rescore(given, rescore.check(given, settings), settings, bar or Bar())
 
@@ -190,7 +190,7 @@ def test_a_signal_is_missing_where_it_has_weight_and_no_chunk_has_it():
 
 
 def test_a_run_is_rescored_and_reported(do, plan, tmp_path):
-    desk, bar = Desk(), Bar()
+    desk, bar = JobClient(), Bar()
     report = do(desk, bar)
     assert (tmp_path / "out").read_text().splitlines()[:3] == [
         "q1 Q0 d3 1 0.2 rerankq",
@@ -215,11 +215,11 @@ def test_a_run_is_rescored_and_reported(do, plan, tmp_path):
 
 
 def test_queries_that_failed_are_tried_again_by_the_same_command_and_the_others_are_not(do, tmp_path):
-    report = do(Desk(failing={"text of q2"}))
+    report = do(JobClient(failing={"text of q2"}))
     assert (report.failed, report.queries, report.judged_queries) == ({"q2": "JobFailed: failed"}, 3, 1)
     assert {line.split()[0] for line in (tmp_path / "out").read_text().splitlines()} == {"q1", "q3"}
     assert (tmp_path / "out.part").exists()
-    desk, bar = Desk(), Bar()
+    desk, bar = JobClient(), Bar()
     report = do(desk, bar)
     assert [job.query for job in desk.jobs.values()] == ["text of q2"]
     assert (report.queries, report.resumed, report.pairs, bar.total, bar.done) == (3, 2, 3, 9, 9)
@@ -230,7 +230,7 @@ def test_an_output_that_exists_is_refused_whatever_is_begun_beside_it_unless_it_
     (tmp_path / "out").write_text("mine")
     with pytest.raises(InputFault, match="out exists; add --force"):
         do()
-    do(Desk(failing={"text of q2"}), force=True)
+    do(JobClient(failing={"text of q2"}), force=True)
     with pytest.raises(InputFault, match="out exists; add --force"):
         do(restart=True)
     with pytest.raises(InputFault, match="out exists; add --force"):
@@ -239,7 +239,7 @@ def test_an_output_that_exists_is_refused_whatever_is_begun_beside_it_unless_it_
 
 
 def test_work_that_is_stopped_says_where_what_is_done_is_kept_if_anything_is(do, tmp_path):
-    class Stopped(Desk):
+    class Stopped(JobClient):
         done = 0
 
         def as_completed(self, job_ids, timeout=None):

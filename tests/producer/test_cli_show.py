@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rerankq.cli import show
-from rerankq.cli.rescore import Report
+from rerankq.rescoring.rescore import Report
 
 REPORT = Report(
     output="[red]o", model="m", weights="w", fusion="f", queries=5, resumed=2, pairs=1_234, cached_pairs=5,

@@ -6,7 +6,7 @@ from rerankq import JobTimedOut
 from rerankq.cli import submit
 
 
-class Desk:
+class JobClient:
     """A client that has no ranking before a moment of its clock."""
 
     def __init__(self, ready_at=float("inf")):
@@ -37,7 +37,7 @@ def wait(monkeypatch):
     ("timeout", "waited"), [(5, [2.0, 2.0, 1.0]), (2, [2.0]), (4, [2.0, 2.0]), (0.5, [0.5]), (0, [0.0])]
 )
 def test_a_timeout_is_kept_to_the_second_and_workers_are_looked_for_between(wait, timeout, waited):
-    desk = Desk()
+    desk = JobClient()
     said, looks = wait(desk, timeout)
     assert said == f"job x: no ranking within {timeout} s; it may still come"
     assert desk.waited == waited
@@ -45,7 +45,7 @@ def test_a_timeout_is_kept_to_the_second_and_workers_are_looked_for_between(wait
 
 
 def test_without_a_timeout_a_ranking_is_waited_for_as_long_as_it_takes(wait):
-    desk = Desk(ready_at=106)
+    desk = JobClient(ready_at=106)
     assert wait(desk, None) == ("ranking of x", [102.0, 104.0])
     assert desk.waited == [2.0, 2.0, 2.0]
 

@@ -17,12 +17,13 @@ import pytest
 import redis
 
 import rerankq
-from rerankq import Chunk, Client, JobRejected, RerankJob, loop_thread
-from rerankq.client import SUBMIT_AT_ONCE
-from rerankq.ledger import AsyncLedger
-from rerankq.loop_thread import SHARED
+from rerankq import Chunk, Client, JobRejected, RerankJob
+from rerankq.client import loop_thread
+from rerankq.client.completions import CompletionListener
+from rerankq.client.loop_thread import SHARED
+from rerankq.client.submission import SUBMIT_AT_ONCE
+from rerankq.ledger.runner import AsyncLedger
 from rerankq.settings import Settings
-from rerankq.waiting import Ears
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def client(settings: Settings) -> Iterator[Client]:
         yield client
 
 
-def ears_of(client: Client) -> Ears:
+def ears_of(client: Client) -> CompletionListener:
     (here,) = client._inner._by_loop.values()
-    return here.ears
+    return here.completions
 
 
 def job(number: int, **fields) -> RerankJob:
@@ -74,8 +75,8 @@ def test_a_job_may_be_a_model_a_mapping_or_json_and_is_the_same_job(client: Clie
 def test_rerank_takes_plain_strings_and_waits(client: Client, worker, wait_until: Callable):
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(client.rerank, "why?", ["because", Chunk(text="so", id="second")], 20, tenant="t")
-        wait_until(lambda: worker.redis.zcard("rerankq:rung:rerankq.interactive:t"))
-        worker.finish(worker.redis.zrange("rerankq:rung:rerankq.interactive:t", 0, -1)[0].decode())
+        wait_until(lambda: worker.redis.zcard("rerankq:sent:rerankq.interactive:t"))
+        worker.finish(worker.redis.zrange("rerankq:sent:rerankq.interactive:t", 0, -1)[0].decode())
         assert [chunk.id for chunk in waiting.result().chunks] == ["0", "second"]
 
 
@@ -247,7 +248,7 @@ def test_of_several_jobs_that_are_refused_at_once_the_first_is_named(client: Cli
 def test_the_registry_is_read_once_for_jobs_that_come_soon_after_each_other(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("rerankq.client.BELIEVE_S", 1e6)
+    monkeypatch.setattr("rerankq.client.asynchronous.REGISTRY_TTL_S", 1e6)
     workers, read = AsyncLedger.workers, []
 
     async def counted(self: AsyncLedger):
@@ -340,7 +341,7 @@ def test_an_unknown_model_is_refused_and_one_that_just_registered_is_found(clien
 
 
 def test_an_id_does_not_depend_on_the_weights_of_workers(client: Client, worker, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rerankq.client.BELIEVE_S", 0)
+    monkeypatch.setattr("rerankq.client.asynchronous.REGISTRY_TTL_S", 0)
     worker.register("m", fingerprint="old")
     before = client.submit(job(1))
     worker.register("m", fingerprint="new")
@@ -359,7 +360,7 @@ def test_limits_are_checked_before_the_work_of_reading_a_job_is_done(redis_url: 
     def never(*_: object) -> None:
         pytest.fail("read a job that is too large by its looks")
 
-    monkeypatch.setattr("rerankq.client.parse_job", never)
+    monkeypatch.setattr("rerankq.client.asynchronous.parse_job", never)
     with Client(Settings(broker_url=redis_url, max_job_bytes=1_000)) as client:
         for large in ({"query": "q", "chunks": ["x"] * 100_000}, json.dumps({"query": "q" * 4_000, "chunks": ["x"]})):
             with pytest.raises(rerankq.JobTooLarge, match="at most"):
@@ -482,8 +483,8 @@ CALLS: dict[str, Callable[[Client], object]] = {
     "forget": lambda client: client.forget("a"),
     "dead": lambda client: client.dead(),
     "dead_job": lambda client: client.dead_job("a"),
-    "retry": lambda client: client.retry("a"),
-    "drop": lambda client: client.drop("a"),
+    "retry_dead": lambda client: client.retry_dead("a"),
+    "drop_dead": lambda client: client.drop_dead("a"),
     "rerank": lambda client: client.rerank("q", ["x"], timeout=1),
     "workers": lambda client: client.workers(),
     "with": lambda client: client.__enter__(),
@@ -537,10 +538,10 @@ def test_what_is_left_of_as_completed_after_closing_does_no_harm(settings: Setti
 
 def test_ctrl_c_while_waiting_stops_the_waiting(client: Client, wait_until: Callable):
     job_id = client.submit(job(1))
-    ears = ears_of(client)
+    completions = ears_of(client)
 
     def interrupt() -> None:
-        wait_until(lambda: job_id in ears._waiters)
+        wait_until(lambda: job_id in completions._waiters)
         os.kill(os.getpid(), signal.SIGINT)
 
     helper = threading.Thread(target=interrupt)
@@ -548,7 +549,7 @@ def test_ctrl_c_while_waiting_stops_the_waiting(client: Client, wait_until: Call
     with pytest.raises(KeyboardInterrupt):
         client.result(job_id)
     helper.join()
-    wait_until(lambda: job_id not in ears._waiters)
+    wait_until(lambda: job_id not in completions._waiters)
 
 
 SCRIPT = """
@@ -602,7 +603,7 @@ def test_a_forked_child_has_a_client_of_its_own_and_the_parents_goes_on(redis_ur
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr, ended.stderr
     with redis.Redis.from_url(redis_url) as broker:
-        assert broker.llen("rerankq:rerankq.interactive") == 4, "one bell each: before, child, parent, after"
+        assert broker.llen("rerankq:rerankq.interactive") == 4, "one doorbell each: before, child, parent, after"
 
 
 def test_importing_is_light():
@@ -701,8 +702,8 @@ def test_what_cannot_be_an_id_is_an_unknown_job_to_every_method(client: Client, 
         client.cancel,
         client.forget,
         client.dead_job,
-        client.retry,
-        client.drop,
+        client.retry_dead,
+        client.drop_dead,
     ):
         with pytest.raises(rerankq.JobUnknown):
             call(odd)
@@ -739,8 +740,9 @@ def test_what_ended_while_the_client_was_suspended_is_answered_after_its_timeout
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_thread, "LOOK_S", 0.05)
     monkeypatch.setattr(loop_thread, "BLOCKED_LOOKS", 40)
-    monkeypatch.setattr("rerankq.client.SPARE_S", 0.1)
-    monkeypatch.setattr("rerankq.client.LAST_LOOK_S", 0.1)
+    monkeypatch.setattr("rerankq.client.blocking.SPARE_S", 0.1)
+    monkeypatch.setattr("rerankq.client.asynchronous.LAST_LOOK_S", 0.1)
+    monkeypatch.setattr("rerankq.client.blocking.LAST_LOOK_S", 0.1)
 
 
 WAITS: dict[str, Callable[[Client], object]] = {

@@ -19,10 +19,14 @@ from hypothesis import settings as runs
 from hypothesis import strategies as st
 
 import rerankq
-from rerankq import AsyncClient, RerankJob, connections, loop_connections, waiting
-from rerankq.ledger import AsyncLedger, connect_async, line
+from rerankq import AsyncClient, RerankJob
+from rerankq.client import completions as waiting
+from rerankq.client import loop_connections
+from rerankq.client.completions import CompletionListener
+from rerankq.connections import opening as connections
+from rerankq.ledger import LedgerLimits, connect_async, subscription
+from rerankq.ledger.runner import AsyncLedger
 from rerankq.settings import Settings
-from rerankq.waiting import Ears
 
 NEVER_S = 1e6
 T = TypeVar("T")
@@ -39,8 +43,8 @@ def jobs(count: int, **fields: Any) -> list[RerankJob]:
     return [RerankJob(query=f"question {number}", chunks=["x", "y"], **fields) for number in range(count)]
 
 
-def ears_of(client: AsyncClient) -> Ears:
-    return client._here().ears
+def completions_of(client: AsyncClient) -> CompletionListener:
+    return client._here().completions
 
 
 def run(work: Callable[[AsyncClient], Coroutine[Any, Any, Any]], settings: Settings) -> Any:
@@ -79,8 +83,8 @@ def test_all_methods_await(settings: Settings, worker):
         await client.forget(one, *more)
         assert [(await client.status(job_id)).state for job_id in (one, more[2])] == ["unknown", "queued"]
         reranking = asyncio.create_task(client.rerank("why?", ["because"], tenant="t"))
-        await until(lambda: worker.redis.zcard("rerankq:rung:rerankq.interactive:t"))
-        worker.finish(worker.redis.zrange("rerankq:rung:rerankq.interactive:t", 0, -1)[0].decode())
+        await until(lambda: worker.redis.zcard("rerankq:sent:rerankq.interactive:t"))
+        worker.finish(worker.redis.zrange("rerankq:sent:rerankq.interactive:t", 0, -1)[0].decode())
         assert len((await reranking).chunks) == 1
         assert await client.workers() == []
 
@@ -88,7 +92,7 @@ def test_all_methods_await(settings: Settings, worker):
 
 
 def test_a_ledger_that_hangs_does_not_hold_up_whoever_waits_with_a_timeout(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rerankq.client.LAST_LOOK_S", 0.05)
+    monkeypatch.setattr("rerankq.client.asynchronous.LAST_LOOK_S", 0.05)
 
     async def work(client: AsyncClient) -> None:
         with pytest.raises(rerankq.JobTimedOut):
@@ -132,14 +136,14 @@ def test_no_ending_slips_between_subscribing_and_reading(
             worker.finish(ids.pop())
 
     def hook(name: str, before: str, after: str) -> None:
-        method = getattr(Ears, name)
+        method = getattr(CompletionListener, name)
 
-        async def hooked(self: Ears, *given: object) -> None:
+        async def hooked(self: CompletionListener, *given: object) -> None:
             now(before)
             await method(self, *given)
             now(after)
 
-        monkeypatch.setattr(Ears, name, hooked)
+        monkeypatch.setattr(CompletionListener, name, hooked)
 
     hook("_subscribe", "before subscribing", "after subscribing")
     hook("_read_batches", "before reading", "after reading")
@@ -281,15 +285,15 @@ def test_readings_go_on_however_busy_the_client_is(settings: Settings, worker, m
 
     async def work(client: AsyncClient) -> None:
         quiet, *busy = await client.submit_many(jobs(2))
-        ears = ears_of(client)
+        completions = completions_of(client)
         expired = asyncio.create_task(client.result(quiet))
         await until(lambda: subscribed(worker))
         worker.redis.hset(f"rerankq:job:{quiet}", "deadline", "1.0")
         while not expired.done():
             # Never a moment without something to do.
-            future = ears.expect(busy[0])
+            future = completions.expect(busy[0])
             await asyncio.sleep(0)
-            ears.drop(busy[0], future)
+            completions.drop(busy[0], future)
         with pytest.raises(rerankq.JobExpired):
             await expired
 
@@ -329,13 +333,13 @@ def test_a_ranking_that_cannot_be_read_fails_its_own_job_alone(settings: Setting
 
 
 def test_a_bug_in_reading_is_told_to_those_who_wait(settings: Settings, monkeypatch: pytest.MonkeyPatch):
-    async def broken(self: Ears) -> None:
+    async def broken(self: CompletionListener) -> None:
         raise ZeroDivisionError
 
     async def work(client: AsyncClient) -> None:
         (job_id,) = await client.submit_many(jobs(1))
         with monkeypatch.context() as patched:
-            patched.setattr(Ears, "_read_batches", broken)
+            patched.setattr(CompletionListener, "_read_batches", broken)
             with pytest.raises(rerankq.BrokerUnavailable, match="ZeroDivisionError"):
                 await client.result(job_id)
         with pytest.raises(rerankq.JobTimedOut):  # the next one finds ears that work
@@ -366,7 +370,7 @@ def test_bulk_work_gives_the_event_loop_back_between_any_two_jobs(
     settings: Settings, worker, monkeypatch: pytest.MonkeyPatch
 ):
     # Without patience at all, each piece of work shows as a turn of the loop.
-    monkeypatch.setattr("rerankq.ledger.WORK_S", 0.0)
+    monkeypatch.setattr("rerankq.ledger.runner.WORK_S", 0.0)
 
     async def work(client: AsyncClient) -> None:
         await client.submit(jobs(1)[0])
@@ -559,8 +563,8 @@ ASYNC_CALLS: dict[str, Callable[[AsyncClient], Any]] = {
     "forget": lambda client: client.forget(),
     "dead": lambda client: client.dead(),
     "dead_job": lambda client: client.dead_job("a"),
-    "retry": lambda client: client.retry("a"),
-    "drop": lambda client: client.drop("a"),
+    "retry_dead": lambda client: client.retry_dead("a"),
+    "drop_dead": lambda client: client.drop_dead("a"),
     "rerank": lambda client: client.rerank("q", ["x"]),
     "workers": lambda client: client.workers(),
 }
@@ -607,7 +611,7 @@ def test_every_call_has_a_limit_whatever_the_ledger_does_and_so_has_closing(monk
 
 
 def test_a_rerank_keeps_its_timeout_though_the_ledger_hangs(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rerankq.client.LAST_LOOK_S", 0.05)
+    monkeypatch.setattr("rerankq.client.asynchronous.LAST_LOOK_S", 0.05)
 
     async def work(client: AsyncClient) -> None:
         with pytest.raises(rerankq.JobTimedOut):
@@ -633,7 +637,7 @@ def test_a_cancelled_bulk_submission_stops_and_what_was_accepted_is_rung_for(set
     accepted = len(worker.redis.keys("rerankq:job:*"))
     assert accepted < 2_000
     with redis.Redis.from_url(settings.broker) as broker:
-        assert broker.llen("rerankq:rerankq.interactive") == min(accepted, settings.ring_window)
+        assert broker.llen("rerankq:rerankq.interactive") == min(accepted, settings.doorbell_window)
 
 
 def test_as_completed_stopped_midway_leaves_nothing_subscribed(settings: Settings, worker):
@@ -644,7 +648,7 @@ def test_as_completed_stopped_midway_leaves_nothing_subscribed(settings: Setting
         assert (await anext(coming))[0] == ids[0]
         await coming.aclose()
         await until(lambda: not subscribed(worker))
-        assert ears_of(client)._waiters == {}
+        assert completions_of(client)._waiters == {}
 
     run(work, settings)
 
@@ -664,12 +668,14 @@ def test_a_ledger_that_was_never_reached_is_said_at_once():
 def test_ears_close_while_the_server_is_away(settings: Settings):
     async def main() -> None:
         away = "redis://127.0.0.1:1/0"
-        ears = Ears(AsyncLedger(connect_async(away)), partial(line, away), rerankq.client.terms_of(settings))
-        future = ears.expect("a")
-        await ears.close()
+        completions = CompletionListener(
+            AsyncLedger(connect_async(away)), partial(subscription, away), LedgerLimits.of(settings)
+        )
+        future = completions.expect("a")
+        await completions.close()
         with pytest.raises(rerankq.BrokerUnavailable):
             await future
-        ears.drop("a", future)
+        completions.drop("a", future)
 
     asyncio.run(main())
 
@@ -761,7 +767,7 @@ def test_jobs_are_read_while_the_peer_that_tells_of_endings_hangs(
     async def work(client: AsyncClient) -> None:
         waited, left = await client.submit_many(jobs(2))
         async with Mute(settings.ledger, STAGES[stage]) as mute:
-            monkeypatch.setattr(ears_of(client), "_dial", lambda: line(mute.url))
+            monkeypatch.setattr(completions_of(client), "_connect", lambda: line(mute.url))
             result = asyncio.create_task(client.result(waited))
             if stage == "leaving":
                 await until(lambda: subscribed(worker))
@@ -787,7 +793,9 @@ def test_a_connection_that_hangs_is_replaced_by_one_that_tells_of_endings(
     async def work(client: AsyncClient) -> None:
         ids = await client.submit_many(jobs(2))
         async with Mute(settings.ledger, STAGES[stage]) as mute:
-            monkeypatch.setattr(ears_of(client), "_dial", lambda: line(mute.url if mute.muted < 2 else settings.ledger))
+            monkeypatch.setattr(
+                completions_of(client), "_connect", lambda: line(mute.url if mute.muted < 2 else settings.ledger)
+            )
             result = asyncio.create_task(client.result(ids[0]))
             if stage == "leaving":
                 while mute.muted < 2:  # one that leaves while nothing is open says nothing
@@ -812,13 +820,15 @@ def test_a_peer_that_reads_no_more_does_not_hold_up_what_is_said_to_it(
     async def work(client: AsyncClient) -> None:
         (job_id,) = await client.submit_many(jobs(1))
         async with Mute(settings.ledger, b"\r\nSUBSCRIBE\r\n", reads=False) as mute:
-            monkeypatch.setattr(ears_of(client), "_dial", lambda: line(settings.ledger if mute.muted else mute.url))
+            monkeypatch.setattr(
+                completions_of(client), "_connect", lambda: line(settings.ledger if mute.muted else mute.url)
+            )
             monkeypatch.setattr(waiting, "SILENCE_S", NEVER_S)  # not by its silence: by what it does not take
-            many = [ears_of(client).expect(f"{number:0128}") for number in range(60_000)]
+            many = [completions_of(client).expect(f"{number:0128}") for number in range(60_000)]
             result = asyncio.create_task(client.result(job_id))
             await until(lambda: mute.muted and subscribed(worker))
             for number, future in enumerate(many):
-                ears_of(client).drop(f"{number:0128}", future)
+                completions_of(client).drop(f"{number:0128}", future)
             worker.finish(job_id)
             assert (await result).job_id == job_id
 
@@ -836,7 +846,7 @@ def test_closing_does_not_wait_for_a_peer_that_hangs(
         client = AsyncClient(settings)
         (job_id,) = await client.submit_many(jobs(1))
         async with Mute(settings.ledger, b"PING" if stage == "leaving" else STAGES[stage]) as mute:
-            monkeypatch.setattr(ears_of(client), "_dial", lambda: line(mute.url))
+            monkeypatch.setattr(completions_of(client), "_connect", lambda: line(mute.url))
             result = asyncio.create_task(client.result(job_id))
             await until(lambda: mute.muted)
             started = asyncio.get_running_loop().time()
@@ -859,7 +869,7 @@ def test_nothing_is_sought_while_nobody_waits(settings: Settings, worker, monkey
             calls.append(1)
             return line("redis://127.0.0.1:1/0")
 
-        monkeypatch.setattr(ears_of(client), "_dial", counted)
+        monkeypatch.setattr(completions_of(client), "_connect", counted)
         with pytest.raises(rerankq.JobTimedOut):
             await client.result(job_id, timeout=0.3)
         await asyncio.sleep(0.3)  # for what was under way at that moment
@@ -908,7 +918,7 @@ def test_a_user_without_rights_to_the_channels_still_gets_the_rankings(
 
         async def work(client: AsyncClient) -> None:
             (job_id,) = await client.submit_many(jobs(1))
-            monkeypatch.setattr(ears_of(client), "_dial", partial(line, restricted))
+            monkeypatch.setattr(completions_of(client), "_connect", partial(subscription, restricted))
             result = asyncio.create_task(client.result(job_id))
             await asyncio.sleep(0.2)
             worker.finish(job_id)

@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 
-from rerankq import JobFailed, JobRejected, JobTooLarge, JobUnknown, RerankJob, catalogue, client
-from rerankq.client import AsyncClient, Submission, enter, live_for, outcome, refuse_too_large, seconds_of, terms_of
-from rerankq.contract import JobStatus, job_of
-from rerankq.ledger import Entry, Look, Terms
-from rerankq.placing import Place
+from rerankq import JobFailed, JobRejected, JobTooLarge, JobUnknown, RerankJob, catalogue
+from rerankq.client import asynchronous as client
+from rerankq.client.asynchronous import AsyncClient, outcome, seconds_of
+from rerankq.client.routing import Route
+from rerankq.client.submission import Submission, enter, refuse_too_large
+from rerankq.contract import JobStatus
+from rerankq.identity import job_of
+from rerankq.ledger import JobSnapshot, LedgerLimits, NewJob
+from rerankq.ledger.limits import LedgerLimits, live_for
 from rerankq.settings import Settings
 
-PLACE = Place("full/name", ("w", "x"), ".full")
+PLACE = Route("full/name", ("w", "x"), ".full")
 
 
 def settings(**fields: Any) -> Settings:
@@ -36,7 +40,7 @@ def test_a_job_carries_its_models_full_name_and_its_fusion_in_numbers():
 
 def test_all_that_the_ledger_asks_of_a_job_is_told_beside_its_payload():
     entered = enter(job(3, priority="bulk", deadline_s=7, tenant="t", id="mine"), PLACE, settings())
-    assert entered._replace(content="", label="", payload=b"") == Entry(
+    assert entered._replace(content="", label="", payload=b"") == NewJob(
         *("mine", "", "rerankq.bulk.full", "t", "bulk", 3, 7, "", "full/name", b"", ("w", "x"))
     )
 
@@ -65,9 +69,9 @@ def test_windows_are_refused_as_long_as_no_worker_knows_them():
 
 
 def test_what_a_deployment_sets_reaches_the_scripts_of_the_ledger():
-    numbers = {"result_ttl_s": 11, "ring_window": 12, "max_queued_pairs": 13, "max_attempts": 14, "lease_s": 15}
+    numbers = {"result_ttl_s": 11, "doorbell_window": 12, "max_queued_pairs": 13, "max_attempts": 14, "lease_s": 15}
     told = settings(**numbers)
-    assert terms_of(told) == Terms(channel=told.channel, **numbers)
+    assert LedgerLimits.of(told) == LedgerLimits(channel=told.channel, **numbers)
 
 
 def test_a_worker_counts_as_alive_for_three_leases_and_for_ten_seconds_at_least():
@@ -79,11 +83,11 @@ def test_a_worker_counts_as_alive_for_three_leases_and_for_ten_seconds_at_least(
 
 @pytest.mark.parametrize("state", ["done", "unknown"])
 def test_an_end_without_a_ranking_or_an_error_is_an_unknown_job(state: str):
-    assert type(outcome(Look(JobStatus(job_id="a", state=state), "", None))) is JobUnknown
+    assert type(outcome(JobSnapshot(JobStatus(job_id="a", state=state), "", None))) is JobUnknown
 
 
 def test_an_error_without_words_is_told_by_its_state():
-    error = outcome(Look(JobStatus(job_id="a", state="failed"), "", None))
+    error = outcome(JobSnapshot(JobStatus(job_id="a", state="failed"), "", None))
     assert (type(error), str(error)) == (JobFailed, "job a: failed")
 
 
@@ -119,10 +123,10 @@ def test_a_rerank_waits_for_what_submitting_left_of_its_timeout(monkeypatch: pyt
 def round_trips(count: int, payload: bytes) -> list[int]:
     trips = []
 
-    async def entered(_: Any) -> Entry:
+    async def entered(_: Any) -> NewJob:
         return enter(job(), PLACE, settings())._replace(payload=payload)
 
-    async def accepted(entries: list[Entry]) -> list[str]:
+    async def accepted(entries: list[NewJob]) -> list[str]:
         trips.append(len(entries))
         return [entry.id for entry in entries]
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from rerankq import BrokerUnavailable, waiting
+from rerankq import BrokerUnavailable
+from rerankq.client import completions as waiting
+from rerankq.client.completions import CompletionListener
 from rerankq.contract import JobStatus
-from rerankq.ledger import Look, Terms
-from rerankq.waiting import Ears
+from rerankq.ledger import JobSnapshot, LedgerLimits
 
 
 class SkippingLoop(asyncio.SelectorEventLoop):
@@ -68,11 +69,11 @@ class StandInLedger:
         self.away = away
         self.asked_at: list[float] = []
 
-    async def ask_all(self, wanted: list[Any]) -> list[Look]:
+    async def ask_all(self, wanted: list[Any]) -> list[JobSnapshot]:
         self.asked_at.append(asyncio.get_running_loop().time())
         if self.away():
             raise BrokerUnavailable("away")
-        return [Look(JobStatus(job_id="a", state="queued"), "", None)] * len(wanted)
+        return [JobSnapshot(JobStatus(job_id="a", state="queued"), "", None)] * len(wanted)
 
 
 async def wait(connections: list[Connection], seconds: float, ledger: StandInLedger | None = None) -> list[Connection]:
@@ -83,12 +84,12 @@ async def wait(connections: list[Connection], seconds: float, ledger: StandInLed
         opened.append(connections[min(len(opened), len(connections) - 1)])
         return opened[-1]
 
-    ears = Ears(ledger or StandInLedger(), dial, Terms("tests"))
-    future = ears.expect("a")
+    completions = CompletionListener(ledger or StandInLedger(), dial, LedgerLimits("tests"))
+    future = completions.expect("a")
     await asyncio.sleep(seconds)
     assert not future.done()
-    ears.drop("a", future)
-    await ears.close()
+    completions.drop("a", future)
+    await completions.close()
     return opened
 
 

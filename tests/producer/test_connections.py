@@ -22,10 +22,13 @@ import pytest
 import redis
 from redis.exceptions import RedisError
 
-from rerankq import BrokerUnavailable, Client, connections, urls
-from rerankq.broker import Bells, make_app
-from rerankq.embedded import free_port
-from rerankq.ledger import Bell, Ledger, connect
+from rerankq import BrokerUnavailable, Client, urls
+from rerankq.broker.celery_app import make_app
+from rerankq.broker.doorbells import DoorbellSender
+from rerankq.connections import opening as connections
+from rerankq.ledger import Doorbell, connect
+from rerankq.ledger.runner import Ledger
+from rerankq.local.embedded import free_port
 from rerankq.settings import Settings
 
 NOBODY = "sentinel://:secret@127.0.0.1:1,127.0.0.1:2/0?master=jobs"
@@ -297,8 +300,8 @@ def test_kombus_own_connections_are_dropped_too(deployment: Deployment):
     app = make_app(Settings(_env_file=None, broker_url=deployment.url()))
     with closing(app), app.connection_for_write() as connection:
         channel = connection.default_channel
-        for queue, bells in (("a", 1), ("b", 2)):
-            for number in range(bells):
+        for queue, doorbells in (("a", 1), ("b", 2)):
+            for number in range(doorbells):
                 channel._put(queue, {"body": f"{queue}{number}", "headers": {}, "properties": {}})
         for after in (0, 2):
             deployment.stalling.hold(after)
@@ -313,19 +316,19 @@ def test_kombus_own_connections_are_dropped_too(deployment: Deployment):
             with pytest.raises(Empty):
                 queue.get(timeout=0.1)
             deployment.stalling.hold(after=5)
-            ring(deployment, "c", "first")
+            send(deployment, "c", "first")
             with pytest.raises((RedisError, Empty)):
                 queue.get(timeout=3)
             deployment.stalling.release()
-            ring(deployment, "c", "second")
-            # The first may be lost, as a bell may.
+            send(deployment, "c", "second")
+            # The first may be lost, as a doorbell may.
             heard = [queue.get(timeout=10).payload]
             if heard != ["second"]:
                 heard.append(queue.get(timeout=10).payload)
             assert heard in (["second"], ["first", "second"])
 
 
-def ring(deployment: Deployment, queue: str, word: str) -> None:
+def send(deployment: Deployment, queue: str, word: str) -> None:
     """Send a message past the server that stalls."""
     properties = {"delivery_tag": word, "delivery_info": {"exchange": queue, "routing_key": queue}}
     message = {"body": json.dumps(word), "content-type": "application/json", "content-encoding": "utf-8"}
@@ -365,14 +368,14 @@ def test_a_stranger_with_a_certificate_that_nobody_vouches_for_is_told_nothing_b
 
 def test_doorbells_go_on_after_a_server_that_hung(deployment: Deployment):
     app = make_app(Settings(_env_file=None, broker_url=deployment.url()))
-    with closing(Bells(app)) as bells:
-        bells.ring([Bell("one", "rerankq.bulk", "")])
-        assert bells.flush(30)
+    with closing(DoorbellSender(app)) as doorbells:
+        doorbells.send([Doorbell("one", "rerankq.bulk", "")])
+        assert doorbells.flush(30)
         deployment.stalling.hold()
-        bells.ring([Bell("two", "rerankq.bulk", "")])
-        assert not bells.flush(3 * ANSWER_S)
+        doorbells.send([Doorbell("two", "rerankq.bulk", "")])
+        assert not doorbells.flush(3 * ANSWER_S)
         deployment.stalling.release()
-        bells.ring([Bell("three", "rerankq.bulk", "")])
-        assert bells.flush(30)
+        doorbells.send([Doorbell("three", "rerankq.bulk", "")])
+        assert doorbells.flush(30)
         with app.connection_for_write() as connection:
             assert connection.default_channel._size("rerankq.bulk") >= 3

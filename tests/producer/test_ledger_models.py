@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import pytest
 
 from rerankq.contract import ModelName, Priority, Ranking
-from rerankq.ledger import Claim, Entry, Ledger, Terms, calls, connect
+from rerankq.ledger import Claim, LedgerLimits, NewJob, calls, connect
+from rerankq.ledger.runner import Ledger
 
-TERMS = Terms("tests")
+TERMS = LedgerLimits("tests")
 
 
 @pytest.fixture
@@ -18,8 +19,8 @@ def ledger(redis_url_each_version: str) -> Iterator[Ledger]:
 
 
 def submit(ledger: Ledger, *weights: str, queue: str = "q", priority: Priority = "bulk") -> str:
-    entry = Entry("a", "content", queue, "", priority, 1, None, "label", "m", b"{}", weights)
-    return ledger.ask(calls.submit(entry, TERMS)).state
+    new_job = NewJob("a", "content", queue, "", priority, 1, None, "label", "m", b"{}", weights)
+    return ledger.ask(calls.submit(new_job, TERMS)).state
 
 
 def claim(ledger: Ledger, owner: str = "w") -> Claim:
@@ -38,7 +39,7 @@ def test_a_ranking_of_other_weights_than_those_alive_is_made_anew_when_its_job_i
     rank(ledger, "old")
     assert submit(ledger, "old") == "done"
     assert submit(ledger, "new") == "queued"
-    assert ledger.ask(calls.look("a", TERMS, with_ranking=True)).ranking is None
+    assert ledger.ask(calls.snapshot("a", TERMS, with_ranking=True)).ranking is None
     rank(ledger, "new")
     assert submit(ledger, "new") == "done"
     assert ledger.redis.hlen("rerankq:backlog") == 0
@@ -91,12 +92,12 @@ def test_a_job_sent_on_to_another_queue_keeps_its_suspicion_and_its_claims(ledge
     found = claim(ledger)
     assert found.suspect == bool(deaths)
     assert found.fence > taken.fence
-    assert ledger.ask(calls.look("a", TERMS)).status.attempts == 1 + deaths
+    assert ledger.ask(calls.snapshot("a", TERMS)).status.attempts == 1 + deaths
 
 
 def test_a_job_that_was_started_in_time_does_not_expire_when_it_is_sent_on_later(ledger: Ledger):
-    entry = Entry("a", "content", "q", "", "bulk", 1, 60.0, "label", "m", b"{}")
-    ledger.ask(calls.submit(entry, TERMS))
+    new_job = NewJob("a", "content", "q", "", "bulk", 1, 60.0, "label", "m", b"{}")
+    ledger.ask(calls.submit(new_job, TERMS))
     assert ledger.ask(calls.hand_back([("a", claim(ledger).fence)])) == 1
     assert ledger.ask(calls.reroute("a", claim(ledger).fence, "elsewhere", "n"))
     assert ledger.redis.hget("rerankq:job:a", "deadline") == b""

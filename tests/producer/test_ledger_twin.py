@@ -24,9 +24,9 @@ from hypothesis.stateful import (
 )
 
 from rerankq.contract import ENDED, ModelName, Ranking
-from rerankq.ledger import Entry, Ledger, Terms, calls, connect
+from rerankq.ledger import NewJob, Ledger, LedgerLimits, calls, connect
 
-TERMS = Terms("twin", result_ttl_s=1_000, ring_window=2, max_queued_pairs=14, max_attempts=2, lease_s=1_000)
+TERMS = LedgerLimits("twin", result_ttl_s=1_000, doorbell_window=2, max_queued_pairs=14, max_attempts=2, lease_s=1_000)
 QUEUES = ("rerankq.interactive", "rerankq.bulk")
 TENANTS = ("", "a")
 LINES = tuple(itertools.product(QUEUES, TENANTS))
@@ -49,7 +49,7 @@ class TwinJob:
     order: int
     payload: bytes
     state: str = "queued"
-    rung: int = 0
+    sent: int = 0
     lost: bool = False
     owner: str = ""
     fence: int = 0
@@ -86,20 +86,20 @@ class Twin:
         self.clock = itertools.count(1)
 
     def waiting(self, queue: str, tenant: str) -> list[str]:
-        line = [(not job.ahead, job.order, name) for name, job in self._line(queue, tenant, rung=False)]
+        line = [(not job.ahead, job.order, name) for name, job in self._line(queue, tenant, sent=False)]
         return [name for *_, name in sorted(line)]
 
-    def rung(self, queue: str, tenant: str) -> list[str]:
-        return [name for name, _ in self._line(queue, tenant, rung=True)]
+    def sent(self, queue: str, tenant: str) -> list[str]:
+        return [name for name, _ in self._line(queue, tenant, sent=True)]
 
-    def _line(self, queue: str, tenant: str, *, rung: bool) -> Iterator[tuple[str, TwinJob]]:
+    def _line(self, queue: str, tenant: str, *, sent: bool) -> Iterator[tuple[str, TwinJob]]:
         for name, job in self.jobs.items():
-            if job.state == "queued" and bool(job.rung) == rung and job.line == (queue, tenant):
+            if job.state == "queued" and bool(job.sent) == sent and job.line == (queue, tenant):
                 yield name, job
 
     def room(self, queue: str, tenant: str) -> int:
-        again = sum(job.ahead for _, job in self._line(queue, tenant, rung=False))
-        free = TERMS.ring_window - len(self.rung(queue, tenant))
+        again = sum(job.ahead for _, job in self._line(queue, tenant, sent=False))
+        free = TERMS.doorbell_window - len(self.sent(queue, tenant))
         return min(len(self.waiting(queue, tenant)), max(free, again))
 
     def backlog(self) -> Counter[str]:
@@ -120,10 +120,10 @@ class Twin:
             self.end(job, "expired", "JobExpired")
 
     def end(self, job: TwinJob, state: str, error_type: str = "") -> None:
-        job.state, job.error_type, job.owner, job.rung = state, error_type, "", 0
+        job.state, job.error_type, job.owner, job.sent = state, error_type, "", 0
 
     def queue_again(self, job: TwinJob, *, suspect: int) -> None:
-        job.state, job.owner, job.suspect, job.lease_over, job.rung = "queued", "", suspect, False, 0
+        job.state, job.owner, job.suspect, job.lease_over, job.sent = "queued", "", suspect, False, 0
 
     def take_back(self, owner: str) -> None:
         """It lives: whatever was accused because of its silence is not any more."""
@@ -148,34 +148,34 @@ class Twin:
     def may_ring(self, name: str) -> bool:
         job = self.jobs[name]
         first = self.waiting(*job.line)[0] == name
-        if first and len(self.rung(*job.line)) < TERMS.ring_window:
-            job.rung = next(self.clock)
-        return bool(job.rung)
+        if first and len(self.sent(*job.line)) < TERMS.doorbell_window:
+            job.sent = next(self.clock)
+        return bool(job.sent)
 
-    def submit(self, entry: Entry) -> tuple[str, bool]:
-        job = self.jobs.get(entry.id)
+    def submit(self, new_job: NewJob) -> tuple[str, bool]:
+        job = self.jobs.get(new_job.id)
         if job is not None:
-            if job.content != entry.content:
+            if job.content != new_job.content:
                 return "conflict", False
-            state = self.state(entry.id)
+            state = self.state(new_job.id)
             if state == "queued":
                 if job.deadline is not None:
-                    job.deadline = None if entry.deadline_s is None else max(job.deadline, entry.deadline_s)
-                if entry.priority == "interactive" and job.priority == "bulk":
-                    job.priority, job.queue, job.rung = "interactive", entry.queue, 0
-                    return state, self.may_ring(entry.id)
+                    job.deadline = None if new_job.deadline_s is None else max(job.deadline, new_job.deadline_s)
+                if new_job.priority == "interactive" and job.priority == "bulk":
+                    job.priority, job.queue, job.sent = "interactive", new_job.queue, 0
+                    return state, self.may_ring(new_job.id)
                 return state, False
             if state in {"running", "done", "dead"}:
                 return state, False
         waiting = self.backlog()["*"]
-        if waiting and waiting + entry.pairs > TERMS.max_queued_pairs:
+        if waiting and waiting + new_job.pairs > TERMS.max_queued_pairs:
             return "full", False
-        self.jobs[entry.id] = TwinJob(
-            *(entry.content, entry.queue, entry.tenant, entry.pairs, entry.priority, entry.deadline_s),
+        self.jobs[new_job.id] = TwinJob(
+            *(new_job.content, new_job.queue, new_job.tenant, new_job.pairs, new_job.priority, new_job.deadline_s),
             order=next(self.clock),
-            payload=entry.payload,
+            payload=new_job.payload,
         )
-        return "queued", self.may_ring(entry.id)
+        return "queued", self.may_ring(new_job.id)
 
     def claim(self, name: str, owner: str) -> str | TwinJob:
         state = self.state(name)
@@ -183,7 +183,7 @@ class Twin:
             return state
         self.take_back(owner)
         job = self.jobs[name]
-        job.state, job.owner, job.rung, job.pairs_done, job.lease_over = "running", owner, 0, 0, False
+        job.state, job.owner, job.sent, job.pairs_done, job.lease_over = "running", owner, 0, 0, False
         job.deadline = None  # started in time
         job.claims += 1
         return job
@@ -245,7 +245,7 @@ class Twin:
             del self.jobs[name]
         return state
 
-    def retry(self, name: str) -> tuple[str, bool]:
+    def retry_dead(self, name: str) -> tuple[str, bool]:
         state = self.state(name)
         if state != "dead":
             return state, False
@@ -288,16 +288,16 @@ class Twin:
         for name in self.jobs:
             self.settle(name)
         expired = Counter(job.state for job in self.jobs.values())["expired"] - before
-        bells = 0
+        doorbells = 0
         for queue, messages in held_by_broker.items():
             out = sorted(
-                (job for job in self.jobs.values() if job.state == "queued" and job.rung and job.queue == queue),
-                key=lambda job: job.rung,
+                (job for job in self.jobs.values() if job.state == "queued" and job.sent and job.queue == queue),
+                key=lambda job: job.sent,
             )
             for job in out[: max(0, len(out) - messages)]:
-                job.rung, job.lost = 0, True
-                bells += 1
-        return lapsed, dead, expired, bells
+                job.sent, job.lost = 0, True
+                doorbells += 1
+        return lapsed, dead, expired, doorbells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +308,7 @@ class Held:
     names: set[str]
     jobs: dict[str, tuple[dict[str, str], int]]
     waiting: dict[tuple[str, str], list[str]]
-    rung: dict[tuple[str, str], list[str]]
+    sent: dict[tuple[str, str], list[str]]
     backlog: dict[str, str]
     running: set[str]
     dead: set[str]
@@ -331,7 +331,7 @@ class Held:
         for line in LINES:
             suffix = ":".join(part for part in line if part)
             pipe.zrange(f"rerankq:waiting:{suffix}", 0, -1)
-            pipe.zrange(f"rerankq:rung:{suffix}", 0, -1)
+            pipe.zrange(f"rerankq:sent:{suffix}", 0, -1)
         pipe.hgetall("rerankq:backlog")
         for key in ("running", "dead", "deadlines"):
             pipe.zrange(f"rerankq:{key}", 0, -1)
@@ -431,7 +431,7 @@ class BothLedgers(RuleBasedStateMachine):
     def submit(self, name: str, shape: SimpleNamespace) -> None:
         # A tenant and the number of pairs are part of the content: they follow from it.
         number = int(name[1:]) + (shape.content == "two")
-        entry = Entry(
+        new_job = NewJob(
             id=name,
             content=shape.content,
             queue=f"rerankq.{shape.priority}",
@@ -444,8 +444,8 @@ class BothLedgers(RuleBasedStateMachine):
             model="m",
             payload=f"payload {name} {shape.content}".encode(),
         )
-        answer = self.ask(calls.submit(entry, TERMS))
-        assert (answer.state, answer.ring) == self.twin.submit(entry)
+        answer = self.ask(calls.submit(new_job, TERMS))
+        assert (answer.state, answer.send) == self.twin.submit(new_job)
 
     @rule(data=st.data(), owner=owners)
     def claim(self, data: st.DataObject, owner: str) -> None:
@@ -464,8 +464,8 @@ class BothLedgers(RuleBasedStateMachine):
         self.fences.append((name, answer.fence))
         given = (answer.suspect, answer.priority, answer.payload)
         assert given == (expected.suspect > 0, expected.priority, expected.payload)
-        room = 2 * len(self.twin.rung(*expected.line)) < TERMS.ring_window
-        assert answer.ring_on == bool(room and self.twin.waiting(*expected.line))
+        room = 2 * len(self.twin.sent(*expected.line)) < TERMS.doorbell_window
+        assert answer.refill_window == bool(room and self.twin.waiting(*expected.line))
         # Its answer may be lost on the way: asked again, it is the same.
         again = self.ask(call)
         assert isinstance(again, calls.Claim)
@@ -510,12 +510,12 @@ class BothLedgers(RuleBasedStateMachine):
         assert self.ask(calls.forget(name, TERMS, dead=dead)) == self.twin.forget(name, dead=dead)
 
     @rule(data=st.data())
-    def retry(self, data: st.DataObject) -> None:
+    def retry_dead(self, data: st.DataObject) -> None:
         name = data.draw(self.names("dead"))
         answer = self.ask(calls.retry(name, TERMS))
-        assert (answer.state, answer.bell is not None) == self.twin.retry(name)
-        if answer.bell is not None:
-            assert answer.bell == calls.Bell(name, self.twin.jobs[name].queue, f"label of {name}")
+        assert (answer.state, answer.doorbell is not None) == self.twin.retry(name)
+        if answer.doorbell is not None:
+            assert answer.doorbell == calls.Doorbell(name, self.twin.jobs[name].queue, f"label of {name}")
 
     @rule(data=st.data())
     def look_into(self, data: st.DataObject) -> None:
@@ -529,14 +529,14 @@ class BothLedgers(RuleBasedStateMachine):
             assert found.history[-1].event in {"lease-over", "came-back"}
 
     @rule(name=ids)
-    def look(self, name: str) -> None:
-        look = self.ask(calls.look(name, TERMS, with_ranking=True))
-        assert look.status.state == self.twin.state(name)
+    def snapshot(self, name: str) -> None:
+        snapshot = self.ask(calls.snapshot(name, TERMS, with_ranking=True))
+        assert snapshot.status.state == self.twin.state(name)
         job = self.twin.jobs.get(name)
         if job is not None:
-            status = look.status
+            status = snapshot.status
             assert (status.pairs_done, status.pairs_total, status.attempts) == (job.pairs_done, job.pairs, job.claims)
-            assert (look.error_type, look.ranking is not None) == (job.error_type, job.ranked)
+            assert (snapshot.error_type, snapshot.ranking is not None) == (job.error_type, job.ranked)
             assert (status.started_at is not None, status.ended_at is not None) == (job.claims > 0, job.state in ENDED)
 
     @rule(worker=owners, lives=st.booleans())
@@ -556,7 +556,7 @@ class BothLedgers(RuleBasedStateMachine):
     def sweep(self, watched: bool, held_by_broker: dict[str, int]) -> None:
         self.ledger.redis.delete("rerankq:sweeper")
         counted = calls.Counted(self.now(), held_by_broker)
-        out = {job.queue for job in self.twin.jobs.values() if job.state == "queued" and job.rung and not job.expires}
+        out = {job.queue for job in self.twin.jobs.values() if job.state == "queued" and job.sent and not job.expires}
         swept = self.ask(calls.sweep("s", TERMS, watched_s=1e6 if watched else 0, counted=counted, grace_s=0))
         assert set(swept.overdue) == out
         assert swept[:4] == self.twin.sweep(watched=watched, held_by_broker=held_by_broker)
@@ -570,22 +570,22 @@ class BothLedgers(RuleBasedStateMachine):
         return seconds + micros / 1e6
 
     @rule(most=st.sampled_from([1, 4, 100]), queues=st.sampled_from([QUEUES, QUEUES[:1], QUEUES[1:]]))
-    def ring_on(self, most: int, queues: tuple[str, ...]) -> None:
+    def refill_window(self, most: int, queues: tuple[str, ...]) -> None:
         room = {line: self.twin.room(*line) for line in itertools.product(queues, TENANTS)}
-        bells = self.ask(calls.ring_on(queues, TERMS, most=most))
-        rung = defaultdict(list)
-        for bell in bells:
-            job = self.twin.jobs[bell.id]
-            assert (bell.queue, bell.label, bell.ahead) == (job.queue, f"label of {bell.id}", job.ahead)
-            rung[job.line].append(bell.id)
-        for line, names in rung.items():
+        doorbells = self.ask(calls.refill_window(queues, TERMS, most=most))
+        sent = defaultdict(list)
+        for doorbell in doorbells:
+            job = self.twin.jobs[doorbell.id]
+            assert (doorbell.queue, doorbell.label, doorbell.ahead) == (job.queue, f"label of {bell.id}", job.ahead)
+            sent[job.line].append(doorbell.id)
+        for line, names in sent.items():
             assert names == self.twin.waiting(*line)[: len(names)], "the longest waiting first"
             assert len(names) <= room[line]
             for name in names:
-                self.twin.jobs[name].rung = next(self.twin.clock)
+                self.twin.jobs[name].sent = next(self.twin.clock)
         for queue in queues:
             there = sum(room[queue, tenant] for tenant in TENANTS)
-            assert sum(len(rung[queue, tenant]) for tenant in TENANTS) == min(most, there), "nothing is left unrung"
+            assert sum(len(sent[queue, tenant]) for tenant in TENANTS) == min(most, there), "nothing is left unrung"
 
     @precondition(lambda self: any(job.state == "running" for job in self.twin.jobs.values()))
     @rule(data=st.data())
@@ -675,9 +675,9 @@ class BothLedgers(RuleBasedStateMachine):
     def each_queued_job_stands_in_one_line(self, held: Held) -> None:
         for line in LINES:
             assert held.waiting[line] == self.twin.waiting(*line)
-            assert set(held.rung[line]) == set(self.twin.rung(*line))
-            in_line = [name for name in self.twin.rung(*line) if not self.twin.jobs[name].ahead]
-            assert len(in_line) <= TERMS.ring_window
+            assert set(held.sent[line]) == set(self.twin.sent(*line))
+            in_line = [name for name in self.twin.sent(*line) if not self.twin.jobs[name].ahead]
+            assert len(in_line) <= TERMS.doorbell_window
 
     def counters_are_sums(self, held: Held) -> None:
         assert {field: int(pairs) for field, pairs in held.backlog.items()} == dict(self.twin.backlog())

@@ -131,7 +131,7 @@ def test_channels_carry_the_deployments_name_because_they_ignore_databases():
         ("models", '["a", "b"]'),
         *((name, value) for name in ("lease_s", "drain_s") for value in ("nan", "inf", "-inf", "-1", "1e9")),
         ("lease_s", "0"),
-        *((name, "0") for name in ("concurrency", "max_attempts", "ring_window", "max_chunks", "max_job_bytes")),
+        *((name, "0") for name in ("concurrency", "max_attempts", "doorbell_window", "max_chunks", "max_job_bytes")),
         *(
             (name, "9" * 30)
             for name in (
@@ -140,7 +140,7 @@ def test_channels_carry_the_deployments_name_because_they_ignore_databases():
                 "max_chunks",
                 "max_job_bytes",
                 "max_queued_pairs",
-                "ring_window",
+                "doorbell_window",
             )
         ),
         ("max_attempts", "9" * 5_000),
@@ -271,7 +271,7 @@ LIMITS = {
     "lease_s": (0.05, 3600),
     "drain_s": (0, 3600),
     "max_attempts": (1, 1000),
-    "ring_window": (1, 1_000_000),
+    "doorbell_window": (1, 1_000_000),
     "cache_ttl_s": (1, 315_360_000),
     "result_ttl_s": (1, 315_360_000),
     "max_chunks": (1, 1_000_000),

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rerankq_worker.fusion import analyser as module
-from rerankq_worker.fusion.analyser import Analyser, analyse, read_part, token_ids
+from rerankq_worker.fusion.analyser import Analyser, analyse, read_part, token_hashes
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_what_no_model_reads_is_not_analysed():
     assert len(set(analyse("moon" * module.READ_CHARACTERS))) == 1
     analyser = Analyser()
     alike = [read + "wave " * 100_000, read + "beach " * 100_000]
-    assert [ids.tolist() for ids in analyser.token_ids(alike)] == [token_ids(["tide"]).tolist()] * 2
+    assert [ids.tolist() for ids in analyser.token_hashes(alike)] == [token_hashes(["tide"]).tolist()] * 2
     [ids] = analyser.ragflow_ids([(alike[0], "", "moon " * 100_000)])
-    assert set(ids.tolist()) == set(token_ids(["tide", "moon", "tidetide", "tidemoon", "moonmoon"]).tolist())
+    assert set(ids.tolist()) == set(token_hashes(["tide", "moon", "tidetide", "tidemoon", "moonmoon"]).tolist())
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", "\u3000"])
@@ -175,7 +175,7 @@ def test_what_is_remembered_equals_what_is_analysed():
     for text in ["The moon pulls the sea.", "潮汐由月球引起。", "", "\ud800"]:
         for _ in range(2):
             np.testing.assert_array_equal(
-                np.sort(analyser.token_ids([text])[0]), np.sort(token_ids(set(analyse(text))))
+                np.sort(analyser.token_hashes([text])[0]), np.sort(token_hashes(set(analyse(text))))
             )
 
 
@@ -184,8 +184,8 @@ def test_a_text_is_analysed_once(monkeypatch):
     monkeypatch.setattr(module, "analyse", lambda text: calls.append(text) or ["token"])
     analyser = Analyser()
     for _ in range(3):
-        analyser.token_ids(["one", "two", "one"])
-        analyser.token_ids(["two"])
+        analyser.token_hashes(["one", "two", "one"])
+        analyser.token_hashes(["two"])
     assert sorted(calls) == ["one", "two"]
 
 
@@ -194,7 +194,7 @@ def test_two_lists_of_texts_never_run_together():
     one = analyser.ragflow_ids([("moon", "sea")])[0]
     other = analyser.ragflow_ids([("moonsea", "")])[0]
     assert set(one.tolist()) != set(other.tolist())
-    assert set(analyser.token_ids(["moon sea"])[0].tolist()) < set(one.tolist())
+    assert set(analyser.token_hashes(["moon sea"])[0].tolist()) < set(one.tolist())
 
 
 def test_memory_stays_within_its_bound_and_the_latest_used_survive(monkeypatch):
@@ -203,12 +203,12 @@ def test_memory_stays_within_its_bound_and_the_latest_used_survive(monkeypatch):
     entry = 8 + 400
     analyser = Analyser(capacity_bytes=10 * entry)
     for text in "abcdefghij":
-        analyser.token_ids([text])
-    analyser.token_ids(["a"])
-    analyser.token_ids(["k"])
-    analyser.token_ids(["a"])
+        analyser.token_hashes([text])
+    analyser.token_hashes(["a"])
+    analyser.token_hashes(["k"])
+    analyser.token_hashes(["a"])
     assert calls == list("abcdefghijk")
-    analyser.token_ids(["b"])
+    analyser.token_hashes(["b"])
     assert calls[-1] == "b"
     assert analyser._bytes <= 10 * entry
     assert analyser._bytes == sum(module._size(ids) for ids in analyser._known.values())
@@ -216,31 +216,31 @@ def test_memory_stays_within_its_bound_and_the_latest_used_survive(monkeypatch):
 
 def test_a_text_too_large_to_remember_is_analysed_all_the_same():
     analyser = Analyser(capacity_bytes=100)
-    assert analyser.token_ids(["moon sea"])[0].size == 2
+    assert analyser.token_hashes(["moon sea"])[0].size == 2
     assert not analyser._known
 
 
 def test_an_entry_of_an_eighth_of_the_memory_is_the_largest_that_is_remembered():
     for capacity, remembered in ((8 * (8 + 400), True), (8 * (8 + 400) - 1, False)):
         analyser = Analyser(capacity_bytes=capacity)
-        analyser.token_ids(["moon"])
+        analyser.token_hashes(["moon"])
         assert bool(analyser._known) == remembered
 
 
 def test_a_text_without_characters_takes_no_place_in_the_memory():
     analyser = Analyser()
-    assert [ids.size for ids in analyser.token_ids(["", "moon", ""])] == [0, 1, 0]
+    assert [ids.size for ids in analyser.token_hashes(["", "moon", ""])] == [0, 1, 0]
     assert len(analyser._known) == 1
 
 
 def test_token_ids_of_many_tokens_are_those_of_each_once():
-    ids = token_ids(f"word{number % 9_000}" for number in range(30_000))
+    ids = token_hashes(f"word{number % 9_000}" for number in range(30_000))
     assert sorted(ids.tolist()) == sorted(hash(f"word{number}") for number in range(9_000))
 
 
 def test_what_is_remembered_cannot_be_changed():
     with pytest.raises(ValueError, match="read-only"):
-        Analyser().token_ids(["moon"])[0][0] = 1
+        Analyser().token_hashes(["moon"])[0][0] = 1
 
 
 def test_many_threads_at_once_see_the_same_tokens():
@@ -253,7 +253,9 @@ def test_many_threads_at_once_see_the_same_tokens():
         order = random.Random(seed).choices(range(50), k=300)
         module._word.cache_clear()
         wrong.extend(place for place in order if analyse(texts[place]) != expected[place])
-        wrong.extend(p for p in order if set(analyser.token_ids([texts[p]])[0].tolist()) != set(map(hash, expected[p])))
+        wrong.extend(
+            p for p in order if set(analyser.token_hashes([texts[p]])[0].tolist()) != set(map(hash, expected[p]))
+        )
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
     for thread in threads:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerankq_worker.batching import (
+from rerankq_worker.engine.scheduling.batching import (
     GRACE_TOKENS,
     LOOK_AHEAD,
     SLACK,

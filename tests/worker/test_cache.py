@@ -14,8 +14,8 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rerankq.embedded import EmbeddedRedis
-from rerankq_worker.cache import REST_S, ScoreCache, connect, score_fingerprint
+from rerankq.local.embedded import EmbeddedRedis
+from rerankq_worker.cache import CIRCUIT_OPEN_S, ScoreCache, connect, score_fingerprint
 from rerankq_worker.engine import text_hash
 
 QUERY = text_hash("why tides?")
@@ -140,7 +140,7 @@ def test_a_client_that_decodes_replies_costs_speed_and_no_job(redis_url: str, ca
             scores.write("fp", QUERY, HASHES[:1], logit, flags(0))
             assert raw.hget(KEY, HASHES[0]) == logit.tobytes()
             assert not scores.read("fp", QUERY, HASHES[:1]).mask.any()
-            clock.now += REST_S
+            clock.now += CIRCUIT_OPEN_S
         assert ScoreCache(raw, ttl_s=60).read("fp", QUERY, HASHES[:1]).mask.all()
     assert "computing without it" in caplog.text
 
@@ -204,7 +204,7 @@ def test_a_server_that_is_gone_is_left_alone_for_a_while(sent: list[object], cap
             assert not scores.read("fp", QUERY, HASHES).mask.any()
             scores.write("fp", QUERY, HASHES[:1], floats(1), flags(0))
         assert len(caplog.records) == 1, "tried once"
-        clock.now += REST_S
+        clock.now += CIRCUIT_OPEN_S
         scores.read("fp", QUERY, HASHES)
         assert len(caplog.records) == 2, "and again after the rest"
 
@@ -222,7 +222,7 @@ def test_a_server_that_hangs_costs_one_wait_and_serves_when_it_is_back():
             finally:
                 os.kill(number, signal.SIGCONT)
             assert not scores.read("fp", QUERY, HASHES[:1]).mask.any(), "it rests"
-            clock.now += REST_S
+            clock.now += CIRCUIT_OPEN_S
             assert scores.read("fp", QUERY, HASHES[:1]).mask.all()
 
 

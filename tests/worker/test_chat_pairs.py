@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from rerankq_worker.engine import ModelUnusable
-from rerankq_worker.engine.chat_pairs import ChatPairs
-from rerankq_worker.engine.pair_format import rendered_pairs
-from rerankq_worker.engine.rendering import Rendering, carries_pairs, find_rendering, qwen3
-from rerankq_worker.engine.whole_pairs import WholeChats
+from rerankq_worker.engine.tokenising.chat_pairs import ChatPairs
+from rerankq_worker.engine.tokenising.pair_format import rendered_pairs
+from rerankq_worker.engine.tokenising.rendering import Rendering, carries_pairs, find_rendering, qwen3
+from rerankq_worker.engine.tokenising.whole_pairs import WholeChats
 
 QWEN3 = qwen3()
 TEXTS = [

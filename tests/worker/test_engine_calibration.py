@@ -5,12 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rerankq.ledger.lease_policy import hangs
 from rerankq_worker import engine
-from rerankq_worker.engine.calibration import BUDGETS, LEVEL, PATIENCE_S, levelling_point, measure, seconds_per_token
-from rerankq_worker.engine.flights import Flights
+from rerankq_worker.engine.models.calibration import (
+    BUDGETS,
+    LEVEL,
+    PATIENCE_S,
+    levelling_point,
+    measure,
+    seconds_per_token,
+)
+from rerankq_worker.engine.scheduling.in_flight import InFlightBatches
+from rerankq_worker.engine.scheduling.ticket import SharedPair
 from rerankq_worker.engine.stub import StubEngine
-from rerankq_worker.engine.ticket import SharedPair
-from rerankq_worker.lease_policy import hangs
 
 CPU = BUDGETS["cpu"]
 
@@ -172,14 +179,14 @@ def test_a_token_is_timed_before_the_first_batch_and_predicts_it():
     measured = seconds_per_token(engine, clock=lambda: clock[0])
     assert measured == pytest.approx(0.5)
     assert clock[0] < 20, "a token that takes half a second must not keep a worker from starting"
-    flights = Flights(engine, lambda: clock[0], measured)
+    in_flight = InFlightBatches(engine, lambda: clock[0], measured)
     seen = []
-    engine._sleep = lambda seconds: (seen.append(flights.oldest), sleep(seconds))
+    engine._sleep = lambda seconds: (seen.append(in_flight.oldest), sleep(seconds))
     (pair,) = engine.tokenise("q", ["word " * 200])
-    flights.launch([SharedPair(pair, pair.length, None)], pair.length)
+    in_flight.launch([SharedPair(pair, pair.length, None)], pair.length)
     ((_, predicted),) = seen
     assert predicted == pytest.approx(0.5 * pair.length)
-    flights.land()
-    assert flights.pace.predict(100) == pytest.approx(50), "what batches teach counts from then on"
+    in_flight.land()
+    assert in_flight.pace.predict(100) == pytest.approx(50), "what batches teach counts from then on"
     assert not hangs(10 * predicted - 1, predicted)
     assert hangs(10 * predicted + 1, predicted)

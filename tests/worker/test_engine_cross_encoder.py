@@ -29,10 +29,11 @@ from transformers import (
 )
 
 from rerankq_worker import engine
-from rerankq_worker.engine import ModelUnusable, cross_encoder, device, loading
-from rerankq_worker.engine.device import tokens_that_fit
-from rerankq_worker.engine.last_layer import TwoWords, compute_last_layer_in_float32
-from rerankq_worker.engine.passes import FlattenedPass
+from rerankq_worker.engine import ModelUnusable, cross_encoder
+from rerankq_worker.engine.models import device, loading
+from rerankq_worker.engine.models.device import tokens_that_fit
+from rerankq_worker.engine.models.last_layer import TwoWords, compute_last_layer_in_float32
+from rerankq_worker.engine.models.passes import UnpaddedPass
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLED = REPOSITORY / "models" / "minilm-l6-rerank"
@@ -244,8 +245,8 @@ def test_a_model_whose_logits_change_without_padding_runs_padded_and_says_so(
 ):
     pairs = [(QUERY, text) for text in TEXTS]
     expected = engines["bert"].score(pairs)
-    honest = FlattenedPass.__call__
-    monkeypatch.setattr(FlattenedPass, "__call__", lambda self, batch: fault(honest(self, batch)))
+    honest = UnpaddedPass.__call__
+    monkeypatch.setattr(UnpaddedPass, "__call__", lambda self, batch: fault(honest(self, batch)))
     wary = load(str(folders["bert"]), dtype="float32")
     assert wary.padded
     assert "runs padded" in caplog.text

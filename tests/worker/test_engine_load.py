@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rerankq.cli import celery_worker
+from rerankq.local import worker_command as celery_worker
 from rerankq_worker import engine
-from rerankq_worker.engine import ModelUnusable, checkpoint, cores
+from rerankq_worker.engine import ModelUnusable
 from rerankq_worker.engine.errors import in_one_line, is_out_of_memory
+from rerankq_worker.engine.models import checkpoint, cores
 
 FIND = "import sys; from rerankq_worker.engine import find_checkpoint; print(find_checkpoint(sys.argv[1]))"
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from rerankq_worker import engine
-from rerankq_worker.engine import ModelUnusable, openvino_pass, ways
-from rerankq_worker.engine.cores import multiplies_bfloat16
-from rerankq_worker.engine.openvino_pass import OpenVinoPass, quantise_weights
+from rerankq_worker.engine import ModelUnusable
+from rerankq_worker.engine.models import openvino_pass, ways
+from rerankq_worker.engine.models.cores import multiplies_bfloat16
+from rerankq_worker.engine.models.openvino_pass import OpenVinoPass, quantise_weights
 
 SCIFACT = Path(__file__).resolve().parents[3] / "shared" / "data" / "scifact"
 QUERY = "which drug reduces fever in adults?"

@@ -11,13 +11,13 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerankq_worker.engine import probing
-from rerankq_worker.engine.attention import runs_of
-from rerankq_worker.engine.first_token import FirstTokenLayer, shorten
-from rerankq_worker.engine.forms import form_of
-from rerankq_worker.engine.openvino_pass import OpenVinoPass
-from rerankq_worker.engine.passes import FlattenedPass, Inputs, PaddedPass
-from rerankq_worker.engine.probing import Probe
+from rerankq_worker.engine.models import probing
+from rerankq_worker.engine.models.architectures import architecture_of
+from rerankq_worker.engine.models.attention import runs_of
+from rerankq_worker.engine.models.first_token import FirstTokenLayer, reduce_to_cls
+from rerankq_worker.engine.models.openvino_pass import OpenVinoPass
+from rerankq_worker.engine.models.passes import Inputs, PaddedPass, UnpaddedPass
+from rerankq_worker.engine.models.probing import Probe
 from rerankq_worker.engine.protocol import TokenisedPair
 
 WORDS = 200
@@ -114,11 +114,11 @@ def run() -> Callable[[str, Callable[..., Any], list[TokenisedPair]], tuple[np.n
     def make(name: str, kind: Callable[..., Any]) -> Any:
         family = FAMILIES[name]
         model = model_of(family)
-        form = form_of(model, family.yes_or_no)
-        assert form is not None
-        if form.place == "first":
-            shorten(getattr(model, form.backbone))
-        return kind(model, form, Inputs(CPU, pad=family.pad, with_types=family.types))
+        architecture = architecture_of(model, family.yes_or_no)
+        assert architecture is not None
+        if architecture.place == "first":
+            reduce_to_cls(getattr(model, architecture.backbone))
+        return kind(model, architecture, Inputs(CPU, pad=family.pad, with_types=family.types))
 
     twins = {name: model_of(family) for name, family in FAMILIES.items()}
 
@@ -132,8 +132,8 @@ def run() -> Callable[[str, Callable[..., Any], list[TokenisedPair]], tuple[np.n
     return run
 
 
-def compiled(model: Any, form: Any, inputs: Inputs) -> OpenVinoPass:
-    return OpenVinoPass(PaddedPass(model, form, inputs), inputs, dtype="float32", threads=1)
+def compiled(model: Any, architecture: Any, inputs: Inputs) -> OpenVinoPass:
+    return OpenVinoPass(PaddedPass(model, architecture, inputs), inputs, dtype="float32", threads=1)
 
 
 # Windows of attention hold their tokens exactly, one less and one more among others.
@@ -143,7 +143,7 @@ LENGTHS = [[17, 90, 90, 64, 33, 2, 110], [9, 8, 10, 16, 15], [40, 40, 40], [2, 2
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *((name, kind) for name in FAMILIES for kind in (FlattenedPass, PaddedPass)),
+        *((name, kind) for name in FAMILIES for kind in (UnpaddedPass, PaddedPass)),
         *((name, compiled) for name in ("bert", "xlm-r", "modernbert, mean", "qwen3, yes or no")),
     ],
 )
@@ -160,7 +160,7 @@ def test_logits_equal_those_of_each_pair_alone(run, name, kind):
 @settings(max_examples=12, deadline=None)
 def test_flattened_logits_equal_padded_ones_whatever_the_lengths(run, name, lengths, seed):
     batch = pairs_of(lengths, seed)
-    np.testing.assert_allclose(run(name, FlattenedPass, batch)[0], run(name, PaddedPass, batch)[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run(name, UnpaddedPass, batch)[0], run(name, PaddedPass, batch)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["roberta", "xlm-r"])
@@ -168,12 +168,12 @@ def test_the_paddings_own_token_in_a_text_has_no_position_flattened_either(run, 
     (pair,) = pairs_of([40])
     pair.ids[[7, 8, 30]] = FAMILIES[name].pad
     # The model takes the padding's id in a text for padding when it counts positions; its mask does not.
-    logits, expected = run(name, FlattenedPass, [pair, *pairs_of([12], seed=6)])
+    logits, expected = run(name, UnpaddedPass, [pair, *pairs_of([12], seed=6)])
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("kind", [FlattenedPass, PaddedPass, compiled])
+@pytest.mark.parametrize("kind", [UnpaddedPass, PaddedPass, compiled])
 def test_the_paddings_own_id_at_the_end_of_a_text_is_not_read(run, name, kind):
     ends, all_of_it, other = pairs_of([20, 4, 31])
     ends.ids[[3, 17, 18, 19]] = FAMILIES[name].pad
@@ -185,21 +185,21 @@ def test_the_paddings_own_id_at_the_end_of_a_text_is_not_read(run, name, kind):
 @pytest.mark.parametrize(("name", "reduced"), [("bert", True), ("xlm-r", True), ("modernbert", False), ("gte", False)])
 def test_the_last_layer_of_bert_like_models_computes_the_first_token_alone(name, reduced):
     model = model_of(FAMILIES[name])
-    backbone = getattr(model, form_of(model).backbone)
-    assert shorten(backbone) is reduced
-    assert shorten(backbone) is False, "not twice"
+    backbone = getattr(model, architecture_of(model).backbone)
+    assert reduce_to_cls(backbone) is reduced
+    assert reduce_to_cls(backbone) is False, "not twice"
     assert any(isinstance(layer, FirstTokenLayer) for layer in backbone.modules()) is reduced
 
 
 def test_the_last_layer_of_a_decoder_stays_whole():
     # Its first token attends to itself alone, which the shortened layer would not know without padding.
-    assert shorten(model_of(FAMILIES["bert, looking back"]).bert) is False
+    assert reduce_to_cls(model_of(FAMILIES["bert, looking back"]).bert) is False
 
 
 def test_a_padding_with_the_vocabularys_last_id_is_compiled_too():
     model, inputs = model_of(FAMILIES["qwen3"]), Inputs(CPU, pad=WORDS - 1, with_types=False)
     batch = pairs_of([9, 30])
-    logits = compiled(model, form_of(model), inputs)(batch)
+    logits = compiled(model, architecture_of(model), inputs)(batch)
     expected = [alone(FAMILIES["qwen3"], model_of(FAMILIES["qwen3"]), pair) for pair in batch]
     np.testing.assert_allclose(logits.detach(), expected, rtol=0, atol=1e-5)
 
@@ -226,8 +226,8 @@ def test_pairs_that_ways_are_tried_with_are_longer_than_a_window_that_is_not_too
 
 
 def test_a_family_that_is_not_known_has_no_form():
-    assert form_of(torch.nn.Linear(2, 1)) is None
-    assert form_of(model_of(FAMILIES["qwen3"]), (YES, NO)) is None, "a classifier is not asked for yes or no"
+    assert architecture_of(torch.nn.Linear(2, 1)) is None
+    assert architecture_of(model_of(FAMILIES["qwen3"]), (YES, NO)) is None, "a classifier is not asked for yes or no"
 
 
 @given(st.lists(st.integers(1, 5), max_size=30))

@@ -3,13 +3,13 @@
 import pytest
 
 from rerankq_worker.engine import EngineError
-from rerankq_worker.engine.runtimes import DTYPES, RUNTIMES, Choice, Facts, choose, precision_of
+from rerankq_worker.engine.models.runtimes import DTYPES, RUNTIMES, Choice, Environment, choose, precision_of
 
-FULL = Facts("cpu", fast_bfloat16=True, openvino=True)
-OLD = Facts("cpu", fast_bfloat16=False, openvino=True)
-BARE = Facts("cpu", fast_bfloat16=True, openvino=False)
-GPU = Facts("cuda", fast_bfloat16=True, openvino=True)
-APPLE = Facts("mps", fast_bfloat16=False, openvino=True)
+FULL = Environment("cpu", fast_bfloat16=True, openvino=True)
+OLD = Environment("cpu", fast_bfloat16=False, openvino=True)
+BARE = Environment("cpu", fast_bfloat16=True, openvino=False)
+GPU = Environment("cuda", fast_bfloat16=True, openvino=True)
+APPLE = Environment("mps", fast_bfloat16=False, openvino=True)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 
 from rerankq_worker import engine
-from rerankq_worker.engine import Batcher, ModelUnusable, PairFailed, cross_encoder, loading
-from rerankq_worker.engine.passes import OneLengthAtATime, WholeModel
+from rerankq_worker.engine import Batcher, ModelUnusable, PairFailed, cross_encoder
+from rerankq_worker.engine.models import loading
+from rerankq_worker.engine.models.passes import OneLengthAtATime, WholeModel
 
 pytestmark = pytest.mark.slow
 

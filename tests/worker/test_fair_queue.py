@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerankq_worker.engine.fair_queue import FairQueue
+from rerankq_worker.engine.scheduling.fair_queue import FairQueue
 
 
 def leader(queue):

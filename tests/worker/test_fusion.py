@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rerankq_worker import fusion
 from rerankq_worker.fusion.normalise import RULES
-from rerankq_worker.fusion.ranks import places
+from rerankq_worker.fusion.ranks import competition_ranks
 
 SIGNALS = tuple(fusion.DEFAULT_RULES)
 MISSING = (None, math.nan, math.inf, -math.inf)
@@ -242,7 +242,7 @@ def slow_places(row):
 
 @given(st.lists(st.one_of(st.none(), st.sampled_from([0.0, 1.0, 2.0, 3.5])), max_size=8))
 def test_places_equal_their_slow_twin(row):
-    np.testing.assert_array_equal(places(row), slow_places(row))
+    np.testing.assert_array_equal(competition_ranks(row), slow_places(row))
 
 
 def test_a_chunk_gets_nothing_from_a_ranking_that_lacks_it():

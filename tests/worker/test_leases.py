@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from rerankq import RerankJob
-from rerankq.client import enter, terms_of
-from rerankq.embedded import EmbeddedRedis
-from rerankq.ledger import Claim, Ledger, Terms, calls, connect
-from rerankq.placing import Place
+from rerankq.client.routing import Route
+from rerankq.client.submission import prepare
+from rerankq.ledger import Claim, LedgerLimits, calls, connect
+from rerankq.ledger.lease_policy import BATCH_TIME_FACTOR, BREAK_S, PATIENCE_S, forget_after_s, hangs, renew_every_s
+from rerankq.ledger.runner import Ledger
+from rerankq.local.embedded import EmbeddedRedis
 from rerankq.settings import Settings
 from rerankq_worker import leases as leases_module
-from rerankq_worker.lease_policy import BREAK_S, PATIENCE, PATIENCE_S, forget_after_s, hangs, renew_every_s
 from rerankq_worker.leases import Leases
 
 WAIT_S = 20  # a test that hangs ends here; none that works waits so long
@@ -35,16 +36,16 @@ class World:
 
     def __init__(self, url: str, lease_s: float = 30) -> None:
         self.settings = Settings(broker_url=url, model="stub", lease_s=lease_s)
-        self.terms: Terms = terms_of(self.settings)
+        self.limits: LedgerLimits = LedgerLimits.of(self.settings)
         self.ledger = Ledger(connect(self.settings.ledger))
         self.device_hangs = False
         self.gave_up = threading.Event()
-        self.leases = Leases(self.ledger, self.terms, device_hangs=lambda: self.device_hangs, give_up=self.gave_up.set)
+        self.leases = Leases(self.ledger, self.limits, device_hangs=lambda: self.device_hangs, give_up=self.gave_up.set)
 
     def claimed(self, name: str, owner: str = "w1") -> Claim:
-        entry = enter(RerankJob(id=name, query="q", chunks=["x"] * 5), Place("stub", (), ""), self.settings)
-        self.ledger.ask(calls.submit(entry, self.terms))
-        claim = self.ledger.ask(calls.claim(name, owner, self.terms))
+        new_job = prepare(RerankJob(id=name, query="q", chunks=["x"] * 5), Route("stub", (), ""), self.settings)
+        self.ledger.ask(calls.submit(new_job, self.limits))
+        claim = self.ledger.ask(calls.claim(name, owner, self.limits))
         assert isinstance(claim, Claim)
         return claim
 
@@ -78,7 +79,7 @@ def test_a_renewed_lease_is_whole_again_and_tells_how_far_the_work_is(world: Wor
     work.pairs_done = 3
     world.leases.renew()
     assert world.lease_of("a") > 25
-    assert world.ledger.ask(calls.look("a", world.terms)).status.pairs_done == 3
+    assert world.ledger.ask(calls.snapshot("a", world.limits)).status.pairs_done == 3
     assert not work.cancelled.is_set()
 
 
@@ -96,7 +97,7 @@ def test_work_on_a_job_that_somebody_else_has_is_stopped_and_its_neighbour_goes_
     claim, lost = world.held("lost")
     _, kept = world.held("kept")
     world.ledger.ask(calls.hand_back([("lost", claim.fence)]))
-    world.ledger.ask(calls.claim("lost", "w2", world.terms))
+    world.ledger.ask(calls.claim("lost", "w2", world.limits))
     world.leases.renew()
     assert lost.cancelled.is_set()
     assert not kept.cancelled.is_set()
@@ -104,7 +105,7 @@ def test_work_on_a_job_that_somebody_else_has_is_stopped_and_its_neighbour_goes_
 
 def test_a_cancelled_job_missed_on_the_channel_is_noticed_at_the_next_renewal(world: World):
     _, work = world.held("a")
-    world.ledger.ask(calls.cancel("a", world.terms))
+    world.ledger.ask(calls.cancel("a", world.limits))
     world.leases.renew()
     assert work.cancelled.is_set()
 
@@ -112,7 +113,7 @@ def test_a_cancelled_job_missed_on_the_channel_is_noticed_at_the_next_renewal(wo
 def test_an_old_fence_releases_nothing(world: World):
     claim, old = world.held("a")
     world.ledger.ask(calls.hand_back([("a", claim.fence)]))
-    again = world.ledger.ask(calls.claim("a", "w1", world.terms))
+    again = world.ledger.ask(calls.claim("a", "w1", world.limits))
     new = Work()
     world.leases.hold("a", again.fence, new)
     world.leases.release("a", claim.fence)
@@ -142,7 +143,7 @@ def test_a_job_that_ended_while_its_lease_was_being_renewed_stops_no_later_claim
 
 def test_a_job_cancelled_and_at_once_submitted_again_is_worked_on_once(world: World):
     _, old = world.held("a")
-    world.ledger.ask(calls.cancel("a", world.terms))
+    world.ledger.ask(calls.cancel("a", world.limits))
     claim, new = world.held("a")
     assert old.cancelled.is_set(), "whether or not the cancellation was heard"
     assert not new.cancelled.is_set()
@@ -159,7 +160,7 @@ def test_cancelling_reaches_held_work_and_no_other(world: World):
 
 def test_a_late_cancellation_leaves_a_newer_claim_of_the_same_id_alone(world: World):
     claim, _ = world.held("a")
-    world.ledger.ask(calls.cancel("a", world.terms))
+    world.ledger.ask(calls.cancel("a", world.limits))
     world.leases.release("a", claim.fence)
     again, new = world.held("a")
     assert again.fence > claim.fence
@@ -241,7 +242,7 @@ def test_after_a_pause_of_our_own_the_device_has_time_to_go_on(lively: World, mo
     clock = [0.0]
     monkeypatch.setattr(leases_module.time, "monotonic", lambda: clock[0])
     lively.device_hangs = True
-    for seconds in (lively.terms.lease_s / 3 + 1, lively.terms.lease_s + BREAK_S):
+    for seconds in (lively.limits.lease_s / 3 + 1, lively.limits.lease_s + BREAK_S):
         lively.leases._woke_up(slept_for=seconds)
         assert lively.leases._hangs(), "a busy machine is no pause"
     lively.leases._woke_up(slept_for=3_600)
@@ -295,7 +296,7 @@ def test_leases_survive_a_server_that_was_started_again_empty():
         (PATIENCE_S, 0, False),
         (PATIENCE_S + 0.1, 0, True),
         (PATIENCE_S + 0.1, PATIENCE_S, False),
-        (PATIENCE * PATIENCE_S + 0.1, PATIENCE_S, True),
+        (BATCH_TIME_FACTOR * PATIENCE_S + 0.1, PATIENCE_S, True),
     ],
 )
 def test_a_batch_hangs_when_it_takes_ten_times_its_time_and_never_before_a_minute(running_s, predicted_s, hung):

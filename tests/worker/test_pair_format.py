@@ -20,11 +20,11 @@ from transformers import (
 
 from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable
-from rerankq_worker.engine.chat_pairs import ChatPairs
-from rerankq_worker.engine.pair_format import pair_tokeniser_for
-from rerankq_worker.engine.pair_tokeniser import PairTokeniser
-from rerankq_worker.engine.rendering import qwen3
-from rerankq_worker.engine.whole_pairs import WholePairs
+from rerankq_worker.engine.tokenising.chat_pairs import ChatPairs
+from rerankq_worker.engine.tokenising.pair_format import pair_tokeniser_for
+from rerankq_worker.engine.tokenising.pair_tokeniser import PairTokeniser
+from rerankq_worker.engine.tokenising.rendering import qwen3
+from rerankq_worker.engine.tokenising.whole_pairs import WholePairs
 
 TEXTS = [
     "Aspirin reduces fever, pain and inflammation in adults.",

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from rerankq_worker.engine import ModelUnusable, text_hash
-from rerankq_worker.engine.pair_format import special_token_pairs
-from rerankq_worker.engine.pair_tokeniser import PairTokeniser
-from rerankq_worker.engine.text_reading import MOST_CHARACTERS
-from rerankq_worker.engine.whole_pairs import WholePairs
+from rerankq_worker.engine.tokenising.pair_format import special_token_pairs
+from rerankq_worker.engine.tokenising.pair_tokeniser import PairTokeniser
+from rerankq_worker.engine.tokenising.text_reading import MOST_CHARACTERS
+from rerankq_worker.engine.tokenising.whole_pairs import WholePairs
 
 BUNDLED = Path(__file__).resolve().parents[2] / "models" / "minilm-l6-rerank" / "tokenizer.json"
 

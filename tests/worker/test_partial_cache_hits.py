@@ -9,7 +9,7 @@ from tiny_checkpoints import QUERY, TEXTS, reading
 from rerankq import Fusion, RerankJob
 from rerankq_worker.cache import ScoreCache, connect
 from rerankq_worker.engine import Batcher, StubEngine
-from rerankq_worker.engine.pair_tokeniser import PairTokeniser
+from rerankq_worker.engine.tokenising.pair_tokeniser import PairTokeniser
 from rerankq_worker.fusion.analyser import Analyser
 from rerankq_worker.reranker import Reranker, Work
 

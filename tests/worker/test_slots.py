@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerankq.ledger import Bell, Deferred
+from rerankq.ledger import Deferred, Doorbell
 from rerankq_worker.slots import Slots, SuspectSlots, kept_for_interactive
 
 # A step: a job's name, and whether it comes in as bulk, as interactive, or goes out (None).
@@ -29,13 +29,13 @@ class Twin:
         self.rings: list[tuple[str, bool]] = []
 
     def has_room(self, bulk: bool) -> bool:
-        bulk_rings = [ring for ring in self.rings if ring[1]]
+        bulk_rings = [send for send in self.rings if send[1]]
         return len(self.rings) < self.total and (not bulk or len(bulk_rings) < self.total - min(2, self.total // 2))
 
     def step(self, job: str, bulk: bool | None) -> None:
         if bulk is not None:
             self.rings.append((job, bulk))
-        elif last := [at for at, ring in enumerate(self.rings) if ring[0] == job]:
+        elif last := [at for at, send in enumerate(self.rings) if send[0] == job]:
             del self.rings[last[-1]]
 
 
@@ -94,14 +94,14 @@ def test_no_slot_is_lost_or_won_by_many_threads():
 
 
 def suspect(name: str) -> Deferred:
-    return Deferred(Bell(name, "q", "", ahead=True), "interactive" if name.isupper() else "bulk")
+    return Deferred(Doorbell(name, "q", "", ahead=True), "interactive" if name.isupper() else "bulk")
 
 
 def ended(slots: SuspectSlots, name: str) -> str | None:
     """One has ended: whose doorbell is sent?"""
     slots.give_back(suspect(name))
-    bell = slots.next_doorbell()
-    return None if bell is None else bell.id
+    doorbell = slots.next_doorbell()
+    return None if doorbell is None else doorbell.id
 
 
 def test_one_suspect_of_each_class_is_taken_at_a_time_and_the_others_in_turn_interactive_ones_first():
@@ -113,7 +113,7 @@ def test_one_suspect_of_each_class_is_taken_at_a_time_and_the_others_in_turn_int
     assert ended(slots, "A") == "B"
     assert slots.take(suspect("B"))
     assert not slots.take(suspect("c")), "a doorbell that was sent twice"
-    assert slots.forget() == [suspect("c").bell, suspect("C").bell]
+    assert slots.forget() == [suspect("c").doorbell, suspect("C").doorbell]
     assert ended(slots, "b") is None
 
 
@@ -133,7 +133,7 @@ def test_with_one_slot_an_interactive_suspect_is_taken_behind_those_that_wait():
     clock = Clock()
     slots = SuspectSlots(1, clock=clock)
     assert not slots.take(suspect("A"))
-    assert slots.next_doorbell() == Bell("A", "q", "", ahead=False)
+    assert slots.next_doorbell() == Doorbell("A", "q", "", ahead=False)
     assert not slots.take(suspect("B")), "one after the other"
     assert slots.next_doorbell() is None
     assert slots.take(suspect("A")), "by the doorbell of its own"
@@ -142,7 +142,7 @@ def test_with_one_slot_an_interactive_suspect_is_taken_behind_those_that_wait():
     assert not slots.take(suspect("c"))
     # Another worker has it, most likely.
     clock.now += SuspectSlots.INVITED_S
-    assert slots.next_doorbell() == suspect("b").bell
+    assert slots.next_doorbell() == suspect("b").doorbell
     assert slots.take(suspect("b"))
 
 
@@ -159,10 +159,10 @@ def test_no_suspect_is_lost_and_none_is_taken_twice(total: int, names: list[str]
         follow()
 
     def follow() -> None:
-        bell = slots.next_doorbell()
-        if bell is not None:
-            assert bell.id in waiting
-            heard(bell.id)
+        doorbell = slots.next_doorbell()
+        if doorbell is not None:
+            assert doorbell.id in waiting
+            heard(doorbell.id)
 
     for name in names:
         if name in inside:
@@ -173,7 +173,7 @@ def test_no_suspect_is_lost_and_none_is_taken_twice(total: int, names: list[str]
             heard(name)
         assert len(inside) <= (2 if total >= 4 else 1)
         assert not waiting or inside, "nobody waits while nobody is in"
-    assert {bell.id for bell in slots.forget()} == waiting
+    assert {doorbell.id for doorbell in slots.forget()} == waiting
 
 
 def test_so_many_suspects_are_kept_in_mind_and_no_more():

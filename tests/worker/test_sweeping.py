@@ -1,4 +1,4 @@
-"""Sweeping: who may judge and when, bells that were lost, the registry, and a loop that nothing ends but stop."""
+"""Sweeping: who may judge and when, doorbells that were lost, the registry, and a loop that nothing ends but stop."""
 
 import itertools
 import json
@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rerankq import RerankJob
-from rerankq.client import enter, terms_of
+from rerankq.client.routing import Route
+from rerankq.client.submission import prepare
 from rerankq.errors import BrokerUnavailable
-from rerankq.ledger import Bell, Claim, Counted, Ledger, Server, Swept, Terms, calls, connect
-from rerankq.placing import Place
+from rerankq.ledger import Claim, Counted, Doorbell, LedgerLimits, Swept, calls, connect
+from rerankq.ledger.lease_policy import BREAK_S, Watch
+from rerankq.ledger.runner import Ledger, Server
 from rerankq.settings import Settings
-from rerankq_worker.lease_policy import BREAK_S, Watch
 from rerankq_worker.processes import mark_of
-from rerankq_worker.sweeping import RING_AT_ONCE, CancelListener, Sweeper
+from rerankq_worker.sweeping import SEND_AT_ONCE, CancelListener, Sweeper
 
 WAIT_S = 20  # a test that hangs ends here; none that works waits so long
 QUEUES = ("rerankq.interactive", "rerankq.bulk")
@@ -34,16 +35,16 @@ class Clock:
 
 
 class World:
-    """A ledger, a sweeper on it, and all bells that it rang."""
+    """A ledger, a sweeper on it, and all doorbells that it rang."""
 
-    def __init__(self, url: str, **terms: float) -> None:
+    def __init__(self, url: str, **limits: float) -> None:
         self.settings = Settings(broker_url=url, model="stub", lease_s=5)
-        self.terms: Terms = terms_of(self.settings)._replace(**terms)
+        self.limits: LedgerLimits = LedgerLimits.of(self.settings)._replace(**limits)
         self.ledger = Ledger(connect(self.settings.ledger))
         self.server = Server("a run", 1e6)
         self.ledger.server = lambda: self.server
         self.clock = Clock()
-        self.rung: list[Bell] = []
+        self.sent: list[Doorbell] = []
         self.in_broker: dict[str, int] | None = {}
         self.asked: list[str] = []
         self.living = True
@@ -53,7 +54,7 @@ class World:
     def another(self, worker: str, **options: object) -> Sweeper:
         return Sweeper(
             self.ledger,
-            self.terms,
+            self.limits,
             self,
             self,
             worker=worker,
@@ -74,21 +75,21 @@ class World:
 
     counted = Counted()
 
-    def ring(self, bells: Sequence[Bell]) -> None:
-        self.rung += bells
+    def send(self, doorbells: Sequence[Doorbell]) -> None:
+        self.sent += doorbells
 
     def submit(self, *names: str, tenant: str = "", priority: str = "interactive") -> None:
         for name in names:
             job = RerankJob(id=name, query="q", chunks=["x"], tenant=tenant, priority=priority)
-            self.ledger.ask(calls.submit(enter(job, Place("stub", (), ""), self.settings), self.terms))
+            self.ledger.ask(calls.submit(prepare(job, Route("stub", (), ""), self.settings), self.limits))
 
     def claim(self, name: str, owner: str = "w2") -> Claim:
-        claim = self.ledger.ask(calls.claim(name, owner, self.terms))
+        claim = self.ledger.ask(calls.claim(name, owner, self.limits))
         assert isinstance(claim, Claim)
         return claim
 
     def state(self, name: str) -> str:
-        return self.ledger.ask(calls.look(name, self.terms)).status.state
+        return self.ledger.ask(calls.snapshot(name, self.limits)).status.state
 
     def now(self) -> float:
         clock = self.ledger.redis.time()
@@ -98,10 +99,10 @@ class World:
         self.ledger.redis.zadd("rerankq:running", {name: self.now() - 1})
 
     def age_bell(self, name: str, seconds: float, queue: str = QUEUES[0]) -> None:
-        self.ledger.redis.zadd(f"rerankq:rung:{queue}", {name: self.now() - seconds})
+        self.ledger.redis.zadd(f"rerankq:sent:{queue}", {name: self.now() - seconds})
 
     def names_rung(self) -> list[str]:
-        return [bell.id for bell in self.rung]
+        return [doorbell.id for doorbell in self.sent]
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_a_lapsed_job_is_queued_again_and_rung_for(world: World):
 def breaks(how: str, world: World) -> None:
     """What keeps living workers from renewing in time."""
     if how == "a pause of its own":
-        world.clock.now += world.terms.lease_s + 1
+        world.clock.now += world.limits.lease_s + 1
     elif how == "another server":
         world.server = Server("a replica that was promoted", 1e6)
     elif how == "a clock set forward":
@@ -141,7 +142,7 @@ def test_after_a_break_nothing_is_judged_for_one_lease(world: World, how: str):
     for _ in range(5):
         world.lapse("a")
         assert world.sweeper.sweep().lapsed == 0, "its worker may have been cut off as we were"
-        world.clock.now += world.terms.lease_s / 5
+        world.clock.now += world.limits.lease_s / 5
     world.lapse("a")
     world.clock.now += 0.1
     assert world.sweeper.sweep().lapsed == 1
@@ -151,7 +152,7 @@ def test_a_young_server_is_not_judged_by_until_a_lease_has_passed_since_it_start
     world.submit("a")
     world.claim("a")
     world.lapse("a")
-    world.server = Server("young", world.terms.lease_s - 1)
+    world.server = Server("young", world.limits.lease_s - 1)
     assert world.sweeper.sweep().lapsed == 0
     world.lapse("a")
     world.clock.now += 1.1
@@ -235,14 +236,14 @@ def test_only_one_of_two_sweepers_judges(world: World):
 
 def test_a_bell_that_the_broker_does_not_hold_is_rung_again_however_busy_everybody_is(world: World):
     world.submit("a")
-    assert world.sweeper.sweep().bells == 0
+    assert world.sweeper.sweep().doorbells == 0
     assert world.asked == [], "it was rung just now"
     world.age_bell("a", 4)
-    assert world.sweeper.sweep().bells == 0, "first the broker is asked"
+    assert world.sweeper.sweep().doorbells == 0, "first the broker is asked"
     assert world.asked == [QUEUES[0]]
-    assert world.sweeper.sweep().bells == 1
+    assert world.sweeper.sweep().doorbells == 1
     assert world.names_rung() == ["a"]
-    assert world.sweeper.sweep().bells == 0, "it was rung just now"
+    assert world.sweeper.sweep().doorbells == 0, "it was rung just now"
 
 
 def test_a_bell_that_the_broker_holds_is_not_rung_again_however_long_it_waits(world: World):
@@ -250,28 +251,28 @@ def test_a_bell_that_the_broker_holds_is_not_rung_again_however_long_it_waits(wo
     world.age_bell("a", 1_000)
     world.in_broker = {QUEUES[0]: 1}
     for _ in range(3):
-        assert world.sweeper.sweep().bells == 0
+        assert world.sweeper.sweep().doorbells == 0
 
 
 def test_a_backlog_longer_than_a_round_is_rung_on_round_by_round(redis_url: str):
-    world = World(redis_url, ring_window=1)
-    names = [f"j{number}" for number in range(2 * RING_AT_ONCE + 50)]
+    world = World(redis_url, doorbell_window=1)
+    names = [f"j{number}" for number in range(2 * SEND_AT_ONCE + 50)]
     world.submit(*names)
-    world.terms = world.terms._replace(ring_window=2 * RING_AT_ONCE + 10)
+    world.limits = world.limits._replace(doorbell_window=2 * SEND_AT_ONCE + 10)
     world.another("w1").sweep()
-    assert world.names_rung() == names[1 : 2 * RING_AT_ONCE + 10]
+    assert world.names_rung() == names[1 : 2 * SEND_AT_ONCE + 10]
     world.ledger.redis.close()
 
 
 def test_tenants_are_rung_for_in_turn(redis_url: str):
-    world = World(redis_url, ring_window=4)
+    world = World(redis_url, doorbell_window=4)
     world.submit(*[f"flood-{number}" for number in range(40)], tenant="flood")
     world.submit(*[f"small-{number}" for number in range(3)], tenant="small")
     world.sweeper.sweep()
     assert {f"small-{number}" for number in range(3)} <= {
-        name.decode() for name in world.ledger.redis.zrange(f"rerankq:rung:{QUEUES[0]}:small", 0, -1)
+        name.decode() for name in world.ledger.redis.zrange(f"rerankq:sent:{QUEUES[0]}:small", 0, -1)
     }
-    assert world.ledger.redis.zcard(f"rerankq:rung:{QUEUES[0]}:flood") == 4
+    assert world.ledger.redis.zcard(f"rerankq:sent:{QUEUES[0]}:flood") == 4
     world.ledger.redis.close()
 
 
@@ -361,19 +362,19 @@ def test_ringing_on_is_done_as_soon_as_a_claim_says_that_there_is_room(world: Wo
         swept.set()
         return done
 
-    def ring(bells: Sequence[Bell]) -> None:
-        world.rung += bells
+    def send(doorbells: Sequence[Doorbell]) -> None:
+        world.sent += doorbells
         rang.set()
 
-    world.ring = ring
+    world.send = send
     sweeper.sweep = sweep_once
     running(sweeper)
     assert swept.wait(WAIT_S)
     sweeper.sweep = lambda: None  # what is rung from now on is not rung by a sweep
     world.submit("a")
-    world.ledger.redis.zrem(f"rerankq:rung:{QUEUES[0]}", "a")
+    world.ledger.redis.zrem(f"rerankq:sent:{QUEUES[0]}", "a")
     world.ledger.redis.zadd(f"rerankq:waiting:{QUEUES[0]}", {"a": 1})
-    sweeper.ring_on()
+    sweeper.refill_window()
     assert rang.wait(WAIT_S)
     sweeper.stop()
     assert world.names_rung() == ["a"]
@@ -411,7 +412,7 @@ class Heard:
 
     def wait_for(self, world: World, name: str) -> None:
         """Say it until it is heard: pub/sub forgets what nobody listened to."""
-        channel = f"{world.terms.channel}:cancel"
+        channel = f"{world.limits.channel}:cancel"
         for _ in range(WAIT_S * 20):
             world.ledger.redis.publish(channel, f"{name} 7")
             with self.changed:
@@ -423,7 +424,7 @@ class Heard:
 @pytest.fixture
 def heard(world: World) -> Iterator[Heard]:
     heard = Heard()
-    listener = CancelListener(world.ledger, world.terms, heard)
+    listener = CancelListener(world.ledger, world.limits, heard)
     listener.start()
     yield heard
     listener.stop()
@@ -434,7 +435,7 @@ def test_a_cancelled_running_job_is_heard_of(world: World, heard: Heard):
     heard.wait_for(world, "ready")
     world.submit("a")
     claim = world.claim("a")
-    world.ledger.ask(calls.cancel("a", world.terms))
+    world.ledger.ask(calls.cancel("a", world.limits))
     with heard.changed:
         assert heard.changed.wait_for(lambda: ("a", claim.fence) in heard.claims, WAIT_S)
 
@@ -442,7 +443,7 @@ def test_a_cancelled_running_job_is_heard_of(world: World, heard: Heard):
 def test_nonsense_on_the_channel_is_passed_over(world: World, heard: Heard, caplog: pytest.LogCaptureFixture):
     heard.wait_for(world, "before")
     for said in (b"", b"a", b"a b", b"a 1 2", b"\xff\xfe 1", b"x" * 100_000):
-        world.ledger.redis.publish(f"{world.terms.channel}:cancel", said)
+        world.ledger.redis.publish(f"{world.limits.channel}:cancel", said)
     heard.wait_for(world, "after")
     assert {name for name, _ in heard.claims} == {"before", "after"}
     assert max(map(len, caplog.messages)) < 1_000

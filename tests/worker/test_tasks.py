@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rerankq import JobCancelled, JobDead, JobExpired, RerankJob
-from rerankq.broker import make_app
-from rerankq.client import enter
+from rerankq.broker.celery_app import make_app
+from rerankq.client.routing import Route, queue_name, suffix_of
+from rerankq.client.submission import prepare
 from rerankq.errors import BrokerUnavailable, JobRejected, JobTooLarge, SettingsInvalid
-from rerankq.ledger import Bell, Deferred, calls
-from rerankq.placing import Place, queue_name, suffix_of
+from rerankq.ledger import Deferred, Doorbell, calls
 from rerankq.settings import Settings
 from rerankq_worker.engine import EngineDied, PairFailed
 
@@ -58,13 +58,13 @@ def worker(program: Any, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def submit(worker: Any, name: str = "a", chunks: tuple[str, ...] = ("one", "two"), **fields: Any) -> str:
     job = RerankJob(id=name, query="q", chunks=list(chunks), fusion="model", **fields)
-    place = Place(job.model or worker.model, (), "")
-    worker.ledger.ask(calls.submit(enter(job, place, worker.settings), worker.terms))
+    place = Route(job.model or worker.model, (), "")
+    worker.ledger.ask(calls.submit(prepare(job, place, worker.settings), worker.limits))
     return name
 
 
-def look(worker: Any, name: str = "a") -> Any:
-    return worker.ledger.ask(calls.look(name, worker.terms, with_ranking=True))
+def snapshot(worker: Any, name: str = "a") -> Any:
+    return worker.ledger.ask(calls.snapshot(name, worker.limits, with_ranking=True))
 
 
 def fence(worker: Any, name: str = "a") -> int:
@@ -72,13 +72,13 @@ def fence(worker: Any, name: str = "a") -> int:
 
 
 def state(worker: Any, name: str = "a") -> str:
-    return look(worker, name).status.state
+    return snapshot(worker, name).status.state
 
 
 def test_a_job_is_ranked_and_told_in_a_few_words(worker: Any):
     told = worker.rerank(submit(worker, chunks=("a secret", "another")))
     assert re.fullmatch(r"ranked 2 pairs, 0 cached, \d+ ms", told)
-    found = look(worker)
+    found = snapshot(worker)
     assert found.status.state == "done"
     assert sorted(chunk.index for chunk in found.ranking.chunks) == [0, 1]
     assert found.ranking.model.fingerprint == worker.engine.fingerprint
@@ -86,7 +86,7 @@ def test_a_job_is_ranked_and_told_in_a_few_words(worker: Any):
 
 def test_a_second_bell_does_nothing(worker: Any):
     submit(worker)
-    worker.ledger.ask(calls.claim("a", "somebody else", worker.terms))
+    worker.ledger.ask(calls.claim("a", "somebody else", worker.limits))
     with pytest.raises(Ignore, match="running"):
         worker.rerank("a")
     assert state(worker) == "running"
@@ -104,7 +104,7 @@ def test_a_worker_that_cannot_work_claims_nothing(worker: Any, why: str):
         worker.drop()
     with pytest.raises(Ignore, match="a sweeper"):
         worker.rerank("a")
-    assert (state(worker), look(worker).status.attempts) == ("queued", 0)
+    assert (state(worker), snapshot(worker).status.attempts) == ("queued", 0)
 
 
 def test_a_job_whose_engine_is_closed_meanwhile_is_handed_back_and_not_failed(worker: Any):
@@ -133,12 +133,12 @@ def test_a_job_of_another_model_is_sent_on_to_its_queue_and_not_failed(worker: A
     with pytest.raises(Ignore, match="sent on to"):
         worker.rerank(submit(worker, model="another/model", deadline_s=60))
     assert (state(worker), queue_of(worker)) == ("queued", where)
-    told = look(worker).status
+    told = snapshot(worker).status
     assert (told.attempts, told.started_at) == (0, None)
     record = worker.ledger.redis.hgetall("rerankq:job:a")
     assert float(record[b"deadline"]) == pytest.approx(float(record[b"created"]) + 60, abs=1), "its deadline holds"
-    (bell,) = worker.ledger.ask(calls.ring_on([where], worker.terms))
-    assert (bell.id, bell.queue, bell.ahead) == ("a", where, False)
+    (doorbell,) = worker.ledger.ask(calls.refill_window([where], worker.limits))
+    assert (doorbell.id, doorbell.queue, doorbell.ahead) == ("a", where, False)
     assert worker.ledger.redis.hget("rerankq:backlog", where) == b"2"
     assert not worker.ledger.redis.hexists("rerankq:backlog", QUEUES[0])
 
@@ -149,8 +149,8 @@ def test_a_job_of_another_model_that_shares_its_queue_does_not_go_round_and_roun
     with pytest.raises(Ignore, match="sent on to"):
         worker.rerank(submit(worker, model="another/model"))
     assert (state(worker), queue_of(worker)) == ("queued", QUEUES[0])
-    assert worker.ledger.ask(calls.ring_on(QUEUES, worker.terms)) == [], "not rung for at once"
-    assert worker.ledger.redis.zscore(f"rerankq:rung:{QUEUES[0]}", "a"), "but when its bell counts as lost"
+    assert worker.ledger.ask(calls.refill_window(QUEUES, worker.limits)) == [], "not rung for at once"
+    assert worker.ledger.redis.zscore(f"rerankq:sent:{QUEUES[0]}", "a"), "but when its doorbell counts as lost"
 
 
 def test_a_job_of_another_model_that_was_taken_away_meanwhile_is_left_alone(worker: Any, monkeypatch):
@@ -164,11 +164,11 @@ def test_a_job_of_another_model_that_was_taken_away_meanwhile_is_left_alone(work
 def test_jobs_left_in_a_models_former_queues_are_adopted_unless_somebody_listens_there(worker: Any):
     left = [queue_name(priority, suffix_of(worker.model, "another")) for priority in ("interactive", "bulk")]
     for name, queue, tenant in [("a", left[0], ""), ("b", left[1], ""), ("c", left[1], "t"), ("d", left[1], "t")]:
-        entry = enter(
-            RerankJob(id=name, query="q", chunks=["x", "y"], tenant=tenant), Place("m", (), ""), worker.settings
+        new_job = prepare(
+            RerankJob(id=name, query="q", chunks=["x", "y"], tenant=tenant), Route("m", (), ""), worker.settings
         )
-        worker.ledger.ask(calls.submit(entry._replace(queue=queue), worker.terms))
-    worker.ledger.ask(calls.cancel("d", worker.terms))
+        worker.ledger.ask(calls.submit(new_job._replace(queue=queue), worker.limits))
+    worker.ledger.ask(calls.cancel("d", worker.limits))
     beat_as(worker, worker.model, *left)
     assert worker.adopt() == 0
     worker.ledger.redis.delete("rerankq:workers")
@@ -178,7 +178,11 @@ def test_jobs_left_in_a_models_former_queues_are_adopted_unless_somebody_listens
         f"rerankq:backlog {name}": int(count) for name, count in worker.ledger.redis.hgetall("rerankq:backlog").items()
     }
     assert sum(backlog.values()) == 3 * 6, "all, by queue, and by tenant"
-    assert {bell.id for bell in worker.ledger.ask(calls.ring_on(QUEUES, worker.terms))} == {"a", "b", "c"}
+    assert {doorbell.id for doorbell in worker.ledger.ask(calls.refill_window(QUEUES, worker.limits))} == {
+        "a",
+        "b",
+        "c",
+    }
     assert worker.adopt() == 0
     for name in "abc":
         worker.rerank(name)
@@ -190,7 +194,7 @@ def test_expired_cancelled_and_dead_jobs_raise_as_such(worker: Any):
     worker.ledger.redis.hset("rerankq:job:a", "deadline", "1.000000")
     with pytest.raises(JobExpired):
         worker.rerank("a")
-    worker.ledger.ask(calls.cancel(submit(worker, "b"), worker.terms))
+    worker.ledger.ask(calls.cancel(submit(worker, "b"), worker.limits))
     with pytest.raises(JobCancelled):
         worker.rerank("b")
     worker.ledger.redis.hset("rerankq:job:dead", mapping={"state": "dead"})
@@ -205,7 +209,7 @@ def test_a_pair_that_cannot_be_scored_fails_its_job_and_says_why(worker: Any, mo
     monkeypatch.setattr(worker.engine, "forward", break_down)
     with pytest.raises(PairFailed):
         worker.rerank(submit(worker))
-    found = look(worker)
+    found = snapshot(worker)
     assert (found.status.state, found.error_type) == ("failed", "JobFailed")
     assert "no such token" in found.status.error
 
@@ -217,7 +221,7 @@ def test_the_error_of_a_failed_job_is_cut(worker: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(worker.reranker, "rank", stumble)
     with pytest.raises(ValueError, match="could not be read"):
         worker.rerank(submit(worker))
-    assert 1_000 < len(look(worker).status.error) <= 2_000
+    assert 1_000 < len(snapshot(worker).status.error) <= 2_000
 
 
 def test_a_bug_fails_its_job_by_name(worker: Any, monkeypatch: pytest.MonkeyPatch):
@@ -227,7 +231,7 @@ def test_a_bug_fails_its_job_by_name(worker: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(worker.reranker, "rank", stumble)
     with pytest.raises(ZeroDivisionError):
         worker.rerank(submit(worker))
-    assert look(worker).status.error == "ZeroDivisionError: one over none"
+    assert snapshot(worker).status.error == "ZeroDivisionError: one over none"
 
 
 @pytest.mark.parametrize("payload", [b"", b"{", b"[]", b'{"query": "q"}', b'{"query": "q", "chunks": ["x"], "new": 1}'])
@@ -245,7 +249,7 @@ def test_a_payload_over_the_limit_is_refused_before_it_is_parsed(worker: Any, mo
     monkeypatch.setattr(program, "job_of", lambda payload: pytest.fail("it was parsed"))
     with pytest.raises(JobTooLarge, match="at most 100"):
         worker.rerank("a")
-    assert look(worker).error_type == "JobTooLarge"
+    assert snapshot(worker).error_type == "JobTooLarge"
 
 
 def test_a_payload_of_just_the_limit_is_taken(worker: Any):
@@ -261,8 +265,8 @@ def test_what_a_payload_holds_is_not_quoted_when_it_cannot_be_read(worker: Any, 
         worker.ledger.redis.hset("rerankq:job:a", "payload", payload)
         with pytest.raises(JobRejected):
             worker.rerank("a")
-        assert "Sphinx" not in look(worker).status.error
-        worker.ledger.ask(calls.forget("a", worker.terms))
+        assert "Sphinx" not in snapshot(worker).status.error
+        worker.ledger.ask(calls.forget("a", worker.limits))
     assert "failed" in caplog.text
     assert "Sphinx" not in caplog.text
 
@@ -299,7 +303,7 @@ def test_whatever_a_payload_holds_its_job_is_ranked_or_fails_and_says_why(worker
     worker.ledger.redis.hset("rerankq:job:a", mapping={"payload": payload, "suspect": int(suspect)})
     with suppress(Exception):
         worker.rerank("a")
-    found = look(worker)
+    found = snapshot(worker)
     assert found.status.state in {"done", "failed"}
     assert (found.status.state == "done") == (found.status.error is None)
     assert found.status.state == "done" or found.status.error
@@ -328,7 +332,7 @@ def test_a_suspect_has_the_device_alone_and_the_ledger_knows_it(worker: Any, mon
 
 def test_the_next_suspects_doorbell_is_sent_when_the_one_before_it_has_ended(worker: Any, monkeypatch):
     sent: list[str] = []
-    monkeypatch.setattr(worker.bells, "ring", lambda bells: sent.extend(bell.id for bell in bells))
+    monkeypatch.setattr(worker.doorbells, "send", lambda doorbells: sent.extend(doorbell.id for doorbell in doorbells))
     for name in "abc":
         submit_suspect(worker, name)
 
@@ -354,9 +358,9 @@ def submit_suspect(worker: Any, name: str) -> str:
 
 def test_a_worker_that_hands_back_tells_others_of_the_suspects_that_waited_here(worker: Any, monkeypatch):
     sent: list[str] = []
-    monkeypatch.setattr(worker.bells, "ring", lambda bells: sent.extend(bell.id for bell in bells))
-    worker.suspects.take(Deferred(Bell("elsewhere", "q", "", ahead=True), "interactive"))
-    worker.suspects.take(Deferred(Bell("waits", "q", "", ahead=True), "interactive"))
+    monkeypatch.setattr(worker.doorbells, "send", lambda doorbells: sent.extend(doorbell.id for doorbell in doorbells))
+    worker.suspects.take(Deferred(Doorbell("elsewhere", "q", "", ahead=True), "interactive"))
+    worker.suspects.take(Deferred(Doorbell("waits", "q", "", ahead=True), "interactive"))
     worker.drop()
     assert sent == ["waits"]
 
@@ -506,7 +510,7 @@ def test_who_is_in_a_hurry_hands_back_and_withdraws_what_it_holds(worker: Any, p
     with pytest.raises(JobCancelled):
         worker.rerank("a")
     assert state(worker) == "queued"
-    # Its bell is rung again at once, and may be heard here too: it is for others.
+    # Its doorbell is rung again at once, and may be heard here too: it is for others.
     with pytest.raises(Ignore, match="in a hurry"):
         worker.rerank("a")
     assert state(worker) == "queued"
@@ -528,12 +532,12 @@ def test_what_is_not_finished_in_time_by_who_is_told_to_stop_is_handed_back_unsu
 
 def test_room_in_the_window_is_rung_on_at_once(worker: Any, monkeypatch: pytest.MonkeyPatch):
     rang: list[bool] = []
-    monkeypatch.setattr(worker.sweeper, "ring_on", lambda: rang.append(True))
+    monkeypatch.setattr(worker.sweeper, "refill_window", lambda: rang.append(True))
     worker.rerank(submit(worker))
     assert rang == []
     for name in ("b", "c"):
         submit(worker, name)
-    worker.ledger.redis.zrem("rerankq:rung:rerankq.interactive", "c")
+    worker.ledger.redis.zrem("rerankq:sent:rerankq.interactive", "c")
     worker.ledger.redis.zadd("rerankq:waiting:rerankq.interactive", {"c": 1})
     worker.rerank("b")
     assert rang == [True]
@@ -600,7 +604,7 @@ def test_events_wait_for_each_other_and_a_timer_that_was_lost_is_made_again(prog
 @pytest.mark.parametrize(("broker", "no_ack"), [("redis://x/0", True), ("unix:///x", True), ("amqp://x", False)])
 def test_bells_are_acknowledged_where_a_broker_would_else_send_them_all(program: Any, monkeypatch, broker, no_ack):
     monkeypatch.setattr(program, "settings", Settings(broker_url=broker, ledger_url="redis://x/1"))
-    assert program.heard("rerankq.bulk").no_ack is no_ack
+    assert program.worker_queue("rerankq.bulk").no_ack is no_ack
 
 
 def test_whoever_makes_room_wakes_the_consumer(worker: Any, program: Any, monkeypatch: pytest.MonkeyPatch):

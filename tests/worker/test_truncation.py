@@ -10,11 +10,11 @@ from tiny_checkpoints import TEXTS, reading
 
 from rerankq_worker.cache import score_fingerprint
 from rerankq_worker.engine import PairFailed, StubEngine, TokenisedPair
-from rerankq_worker.engine.chat_pairs import ChatPairs
-from rerankq_worker.engine.pair_tokeniser import PairTokeniser
 from rerankq_worker.engine.protocol import PairLimits
-from rerankq_worker.engine.rendering import Rendering
-from rerankq_worker.engine.whole_pairs import WholeChats, WholePairs
+from rerankq_worker.engine.tokenising.chat_pairs import ChatPairs
+from rerankq_worker.engine.tokenising.pair_tokeniser import PairTokeniser
+from rerankq_worker.engine.tokenising.rendering import Rendering
+from rerankq_worker.engine.tokenising.whole_pairs import WholeChats, WholePairs
 
 MAX_LENGTH = 48
 IN_MARKS = Rendering("<|im_start|>", "<|im_end|><|im_start|>", "<|im_end|>")

@@ -15,9 +15,9 @@ import redis
 from numpy.typing import NDArray
 from redis.exceptions import RedisError, ResponseError
 
-from rerankq.connections import cache as connect
+from rerankq.connections.opening import cache as connect
 
-__all__ = ["CUT", "Known", "ScoreCache", "connect", "score_fingerprint"]
+__all__ = ["TRUNCATED", "CachedScores", "ScoreCache", "connect", "score_fingerprint"]
 
 logger = logging.getLogger("rerankq")
 
@@ -25,15 +25,15 @@ Logits = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
 # Seconds to leave the cache alone after it did not answer: a broken cache must not cost every job a timeout.
-REST_S = 5.0
+CIRCUIT_OPEN_S = 5.0
 # A pair that was cut has a second field beside its logit, whose four bytes have no room for it: a truncation is never
 # silent, not even from the cache. In the same hash, so that no eviction or expiry takes one without the other.
-CUT = b"cut"
+TRUNCATED = b"cut"
 # The server does not serve, or a client that was told to decode replies could not: scores are no text.
 _BROKEN = (RedisError, OSError, UnicodeError)
 
 
-class Known(NamedTuple):
+class CachedScores(NamedTuple):
     """What the cache knows of a job's chunks.
 
     ``logits`` (n,) is valid where ``mask`` (n,) is true; ``truncated`` (n,) says which of those pairs were cut.
@@ -44,7 +44,7 @@ class Known(NamedTuple):
     truncated: Flags
 
     @classmethod
-    def nothing(cls, chunks: int) -> Known:
+    def nothing(cls, chunks: int) -> CachedScores:
         """Know nothing of so many chunks."""
         flags = np.zeros(chunks, np.bool_)
         return cls(np.full(chunks, np.nan, np.float32), flags, flags.copy())
@@ -69,12 +69,12 @@ class ScoreCache:
         self._rests_until = -math.inf
         self._quiet_until = -math.inf
 
-    def read(self, fingerprint: str, query: bytes, chunks: Sequence[bytes]) -> Known:
+    def read(self, fingerprint: str, query: bytes, chunks: Sequence[bytes]) -> CachedScores:
         """Read the logits of a query's chunks, given by their hashes."""
-        nothing = Known.nothing(len(chunks))
+        nothing = CachedScores.nothing(len(chunks))
         if not chunks or self._resting():
             return nothing
-        fields = [*chunks, *(chunk + CUT for chunk in chunks)]
+        fields = [*chunks, *(chunk + TRUNCATED for chunk in chunks)]
         try:
             values = cast("list[Any]", self._redis.hmget(_key(fingerprint, query), fields))
         except _BROKEN as error:
@@ -85,7 +85,9 @@ class ScoreCache:
         mask = np.fromiter((isinstance(value, bytes) and len(value) == 4 for value in values), np.bool_, len(chunks))
         nothing.logits[mask] = np.frombuffer(b"".join(itertools.compress(values, mask)), "<f4")
         mask &= np.isfinite(nothing.logits)
-        return Known(nothing.logits, mask, np.fromiter((flag is not None for flag in cut), np.bool_, len(cut)) & mask)
+        return CachedScores(
+            nothing.logits, mask, np.fromiter((flag is not None for flag in cut), np.bool_, len(cut)) & mask
+        )
 
     def write(self, fingerprint: str, query: bytes, chunks: Sequence[bytes], logits: Logits, truncated: Flags) -> None:
         """Remember logits, and which pairs were cut; logits that are not finite are not worth remembering."""
@@ -95,9 +97,9 @@ class ScoreCache:
         fields = {
             chunk: logit.tobytes() for chunk, logit, ok in zip(chunks, logits.astype("<f4"), worth, strict=True) if ok
         }
-        fields |= {chunk + CUT: b"" for chunk in itertools.compress(chunks, truncated & worth)}
+        fields |= {chunk + TRUNCATED: b"" for chunk in itertools.compress(chunks, truncated & worth)}
         # A mark of an earlier writer says nothing about this score.
-        whole = [chunk + CUT for chunk in itertools.compress(chunks, worth & ~np.asarray(truncated, np.bool_))]
+        whole = [chunk + TRUNCATED for chunk in itertools.compress(chunks, worth & ~np.asarray(truncated, np.bool_))]
         key = _key(fingerprint, query)
         try:
             pipe = self._redis.pipeline(transaction=False)
@@ -117,11 +119,11 @@ class ScoreCache:
         if isinstance(error, ResponseError):
             # The server is there and answers: a full cache still gives what it has, and a spoilt key is but one key.
             if now >= self._quiet_until:
-                self._quiet_until = now + REST_S
+                self._quiet_until = now + CIRCUIT_OPEN_S
                 logger.warning("the score cache refuses: %s", error)
             return
-        self._rests_until = now + REST_S
-        logger.warning("the score cache does not serve, computing without it for %.0f s: %s", REST_S, error)
+        self._rests_until = now + CIRCUIT_OPEN_S
+        logger.warning("the score cache does not serve, computing without it for %.0f s: %s", CIRCUIT_OPEN_S, error)
 
 
 def _key(fingerprint: str, query: bytes) -> str:

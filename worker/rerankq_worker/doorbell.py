@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rerankq.broker import TASK
+from rerankq.broker.celery_app import TASK
 
 # A job's id has at most 128 characters.
 LONGEST_ID = 128

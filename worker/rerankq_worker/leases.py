@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from rerankq.errors import RerankqError
-from rerankq.ledger import Ledger, Terms, calls
+from rerankq.ledger import LedgerLimits, calls
+from rerankq.ledger.lease_policy import BREAK_S, PATIENCE_S, renew_every_s
+from rerankq.ledger.runner import Ledger
 from rerankq.outage import Outage
-
-from .lease_policy import BREAK_S, PATIENCE_S, renew_every_s
 
 logger = logging.getLogger("rerankq")
 
@@ -37,10 +37,10 @@ class Leases:
     """
 
     def __init__(
-        self, ledger: Ledger, terms: Terms, *, device_hangs: Callable[[], bool], give_up: Callable[[], None]
+        self, ledger: Ledger, limits: LedgerLimits, *, device_hangs: Callable[[], bool], give_up: Callable[[], None]
     ) -> None:
         self._ledger = ledger
-        self._terms = terms
+        self._limits = limits
         self._device_hangs = device_hangs
         self._give_up = give_up
         self._lock = threading.Lock()
@@ -96,13 +96,13 @@ class Leases:
             held = [(job_id, fence, work.pairs_done) for job_id, (fence, work) in self._held.items()]
         if held:
             fences = {job_id: fence for job_id, fence, _ in held}
-            lost = self._ledger.ask(calls.renew(held, self._terms))
+            lost = self._ledger.ask(calls.renew(held, self._limits))
             self.cancel((job_id, fences[job_id]) for job_id in lost)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
             slept_at = time.monotonic()
-            if self._stopped.wait(renew_every_s(self._terms.lease_s)):
+            if self._stopped.wait(renew_every_s(self._limits.lease_s)):
                 return
             self._woke_up(slept_for=time.monotonic() - slept_at)
             if self._hangs():
@@ -119,7 +119,7 @@ class Leases:
                 logger.exception("leases not renewed")
 
     def _woke_up(self, *, slept_for: float) -> None:
-        if slept_for > self._terms.lease_s + BREAK_S:
+        if slept_for > self._limits.lease_s + BREAK_S:
             # We were paused, and what the device does with us: the time of its batch ran on alone.
             self._trusted_until = time.monotonic() + PATIENCE_S
 
@@ -130,6 +130,6 @@ class Leases:
         if self._hung_since is None:
             logger.error("the device hangs: leases are left to lapse")
             self._hung_since = time.monotonic()
-        if time.monotonic() - self._hung_since > self._terms.lease_s:
+        if time.monotonic() - self._hung_since > self._limits.lease_s:
             self._give_up()
         return True

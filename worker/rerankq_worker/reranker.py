@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rerankq.contract import Fusion, ModelName, Priority, Ranking, RerankJob, Timings, Usage
 from rerankq.errors import JobCancelled, JobFailed
 
-from .cache import Known, ScoreCache, score_fingerprint
+from .cache import CachedScores, ScoreCache, score_fingerprint
 from .engine import Batcher, Engine, PairLimits, Ticket, TicketCancelled, TokenisedPair, text_hash
 from .fusion import Blend, FusionSpec, blend, rank, rank_feature_scores, signals_needed, token_signal
 from .fusion.analyser import Analyser
@@ -139,7 +139,7 @@ class Reranker:
             long_chunks=job.long_chunks,
             rule=PairLimits.RULE,
         )
-        known = self._cache.read(fingerprint, query, hashes) if job.cache == "use" else Known.nothing(len(texts))
+        known = self._cache.read(fingerprint, query, hashes) if job.cache == "use" else CachedScores.nothing(len(texts))
         work.go_on(known=int(known.mask.sum()))
         scored = Scored(known.logits.astype(np.float64), known.mask, known.truncated)
         unknown = np.flatnonzero(~known.mask)

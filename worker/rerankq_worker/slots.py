@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from rerankq.contract import Priority
-from rerankq.ledger import Bell, Deferred
+from rerankq.ledger import Deferred, Doorbell
 
 
 def kept_for_interactive(total: int) -> int:
@@ -24,7 +24,7 @@ def kept_for_interactive(total: int) -> int:
 class Slots:
     """Counts jobs in flight, and says whether there is room for another.
 
-    The same job may be in flight twice, where its bell rang twice: each ring has a slot of its own.
+    The same job may be in flight twice, where its doorbell rang twice: each ring has a slot of its own.
 
     >>> slots = Slots(4)
     >>> slots.take("a", bulk=True), slots.take("b", bulk=True), slots.has_room(bulk=True), slots.has_room(bulk=False)
@@ -107,11 +107,11 @@ class SuspectSlots:
         with self._lock:
             turn = self._has_room(suspect.priority) and self._goes_first(suspect)
             if turn:
-                self._kept.pop(suspect.bell.id, None)
+                self._kept.pop(suspect.doorbell.id, None)
                 self._taken.add(suspect.priority)
                 self._invited = None
             elif len(self._kept) < self.MOST_KEPT:
-                self._kept[suspect.bell.id] = suspect
+                self._kept[suspect.doorbell.id] = suspect
             return turn
 
     def give_back(self, suspect: Deferred) -> None:
@@ -119,7 +119,7 @@ class SuspectSlots:
         with self._lock:
             self._taken.discard(suspect.priority)
 
-    def next_doorbell(self) -> Bell | None:
+    def next_doorbell(self) -> Doorbell | None:
         """Give the doorbell to send for whose turn it is now, if anybody's whose own was spent."""
         with self._lock:
             if self._is_invited():
@@ -128,24 +128,24 @@ class SuspectSlots:
             for priority in priorities:
                 found = self._first(priority)
                 if found is not None and self._has_room(priority):
-                    del self._kept[found.bell.id]
+                    del self._kept[found.doorbell.id]
                     if self._total > 1 or priority == "bulk":
-                        return found.bell
-                    self._invited = found.bell.id, self._clock() + self.INVITED_S
-                    return found.bell._replace(ahead=False)
+                        return found.doorbell
+                    self._invited = found.doorbell.id, self._clock() + self.INVITED_S
+                    return found.doorbell._replace(ahead=False)
             return None
 
-    def forget(self) -> list[Bell]:
+    def forget(self) -> list[Doorbell]:
         """Forget who is kept in mind; answers their doorbells, that others may be told."""
         with self._lock:
             kept, self._kept = self._kept, {}
-            return [suspect.bell for suspect in kept.values()]
+            return [suspect.doorbell for suspect in kept.values()]
 
     def _goes_first(self, suspect: Deferred) -> bool:
         if self._total > 1:
             return self._total >= 4 or suspect.priority == "interactive" or self._first("interactive") is None
         if suspect.priority == "interactive":
-            return self._invited is not None and self._invited[0] == suspect.bell.id
+            return self._invited is not None and self._invited[0] == suspect.doorbell.id
         return not self._is_invited() and self._first("interactive") is None
 
     def _has_room(self, priority: Priority) -> bool:

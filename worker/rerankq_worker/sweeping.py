@@ -13,24 +13,25 @@ from typing import Any, Protocol
 from redis.exceptions import RedisError
 
 from rerankq.errors import RerankqError
-from rerankq.ledger import Bell, Counted, Ledger, Swept, Terms, calls
+from rerankq.ledger import Counted, Doorbell, LedgerLimits, Swept, calls
+from rerankq.ledger.lease_policy import BEAT_S, BREAK_S, Watch, forget_after_s
+from rerankq.ledger.runner import Ledger
 
-from .lease_policy import BEAT_S, BREAK_S, Watch, forget_after_s
 from .processes import has_ended, mark_of
 
 logger = logging.getLogger("rerankq")
 
 SWEEP_EVERY_S = BEAT_S
 # Bells of one round: rung on faster than a worker can answer them, in batches that the broker takes in one go.
-RING_AT_ONCE = 256
+SEND_AT_ONCE = 256
 # Seconds that stopping waits for what is under way: the ledger may hang.
 JOIN_S = 3.0
 
 
-class Rings(Protocol):
+class Sender(Protocol):
     """Whoever rings bells."""
 
-    def ring(self, bells: Sequence[Bell]) -> None: ...  # noqa: D102
+    def send(self, doorbells: Sequence[Doorbell]) -> None: ...  # noqa: D102
 
 
 class Counts(Protocol):
@@ -44,14 +45,14 @@ class Sweeper:
     """Beats and sweeps every second, and rings on whenever a claim says that there is room.
 
     *say* gives what the registry shall show of this worker; *lives* whether it can work: a worker whose device hangs or
-    died gives no sign of life. *counts* is asked for the messages of queues that have bells out for long.
+    died gives no sign of life. *counts* is asked for the messages of queues that have doorbells out for long.
     """
 
     def __init__(
         self,
         ledger: Ledger,
-        terms: Terms,
-        bells: Rings,
+        limits: LedgerLimits,
+        doorbells: Sender,
         counts: Counts,
         *,
         worker: str,
@@ -62,8 +63,8 @@ class Sweeper:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
-        self._terms = terms
-        self._bells = bells
+        self._limits = limits
+        self._bells = doorbells
         self._counts = counts
         self._worker = worker
         self._queues = queues
@@ -71,7 +72,7 @@ class Sweeper:
         self._lives = lives
         self._ended = ended
         self._clock = clock
-        self._watch = Watch(terms.lease_s)
+        self._watch = Watch(limits.lease_s)
         self._wake = threading.Event()
         self._stopped = False
         self._away = False
@@ -92,7 +93,7 @@ class Sweeper:
         except RerankqError as error:
             logger.info("could not sign off: %s", error)
 
-    def ring_on(self) -> None:
+    def refill_window(self) -> None:
         """Ring on soon: there is room."""
         self._wake.set()
 
@@ -106,10 +107,12 @@ class Sweeper:
         self._watch = self._watch.saw(asked, now, ledger_now=ledger_now, server=self._ledger.server())
         self._bury()
         swept = self._ledger.ask(
-            calls.sweep(self._worker, self._terms, watched_s=self._watch.watched_s(now), counted=self._counts.take())
+            calls.sweep(self._worker, self._limits, watched_s=self._watch.watched_s(now), counted=self._counts.take())
         )
-        if swept.lapsed or swept.bells:
-            logger.warning("%d leases lapsed (%d jobs dead), %d bells were lost", swept.lapsed, swept.dead, swept.bells)
+        if swept.lapsed or swept.doorbells:
+            logger.warning(
+                "%d leases lapsed (%d jobs dead), %d doorbells were lost", swept.lapsed, swept.dead, swept.doorbells
+            )
         if swept.overdue:
             self._counts.ask(swept.overdue, ledger_now)
         self._ring_on()
@@ -117,7 +120,7 @@ class Sweeper:
 
     def beat(self) -> float:
         """Tell the registry that this worker lives; answers the ledger's time."""
-        gone_after_s = forget_after_s(self._terms.lease_s)
+        gone_after_s = forget_after_s(self._limits.lease_s)
         info = {
             **self._say(),
             "queues": list(self._queues),
@@ -134,9 +137,9 @@ class Sweeper:
             self._ledger.ask(calls.bury(ended))
 
     def _ring_on(self) -> None:
-        while bells := self._ledger.ask(calls.ring_on(self._queues, self._terms, most=RING_AT_ONCE)):
-            self._bells.ring(bells)
-            if len(bells) < RING_AT_ONCE:
+        while doorbells := self._ledger.ask(calls.refill_window(self._queues, self._limits, most=SEND_AT_ONCE)):
+            self._bells.send(doorbells)
+            if len(doorbells) < SEND_AT_ONCE:
                 return
 
     def _run(self) -> None:
@@ -154,7 +157,7 @@ class Sweeper:
                 self._is_away(error)
                 self._wake.wait(SWEEP_EVERY_S)
             except Exception:
-                # Without this thread lost bells stay lost: it must outlive any bug in it.
+                # Without this thread lost doorbells stay lost: it must outlive any bug in it.
                 logger.exception("no sweep")
                 self._wake.wait(SWEEP_EVERY_S)
             self._wake.wait(max(0.0, next_sweep - self._clock()))
@@ -172,9 +175,9 @@ class Sweeper:
 class CancelListener:
     """Hears cancellations on the deployment's channel and hands on which claims, each ``(id, fence)``, they end."""
 
-    def __init__(self, ledger: Ledger, terms: Terms, cancel: Callable[[list[tuple[str, int]]], None]) -> None:
+    def __init__(self, ledger: Ledger, limits: LedgerLimits, cancel: Callable[[list[tuple[str, int]]], None]) -> None:
         self._ledger = ledger
-        self._channel = f"{terms.channel}:cancel"
+        self._channel = f"{limits.channel}:cancel"
         self._cancel = cancel
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rerankq-cancellations", daemon=True)

@@ -32,18 +32,21 @@ from kombu import Queue
 from kombu.common import ignore_errors
 
 from rerankq import __version__, catalogue, errors
-from rerankq.broker import AHEAD, IN_LINE, TASK, Bells, MessageCounts, forget_celerys_environment, make_app, queue
-from rerankq.client import live_for, terms_of
-from rerankq.contract import Ranking, State, job_of
+from rerankq.broker.celery_app import AHEAD, IN_LINE, TASK, forget_celerys_environment, make_app, queue
+from rerankq.broker.doorbells import DoorbellSender, MessageCounts
+from rerankq.client.routing import former_queues, queue_name, resolve_route, suffix_of
+from rerankq.contract import Ranking, State
 from rerankq.errors import BrokerUnavailable, JobCancelled, QueueFull, RerankqError
-from rerankq.ledger import Call, Claim, Deferred, Ledger, calls, connect
-from rerankq.placing import find_place, former_queues, queue_name, suffix_of
+from rerankq.identity import job_of
+from rerankq.ledger import Call, Claim, Deferred, calls, connect
+from rerankq.ledger.lease_policy import hangs
+from rerankq.ledger.limits import LedgerLimits, live_for
+from rerankq.ledger.runner import Ledger
 from rerankq.settings import Settings
 
 from . import cache, doorbell, engine
 from .engine import Batcher, EngineClosed, EngineDied, EngineError
 from .fusion.analyser import Analyser
-from .lease_policy import hangs
 from .leases import Leases
 from .locks import SharedExclusiveLock
 from .reranker import Reranker, Work
@@ -83,7 +86,7 @@ class Worker:
 
     def __init__(self, settings: Settings, app: Any) -> None:
         self.settings = settings
-        self.terms = terms_of(settings)
+        self.limits = LedgerLimits.of(settings)
         self.id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.model = catalogue.canonical(settings.model, settings.conf_dir)
         self.default = catalogue.canonical(settings.default_model or settings.model, settings.conf_dir)
@@ -93,7 +96,7 @@ class Worker:
         self.ledger = Ledger(connect(settings.ledger))
         # Before minutes of loading a model: a ledger that is not there is a mistake to hear of at once.
         self.ledger.workers()
-        self.bells = Bells(app)
+        self.doorbells = DoorbellSender(app)
         self.slots = Slots(settings.concurrency)
         self.suspects = SuspectSlots(settings.concurrency)
         self.device = SharedExclusiveLock()
@@ -116,12 +119,12 @@ class Worker:
         scores = cache.ScoreCache(cache.connect(settings.cache), ttl_s=settings.cache_ttl_s)
         self.reranker = Reranker(self.engine, self.batcher, scores, analyser, name=self.model)
 
-        self.leases = Leases(self.ledger, self.terms, device_hangs=self._device_hangs, give_up=self._give_up)
-        self.listener = CancelListener(self.ledger, self.terms, self.leases.cancel)
+        self.leases = Leases(self.ledger, self.limits, device_hangs=self._device_hangs, give_up=self._give_up)
+        self.listener = CancelListener(self.ledger, self.limits, self.leases.cancel)
         self.sweeper = Sweeper(
             self.ledger,
-            self.terms,
-            self.bells,
+            self.limits,
+            self.doorbells,
             MessageCounts(app),
             worker=self.id,
             queues=[self.interactive, self.bulk],
@@ -145,8 +148,8 @@ class Worker:
         Not where a living worker still listens. Answers how many were moved.
         """
         live_s = live_for(self.settings.lease_s)
-        heard = {queue for worker in self.ledger.workers() if worker.age_s <= live_s for queue in worker.queues}
-        moves = {old: own for old, own in former_queues(self.model, self.default).items() if old not in heard}
+        worker_queue = {queue for worker in self.ledger.workers() if worker.age_s <= live_s for queue in worker.queues}
+        moves = {old: own for old, own in former_queues(self.model, self.default).items() if old not in worker_queue}
         return self.ledger.ask(calls.adopt(moves)) if moves else 0
 
     def _adopt_again_and_again(self) -> None:
@@ -181,14 +184,14 @@ class Worker:
                     self.ledger.ask(calls.hand_back(held))
             except RerankqError as error:
                 logger.warning("%d jobs not handed back, their leases will lapse: %s", len(held), error)
-            self.bells.ring(self.suspects.forget())
+            self.doorbells.send(self.suspects.forget())
             self.sweeper.stop()
 
     def stop(self) -> None:
         """Hand back what is still held, sign off, and let the device go; in a few seconds, whatever hangs."""
         self._stopped.set()
         within(HAND_BACK_S, self.drop)
-        within(CLOSE_S, self.listener.stop, partial(self.bells.close, CLOSE_S / 2), self._close_engine)
+        within(CLOSE_S, self.listener.stop, partial(self.doorbells.close, CLOSE_S / 2), self._close_engine)
 
     def _close_engine(self) -> None:
         self.batcher.close(drain=False, timeout=CLOSE_S)
@@ -203,7 +206,7 @@ class Worker:
         """Cancel jobs in the ledger, from which all workers hear of it; one that is not there is no harm."""
         for job_id in job_ids:
             try:
-                self.ledger.ask(calls.cancel(job_id, self.terms))
+                self.ledger.ask(calls.cancel(job_id, self.limits))
             except RerankqError as error:
                 logger.warning("job %s not cancelled: %s", job_id, error)
 
@@ -217,11 +220,11 @@ class Worker:
         if self.dropped or self.leases.hung:
             # Its own jobs, handed back, are rung for at once: they are for others. A claim would be a sign of life.
             raise Ignore("in a hurry to stop, or the device hangs: a sweeper will ring again")
-        claim = self.ledger.ask(calls.claim_unless_suspect(job_id, self.id, self.terms))
+        claim = self.ledger.ask(calls.claim_unless_suspect(job_id, self.id, self.limits))
         if not isinstance(claim, Deferred):
             return self._rerank(job_id, claim)
         with self._turn_of(claim):
-            return self._rerank(job_id, self.ledger.ask(calls.claim(job_id, self.id, self.terms)))
+            return self._rerank(job_id, self.ledger.ask(calls.claim(job_id, self.id, self.limits)))
 
     @contextmanager
     def _turn_of(self, suspect: Deferred) -> Iterator[None]:
@@ -235,20 +238,20 @@ class Worker:
             if taken:
                 self.suspects.give_back(suspect)
             following = self.suspects.next_doorbell()
-            self.bells.ring([following] if following else [])
+            self.doorbells.send([following] if following else [])
 
     def _rerank(self, job_id: str, claim: Claim | State) -> str:
         if isinstance(claim, str):
-            return second_bell(claim)
-        if claim.ring_on:
-            self.sweeper.ring_on()
+            return second_doorbell(claim)
+        if claim.refill_window:
+            self.sweeper.refill_window()
         work = Work()
         self.leases.hold(job_id, claim.fence, work)
         try:
             with self._on_the_device(claim, work):
                 ranking = self._rank(claim, work)
                 # Before the next suspect is let in: a death from then on is that one's.
-                state = self._tell(calls.complete(job_id, claim.fence, ranking, self.terms))
+                state = self._tell(calls.complete(job_id, claim.fence, ranking, self.limits))
         except EngineDied as error:
             # One of the jobs on the device may have done it. Their leases lapse, and they come back under suspicion:
             # handed back, a job that kills the device would go round for ever.
@@ -288,7 +291,9 @@ class Worker:
         try:
             listed = [catalogue.canonical(name, settings.conf_dir) for name in settings.models]
             live_s = live_for(settings.lease_s)
-            place = find_place(other.model, self.ledger.workers(), listed=listed, default=self.default, live_s=live_s)
+            place = resolve_route(
+                other.model, self.ledger.workers(), listed=listed, default=self.default, live_s=live_s
+            )
             suffix = place.suffix
         except errors.ModelUnknown:
             # It was accepted, so it is not failed for want of a worker: one may be starting. Its deadline holds.
@@ -322,7 +327,7 @@ class Worker:
         known = isinstance(error, RerankqError | EngineError)
         said = str(error) if known else f"{type(error).__name__}: {error}"
         logger.warning("job %s failed: %s", claim.id, said)
-        self._tell(calls.fail(claim.id, claim.fence, kind, said, self.terms))
+        self._tell(calls.fail(claim.id, claim.fence, kind, said, self.limits))
 
     def _tell(self, call: Call[Answer]) -> Answer:
         """Tell the ledger, however long it is away: the work is done, only the telling is left.
@@ -347,7 +352,7 @@ class Worker:
             "device": f"{self.engine.device} ({self.engine.dtype})",
             "pairs_per_s": round(stats.pairs / max(1.0, stats.busy_s), 1) if stats.busy_s else 0,
             "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
-            "channel": self.terms.channel,
+            "channel": self.limits.channel,
         }
 
     def _lives(self) -> bool:
@@ -380,7 +385,7 @@ ENDINGS: dict[str, tuple[type[RerankqError], str]] = {
 }
 
 
-def second_bell(state: State) -> str:
+def second_doorbell(state: State) -> str:
     """Answer a doorbell whose job is not to be had, so that Flower goes on showing how the job really stands.
 
     Raises:
@@ -413,12 +418,12 @@ def queues_of(settings: Settings) -> tuple[str, str]:
     return queue_name("interactive", suffix), queue_name("bulk", suffix)
 
 
-def heard(name: str) -> Queue:
+def worker_queue(name: str) -> Queue:
     """Make a queue as a worker listens to it.
 
-    On Redis without acknowledgements: kombu would write each bell down and cross it out again, which
-    costs more than ranking a job whose pairs are all known; a bell that dies with its worker is noticed by the sweeper
-    anyway. RabbitMQ would then send all bells at once.
+    On Redis without acknowledgements: kombu would write each doorbell down and cross it out again, which costs more
+    than ranking a job whose pairs are all known; the sweeper notices a doorbell that dies with its worker. RabbitMQ
+    would then send all doorbells at once.
     """
     return queue(name, no_ack=not settings.broker.startswith("amqp"))
 
@@ -521,7 +526,9 @@ class Listening(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships 
         if worker.bulk in chosen:
             c.task_consumer.cancel_by_queue(worker.bulk)
             channel = c.connection.channel()
-            self.bulk = c.app.amqp.TaskConsumer(channel, queues=[heard(worker.bulk)], on_decode_error=c.on_decode_error)
+            self.bulk = c.app.amqp.TaskConsumer(
+                channel, queues=[worker_queue(worker.bulk)], on_decode_error=c.on_decode_error
+            )
             self.bulk.on_message = c.create_task_handler()
             # With one slot for all an interactive message is the next to be taken.
             first = [worker.interactive] if slots.total == 1 and worker.interactive in chosen else []
@@ -582,7 +589,7 @@ def _follow(pool: Any) -> None:
 def _open(channel: Any, has_room: Callable[[], bool]) -> None:
     """Take messages from a channel only while there is room: as Celery's ``worker_disable_prefetch``, by our slots."""
     if not hasattr(channel, "qos"):
-        # RabbitMQ: one bell at most waits here for a thread.
+        # RabbitMQ: one doorbell at most waits here for a thread.
         channel.basic_qos(0, 1, False)
         return
     asked = channel.qos.can_consume
@@ -675,7 +682,7 @@ except RerankqError as error:
     # This module is a program: its reader is a person at a terminal.
     sys.exit(f"the worker cannot start: {error}")
 app.conf.update(
-    task_queues=[heard(name) for name in queues_of(settings)],
+    task_queues=[worker_queue(name) for name in queues_of(settings)],
     worker_pool="threads",
     worker_concurrency=settings.concurrency,
     worker_consumer=f"{__name__}:SafeConsumer",

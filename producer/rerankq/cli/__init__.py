@@ -17,7 +17,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        from ..broker import forget_celerys_environment  # noqa: PLC0415  # an interrupt while it loads is quiet
+        from ..broker.celery_app import forget_celerys_environment  # noqa: PLC0415  # an interrupt while it loads is quiet
         from .app import app  # noqa: PLC0415  # what it needs may be missing
     except KeyboardInterrupt:
         sys.exit(130)

@@ -15,18 +15,19 @@ import typer
 from typer.core import TyperGroup
 
 from .. import Client, Ranking, RerankqError, SettingsInvalid, __version__
-from ..embedded import free_port
+from ..local import stack as stacks
+from ..local import worker_command as celery_worker
+from ..local.embedded import free_port
+from ..local.worker_watch import WorkerWatch
+from ..rescoring import rescore as rescoring
+from ..rescoring.inputs import InputFault
 from ..settings import Settings
+from ..stream import JobStream
 from ..urls import masked
-from . import celery_worker, dead, doctor, show
+from . import dead, doctor, show
 from . import demo as demonstration
-from . import rescore as rescoring
-from . import stack as stacks
 from . import submit as submitting
-from .flow import Flow
-from .inputs import InputFault
 from .options import FAILED, WRONG, JobId, Json, Model, Timeout, connected, settings_with
-from .worker_watch import WorkerWatch
 
 
 class Stopped(KeyboardInterrupt):
@@ -124,7 +125,7 @@ def up(
         else:
             print("\nReady. Ctrl-C stops everything.", flush=True)
         while True:
-            stack.tend()
+            stack.supervise()
             time.sleep(0.5)
 
 
@@ -167,7 +168,7 @@ def submit(
         if not pairs:
             show.note(f"{jobs}: holds no job")
     with Client(settings) as client:
-        failed = _print_rankings(client, reader, pairs) if wait else _print_ids(Flow(client), reader)
+        failed = _print_rankings(client, reader, pairs) if wait else _print_ids(JobStream(client), reader)
     if reader.faults:
         raise typer.Exit(WRONG)
     if failed:
@@ -259,7 +260,7 @@ app.command()(doctor.doctor)
 app.add_typer(dead.app, name="dead")
 
 
-def _print_ids(flow: Flow[str], reader: submitting.Reader) -> int:
+def _print_ids(flow: JobStream[str], reader: submitting.Reader) -> int:
     failed = 0
     try:
         for place, answer in submitting.ids(flow, reader.jobs()):
@@ -279,8 +280,8 @@ def _print_ids(flow: Flow[str], reader: submitting.Reader) -> int:
 def _print_rankings(client: Client, reader: submitting.Reader, pairs: int | None) -> int:
     failed = 0
     watch = WorkerWatch(client.workers, show.note, client.settings.conf_dir)
-    flow: Flow[tuple[str, int]] = Flow(client)
-    flow.tend = lambda: watch.look(set(flow.under_way.values()), list(flow.under_way))
+    flow: JobStream[tuple[str, int]] = JobStream(client)
+    flow.supervise = lambda: watch.look(set(flow.under_way.values()), list(flow.under_way))
     outcomes = flow.outcomes(((place, len(job.chunks)), job) for place, job in reader.jobs())
     with show.PairBar() as bar, closing(outcomes):  # type: ignore[type-var]  # it is a generator
         bar.begin(pairs)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from .. import Client
 from ..contract import DeadJob
-from .inputs import InputFault
+from ..rescoring.inputs import InputFault
 from .options import FAILED, JobId, Json, connected
 from .show import print_json
 
@@ -69,7 +69,7 @@ def retry(jobs: JobIds = None, every: All = False, as_json: Json = False) -> Non
     """Queue dead jobs again; each is taken alone. Prints their states. One that was not dead: exit status 1."""
     with Client(connected()) as client:
         ids = _chosen(client, jobs, every=every)
-        _tell(((job, client.retry(job)) for job in ids), as_json=as_json, done="queued")
+        _tell(((job, client.retry_dead(job)) for job in ids), as_json=as_json, done="queued")
 
 
 @app.command()
@@ -77,7 +77,7 @@ def drop(jobs: JobIds = None, every: All = False, as_json: Json = False) -> None
     """Forget dead jobs: their ids are free again. Prints their states. One that was not dead stays: exit status 1."""
     with Client(connected()) as client:
         ids = _chosen(client, jobs, every=every)
-        states = ((job, client.drop(job)) for job in ids)
+        states = ((job, client.drop_dead(job)) for job in ids)
         told = ((job, DROPPED if state == "dead" else state) for job, state in states)
         _tell(told, as_json=as_json, done=DROPPED)
 

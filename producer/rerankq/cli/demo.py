@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from .. import Client
 from ..contract import Chunk, RankedChunk, Ranking, RerankJob
 from ..errors import RerankqError
+from ..local.stack import Stack
 from ..settings import Settings
-from .flow import Flow
-from .stack import Stack
+from ..stream import JobStream
 
 
 class Question(NamedTuple):
@@ -177,7 +177,7 @@ def ask(client: Client, stack: Stack, jobs: Sequence[RerankJob]) -> tuple[list[R
     """Submit jobs and wait for all; answer their rankings in order, and the seconds that it took."""
     started = time.monotonic()
     found: dict[int, Ranking] = {}
-    for place, outcome in Flow[int](client, tend=stack.tend).outcomes(enumerate(jobs)):
+    for place, outcome in JobStream[int](client, supervise=stack.supervise).outcomes(enumerate(jobs)):
         if isinstance(outcome, RerankqError):
             raise outcome
         found[place] = outcome

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import typer
 
-from .examine import examine
-from .findings import Finding, findings
+from ..doctor.checks import Finding, checks
+from ..doctor.collect import collect
 from .options import FAILED, Json, connected
 from .show import print_json
 
 
 def doctor(as_json: Json = False) -> None:
     """Check a live deployment: Redis roles, workers, models, versions, devices. Something wrong: exit status 1."""
-    found = findings(examine(connected()))
+    found = checks(collect(connected()))
     if as_json:
         print_json([finding._asdict() for finding in found])
     else:

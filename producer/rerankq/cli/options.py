@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..rescoring.inputs import InputFault
 from ..settings import HOW_TO_SET_A_URL, Settings
-from .inputs import InputFault
 
 FAILED = 1
 WRONG = 2

@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..contract import JobStatus
+from ..local.stack import Stack, flower_environment
+from ..rescoring.rescore import Report
 from ..urls import masked
 from .demo import Comparison, Demo, move_of, place_of_answer
-from .rescore import Report
-from .stack import Stack, flower_environment
 
 
 def print_json(value: Any, file: TextIO | None = None) -> None:

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from ..contract import Ranking, RerankJob
 from ..errors import JobTimedOut, RerankqError
-from . import inputs
-from .flow import LOOK_S, Flow, batches
-from .inputs import InputFault
+from ..rescoring import inputs
+from ..rescoring.inputs import InputFault
+from ..stream import LOOK_S, JobStream, batches
 
-Place = str
+Route = str
 
 
 class Waiting(Protocol):
@@ -36,7 +36,7 @@ class Reader:
         self._tell = tell
         self._max_bytes = max_bytes
 
-    def jobs(self) -> Iterator[tuple[Place, RerankJob]]:
+    def jobs(self) -> Iterator[tuple[Route, RerankJob]]:
         """Yield each job with its file and line."""
         for line in inputs.lines(self.source, max_bytes=self._max_bytes):
             try:
@@ -67,7 +67,7 @@ def can_be_read_twice(source: str) -> bool:
     return source != inputs.STDIN and Path(source).is_file()
 
 
-def ids(flow: Flow[Place], jobs: Iterable[tuple[Place, RerankJob]]) -> Iterator[tuple[Place, str | RerankqError]]:
+def ids(flow: JobStream[Route], jobs: Iterable[tuple[Route, RerankJob]]) -> Iterator[tuple[Route, str | RerankqError]]:
     """Submit in batches; yield, in the input's order, each place with the job's id or the error that refused it.
 
     Raises:
@@ -78,7 +78,7 @@ def ids(flow: Flow[Place], jobs: Iterable[tuple[Place, RerankJob]]) -> Iterator[
         yield from flow.submit(batch)
 
 
-def wait_for(desk: Waiting, job_id: str, timeout: float | None, look: Callable[[], None]) -> Ranking:
+def wait_for(open_client: Waiting, job_id: str, timeout: float | None, snapshot: Callable[[], None]) -> Ranking:
     """Wait for a ranking, and *look* now and then who is to make it.
 
     Raises:
@@ -88,14 +88,14 @@ def wait_for(desk: Waiting, job_id: str, timeout: float | None, look: Callable[[
     while True:
         left = None if ends_at is None else ends_at - time.monotonic()
         try:
-            return desk.result(job_id, LOOK_S if left is None else max(0.0, min(LOOK_S, left)))
+            return open_client.result(job_id, LOOK_S if left is None else max(0.0, min(LOOK_S, left)))
         except JobTimedOut:
             if left is not None and left <= LOOK_S:
                 raise JobTimedOut(f"job {job_id}: no ranking within {timeout} s; it may still come") from None
-        look()
+        snapshot()
 
 
-def as_record(place: Place, outcome: Ranking | RerankqError) -> dict[str, Any]:
+def as_record(place: Route, outcome: Ranking | RerankqError) -> dict[str, Any]:
     """Write a ranking as JSON takes it; for an error ``{"line", "error_type", "error"}``."""
     if isinstance(outcome, Ranking):
         return outcome.model_dump(mode="json")

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from ..contract import DeadJob, JobEvent, JobStatus, Priority, Ranking, State
 from ..errors import JobFailed
+from .limits import LedgerLimits
 
 Answer_co = TypeVar("Answer_co", covariant=True)
 Argument = str | bytes | int | float
@@ -33,19 +34,7 @@ class Call(Generic[Answer_co]):
 FOREVER_S = 1e9
 
 
-class Terms(NamedTuple):
-    """What a deployment has agreed on, as far as the scripts need it."""
-
-    channel: str
-    result_ttl_s: int = 3_600
-    ring_window: int = 256
-    max_queued_pairs: int = 10_000_000
-    max_attempts: int = 3
-    lease_s: float = 8
-    max_memory_percent: int = 90
-
-
-class Entry(NamedTuple):
+class NewJob(NamedTuple):
     """A job as the ledger takes it; ``weights``: the fingerprints whose stored ranking would be today's."""
 
     id: str
@@ -62,13 +51,14 @@ class Entry(NamedTuple):
 
 
 class Acceptance(NamedTuple):
-    """What became of a submission: ``conflict``, ``full`` and ``crowded`` refuse, a job's state accepts.
+    """What became of a submission: ``conflict``, ``full`` and ``memory_full`` refuse, a job's state accepts.
 
-    ``full`` says how many pairs are waiting, ``crowded`` how much of the server's memory would be in use, in percent.
+    ``full`` says how many pairs are waiting, ``memory_full`` how full the server's memory would be, in
+    percent.
     """
 
     state: str
-    ring: bool
+    send: bool
     pairs_waiting: int = 0
     memory_percent: int = 0
 
@@ -82,10 +72,10 @@ class Claim(NamedTuple):
     priority: Priority
     waited_s: float
     payload: bytes
-    ring_on: bool
+    refill_window: bool
 
 
-class Bell(NamedTuple):
+class Doorbell(NamedTuple):
     """A doorbell to ring; one rung ahead overtakes those that are out already."""
 
     id: str
@@ -97,11 +87,11 @@ class Bell(NamedTuple):
 class Deferred(NamedTuple):
     """A suspect that was not claimed: the doorbell to send again when its turn comes."""
 
-    bell: Bell
+    doorbell: Doorbell
     priority: Priority
 
 
-class Look(NamedTuple):
+class JobSnapshot(NamedTuple):
     """What the ledger knows of a job."""
 
     status: JobStatus
@@ -110,19 +100,19 @@ class Look(NamedTuple):
 
 
 class Retrial(NamedTuple):
-    """What became of a dead job that was to be queued again: its state now, and the bell to ring for it, if any."""
+    """What became of a dead job that was to be queued again: its state now, and the doorbell to ring for it, if any."""
 
     state: State
-    bell: Bell | None
+    doorbell: Doorbell | None
 
 
 class Swept(NamedTuple):
-    """What a sweep found; nothing where another sweeper was at work. *overdue* are queues with bells out for long."""
+    """What a sweep found; nothing where another sweeper was at work. *overdue*: queues with old doorbells."""
 
     lapsed: int = 0
     dead: int = 0
     expired: int = 0
-    bells: int = 0
+    doorbells: int = 0
     overdue: tuple[str, ...] = ()
 
 
@@ -136,26 +126,26 @@ class Counted(NamedTuple):
 NOT_COUNTED = Counted()
 
 
-def submit(entry: Entry, terms: Terms) -> Call[Acceptance]:
+def submit(new_job: NewJob, limits: LedgerLimits) -> Call[Acceptance]:
     """Accept a job: this write *is* acceptance."""
-    deadline = "" if entry.deadline_s is None else entry.deadline_s
-    limits = (terms.max_queued_pairs, terms.max_memory_percent, terms.ring_window)
-    args = (*entry[:6], deadline, *entry[7:10], *limits, *_end(terms), ",".join(entry.weights))
+    deadline = "" if new_job.deadline_s is None else new_job.deadline_s
+    thresholds = (limits.max_queued_pairs, limits.max_memory_percent, limits.doorbell_window)
+    args = (*new_job[:6], deadline, *new_job[7:10], *thresholds, *_end(limits), ",".join(new_job.weights))
 
     def read(answer: object) -> Acceptance:
         first, second = _list(answer)
         match _text(first):
             case "full":
-                return Acceptance("full", ring=False, pairs_waiting=_int(second))
-            case "crowded":
-                return Acceptance("crowded", ring=False, memory_percent=_int(second))
+                return Acceptance("full", send=False, pairs_waiting=_int(second))
+            case "memory_full":
+                return Acceptance("memory_full", send=False, memory_percent=_int(second))
             case state:
-                return Acceptance(state, ring=bool(second))
+                return Acceptance(state, send=bool(second))
 
     return Call("submit", args, read)
 
 
-def claim(job_id: str, owner: str, terms: Terms) -> Call[Claim | State]:
+def claim(job_id: str, owner: str, limits: LedgerLimits) -> Call[Claim | State]:
     """Take a queued job under a lease; answers the job's state where it is not to be had.
 
     The same call asked again (its answer was lost on the way) gives the same claim; a new call for a job that is
@@ -174,34 +164,34 @@ def claim(job_id: str, owner: str, terms: Terms) -> Call[Claim | State]:
             _priority(priority),
             float(_text(waited)),
             _bytes(payload),
-            ring_on=bool(more),
+            refill_window=bool(more),
         )
 
-    return Call("claim", (*_claim(job_id, owner, terms), 0), read)
+    return Call("claim", (*_claim(job_id, owner, limits), 0), read)
 
 
-def claim_unless_suspect(job_id: str, owner: str, terms: Terms) -> Call[Claim | Deferred | State]:
+def claim_unless_suspect(job_id: str, owner: str, limits: LedgerLimits) -> Call[Claim | Deferred | State]:
     """As :func:`claim`, but a suspect stays queued: whether it is its turn is for the worker to say."""
-    claimed = claim(job_id, owner, terms)
+    claimed = claim(job_id, owner, limits)
 
     def read(answer: object) -> Claim | Deferred | State:
         first, *rest = _list(answer)
         if first != b"deferred":
             return claimed.read(answer)
         queue, label, priority = rest
-        return Deferred(Bell(job_id, _text(queue), _text(label), ahead=True), _priority(priority))
+        return Deferred(Doorbell(job_id, _text(queue), _text(label), ahead=True), _priority(priority))
 
-    return Call("claim", (*_claim(job_id, owner, terms), 1), read)
-
-
-def _claim(job_id: str, owner: str, terms: Terms) -> tuple[Argument, ...]:
-    return job_id, owner, secrets.token_hex(8), terms.lease_s, *_end(terms), terms.ring_window
+    return Call("claim", (*_claim(job_id, owner, limits), 1), read)
 
 
-def renew(held: Iterable[tuple[str, int, int]], terms: Terms) -> Call[list[str]]:
+def _claim(job_id: str, owner: str, limits: LedgerLimits) -> tuple[Argument, ...]:
+    return job_id, owner, secrets.token_hex(8), limits.lease_s, *_end(limits), limits.doorbell_window
+
+
+def renew(held: Iterable[tuple[str, int, int]], limits: LedgerLimits) -> Call[list[str]]:
     """Renew leases of ``(id, fence, pairs done)``; answers the ids that are no longer held."""
     flat = [part for lease in held for part in lease]
-    return Call("renew", (terms.lease_s, *flat), lambda answer: [_text(job_id) for job_id in _list(answer)])
+    return Call("renew", (limits.lease_s, *flat), lambda answer: [_text(job_id) for job_id in _list(answer)])
 
 
 def isolate(job_id: str, fence: int, owner: str) -> Call[bool]:
@@ -209,15 +199,15 @@ def isolate(job_id: str, fence: int, owner: str) -> Call[bool]:
     return Call("isolate", (job_id, fence, owner), bool)
 
 
-def complete(job_id: str, fence: int, ranking: Ranking, terms: Terms) -> Call[State]:
+def complete(job_id: str, fence: int, ranking: Ranking, limits: LedgerLimits) -> Call[State]:
     """Store a ranking; answers ``done``, or the state that refused it."""
-    args = (job_id, fence, *_end(terms), ranking.model_dump_json().encode(), ranking.model.fingerprint)
+    args = (job_id, fence, *_end(limits), ranking.model_dump_json().encode(), ranking.model.fingerprint)
     return Call("complete", args, _state)
 
 
-def fail(job_id: str, fence: int, error_type: str, error: str, terms: Terms) -> Call[State]:
+def fail(job_id: str, fence: int, error_type: str, error: str, limits: LedgerLimits) -> Call[State]:
     """Store a failure; answers ``failed``, or the state that refused it."""
-    return Call("fail", (job_id, fence, *_end(terms), error_type, _printable(error)[:2_000]), _state)
+    return Call("fail", (job_id, fence, *_end(limits), error_type, _printable(error)[:2_000]), _state)
 
 
 def hand_back(held: Iterable[tuple[str, int]]) -> Call[int]:
@@ -235,18 +225,18 @@ def adopt(moves: Mapping[str, str], *, limit: int = 500) -> Call[int]:
     return Call("adopt", (limit, *(queue for move in moves.items() for queue in move)), _int)
 
 
-def cancel(job_id: str, terms: Terms) -> Call[State]:
+def cancel(job_id: str, limits: LedgerLimits) -> Call[State]:
     """Cancel a job for everyone who submitted it; answers its state now."""
-    return Call("cancel", (job_id, *_end(terms)), _state)
+    return Call("cancel", (job_id, *_end(limits)), _state)
 
 
-def look(job_id: str, terms: Terms, *, with_ranking: bool = False) -> Call[Look]:
+def snapshot(job_id: str, limits: LedgerLimits, *, with_ranking: bool = False) -> Call[JobSnapshot]:
     """Read a job's state, and its ranking where asked for.
 
     Raises (when read): JobFailed if the ranking is not one that this version can read.
     """
 
-    def read(answer: object) -> Look:
+    def read(answer: object) -> JobSnapshot:
         state, done, pairs, created, started, ended, claims, error_type, error, ranking = _list(answer)
         status = JobStatus(
             job_id=job_id,
@@ -259,14 +249,14 @@ def look(job_id: str, terms: Terms, *, with_ranking: bool = False) -> Call[Look]
             attempts=_int(claims),
             error=_text(error) or None,
         )
-        return Look(status, _text(error_type), _ranking(job_id, _bytes(ranking)) if ranking else None)
+        return JobSnapshot(status, _text(error_type), _ranking(job_id, _bytes(ranking)) if ranking else None)
 
-    return Call("look", (job_id, *_end(terms), int(with_ranking)), read)
+    return Call("snapshot", (job_id, *_end(limits), int(with_ranking)), read)
 
 
-def forget(job_id: str, terms: Terms, *, dead: bool = False) -> Call[State]:
+def forget(job_id: str, limits: LedgerLimits, *, dead: bool = False) -> Call[State]:
     """Drop what is stored of a job that ended but is not dead, or (*dead*) that is; answers the state it was in."""
-    return Call("forget", (job_id, *_end(terms), int(dead)), _state)
+    return Call("forget", (job_id, *_end(limits), int(dead)), _state)
 
 
 def dead(first: int = 0, last: int = -1) -> Call[list[str]]:
@@ -299,52 +289,52 @@ def record(job_id: str, *, with_payload: bool = False) -> Call[DeadJob | State]:
     return Call("record", (job_id, int(with_payload)), read)
 
 
-def retry(job_id: str, terms: Terms) -> Call[Retrial]:
+def retry(job_id: str, limits: LedgerLimits) -> Call[Retrial]:
     """Queue a dead job again: no attempts, its history kept."""
 
     def read(answer: object) -> Retrial:
-        state, ring, queue, label = _list(answer)
-        return Retrial(_state(state), Bell(job_id, _text(queue), _text(label)) if ring else None)
+        state, send, queue, label = _list(answer)
+        return Retrial(_state(state), Doorbell(job_id, _text(queue), _text(label)) if send else None)
 
-    return Call("retry", (job_id, *_end(terms), terms.ring_window), read)
+    return Call("retry", (job_id, *_end(limits), limits.doorbell_window), read)
 
 
 def sweep(
     sweeper: str,
-    terms: Terms,
+    limits: LedgerLimits,
     *,
     watched_s: float = FOREVER_S,
     counted: Counted = NOT_COUNTED,
     grace_s: float = 3,
     limit: int = 500,
 ) -> Call[Swept]:
-    """Judge lapsed leases, expire, and take back bells that are out for *grace_s* and that the broker lacks.
+    """Judge lapsed leases, expire, and take back doorbells that are out for *grace_s* and that the broker lacks.
 
     *watched_s* says for how long the sweeper has seen the ledger without a break.
     """
     messages = [part for queue, found in counted.messages.items() for part in (queue, found)]
     watched = min(watched_s, FOREVER_S)
-    args = (sweeper, watched, terms.lease_s, terms.max_attempts, *_end(terms), limit, grace_s, counted.at, *messages)
+    args = (sweeper, watched, limits.lease_s, limits.max_attempts, *_end(limits), limit, grace_s, counted.at, *messages)
 
     def read(answer: object) -> Swept:
         numbers = _list(answer)
-        lapsed, dead, expired, bells = map(_int, numbers[:4] or [0] * 4)
-        return Swept(lapsed, dead, expired, bells, tuple(map(_text, numbers[4:])))
+        lapsed, dead, expired, doorbells = map(_int, numbers[:4] or [0] * 4)
+        return Swept(lapsed, dead, expired, doorbells, tuple(map(_text, numbers[4:])))
 
     return Call("sweep", args, read)
 
 
-def ring_on(queues: Sequence[str], terms: Terms, *, most: int = 256) -> Call[list[Bell]]:
+def refill_window(queues: Sequence[str], limits: LedgerLimits, *, most: int = 256) -> Call[list[Doorbell]]:
     """Take the next jobs of the backlog to ring for, in turn over tenants."""
 
-    def read(answer: object) -> list[Bell]:
+    def read(answer: object) -> list[Doorbell]:
         parts = iter(_list(answer))
         return [
-            Bell(_text(job_id), _text(queue), _text(label), bool(ahead))
+            Doorbell(_text(job_id), _text(queue), _text(label), bool(ahead))
             for job_id, queue, label, ahead in zip(parts, parts, parts, parts, strict=True)
         ]
 
-    return Call("ring_on", (terms.ring_window, most, *queues), read)
+    return Call("refill_window", (limits.doorbell_window, most, *queues), read)
 
 
 def beat(worker: str, info: str, *, gone_after_s: float) -> Call[float]:
@@ -371,8 +361,8 @@ def _event(line: str) -> JobEvent:
     return JobEvent(at=float(when), event=event, worker=worker)
 
 
-def _end(terms: Terms) -> tuple[int, str]:
-    return terms.result_ttl_s, terms.channel
+def _end(limits: LedgerLimits) -> tuple[int, str]:
+    return limits.result_ttl_s, limits.channel
 
 
 def _priority(value: object) -> Priority:

@@ -16,9 +16,9 @@ import psutil
 import redis
 from gear.workers import POISONABLE, TASKS, python_path
 
-from rerankq.cli import celery_worker
-from rerankq.cli.stack import Part
-from rerankq.embedded import find_binary, free_port
+from rerankq.local import worker_command as celery_worker
+from rerankq.local.embedded import find_binary, free_port
+from rerankq.local.processes import SupervisedProcess
 from rerankq.settings import Settings
 
 # A supervisor that waits a second, as systemd and Docker do, and does not wait longer each time.
@@ -69,7 +69,9 @@ class RedisServer:
         lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""', "loglevel warning"]
         lines += ["appendonly yes", f"appendfsync {fsync}", *settings]
         conf.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self._part = Part("redis", [str(find_binary()), str(conf)], clock.environment if clock else {}, quiet=True)
+        self._part = SupervisedProcess(
+            "redis", [str(find_binary()), str(conf)], clock.environment if clock else {}, quiet=True
+        )
         self.start()
 
     def start(self) -> None:
@@ -135,7 +137,7 @@ class WatchedRedis:
             f"sentinel down-after-milliseconds jobs {self.DOWN_AFTER_S * 1_000:.0f}\n"
             "sentinel failover-timeout jobs 4000\n"
         )
-        self._sentinel = Part("sentinel", [str(find_binary()), str(conf), "--sentinel"], {}, quiet=True)
+        self._sentinel = SupervisedProcess("sentinel", [str(find_binary()), str(conf), "--sentinel"], {}, quiet=True)
         self._sentinel.start(time.monotonic())
         self.url = f"sentinel://127.0.0.1:{self._port}/0?master=jobs"
         self._struck: RedisServer | None = None
@@ -196,7 +198,7 @@ class Worker:
         self.name = name
         self.hung = False
         self.died_by_itself: list[str] = []
-        self._part = Part(name, command, variables, quiet=True)
+        self._part = SupervisedProcess(name, command, variables, quiet=True)
         self._part.start(time.monotonic())
         self._again_at: float | None = None
 
@@ -210,7 +212,7 @@ class Worker:
     def process(self) -> psutil.Process:
         return program_of(self._part)
 
-    def tend(self) -> bool:
+    def supervise(self) -> bool:
         """Start it again when it is time; answers whether it has died since the last look."""
         now = time.monotonic()
         if self._again_at is not None:
@@ -218,7 +220,7 @@ class Worker:
                 self._again_at = None
                 self._part.start(now)
             return False
-        death = self._part.tend(now)
+        death = self._part.supervise(now)
         if death is None:
             return False
         if death.status != BY_SIGKILL:
@@ -238,7 +240,7 @@ class Worker:
     def pause(self) -> float | None:
         """SIGSTOP, as :meth:`kill`."""
         try:
-            # The program alone: who holds its leash must go on, to end it whatever happens to us.
+            # The program alone: its guard must go on, to end it whatever happens to us.
             self.process().suspend()
         except (psutil.Error, RuntimeError):
             return None
@@ -265,8 +267,8 @@ class Worker:
         return self._part.said(40)
 
 
-def program_of(part: Part) -> psutil.Process:
-    """Find a part's program: the child of who holds its leash.
+def program_of(part: SupervisedProcess) -> psutil.Process:
+    """Find a part's program: the child of its guard.
 
     Raises:
         RuntimeError: while it is down.
@@ -283,7 +285,7 @@ class Producers:
     def __init__(self, folder: Path, environment: Mapping[str, str], *, starts_at: float, patience_s: float) -> None:
         self._folder = folder
         self._parts = [
-            Part(
+            SupervisedProcess(
                 path.stem,
                 [*PRODUCER, str(path), str(path.with_suffix(".journal")), str(starts_at), str(patience_s)],
                 environment,
@@ -304,7 +306,7 @@ class Producers:
         for part in self._parts:
             if part.pid is None:
                 continue
-            death = part.tend(time.monotonic())
+            death = part.supervise(time.monotonic())
             if death is None:
                 count += 1
             elif death.status:

@@ -21,7 +21,21 @@ BlowKind = Literal["kill", "hang", "redis", "freeze", "partition", "hole", "cloc
 Fate = Literal["plain", "deadline", "cancel", "poison"]
 # What the clock of Redis is set by, in turn: an hour back, ten minutes on. Less than a ranking is kept for.
 CLOCK_STEPS_S = (-3_600, 600)
-WORDS = ["tide", "moon", "sea", "bread", "oven", "ledger", "bell", "river", "stone", "glass", "paper", "ink", "wheel"]
+WORDS = [
+    "tide",
+    "moon",
+    "sea",
+    "bread",
+    "oven",
+    "ledger",
+    "doorbell",
+    "river",
+    "stone",
+    "glass",
+    "paper",
+    "ink",
+    "wheel",
+]
 
 
 class Shape(NamedTuple):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import redis
 from redis.exceptions import RedisError
 
-from rerankq import connections
+from rerankq.connections import opening as connections
 from rerankq.urls import with_database
 
 ANSWER_S = 2.0

@@ -8,24 +8,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .batcher import Batcher
-from .calibration import BUDGETS, PATIENCE_S, levelling_point, measure, seconds_per_token
-from .checkpoint import find_checkpoint
-from .cores import allocator_environment, available_cores
-from .errors import (
-    EngineClosed,
-    EngineDied,
-    EngineError,
-    ModelUnusable,
-    PairFailed,
-    TicketCancelled,
-    Unconvertible,
-)
+from .errors import EngineClosed, EngineDied, EngineError, ModelUnusable, PairFailed, TicketCancelled, Unconvertible
+from .models.calibration import BUDGETS, PATIENCE_S, levelling_point, measure, seconds_per_token
+from .models.checkpoint import find_checkpoint
+from .models.cores import allocator_environment, available_cores
 from .protocol import QUERY_MAX_TOKENS, Engine, Flight, Landed, Logits, PairLimits, TokenisedPair
+from .scheduling.batcher import Batcher
+from .scheduling.tally import BatcherStats
+from .scheduling.ticket import Ticket
 from .stub import AsynchronousStubEngine, StubEngine, parse_stub
-from .tally import BatcherStats
-from .ticket import Ticket
-from .token_ids import text_hash
+from .tokenising.token_id_cache import text_hash
 
 __all__ = [
     "QUERY_MAX_TOKENS",

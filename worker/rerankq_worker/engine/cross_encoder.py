@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import files_of, fingerprint
-from .cores import available_cores, short_number_instructions
-from .device import choose_device, multiplies_bfloat16_faster, tokens_that_fit
 from .errors import ModelUnusable
-from .last_layer import compute_last_layer_in_float32
-from .loading import hash_of_weights, known_ids, load_model, readable_length, refusing
-from .long_positions import LongPositions
-from .pair_format import pair_tokeniser_for
-from .pair_tokeniser import Tokeniser
-from .passes import Inputs, Pass
-from .probing import probe_of
-from .protocol import QUERY_MAX_TOKENS, Flight, Landed, Logits, TokenisedPair, score_in_batches
-from .runtimes import Choice, Facts, choose, openvino_installed, precision_of
-from .ways import Subject, openvino_way, torch_way
+from .models.checkpoint import files_of, fingerprint
+from .models.cores import available_cores, short_number_instructions
+from .models.device import choose_device, multiplies_bfloat16_faster, tokens_that_fit
+from .models.last_layer import compute_last_layer_in_float32
+from .models.loading import hash_of_weights, known_ids, load_model, readable_length, refusing
+from .models.long_positions import LongPositions
+from .models.passes import Inputs, Pass
+from .models.probing import probe_of
+from .models.runtimes import Choice, Environment, choose, openvino_installed, precision_of
+from .models.ways import Subject, openvino_way, torch_way
+from .protocol import QUERY_MAX_TOKENS, Flight, Landed, Logits, TokenisedPair
+from .scheduling.unqueued import score_in_batches
+from .tokenising.pair_format import pair_tokeniser_for
+from .tokenising.pair_tokeniser import Tokeniser
 
 #: Tokens per batch. On a CPU tokens per second hardly change from 512 to 4096 (measured, 22 M parameters), and
 #: the smaller the batch, the sooner an interactive pair gets its turn; a GPU needs many to be busy.
@@ -55,7 +56,7 @@ class CrossEncoderEngine:
         runtime: str = "auto",
     ) -> None:
         where = choose_device(device)
-        facts = Facts(where.type, multiplies_bfloat16_faster(where), openvino_installed())
+        facts = Environment(where.type, multiplies_bfloat16_faster(where), openvino_installed())
         if runtime == "auto" and padded is not None:
             runtime = "torch"  # OpenVINO has one way only
         self.runtime, self.dtype = astuple(choose(runtime, dtype, facts))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..batching import plan_all
 from .errors import PairFailed
 
 Logits = NDArray[np.float32]
@@ -123,17 +121,6 @@ class Engine(Protocol):
 
     def release_memory(self) -> None:
         """Give back what the allocator of the device holds without using it."""
-
-
-def score_in_batches(engine: Engine, pairs: Sequence[tuple[str, str]]) -> Logits:
-    """Tokenise, plan and run ``(query, chunk)`` pairs on an engine that is ours alone; same order, same length."""
-    tokenised: list[TokenisedPair] = []
-    for query, run in groupby(pairs, key=lambda pair: pair[0]):
-        tokenised += engine.tokenise(query, [chunk for _, chunk in run])
-    logits = np.empty(len(tokenised), dtype=np.float32)
-    for batch in plan_all([pair.length for pair in tokenised], engine.max_batch_tokens, padded=engine.padded):
-        logits[batch] = engine.forward([tokenised[position] for position in batch])
-    return logits
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ..batching import cost
 from .errors import ModelUnusable
 from .protocol import (
     QUERY_MAX_TOKENS,
@@ -21,8 +20,9 @@ from .protocol import (
     PairLimits,
     TokenisedPair,
     checked_length,
-    score_in_batches,
 )
+from .scheduling.batching import cost
+from .scheduling.unqueued import score_in_batches
 
 #: Seconds per token of a batch's cost: about what a small model takes on a large GPU.
 SECONDS_PER_TOKEN = 1e-6

@@ -4,13 +4,7 @@ from .analyser import Analyser, analyse, warm
 from .blending import DEFAULT_RULES, Blend, FusionSpec, blend, fuse, signals_needed
 from .coverage import idf_weights, token_similarity
 from .features import rank_feature_scores
-from .normalise import (
-    normalise_identity,
-    normalise_minmax,
-    normalise_percent,
-    normalise_ragflow,
-    normalise_sigmoid,
-)
+from .normalise import normalise_identity, normalise_minmax, normalise_percent, normalise_ragflow, normalise_sigmoid
 from .ranks import rank, reciprocal_rank_fusion
 from .token_signal import TextFields, token_signal
 

@@ -131,11 +131,11 @@ class Analyser:
         """Cut a text into its tokens; see :func:`analyse`."""
         return analyse(text)
 
-    def token_ids(self, texts: Sequence[str]) -> list[Ids]:
+    def token_hashes(self, texts: Sequence[str]) -> list[Ids]:
         """Give the ids of the distinct tokens of each text; read-only."""
         texts = [read_part(text) for text in texts]
         keys = [hash(("tokens", text)) if text else _NO_TEXT for text in texts]
-        return self._remember(keys, lambda at: token_ids(analyse(texts[at])))
+        return self._remember(keys, lambda at: token_hashes(analyse(texts[at])))
 
     def ragflow_ids(self, chunks: Sequence[tuple[str, ...]]) -> list[Ids]:
         """Give the ids of the unigrams and bigrams that RAGFlow's rule looks at, for each chunk's fields; read-only.
@@ -145,7 +145,7 @@ class Analyser:
         chunks = [tuple(map(read_part, fields)) for fields in chunks]
         keys = [hash(("ragflow", *fields)) for fields in chunks]
         return self._remember(
-            keys, lambda at: token_ids(chunk_keys([token for field in chunks[at] for token in analyse(field)]))
+            keys, lambda at: token_hashes(chunk_keys([token for field in chunks[at] for token in analyse(field)]))
         )
 
     def warm(self) -> None:
@@ -186,7 +186,7 @@ class Analyser:
 _NO_HASHES: Ids = np.zeros(0, dtype=np.int64)
 
 
-def token_ids(tokens: Iterable[str]) -> Ids:
+def token_hashes(tokens: Iterable[str]) -> Ids:
     """Give distinct tokens their ids: Python's own 64-bit hash, keyed per process and already inside each string."""
     distinct: set[str] = set()
     rest = iter(tokens)
@@ -202,7 +202,7 @@ def token_ids(tokens: Iterable[str]) -> Ids:
     return ids
 
 
-_NO_IDS = token_ids(())
+_NO_IDS = token_hashes(())
 # Stands for the empty text, which is not worth a place in the memory. No hash is -1.
 _NO_TEXT = -1
 

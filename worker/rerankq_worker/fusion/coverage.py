@@ -32,7 +32,7 @@ MAX_BOOST = 1e300
 
 
 @dataclass(frozen=True)
-class Finds:
+class Matches:
     """Where the query's tokens were found: token ``tokens[i]`` in chunk ``chunks[i]``, each pair at most once.
 
     In order of chunks, then of tokens: sums over them are the same in every process.
@@ -77,14 +77,14 @@ def token_similarity(
     >>> token_similarity(query, [{"content": ["tide"]}, {"title": ["tide"]}], {"title": 2.0}).round(3)
     array([0.5  , 0.667])
     """
-    tokens, weights = merged(query_tokens)
-    sets = {name: [frozenset(chunk.get(name, ())) for chunk in chunks_fields] for name in playing(boosts or {})}
+    tokens, weights = sum_repeats(query_tokens)
+    sets = {name: [frozenset(chunk.get(name, ())) for chunk in chunks_fields] for name in active_fields(boosts or {})}
     finds = {name: find(tokens, chunks) for name, chunks in sets.items()}
     occurring = {name for name, chunks in sets.items() if any(chunks)}
     return covered(weights, finds, occurring, boosts or {}, len(chunks_fields))
 
 
-def merged(query_tokens: Sequence[tuple[str, float]]) -> tuple[list[str], Floats]:
+def sum_repeats(query_tokens: Sequence[tuple[str, float]]) -> tuple[list[str], Floats]:
     """Join repeated tokens, adding their weights; where those are huge, all are made smaller alike.
 
     Raises:
@@ -99,7 +99,7 @@ def merged(query_tokens: Sequence[tuple[str, float]]) -> tuple[list[str], Floats
     return list(sums), np.fromiter(sums.values(), dtype=np.float64, count=len(sums))
 
 
-def playing(boosts: Mapping[str, float]) -> dict[str, float]:
+def active_fields(boosts: Mapping[str, float]) -> dict[str, float]:
     """Tell which fields take part, and with which boost.
 
     Raises:
@@ -116,15 +116,15 @@ def playing(boosts: Mapping[str, float]) -> dict[str, float]:
     return {name: min(boost, MAX_BOOST) for name, boost in {"content": 1.0, **boosts}.items() if boost}
 
 
-def find(tokens: Sequence[str], chunks: Sequence[AbstractSet[str]]) -> Finds:
+def find(tokens: Sequence[str], chunks: Sequence[AbstractSet[str]]) -> Matches:
     """Look for distinct tokens in each chunk's set."""
     places = {token: place for place, token in enumerate(tokens)}
     pairs = sorted((chunk, places[token]) for chunk, held in enumerate(chunks) for token in places.keys() & held)
     rows = np.array(pairs, dtype=np.intp).reshape(-1, 2)
-    return Finds(rows[:, 0], rows[:, 1])
+    return Matches(rows[:, 0], rows[:, 1])
 
 
-def idf(finds: Iterable[Finds], tokens: int, chunks: int) -> Floats:
+def idf(finds: Iterable[Matches], tokens: int, chunks: int) -> Floats:
     """Compute the idf of each of the query's tokens; a chunk counts once in however many fields it holds the token."""
     listed = list(finds)
     held, _ = _cells(listed, [1.0] * len(listed), tokens)
@@ -134,13 +134,13 @@ def idf(finds: Iterable[Finds], tokens: int, chunks: int) -> Floats:
 
 
 def covered(
-    weights: Floats, finds: Mapping[str, Finds], occurring: Iterable[str], boosts: Mapping[str, float], chunks: int
+    weights: Floats, finds: Mapping[str, Matches], occurring: Iterable[str], boosts: Mapping[str, float], chunks: int
 ) -> Floats:
     """Turn finds by field into coverages of shape ``(chunks,)``; see :func:`token_similarity`."""
     total = weights.sum()
     if not total > 0:
         return np.full(chunks, np.nan)
-    fields = {name: boost for name, boost in playing(boosts).items() if name in set(occurring)}
+    fields = {name: boost for name, boost in active_fields(boosts).items() if name in set(occurring)}
     cells, strengths = _cells([finds[name] for name in fields], list(fields.values()), weights.size)
     shares = _saturated(strengths, sum(fields.values())) if boosts else np.ones(cells.size)
     earned = np.bincount(cells // weights.size, shares * weights[cells % weights.size], minlength=chunks)
@@ -154,7 +154,7 @@ def _saturated(strengths: Floats, most: float) -> Floats:
     return shares
 
 
-def _cells(finds: Sequence[Finds], boosts: Sequence[float], tokens: int) -> tuple[Places, Floats]:
+def _cells(finds: Sequence[Matches], boosts: Sequence[float], tokens: int) -> tuple[Places, Floats]:
     """Join finds into the distinct cells (chunk x tokens + token) with the sum of their boosts.
 
     Sparse on purpose: a table of all chunks by all tokens of a long query would not fit into memory.

@@ -46,7 +46,7 @@ def rank(
     return order[:top_k]
 
 
-def places(values: ArrayLike) -> Floats:
+def competition_ranks(values: ArrayLike) -> Floats:
     """Give each value its place, 1 for the highest; equal values share the better place, missing ones have none (NaN).
 
     >>> places([0.1, 0.7, float("nan"), 0.7])
@@ -77,7 +77,7 @@ def reciprocal_rank_fusion(
     """
     if k < 0:
         raise ValueError(f"k must not be negative: {k}")
-    rows = {name: places(values) for name, values in signals.items()}
+    rows = {name: competition_ranks(values) for name, values in signals.items()}
     if len({row.size for row in rows.values()}) > 1:
         raise ValueError(f"signals differ in length: { {name: row.size for name, row in rows.items()} }")
     # An eighth of the largest float leaves room to add all six signals.

@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .analyser import Analyser, Ids, token_ids
+from .analyser import Analyser, Ids, token_hashes
 from .blending import FusionSpec
-from .coverage import Finds, covered, idf, merged, playing
+from .coverage import Matches, active_fields, covered, idf, sum_repeats
 from .ragflow import SMOOTHING, chunk_keys, query_keys, scale_of
 
 Floats = NDArray[np.float64]
@@ -64,11 +64,11 @@ def token_signal(
         return _by_ragflow(query, query_tokens, chunks, analyser)
     if rule != "coverage":
         raise ValueError(f"no token rule {rule!r}; there are coverage, ragflow")
-    fields = {name: _ids(chunks, name, analyser) for name in playing(fusion.boosts)}
+    fields = {name: _ids(chunks, name, analyser) for name in active_fields(fusion.boosts)}
     if query_tokens is None:
         tokens, weights = list(dict.fromkeys(analyser.analyse(query))), None
     else:
-        tokens, weights = merged(query_tokens)
+        tokens, weights = sum_repeats(query_tokens)
     finds = {name: _find(tokens, ids) for name, ids in fields.items()}
     if weights is None:
         weights = idf(finds.values(), len(tokens), len(chunks))
@@ -97,10 +97,12 @@ def _by_ragflow(
 
 
 def _ids(chunks: Sequence[TextFields], field: str, analyser: Analyser) -> list[Ids]:
-    ids = analyser.token_ids([_TEXTS[field](chunk) for chunk in chunks])
+    ids = analyser.token_hashes([_TEXTS[field](chunk) for chunk in chunks])
     if field != "content":
         return ids
-    return [held if chunk.tokens is None else token_ids(chunk.tokens) for chunk, held in zip(chunks, ids, strict=True)]
+    return [
+        held if chunk.tokens is None else token_hashes(chunk.tokens) for chunk, held in zip(chunks, ids, strict=True)
+    ]
 
 
 # A line each keyword or question: no word of one joins a word of the next. What comes with tokens is not analysed.
@@ -121,11 +123,11 @@ def _ragflow_ids(chunks: Sequence[TextFields], analyser: Analyser) -> list[Ids]:
     for at, chunk in enumerate(chunks):
         if chunk.tokens is not None:
             # Who brings tokens has made them as RAGFlow does, where a keyword is one token, blanks and all.
-            ids[at] = token_ids(chunk_keys([*chunk.tokens, *analyser.analyse(chunk.title), *chunk.keywords]))
+            ids[at] = token_hashes(chunk_keys([*chunk.tokens, *analyser.analyse(chunk.title), *chunk.keywords]))
     return ids
 
 
-def _find(tokens: Sequence[str], chunks: Sequence[Ids]) -> Finds:
+def _find(tokens: Sequence[str], chunks: Sequence[Ids]) -> Matches:
     """Look for distinct tokens in all chunks at once, by their ids; found in order of chunks, then of tokens.
 
     A chunk's ids come in the order of a set, which is another in each process and in each chunk: sums over what is
@@ -141,7 +143,7 @@ def _find(tokens: Sequence[str], chunks: Sequence[Ids]) -> Finds:
     ends = np.cumsum([held.size for held in chunks], dtype=np.intp)
     found, held_by = order[places[there]], np.searchsorted(ends, near[there], side="right")
     settled = np.lexsort((found, held_by))
-    return Finds(held_by[settled], found[settled])
+    return Matches(held_by[settled], found[settled])
 
 
 def _sieved(everything: Ids, wanted: Ids) -> NDArray[np.intp]:

@@ -6,7 +6,7 @@ local moved = 0
 for at = 2, #ARGV, 2 do
   local from, to = ARGV[at], ARGV[at + 1]
   for _, tenant in ipairs(redis.call('SMEMBERS', tenants_key(from))) do
-    for _, line in ipairs({rung_key(from, tenant), waiting_key(from, tenant)}) do
+    for _, line in ipairs({sent_key(from, tenant), waiting_key(from, tenant)}) do
       for _, id in ipairs(left > moved and redis.call('ZRANGE', line, 0, left - moved - 1) or {}) do
         local key = job_key(id)
         local job = written(key) == 'queued' and redis.call('HMGET', key, 'queue', 'pairs', 'deadline') or {}

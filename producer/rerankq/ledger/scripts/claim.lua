@@ -2,7 +2,7 @@
 -- Answers {'claimed', fence, suspect, priority, waited_s, payload, more} or {state}; {'deferred', queue, label, priority}
 -- of a suspect if unless_suspect = 1: it stays queued, and its message is spent.
 -- call: this call's own name, so that one asked again because its answer was lost gets the same answer.
--- more = 1: the queue's window has room for bells, ring on.
+-- more = 1: the queue's window has room for doorbells, refill the window.
 begin_freeing()
 local id, owner, call, lease_s, ttl, channel, window =
   ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6], tonumber(ARGV[7])
@@ -15,7 +15,7 @@ local time = now()
 if not again and ARGV[8] == '1' and tonumber(redis.call('HGET', key, 'suspect')) > 0 then
   local job = redis.call('HMGET', key, 'queue', 'label', 'priority', 'tenant')
   -- Whoever deferred it sends the next one; should it not, that one counts as lost some time from now.
-  redis.call('ZADD', rung_key(job[1], job[4]), 'XX', stamp(time), id)
+  redis.call('ZADD', sent_key(job[1], job[4]), 'XX', stamp(time), id)
   return {'deferred', job[1], job[2] or '', job[3]}
 end
 if not again then
@@ -37,7 +37,7 @@ if not again then
 end
 
 local job = redis.call('HMGET', key, 'fence', 'suspect', 'priority', 'created', 'payload', 'queue', 'tenant')
-local rung, waiting = rung_key(job[6], job[7]), waiting_key(job[6], job[7])
-local more = redis.call('ZCARD', rung) * 2 < window and redis.call('EXISTS', waiting) == 1
+local sent, waiting = sent_key(job[6], job[7]), waiting_key(job[6], job[7])
+local more = redis.call('ZCARD', sent) * 2 < window and redis.call('EXISTS', waiting) == 1
 local waited = math.max(0, time - tonumber(job[4]))
 return {'claimed', job[1], tonumber(job[2]), job[3], stamp(waited), job[5] or '', more and 1 or 0}

@@ -11,7 +11,7 @@ local function of_tenant(key, tenant)
   return key .. ':' .. tenant
 end
 local function waiting_key(queue, tenant) return of_tenant('rerankq:waiting:' .. queue, tenant) end
-local function rung_key(queue, tenant) return of_tenant('rerankq:rung:' .. queue, tenant) end
+local function sent_key(queue, tenant) return of_tenant('rerankq:sent:' .. queue, tenant) end
 local function tenants_key(queue) return 'rerankq:tenants:' .. queue end
 
 -- A full Redis refuses scripts at the first command that may grow memory, unless a writing command
@@ -38,7 +38,7 @@ end
 
 local function take_out(id, queue, tenant, pairs_in)
   redis.call('ZREM', waiting_key(queue, tenant), id)
-  redis.call('ZREM', rung_key(queue, tenant), id)
+  redis.call('ZREM', sent_key(queue, tenant), id)
   redis.call('ZREM', 'rerankq:deadlines', id)
   count(queue, tenant, -pairs_in)
 end
@@ -63,13 +63,13 @@ local function put_in(id, queue, tenant, pairs_in, deadline, at)
   count(queue, tenant, pairs_in)
 end
 
--- Ring at once if the window has room and nobody waits before it: answers 1 if the caller shall ring.
-local function may_ring(id, queue, tenant, window)
+-- Ring at once if the window has room and nobody waits before it: answers 1 if the caller shall send.
+local function may_send(id, queue, tenant, window)
   local waiting = waiting_key(queue, tenant)
-  local rung = rung_key(queue, tenant)
-  if redis.call('ZCARD', rung) >= window or redis.call('ZRANK', waiting, id) ~= 0 then return 0 end
+  local sent = sent_key(queue, tenant)
+  if redis.call('ZCARD', sent) >= window or redis.call('ZRANK', waiting, id) ~= 0 then return 0 end
   redis.call('ZREM', waiting, id)
-  redis.call('ZADD', rung, stamp(now()), id)
+  redis.call('ZADD', sent, stamp(now()), id)
   return 1
 end
 
@@ -135,7 +135,7 @@ local function condemn(id, ttl, channel)
   if redis.call('TYPE', key).ok ~= 'hash' then redis.call('DEL', key) end
   local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs')
   if job[1] and job[2] then
-    local waited = redis.call('ZREM', waiting_key(job[1], job[2]), id) + redis.call('ZREM', rung_key(job[1], job[2]), id)
+    local waited = redis.call('ZREM', waiting_key(job[1], job[2]), id) + redis.call('ZREM', sent_key(job[1], job[2]), id)
     if waited > 0 and whole(job[3]) then count(job[1], job[2], -tonumber(job[3])) end
   end
   -- What is left of it can be read.
@@ -243,7 +243,7 @@ local function keep_findable(id, key, state)
   elseif state == 'queued' then
     local job = redis.call('HMGET', key, 'queue', 'tenant', 'pairs', 'deadline')
     local queue, tenant = job[1], job[2]
-    if not redis.call('ZSCORE', rung_key(queue, tenant), id) and not redis.call('ZSCORE', waiting_key(queue, tenant), id) then
+    if not redis.call('ZSCORE', sent_key(queue, tenant), id) and not redis.call('ZSCORE', waiting_key(queue, tenant), id) then
       begin_freeing()
       put_in(id, queue, tenant, tonumber(job[3]), job[4])
     elseif redis.call('SISMEMBER', tenants_key(queue), tenant) == 0 or redis.call('SISMEMBER', 'rerankq:queues', queue) == 0 then

@@ -15,6 +15,6 @@ queue_again(key, id, job[2])
 if queue == job[3] then
   -- Two models on one queue: it is sent again when this message counts as lost, not at once, round and round.
   redis.call('ZREM', waiting_key(queue, job[4]), id)
-  redis.call('ZADD', rung_key(queue, job[4]), stamp(now()), id)
+  redis.call('ZADD', sent_key(queue, job[4]), stamp(now()), id)
 end
 return 1

@@ -1,5 +1,5 @@
 -- id ttl channel window
--- Queue a dead job again, its deaths forgiven, its history kept. Answers {state, ring, queue, label}; a job that is not
+-- Queue a dead job again, its deaths forgiven, its history kept. Answers {state, send, queue, label}; a job that is not
 -- dead, or whose record is damaged, stays as it is.
 begin_freeing()
 local id, ttl, channel, window = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -13,4 +13,4 @@ note(key, 'retried', '')
 -- Still a suspect: if it kills again, it does so alone.
 queue_again(key, id, 1)
 local job = redis.call('HMGET', key, 'queue', 'tenant', 'label')
-return {'queued', may_ring(id, job[1], job[2], window), job[1], job[3]}
+return {'queued', may_send(id, job[1], job[2], window), job[1], job[3]}

@@ -1,6 +1,6 @@
 -- id content queue tenant priority pairs deadline_s label model payload | max_pairs max_memory window ttl channel | weights
--- Answers {state, ring}; {'conflict', 0}: the id stands for other content; {'full', pairs waiting}: the backlog is at
--- its limit; {'crowded', percent}: the server's memory is.
+-- Answers {state, send}; {'conflict', 0}: the id stands for other content; {'full', pairs waiting}: the backlog is at
+-- its limit; {'memory_full', percent}: the server's memory is.
 -- weights: fingerprints of the living workers of its model, by commas. A ranking of others is not today's: the job is queued again.
 local id, content, queue, tenant, priority = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local pairs_in, deadline_s, label, model, payload = tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9], ARGV[10]
@@ -31,7 +31,7 @@ if held then
       take_out(id, job[1], tenant, pairs_in)
       redis.call('HSET', key, 'queue', queue, 'priority', priority, 'label', label, 'model', model)
       put_in(id, queue, tenant, pairs_in, deadline)
-      return {state, may_ring(id, queue, tenant, window)}
+      return {state, may_send(id, queue, tenant, window)}
     end
     return {state, 0}
   end
@@ -48,7 +48,7 @@ local waiting = tonumber(redis.call('HGET', 'rerankq:backlog', '*') or '0')
 if waiting > 0 and waiting + pairs_in > max_pairs then return {'full', waiting} end
 -- Refused well before the server would: what is accepted must be able to leave again.
 local memory = memory_with(#payload)
-if memory > max_memory then return {'crowded', memory} end
+if memory > max_memory then return {'memory_full', memory} end
 
 local created = stamp(now())
 local deadline = deadline_s == '' and '' or stamp(now() + tonumber(deadline_s))
@@ -59,4 +59,4 @@ redis.call('HSET', key, 'state', 'queued', 'content', content, 'queue', queue, '
   'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)
 if tonumber(ttl) ~= USUAL_TTL then redis.call('HSET', key, 'ttl', longer(0, ttl)) end
 put_in(id, queue, tenant, pairs_in, deadline, last_place(queue, tenant))
-return {'queued', may_ring(id, queue, tenant, window)}
+return {'queued', may_send(id, queue, tenant, window)}

@@ -1,8 +1,8 @@
 -- sweeper watched_s lease_s max_attempts ttl channel limit grace_s counted_at then queue messages, repeated
--- Judge lapsed leases, expire, and take back lost bells so that they are rung again.
+-- Judge lapsed leases, expire, and take back lost doorbells so that they are sent again.
 -- watched_s: for how long this sweeper has seen the ledger without a break; a lease that lapsed has until it was whole.
 -- lease_s: of what claims tell no lease. counted_at: when the broker was asked how many messages it holds of each queue.
--- Answers {lapsed, dead, expired, bells taken back, queue...}, the queues with bells out for longer than grace_s; or {}
+-- Answers {lapsed, dead, expired, doorbells taken back, queue...}, the queues with doorbells out for longer than grace_s; or {}
 -- where another sweeper holds the lock.
 begin_freeing()
 local lock = redis.call('GET', 'rerankq:sweeper')
@@ -15,7 +15,7 @@ redis.call('SET', 'rerankq:sweeper', ARGV[1], 'PX', 3000)
 local watched, lease_s, max_attempts, ttl, channel = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6]
 local limit, grace, counted_at = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
 local time = now()
-local lapsed, dead, expired, bells = 0, 0, 0, 0
+local lapsed, dead, expired, doorbells = 0, 0, 0, 0
 
 local last = tonumber(redis.call('GET', 'rerankq:clock') or '')
 redis.call('SET', 'rerankq:clock', stamp(time))
@@ -81,23 +81,23 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', 'rerankq:deadlines', '-inf', sta
   else redis.call('ZREM', 'rerankq:deadlines', id) end
 end
 
--- Lost bells: more of a queue are out than its broker holds messages. Those out for longest are taken back, as many as
--- are missing. So the broker never holds more messages for being rung again than bells are out.
+-- Lost doorbells: more of a queue are out than its broker holds messages. Those out for longest are taken back, as many as
+-- are missing. So the broker never holds more messages for being sent again than doorbells are out.
 local held_by_broker = {}
 for at = 10, #ARGV, 2 do held_by_broker[ARGV[at]] = tonumber(ARGV[at + 1]) end
--- A bell that was rung later than now was rung before the clock was set back.
+-- A doorbell that was sent later than now was sent before the clock was set back.
 local future = '(' .. stamp(time)
 local overdue = {}
 
 local function out_for_longest(queue, tenants, most)
   local found = {}
   for _, tenant in ipairs(tenants) do
-    local rung = rung_key(queue, tenant)
+    local sent = sent_key(queue, tenant)
     for _, range in ipairs({{future, '+inf'}, {'-inf', stamp(counted_at - grace)}}) do
-      local bells_in = redis.call('ZRANGEBYSCORE', rung, range[1], range[2], 'WITHSCORES', 'LIMIT', 0, most)
-      for at = 1, #bells_in, 2 do
-        local rung_at = tonumber(bells_in[at + 1])
-        found[#found + 1] = {rung_at > time and 0 or rung_at, bells_in[at], rung, waiting_key(queue, tenant)}
+      local doorbells_out = redis.call('ZRANGEBYSCORE', sent, range[1], range[2], 'WITHSCORES', 'LIMIT', 0, most)
+      for at = 1, #doorbells_out, 2 do
+        local sent_at = tonumber(doorbells_out[at + 1])
+        found[#found + 1] = {sent_at > time and 0 or sent_at, doorbells_out[at], sent, waiting_key(queue, tenant)}
       end
     end
   end
@@ -110,25 +110,25 @@ for _, queue in ipairs(redis.call('SMEMBERS', 'rerankq:queues')) do
   local messages = counted_at <= time and held_by_broker[queue]
   local missing, old = messages and -messages or 0, 0
   for _, tenant in ipairs(tenants) do
-    local rung = rung_key(queue, tenant)
-    local before = redis.call('ZCOUNT', rung, future, '+inf')
-    old = old + before + redis.call('ZCOUNT', rung, '-inf', stamp(time - grace))
-    if messages then missing = missing + before + redis.call('ZCOUNT', rung, '-inf', stamp(counted_at)) end
+    local sent = sent_key(queue, tenant)
+    local before = redis.call('ZCOUNT', sent, future, '+inf')
+    old = old + before + redis.call('ZCOUNT', sent, '-inf', stamp(time - grace))
+    if messages then missing = missing + before + redis.call('ZCOUNT', sent, '-inf', stamp(counted_at)) end
   end
   if old > 0 then overdue[#overdue + 1] = queue end
   if messages and missing > 0 and old > 0 then
     local found = out_for_longest(queue, tenants, math.min(missing, limit))
     for at = 1, math.min(missing, limit, #found) do
-      local _, id, rung, waiting = unpack(found[at])
-      redis.call('ZREM', rung, id)
-      -- Not where the job was removed or damaged by other hands than ours: there is nothing to ring for.
+      local _, id, sent, waiting = unpack(found[at])
+      redis.call('ZREM', sent, id)
+      -- Not where the job was removed or damaged by other hands than ours: there is nothing to send for.
       if written(job_key(id)) == 'queued' then
-        -- It has waited for its turn once: its next bell overtakes the others.
+        -- It has waited for its turn once: its next doorbell overtakes the others.
         redis.call('HSET', job_key(id), 'lost', 1)
         redis.call('ZADD', waiting, place(job_key(id)), id)
-        bells = bells + 1
+        doorbells = doorbells + 1
       end
     end
   end
 end
-return {lapsed, dead, expired, bells, unpack(overdue)}
+return {lapsed, dead, expired, doorbells, unpack(overdue)}

@@ -1,0 +1,1 @@
+"""Is everything reachable and consistent? ``collect`` asks, ``checks`` judge."""

@@ -1,0 +1,36 @@
+"""What the ledger's scripts need of the settings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..settings import Settings
+
+
+def live_for(lease_s: float) -> float:
+    """Seconds without a sign of life for which a worker still counts as alive."""
+    return max(10.0, 3 * lease_s)
+
+
+class LedgerLimits(NamedTuple):
+    """What a deployment has agreed on, as far as the scripts need it."""
+
+    channel: str
+    result_ttl_s: int = 3_600
+    doorbell_window: int = 256
+    max_queued_pairs: int = 10_000_000
+    max_attempts: int = 3
+    lease_s: float = 8
+    max_memory_percent: int = 90
+
+    @classmethod
+    def of(cls, settings: Settings) -> LedgerLimits:
+        """Pick what the ledger's scripts need of the settings."""
+        return cls(
+            channel=settings.channel,
+            result_ttl_s=settings.result_ttl_s,
+            doorbell_window=settings.doorbell_window,
+            max_queued_pairs=settings.max_queued_pairs,
+            max_attempts=settings.max_attempts,
+            lease_s=settings.lease_s,
+        )

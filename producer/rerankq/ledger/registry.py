@@ -1,0 +1,56 @@
+"""Who is alive: the workers that registered themselves in the ledger."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import NamedTuple
+
+
+class WorkerInfo(NamedTuple):
+    """A worker as the registry shows it; ``age_s`` is the time since its last sign of life."""
+
+    id: str
+    model: str
+    aliases: tuple[str, ...]
+    fingerprint: str
+    queues: tuple[str, ...]
+    age_s: float
+    pairs_per_s: float
+    version: str = ""
+    device: str = ""
+    process: str = ""
+    channel: str = ""
+
+    @property
+    def suffix(self) -> str:
+        """What its queues append to the plain names: empty for the deployment's default model."""
+        return self.queues[0].removeprefix("rerankq.interactive") if self.queues else ""
+
+
+def _workers(clock: tuple[int, int], found: dict[bytes, bytes]) -> list[WorkerInfo]:
+    now = clock[0] + clock[1] / 1e6
+    workers = []
+    for name, entry in found.items():
+        # What other hands wrote there is no worker.
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            workers.append(_worker(name.decode(), entry.decode(), now))
+    return workers
+
+
+def _worker(name: str, entry: str, now: float) -> WorkerInfo:
+    beaten, _, text = entry.partition(" ")
+    info = json.loads(text)
+    return WorkerInfo(
+        id=name,
+        model=info["model"],
+        aliases=tuple(info.get("aliases", ())),
+        fingerprint=info["fingerprint"],
+        queues=tuple(info.get("queues", ())),
+        age_s=max(0.0, now - float(beaten)),
+        pairs_per_s=float(info.get("pairs_per_s", 0)),
+        version=str(info.get("version", "")),
+        device=str(info.get("device", "")),
+        process=str(info.get("process", "")),
+        channel=str(info.get("channel", "")),
+    )

@@ -1,0 +1,1 @@
+"""Files in, files out: a first-stage run is scored again."""

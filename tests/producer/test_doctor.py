@@ -1,0 +1,439 @@
+"""The doctor: every rule by its facts, and real servers that break the promise one way each."""
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import redis
+
+from rerankq import BrokerUnavailable
+from rerankq.doctor import collect as examination
+from rerankq.doctor import round_trips
+from rerankq.doctor.checks import Server, Snapshot, Work, WorkerSeen, checks, one_each
+from rerankq.doctor.collect import collect
+from rerankq.doctor.round_trips import Trip
+from rerankq.ledger import calls, connect
+from rerankq.ledger.runner import Ledger
+from rerankq.local.embedded import EmbeddedRedis
+from rerankq.settings import Settings
+
+LEDGER = Server(
+    roles=("broker", "ledger"), url="redis://h:6379/0", run_id="1", version="7.2.4", appendonly=True, fsync="everysec",
+    maxmemory=2 << 30,
+)  # fmt: skip
+CACHE = Server(roles=("cache",), url="redis://c:6379/0", run_id="2", version="7.2.4", maxmemory=1 << 30)
+CACHE = replace(CACHE, policy="allkeys-lfu")
+WORKER = WorkerSeen("gpu0:1:a", "m", "f", ("rerankq.interactive", "rerankq.bulk"), version="1.0", device="cuda:0")
+ELSEWHERE = replace(WORKER, id="b", queues=("rerankq.interactive.x", "rerankq.bulk.x"))
+WELL = Snapshot("1.0", [LEDGER, CACHE], [WORKER], Work())
+
+
+def wrong(snapshot: Snapshot) -> list[str]:
+    return [f"{one.subject}: {one.said}" for one in checks(snapshot) if one.level == "wrong"]
+
+
+def notes(snapshot: Snapshot) -> list[str]:
+    return [f"{one.subject}: {one.said}" for one in checks(snapshot) if one.level == "note"]
+
+
+def test_nothing_is_said_against_a_deployment_that_keeps_the_promise():
+    assert (wrong(WELL), notes(WELL)) == ([], [])
+
+
+def ledger(**fields) -> Snapshot:
+    return replace(WELL, servers=[replace(LEDGER, **fields), CACHE])
+
+
+def cache(**fields) -> Snapshot:
+    return replace(WELL, servers=[LEDGER, replace(CACHE, **fields)])
+
+
+# All that Redis has but noeviction.
+EVICTING = [
+    *(f"{keys}-{way}" for keys in ("allkeys", "volatile") for way in ("lru", "lfu", "random")),
+    "volatile-ttl",
+]
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "said"),
+    [
+        (ledger(fault="Connection refused"), "does not answer: Connection refused"),
+        (ledger(version="6.0.16"), "too old: 6.2 or newer"),
+        (ledger(replica=True), "is a replica"),
+        (ledger(appendonly=False), "appendonly is off"),
+        (ledger(log_is_written=False), "could not be written"),
+        (ledger(fsync="no"), "appendfsync no"),
+        *((ledger(policy=policy), f"{policy}: a full server drops accepted jobs") for policy in EVICTING),
+        (ledger(memory=int(0.95 * (2 << 30))), "95% full: jobs are refused"),
+        (ledger(memory=9, maxmemory=10), "90% full: jobs are refused"),
+        (ledger(refused=("ledger: run scripts",)), "may not: ledger: run scripts"),
+        (cache(policy="noeviction"), "takes no score"),
+        *((cache(policy=policy), "takes no score") for policy in EVICTING if policy.startswith("volatile")),
+        (cache(run_id="1"), "give RERANKQ_CACHE_URL a server of its own"),
+        (replace(WELL, workers=[]), "none gives signs of life"),
+        (replace(WELL, workers=[], work=Work(sweeper=False)), "none gives signs of life"),
+        (
+            replace(WELL, workers=[WORKER, replace(WORKER, id="b", model="other", age_s=9.0)], listed=["m", "other"]),
+            "lists other, and no worker serves it",
+        ),
+        (replace(WELL, workers=[WORKER, replace(WORKER, id="b", fingerprint="g")]), "different weights"),
+        (replace(WELL, listed=["m", "other"]), "lists other, and no worker serves it"),
+        (replace(WELL, work=Work(pairs_waiting=10_000_000)), "10000000 pairs waiting of 10000000"),
+        (replace(WELL, work=Work(long_over=2)), "2 jobs lost their worker"),
+        (replace(WELL, work=Work(sweeper=False)), "none sweeps"),
+        (
+            replace(WELL, trips=[Trip("broker", "a message by way of Celery", "refused")]),
+            "broker: a message by way of Celery does not come through: refused",
+        ),
+        (replace(WELL, trips=[Trip("cache", "a question"), Trip("ledger", "a script", "x")]), "ledger: a script does"),
+        (replace(WELL, workers=[replace(WORKER, age_s=19.9)]), "none gives signs of life"),
+        (replace(WELL, workers=[replace(WORKER, channel="rerankq:6")], channel="rerankq:1"), "another deployment"),
+        (
+            replace(WELL, workers=[replace(WORKER, channel="rerankq:1")], channel="rerankq:1", heard=set()),
+            "does not answer through this broker: it listens to another",
+        ),
+    ],
+)
+def test_each_broken_promise_is_wrong_and_nothing_else_is(snapshot, said):
+    found = wrong(snapshot)
+    assert len(found) == 1, found
+    assert said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "said"),
+    [
+        (ledger(fsync=None), "not told to this user"),
+        (ledger(maxmemory=0), "no maxmemory"),
+        (ledger(latency_ms=30.0), "slow: 30.0 ms"),
+        (ledger(ahead_s=-7.0), "7 s behind ours"),
+        (ledger(ahead_s=7.0), "7 s ahead of ours"),
+        (ledger(accepts_alone=True), "min-replicas-to-write is 0"),
+        (ledger(memory=int(0.8 * (2 << 30))), "80% full"),
+        (replace(WELL, version="1.1"), "1.0, 1.1 side by side"),
+        (replace(WELL, work=Work(pairs_waiting=8_000_000)), "8000000 pairs waiting"),
+        (replace(WELL, work=Work(dead=3)), "3: see `rerankq dead list`"),
+        (ledger(appendonly=False, throwaway=True), "brought by `rerankq up`"),
+        (
+            replace(WELL, workers=[WORKER, replace(WORKER, id="b", age_s=9.0)]),
+            "worker b: m on cuda:0, 9.0 s ago: killed",
+        ),
+        (replace(WELL, workers=[WORKER, replace(WORKER, id="b", fingerprint="g", age_s=9.0)]), "9.0 s ago: killed"),
+        (
+            replace(WELL, default="n", chosen=True),
+            "RERANKQ_MODEL: n here, and not heeded: jobs that name no model go to m",
+        ),
+        (
+            replace(WELL, default="n", chosen=True, workers=[WORKER, replace(ELSEWHERE, model="n")]),
+            "RERANKQ_MODEL: n here, and not heeded: jobs that name no model go to m",
+        ),
+    ],
+)
+def test_what_is_worth_knowing_is_a_note_and_not_wrong(snapshot, said):
+    assert wrong(snapshot) == []
+    assert len(notes(snapshot)) == 1
+    assert said in notes(snapshot)[0]
+
+
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        cache(memory=int(0.95 * (1 << 30))),  # a full cache evicts
+        ledger(version="6.2.0"),
+        replace(WELL, servers=[replace(LEDGER, roles=("broker",), run_id="0", appendonly=False, fsync="no"), LEDGER]),
+        replace(WELL, default="n", chosen=True, workers=[replace(WORKER, model="n"), ELSEWHERE]),
+        replace(WELL, default="n", chosen=False),  # nobody set it here
+        replace(WELL, default="m", chosen=True),
+        replace(
+            WELL, workers=[replace(WORKER, channel="rerankq:1")], channel="rerankq:1", heard=None
+        ),  # no right to ask
+        replace(WELL, workers=[replace(WORKER, channel="rerankq:1")], channel="rerankq:1", heard={"gpu0:1:a"}),
+        replace(WELL, channel="rerankq:1", heard=set()),  # a worker of a version that does not tell
+        replace(WELL, trips=[Trip("cache", "a question", "NOPERM", refused=True), Trip("ledger", "a script")]),
+    ],
+)
+def test_what_is_right_or_cannot_be_known_is_not_held_against_anybody(snapshot):
+    assert (wrong(snapshot), notes(snapshot)) == ([], [])
+
+
+def test_a_memory_limit_is_told_in_mebibytes_with_its_share():
+    found = checks(ledger(memory=1 << 30))
+    assert "maxmemory 2048 MiB, noeviction, 50% in use" in [one.said for one in found]
+
+
+def test_a_role_is_well_where_all_of_its_ways_lead_there_and_back():
+    trips = [Trip("ledger", "a script"), Trip("ledger", "a write", "x"), Trip("cache", "a question")]
+    found = [(one.level, one.subject) for one in checks(replace(WELL, trips=trips)) if "there and back" in one.said]
+    assert found == [("ok", "cache")]
+
+
+def test_a_way_without_an_answer_is_a_fault_beside_those_that_lead_back(monkeypatch):
+    done = threading.Event()
+
+    def refuse():
+        raise TimeoutError
+
+    def fail():
+        raise RuntimeError("NOPERM: no Permission")
+
+    ways = {"hangs": done.wait, "answers": bool, "fails without a word": refuse, "is refused": fail}
+    monkeypatch.setattr(round_trips, "WITHIN_S", 0.1)
+    monkeypatch.setattr(round_trips, "_ways", lambda settings: [("ledger", way, go) for way, go in ways.items()])
+    trips = round_trips.go(Settings(_env_file=None), ["ledger"])
+    done.set()
+    assert [(trip.fault, trip.refused) for trip in trips] == [
+        ("no answer within 0.1 s", False),
+        ("", False),
+        ("TimeoutError", False),
+        ("NOPERM: no Permission", True),
+    ]
+    assert round_trips.go(Settings(_env_file=None), ["cache"]) == []
+
+
+@pytest.mark.parametrize("message", [None, {"type": "subscribe"}])
+def test_a_message_that_is_not_the_one_that_was_sent_is_none(message):
+    round_trips._expect("message", {"type": "message"})
+    with pytest.raises(BrokerUnavailable, match="nothing was heard"):
+        round_trips._expect("message", message)
+
+
+def test_where_nobody_may_be_asked_through_the_broker_nobody_is_held_to_be_deaf(monkeypatch):
+    def refuse(**_):
+        raise redis.exceptions.NoPermissionError("this user has no permissions")
+
+    app = SimpleNamespace(control=SimpleNamespace(inspect=refuse), close=lambda: None)
+    monkeypatch.setattr(round_trips, "make_app", lambda settings: app)
+    assert round_trips.heard_through_the_broker(Settings(_env_file=None), 1) is None
+
+
+def test_the_clock_of_a_server_is_held_against_the_middle_of_the_round_trip(monkeypatch):
+    # A quarter of a second there and back, by a server that is seven seconds ahead.
+    now = itertools.count(100, 0.25)
+    monkeypatch.setattr(examination.time, "time", lambda: next(now))
+
+    class Ahead:
+        answers = itertools.count()
+
+        def time(self):
+            there = 100.125 + 7 + 0.5 * next(self.answers)
+            return int(there), round(there % 1 * 1_000_000)
+
+    assert examination._clock(Ahead()) == (250.0, 7.0)
+
+
+def test_who_may_not_see_the_sweeper_does_not_miss_it():
+    class Forbidding:
+        def exists(self, name):
+            raise redis.exceptions.NoPermissionError("this user has no permissions")
+
+    assert examination._somebody_sweeps(Forbidding())
+
+
+@pytest.mark.parametrize(
+    ("told", "field", "found"),
+    [
+        ({"role": "slave"}, "replica", True),
+        ({"role": "replica"}, "replica", True),
+        ({"role": "master"}, "replica", False),
+        ({"aof_last_write_status": "err"}, "log_is_written", False),
+        ({"aof_last_write_status": "ok"}, "log_is_written", True),
+        ({"aof_enabled": 1}, "appendonly", True),
+        ({"used_memory": 7, "used_memory_peak": 9}, "memory", 7),
+        ({"maxmemory": 8, "maxmemory_policy": "volatile-ttl"}, "policy", "volatile-ttl"),
+        ({"config_file": "/tmp/rerankq-redis-x/redis.conf"}, "throwaway", True),
+        ({"config_file": "/etc/redis.conf"}, "throwaway", False),
+    ],
+)
+def test_what_a_server_tells_of_itself_is_what_is_judged(redis_url: str, monkeypatch, told, field, found):
+    real = redis.Redis.info
+    monkeypatch.setattr(redis.Redis, "info", lambda self: real(self) | told)
+    server = examination._server(Settings(_env_file=None, broker_url=redis_url), {"cache": redis_url})
+    assert server.fault == ""
+    assert getattr(server, field) == found
+
+
+def test_what_the_ledger_holds_is_counted_and_whom_it_remembers_too_long_is_nobody(redis_url: str, monkeypatch):
+    settings = Settings(
+        _env_file=None, broker_url=redis_url, model="m", default_model="n", models=["x"], max_queued_pairs=70, lease_s=8
+    )
+    info = json.dumps({"model": "m", "fingerprint": "f", "queues": []})
+    with connect(settings.ledger) as connection:
+        now = connection.time()[0]
+        queues = {"*": 5, "rerankq.bulk": 3, "rerankq.bulk|tenant": 3, "rerankq.interactive": 2}
+        connection.hset("rerankq:backlog", mapping=queues)
+        connection.hset("rerankq:workers", mapping={"silent": f"{now - 20} {info}", "gone": f"{now - 30} {info}"})
+    monkeypatch.setattr(examination, "go", lambda settings, roles: [])
+    snapshot = collect(settings)
+    assert snapshot.work is not None
+    assert (snapshot.work.pairs_waiting, snapshot.work.max_pairs) == (5, 70)
+    assert snapshot.work.by_queue == {"rerankq.bulk": 3, "rerankq.interactive": 2}
+    assert [worker.id for worker in snapshot.workers] == ["silent"]
+    assert (snapshot.default, snapshot.chosen, snapshot.listed) == ("n", True, ["x"])
+    by_default = Settings(_env_file=None, broker_url=redis_url, default_model="n")
+    assert collect(by_default).chosen
+    # Set neither here: what others call the default is right.
+    assert not collect(Settings(_env_file=None, broker_url=redis_url)).chosen
+
+
+def test_refusals_of_one_server_under_several_users_are_all_told():
+    users = [replace(LEDGER, refused=("ledger: publish",)), replace(LEDGER, roles=("cache",), refused=("cache: read",))]
+    (one,) = one_each(users)
+    assert (one.roles, one.refused) == (("broker", "ledger", "cache"), ("ledger: publish", "cache: read"))
+    assert len(one_each([replace(one, run_id="", url=f"redis://{name}") for name in "ab"])) == 2
+
+
+def test_workers_of_different_models_may_have_different_weights():
+    other = WorkerSeen("gpu1:2:b", "n", "g", ("rerankq.interactive.n", "rerankq.bulk.n"), version="1.0")
+    assert wrong(replace(WELL, workers=[WORKER, other], listed=["m", "n"])) == []
+
+
+@pytest.fixture
+def doctor(monkeypatch, tmp_path) -> Callable[..., tuple[int, list[dict]]]:
+    def run(**environment: str) -> tuple[int, list[dict]]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RERANKQ_")}
+        command = [sys.executable, "-m", "rerankq.cli", "doctor", "--json"]
+        done = subprocess.run(
+            command, env=clean | environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.stderr == ""
+        assert "secret" not in done.stdout
+        return done.returncode, json.loads(done.stdout)
+
+    return run
+
+
+@contextmanager
+def a_live_worker(settings: Settings, **info: object) -> Iterator[None]:
+    """Somebody who gives signs of life, and does nothing else."""
+    shown = {"model": "m", "fingerprint": "f", "queues": ["rerankq.interactive", "rerankq.bulk"], "device": "cpu"}
+    ended = threading.Event()
+
+    def live(ledger: Ledger) -> None:
+        while not ended.wait(0.5):
+            ledger.ask(calls.beat("host:1:x", json.dumps(shown | info), gone_after_s=60))
+            ledger.redis.set("rerankq:sweeper", "host:1:x", px=60_000)
+
+    with connect(settings.ledger) as connection:
+        (living := threading.Thread(target=live, args=(Ledger(connection),))).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            living.join()
+
+
+def test_a_durable_server_with_a_worker_is_well(redis_binary_each_version: Path, doctor: Callable):
+    with (
+        EmbeddedRedis(binary=redis_binary_each_version, appendonly=True, maxmemory="64mb") as server,
+        EmbeddedRedis(binary=redis_binary_each_version, maxmemory="64mb", maxmemory_policy="allkeys-lfu") as scores,
+        a_live_worker(Settings(broker_url=server.url)),
+    ):
+        status, found = doctor(RERANKQ_BROKER_URL=server.url, RERANKQ_CACHE_URL=scores.url)
+        assert [one for one in found if one["level"] == "wrong"] == []
+        assert status == 0
+        assert {"broker+ledger", "cache", "worker host:1:x", "backlog"} <= {one["subject"] for one in found}
+        # One server by two names is one server.
+        named = server.url.replace("127.0.0.1", "localhost")
+        status, found = doctor(RERANKQ_BROKER_URL=server.url, RERANKQ_CACHE_URL=named)
+        assert status == 1
+        assert any("a server of its own" in one["said"] for one in found if one["level"] == "wrong")
+
+
+def test_what_other_hands_wrote_among_the_workers_is_passed_over(redis_url: str, doctor: Callable):
+    settings = Settings(_env_file=None, broker_url=redis_url)
+    with a_live_worker(settings):
+        with connect(settings.ledger) as connection:
+            connection.hset("rerankq:workers", mapping={"odd": "words", "odder": "1 [1, 2]", b"\xff": "1 {}"})
+        _, found = doctor(RERANKQ_BROKER_URL=redis_url)
+    assert [one["subject"] for one in found if one["subject"].startswith("worker ")] == ["worker host:1:x"]
+
+
+def test_servers_that_break_the_promise_are_found_out(doctor: Callable):
+    with EmbeddedRedis(maxmemory="64mb", maxmemory_policy="allkeys-lru") as server:
+        status, found = doctor(RERANKQ_BROKER_URL=server.url)
+    said = " ".join(one["said"] for one in found if one["level"] == "wrong")
+    assert status == 1
+    assert "drops accepted jobs" in said
+    assert any("brought by `rerankq up`" in one["said"] for one in found if one["level"] == "note")
+    assert "none gives signs of life" in said
+
+
+def test_what_is_not_there_is_wrong_and_told_in_a_line(doctor: Callable):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    status, found = doctor(RERANKQ_BROKER_URL=f"redis://:secret@127.0.0.1:{port}/0")
+    assert status == 1
+    assert [one["level"] for one in found] == ["wrong"]
+    assert f"redis://:***@127.0.0.1:{port}/0 does not answer" in found[0]["said"]
+    # RabbitMQ carries doorbells only: what cannot be reached is told beside the ledger.
+    with EmbeddedRedis(appendonly=True) as server:
+        urls = {"RERANKQ_BROKER_URL": f"amqp://me:secret@127.0.0.1:{port}//", "RERANKQ_LEDGER_URL": server.url}
+        status, found = doctor(**urls)
+    assert any(one["subject"] == "broker" and "amqp://me:***@" in one["said"] for one in found)
+
+
+def test_a_user_without_rights_is_told_which_it_lacks(redis_binary_each_version: Path):
+    with EmbeddedRedis(binary=redis_binary_each_version, appendonly=True) as server:
+        with redis.Redis.from_url(server.url) as admin:
+            admin.execute_command("ACL", "SETUSER", "weak", "on", ">weak", "~*", "resetchannels", "-@all",
+                                  "+@read", "+@connection", "+select", "+time", "+info", "+hello")  # fmt: skip
+        url = server.url.replace(":" + server.url.split(":")[2].split("@")[0], "weak:weak")
+        snapshot = collect(Settings(_env_file=None, broker_url=url, ledger_url=url.replace("/0", "/1")))
+    assert snapshot.work is not None, "what it may see is told"
+    (found,) = snapshot.servers
+    assert found.refused == ("ledger: run scripts", "ledger: write", "ledger: subscribe", "ledger: publish")
+    assert found.fsync is None
+
+
+def test_a_ledger_that_answers_and_takes_no_write_is_found(redis_binary_each_version: Path, doctor: Callable):
+    with EmbeddedRedis(binary=redis_binary_each_version, appendonly=True) as server:
+        with redis.Redis.from_url(server.url) as admin:
+            admin.config_set("min-replicas-to-write", 1)
+        status, found = doctor(RERANKQ_BROKER_URL=server.url)
+        said = [one["said"] for one in found if one["subject"] == "ledger" and one["level"] == "wrong"]
+        assert said == ["a write does not come through: NOREPLICAS Not enough good replicas to write."]
+        assert status == 1
+        with redis.Redis.from_url(server.url) as admin:
+            admin.config_set("min-replicas-to-write", 0)
+        status, found = doctor(RERANKQ_BROKER_URL=server.url)
+        assert any("a write," in one["said"] for one in found if (one["subject"], one["level"]) == ("ledger", "ok"))
+        with connect(Settings(_env_file=None, broker_url=server.url).ledger) as connection:
+            assert connection.keys("*") == [], "nothing is left behind"
+
+
+@pytest.fixture
+def lost_job(redis_url: str) -> Settings:
+    """A deployment whose only job lost its worker long ago, and nobody swept."""
+    settings = Settings(_env_file=None, broker_url=redis_url, lease_s=0.1)
+    with connect(settings.ledger) as connection:
+        connection.zadd("rerankq:running", {"lost": time.time() - 60})
+        connection.zadd("rerankq:dead", {"poison": time.time()})
+    return settings
+
+
+def test_a_lease_that_lapsed_just_now_is_not_lost(lost_job: Settings):
+    # The next sweep hands it on, or the one after an outage.
+    with connect(lost_job.ledger) as connection:
+        now = connection.time()[0]
+        connection.zadd("rerankq:running", {"lapsed": now - 1, "running": now + 5})
+    work = collect(lost_job).work
+    assert work is not None
+    assert (work.long_over, work.running) == (1, 3)
+
+
+def test_lost_leases_and_dead_jobs_are_counted(lost_job: Settings):
+    snapshot = collect(lost_job)
+    assert snapshot.work is not None
+    assert (snapshot.work.long_over, snapshot.work.dead, snapshot.work.sweeper) == (1, 1, False)

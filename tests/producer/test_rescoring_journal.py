@@ -1,0 +1,141 @@
+import resource
+
+import pytest
+
+from rerankq.rescoring.inputs import InputFault
+from rerankq.rescoring.journal import Answer, Journal, is_begun
+from rerankq.rescoring.output import WriteFailed
+
+HEADER = {"journal": "rerankq rescore 2", "depth": 100}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "out.part"
+
+
+def answer(query, weights="w"):
+    rows = [("d1", 0.25, -1.5), ("d2", 0.1, None)]
+    return Answer(query, rows, "model", weights, pairs=2, cached_pairs=1, missing=("vector",))
+
+
+def fill(path, *queries):
+    with Journal.open(path, HEADER) as journal:
+        for query in queries:
+            journal.append(answer(query))
+
+
+def test_answers_are_read_back_as_they_were_written(path):
+    with Journal.open(path, HEADER) as journal:
+        journal.append(answer("q1"))
+        journal.append(answer("ä\n\u2028 q2"))
+        assert journal.answer("q1") == answer("q1")
+        assert journal.answer("ä\n\u2028 q2") == answer("ä\n\u2028 q2")
+        journal.append(answer("q3"))
+    with Journal.open(path, HEADER) as journal:
+        assert journal.queries == {"q1", "ä\n\u2028 q2", "q3"}
+        assert journal.answer("q3") == answer("q3")
+
+
+def test_a_journal_with_nothing_in_it_is_not_left_behind(path):
+    fill(path)
+    assert not path.exists()
+    fill(path, "q1")
+    fill(path)
+    assert path.exists(), "an earlier start's answers are in it"
+
+
+def test_a_journal_cut_at_any_byte_goes_on_with_the_whole_answers(path):
+    fill(path, "q1", "q2")
+    whole = path.read_bytes()
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        with Journal.open(path, HEADER) as journal:
+            assert len(journal.queries) == sum(end <= cut for end in ends[1:])
+            for query in sorted({"q1", "q2"} - journal.queries):
+                journal.append(answer(query))
+        assert path.read_bytes() == whole
+
+
+def test_other_options_are_refused_and_named(path):
+    fill(path, "q1")
+    with pytest.raises(InputFault, match=r"begun with another depth \(100 before, 50 now\); add --restart"):
+        Journal.open(path, {**HEADER, "depth": 50})
+
+
+def test_other_options_are_taken_where_nothing_was_done(path):
+    fill(path)
+    with Journal.open(path, {**HEADER, "depth": 50}) as journal:
+        journal.append(answer("q1"))
+    with Journal.open(path, {**HEADER, "depth": 50}) as journal:
+        assert journal.queries == {"q1"}
+
+
+def test_a_restart_forgets_what_was_done(path):
+    fill(path, "q1")
+    with Journal.open(path, {**HEADER, "depth": 50}, restart=True) as journal:
+        assert journal.queries == set()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("content", [b"something else\n", b"{}\n{}\n", b"\xff\n", b"no end of a line"])
+def test_a_file_of_another_kind_is_left_alone(path, content, restart):
+    path.write_bytes(content)
+    with pytest.raises(InputFault, match="this is not the file of a re-scoring"):
+        Journal.open(path, HEADER, restart=restart)
+    assert path.read_bytes() == content
+
+
+def test_the_journal_of_another_version_is_refused_and_begun_again_on_demand(path):
+    path.write_text('{"journal": "rerankq rescore 1", "depth": 100}\n{"query": "q1"}\n')
+    with pytest.raises(InputFault, match=r"begun with another journal \(rerankq rescore 1 before"):
+        Journal.open(path, HEADER)
+    with Journal.open(path, HEADER, restart=True) as journal:
+        assert journal.queries == set()
+
+
+def test_whether_work_was_begun_can_be_asked_without_touching_it(path):
+    assert not is_begun(path, HEADER)
+    with Journal.open(path, HEADER) as journal:
+        assert not is_begun(path, HEADER), "nothing is done yet"
+        journal.append(answer("q1"))
+        assert is_begun(path, HEADER)
+        assert journal.model == ("model", "w")
+    assert not is_begun(path, {**HEADER, "depth": 50})
+
+
+def test_where_there_is_no_room_an_answer_is_refused_and_those_before_stay(path):
+    with Journal.open(path, HEADER) as journal:
+        journal.append(answer("q1"))
+        size = path.stat().st_size
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+        try:
+            with pytest.raises(WriteFailed, match=r"out.part: cannot be written"):
+                journal.append(answer("q2"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.stat().st_size == size
+        assert journal.queries == {"q1"}
+        journal.append(answer("q2"))
+    with Journal.open(path, HEADER) as journal:
+        assert journal.queries == {"q1", "q2"}
+
+
+def test_two_processes_do_not_work_on_one_output(path):
+    with Journal.open(path, HEADER), pytest.raises(InputFault, match="another process"):
+        Journal.open(path, HEADER)
+
+
+def test_answers_of_other_weights_are_not_mixed_in(path):
+    fill(path, "q1")
+    with Journal.open(path, HEADER) as journal, pytest.raises(InputFault, match="weights have changed"):
+        journal.append(answer("q2", weights="other"))
+    with Journal.open(path, HEADER) as journal:
+        assert journal.queries == {"q1"}
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path):
+    with pytest.raises(InputFault, match="cannot be written"):
+        Journal.open(tmp_path / "nowhere" / "out.part", HEADER)

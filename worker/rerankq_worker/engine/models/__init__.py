@@ -1,0 +1,1 @@
+"""A checkpoint on a device: how it is found, loaded, held against itself, and run."""

@@ -1,0 +1,1 @@
+"""Which pairs go to the device next, and what becomes of them."""

@@ -1,0 +1,1 @@
+"""From a query and chunks to the token ids of pairs."""

@@ -1,0 +1,205 @@
+"""Token ids of pairs: query and chunks encoded apart, then joined by the model's own template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from ..errors import ModelUnusable
+from ..protocol import QUERY_MAX_TOKENS, PairLimits, TokenisedPair, checked_length
+from .text_reading import KNOWN_BYTES, ChunkReader, encode_heads
+from .token_id_cache import TokenPrefix
+
+#: Queries and chunks of scripts and lengths that templates may treat differently.
+PROBES = (("probe", "another one"), ("Wie groß?", "Größer: 你好, 世界!"), ("a b c", ""), ("", "d"))
+
+
+class Tokeniser(Protocol):
+    """Makes pairs of token ids out of a query and chunks, from any number of threads at once.
+
+    ``joins`` says that chunks are read apart and their ids remembered; else every pair is encoded anew, which costs
+    a hundred times as much where the chunks are known.
+    """
+
+    max_length: int
+    joins: bool
+
+    @property
+    def template(self) -> object:
+        """Name how pairs are put together; equal where pairs are."""
+
+    def pairs(
+        self,
+        query: str,
+        chunks: Sequence[str],
+        *,
+        max_length: int | None = None,
+        query_max_tokens: int = QUERY_MAX_TOKENS,
+        hashes: Sequence[bytes] | None = None,
+    ) -> list[TokenisedPair]:
+        """Pair the query with each chunk, in order, as model input of at most ``max_length`` tokens.
+
+        A pair that fits is whole. In one that does not, the query is cut to ``query_max_tokens`` or half of the room
+        beside special tokens and prompt, whichever is less, the chunk to what is left. ``hashes``, one per chunk, are
+        those of the chunks' texts if they are known already. Of a very long text no more is read than gives the tokens
+        that are kept, and never more than a million characters: what stands behind them counts as cut.
+
+        Raises PairFailed for a pair of no tokens.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What stands before the query, between it and the chunk, and behind the chunk, as special token ids.
+
+    ``two_segments`` says that the chunk and what follows it are marked as the second segment. ``query_prompt`` is text
+    that becomes part of every query.
+    """
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    two_segments: bool
+    query_prompt: str = ""
+
+    @property
+    def special_tokens(self) -> int:
+        """Tokens of a pair that are neither the query's nor the chunk's."""
+        return len(self.before) + len(self.between) + len(self.after)
+
+
+class PairTokeniser:
+    """Joins separately encoded queries and chunks into what the tokeniser makes of the pair, id for id.
+
+    The tokeniser becomes ours: its saved truncation and padding are switched off here, and it is never changed again,
+    so that any number of threads may encode at once. Raises ModelUnusable where pairs are not made by a template of
+    special tokens round the query and then the chunk.
+    """
+
+    joins = True
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "", known_bytes: int = KNOWN_BYTES
+    ) -> None:
+        self._tokenizer = as_it_is(tokenizer)
+        self.max_length = max_length
+        self.template = _derive_template(tokenizer, query_prompt)
+        # A prompt takes nothing of what a query may have.
+        self._prompt_tokens = len(tokenizer.encode(query_prompt, add_special_tokens=False))
+        # One more than a pair has room for tells that there are more.
+        longest = max(1, max_length - self.template.special_tokens) + 1
+        self._chunks = ChunkReader(tokenizer, longest=longest, known_bytes=known_bytes)
+        for query, chunk in PROBES:
+            self._verify(query, chunk)
+
+    def pairs(
+        self,
+        query: str,
+        chunks: Sequence[str],
+        *,
+        max_length: int | None = None,
+        query_max_tokens: int = QUERY_MAX_TOKENS,
+        hashes: Sequence[bytes] | None = None,
+    ) -> list[TokenisedPair]:
+        """Pair the query with each chunk, in order; chunks that are remembered cost a hundredth of the others."""
+        marks = self.template
+        length = checked_length(max_length, self.max_length)
+        fixed = marks.special_tokens + self._prompt_tokens
+        limits = PairLimits.within(length, special_tokens=fixed, query_max_tokens=query_max_tokens)
+        most = self._prompt_tokens + limits.total
+        [asked] = encode_heads(self._tokenizer, [marks.query_prompt + query], most)
+        whole, cut = (
+            [*marks.before, *asked.ids(tokens), *marks.between] for tokens in (most, self._prompt_tokens + limits.query)
+        )
+        return join(
+            Heads(whole if asked.fits(most) else None, cut, two_segments=marks.two_segments),
+            self._chunks.read(chunks, limits.total + 1, hashes=hashes),
+            marks.after,
+            length=length,
+            dtype=self._chunks.dtype,
+        )
+
+    def _verify(self, query: str, chunk: str) -> None:
+        whole = self._tokenizer.encode(self.template.query_prompt + query, chunk)
+        if len(whole) > self.max_length:
+            return
+        [pair] = self.pairs(query, [chunk])
+        types = np.arange(pair.length) >= pair.second_from
+        if whole.ids != pair.ids.tolist() or whole.type_ids != types.astype(int).tolist():
+            raise ModelUnusable(
+                "this model's tokeniser does more to a pair than put special tokens round its two texts; "
+                f"tried on {query!r} and {chunk!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What stands before a chunk: with the query whole, for pairs that fit, and cut, for all others.
+
+    ``whole`` is None where the query is too long for any pair to fit.
+    """
+
+    whole: Sequence[int] | None
+    cut: Sequence[int]
+    two_segments: bool = False
+
+
+def join(
+    heads: Heads, chunks: Sequence[TokenPrefix], tail: Sequence[int], *, length: int, dtype: np.dtype[Any]
+) -> list[TokenisedPair]:
+    """Put each chunk between head and tail, as pairs of at most ``length`` ids; they are slices of one array."""
+    width = dtype.itemsize
+    whole, cut, ending = (np.array(ids, dtype).tobytes() for ids in (heads.whole or (), heads.cut, tail))
+    fitting = length * width - len(whole) - len(ending) if heads.whole is not None else -1
+    left = length * width - len(cut) - len(ending)
+    pieces, shapes = [], []
+    for first in chunks:
+        fits = first.whole and len(first.ids) <= fitting
+        opening, ids = (whole, first.ids) if fits else (cut, first.ids[:left])
+        pieces += [opening, ids, ending]
+        shapes.append(((len(opening) + len(ids) + len(ending)) // width, len(opening) // width, not fits))
+    flat = _widened(pieces, dtype)
+    pairs, begin = [], 0
+    for tokens, second_from, truncated in shapes:
+        end = begin + tokens
+        pairs.append(TokenisedPair(flat[begin:end], second_from if heads.two_segments else tokens, truncated))
+        begin = end
+    return pairs
+
+
+def _widened(pieces: Sequence[bytes], dtype: np.dtype[Any]) -> NDArray[np.int32]:
+    return np.frombuffer(b"".join(pieces), dtype).astype(np.int32)
+
+
+def as_it_is(tokenizer: Tokenizer) -> Tokenizer:
+    """Switch off the truncation and the padding that a tokeniser may have been saved with."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _derive_template(tokenizer: Tokenizer, query_prompt: str) -> Template:
+    probe: Encoding = tokenizer.encode(*PROBES[0])
+    sides, ids = probe.sequence_ids, probe.ids
+    if sides.count(0) == 0 or sides.count(1) == 0:
+        raise ModelUnusable("this model's tokeniser does not read pairs")
+    query = slice(sides.index(0), _last(sides, 0) + 1)
+    chunk = slice(sides.index(1), _last(sides, 1) + 1)
+    if set(sides[query]) != {0} or set(sides[chunk]) != {1} or query.stop > chunk.start:
+        raise ModelUnusable("this model's tokeniser does not put the query before the chunk, each in one piece")
+    return Template(
+        before=tuple(ids[: query.start]),
+        between=tuple(ids[query.stop : chunk.start]),
+        after=tuple(ids[chunk.stop :]),
+        two_segments=probe.type_ids[chunk.start] == 1,
+        query_prompt=query_prompt,
+    )
+
+
+def _last(sides: Sequence[int | None], side: int) -> int:
+    return len(sides) - 1 - sides[::-1].index(side)

@@ -1,0 +1,165 @@
+"""Token ids of pairs that cannot be joined: every pair is encoded anew, query and chunk cut before by the same rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from ..errors import ModelUnusable
+from ..protocol import QUERY_MAX_TOKENS, PairLimits, TokenisedPair, checked_length
+from .pair_tokeniser import PROBES, as_it_is
+from .rendering import CHUNK, QUERY, Render
+from .text_reading import encode_heads, first_tokens, sound
+
+
+class WholePairs:
+    """Leaves every pair to the tokeniser's own post-processing: for pairs that are not made by a plain template.
+
+    Query and chunk are cut before, by the same rule. Raises ModelUnusable where the two segments of a pair do not
+    follow each other.
+    """
+
+    joins = False
+
+    def __init__(self, tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "") -> None:
+        self._tokenizer = as_it_is(tokenizer)
+        self.max_length = max_length
+        self._query_prompt = query_prompt
+        self._prompt_tokens = len(tokenizer.encode(query_prompt, add_special_tokens=False))
+        probe = tokenizer.encode(*PROBES[0])
+        self.template = f"whole pairs, such as {probe.ids} {probe.type_ids}, queries after {query_prompt!r}"
+        sides = [tokenizer.encode(text, add_special_tokens=False) for text in PROBES[0]]
+        self._special_tokens = len(probe) - sum(map(len, sides))
+        if self._special_tokens != tokenizer.num_special_tokens_to_add(True):
+            raise ModelUnusable("this model's tokeniser does not read pairs of one query and one chunk")
+        if probe.type_ids != sorted(probe.type_ids):
+            raise ModelUnusable("this model's tokeniser mixes the segments of a pair")
+
+    def pairs(
+        self,
+        query: str,
+        chunks: Sequence[str],
+        *,
+        max_length: int | None = None,
+        query_max_tokens: int = QUERY_MAX_TOKENS,
+        hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
+    ) -> list[TokenisedPair]:
+        """Pair the query with each chunk, in order, each pair anew."""
+        length = checked_length(max_length, self.max_length)
+        fixed = self._special_tokens + self._prompt_tokens
+        limits = PairLimits.within(length, special_tokens=fixed, query_max_tokens=query_max_tokens)
+        most, kept = self._prompt_tokens + limits.total, self._prompt_tokens + limits.query
+        [asked] = encode_heads(self._tokenizer, [self._query_prompt + query], most)
+        cut = _cut(asked.encoding, min(kept, asked.sure))
+        pairs = []
+        for read in encode_heads(self._tokenizer, chunks, limits.total + 1):
+            fits = asked.whole and read.fits(most - asked.sure)
+            head = asked.encoding if fits else cut
+            left = min(read.sure, length - self._special_tokens - len(head))
+            whole = self._tokenizer.post_process(head, _cut(read.encoding, left))
+            pairs.append(TokenisedPair(np.array(whole.ids, np.int32), len(whole) - sum(whole.type_ids), not fits))
+        return pairs
+
+
+class WholeChats:
+    """Encodes the rendered text of every pair: right for every template, and slow."""
+
+    joins = False
+
+    def __init__(self, tokenizer: Tokenizer, render: Render, *, max_length: int) -> None:
+        self._tokenizer = as_it_is(tokenizer)
+        self._render = render
+        self.max_length = max_length
+        self.template = f"whole chats, such as {render(QUERY, CHUNK)!r}"
+        self._special_tokens = len(self._ids(render("", "")))
+        self._tail = self._fixed_end()
+
+    def pairs(
+        self,
+        query: str,
+        chunks: Sequence[str],
+        *,
+        max_length: int | None = None,
+        query_max_tokens: int = QUERY_MAX_TOKENS,
+        hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
+    ) -> list[TokenisedPair]:
+        """Pair the query with each chunk, in order, each pair anew."""
+        length = checked_length(max_length, self.max_length)
+        limits = PairLimits.within(length, special_tokens=self._special_tokens, query_max_tokens=query_max_tokens)
+        asked = first_tokens(self._tokenizer, query, limits.total)
+        shown = [first_tokens(self._tokenizer, chunk, length) for chunk in chunks]
+        ids: dict[int, list[int]] = {}
+        if len(asked) == len(query):
+            complete = [at for at, chunk in enumerate(chunks) if len(shown[at]) == len(chunk)]
+            ids = {at: whole for at, whole in self._read(asked, shown, complete).items() if len(whole) <= length}
+        longer = [at for at in range(len(chunks)) if at not in ids]
+        if longer:
+            cut = self._shorter(asked, max(0, self._count(asked) - limits.query))
+            ids |= self._cut_to(length, cut, shown, longer)
+        return [TokenisedPair(np.array(ids[at], np.int32), len(ids[at]), at in longer) for at in range(len(chunks))]
+
+    def _fixed_end(self) -> list[int] | None:
+        """Find the tokens that end every pair; None where the chunk is not the last of the two texts."""
+        whole = self._render(QUERY, CHUNK)
+        if whole.rfind(CHUNK) < whole.rfind(QUERY):
+            return None
+        # As sentence-transformers finds them: what two pairs without a common text have in common at their ends.
+        one, other = (self._ids(self._render(text, text)) for text in ("0", "1 2 3 4"))
+        same = list(takewhile(lambda ends: ends[0] == ends[1], zip(reversed(one), reversed(other), strict=False)))
+        return one[len(one) - len(same) :]
+
+    def _cut_to(self, length: int, query: str, shown: list[str], longer: list[int]) -> dict[int, list[int]]:
+        """Cut chunks until the whole is no longer than it may be."""
+        if self._tail is not None:
+            begin = length - len(self._tail)
+            ids = self._read(query, shown, longer)
+            return {at: one if len(one) <= length else one[:begin] + self._tail for at, one in ids.items()}
+        # Before a query a cut moves tokens about: again and again.
+        ids = {}
+        while longer:
+            ids |= self._read(query, shown, longer)
+            longer = [at for at in longer if len(ids[at]) > length]
+            for at in longer:
+                if not shown[at]:
+                    raise ValueError(f"max_length {length} leaves no room for a chunk beside this query")
+                shown[at] = self._shorter(shown[at], len(ids[at]) - length)
+        return ids
+
+    def _read(self, query: str, shown: Sequence[str], places: Sequence[int]) -> dict[int, list[int]]:
+        texts = [sound(self._render(query, shown[at])) for at in places]
+        read = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return {at: list(encoding.ids) for at, encoding in zip(places, read, strict=True)}
+
+    def _shorter(self, text: str, tokens: int) -> str:
+        """Cut so many tokens, or a little more, off the end of a text."""
+        if not tokens:
+            return text
+        offsets = self._tokenizer.encode(sound(text), add_special_tokens=False).offsets
+        return text[: offsets[-tokens][0]] if tokens < len(offsets) else ""
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(sound(text), add_special_tokens=False))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _cut(encoding: Encoding, count: int) -> Encoding:
+    """Give the first ``count`` ids of an encoding, as one that knows of nothing else.
+
+    A truncated encoding keeps what was cut off, in pieces, and a pair's post-processing combines each piece of the one
+    with each of the other: minutes for two long texts.
+    """
+    if len(encoding) <= count:
+        return encoding
+    rows = {
+        "ids": encoding.ids[:count], "type_ids": [0] * count, "tokens": [""] * count, "words": [None] * count,
+        "offsets": [[0, 0]] * count, "special_tokens_mask": [0] * count, "attention_mask": [1] * count,
+    }  # fmt: skip
+    cut = Encoding()
+    cut.__setstate__(json.dumps(rows | {"overflowing": [], "sequence_ranges": {}}).encode())
+    return cut
