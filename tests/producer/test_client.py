@@ -386,7 +386,7 @@ def test_the_dead_are_listed_in_order_however_many_round_trips_it_takes(
     for at, one in enumerate(ids):
         worker.redis.hset(f"rerankq:job:{one}", "state", "dead")
         worker.redis.zadd("rerankq:dead", {one: at})
-    monkeypatch.setattr("rerankq.client.SUBMIT_AT_ONCE", 2)
+    monkeypatch.setattr("rerankq.client.asynchronous.SUBMIT_AT_ONCE", 2)
     assert [found.job_id for found in client.dead()] == ids
 
 

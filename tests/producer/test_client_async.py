@@ -767,7 +767,7 @@ def test_jobs_are_read_while_the_peer_that_tells_of_endings_hangs(
     async def work(client: AsyncClient) -> None:
         waited, left = await client.submit_many(jobs(2))
         async with Mute(settings.ledger, STAGES[stage]) as mute:
-            monkeypatch.setattr(completions_of(client), "_connect", lambda: line(mute.url))
+            monkeypatch.setattr(completions_of(client), "_connect", lambda: subscription(mute.url))
             result = asyncio.create_task(client.result(waited))
             if stage == "leaving":
                 await until(lambda: subscribed(worker))
@@ -794,7 +794,9 @@ def test_a_connection_that_hangs_is_replaced_by_one_that_tells_of_endings(
         ids = await client.submit_many(jobs(2))
         async with Mute(settings.ledger, STAGES[stage]) as mute:
             monkeypatch.setattr(
-                completions_of(client), "_connect", lambda: line(mute.url if mute.muted < 2 else settings.ledger)
+                completions_of(client),
+                "_connect",
+                lambda: subscription(mute.url if mute.muted < 2 else settings.ledger),
             )
             result = asyncio.create_task(client.result(ids[0]))
             if stage == "leaving":
@@ -821,7 +823,7 @@ def test_a_peer_that_reads_no_more_does_not_hold_up_what_is_said_to_it(
         (job_id,) = await client.submit_many(jobs(1))
         async with Mute(settings.ledger, b"\r\nSUBSCRIBE\r\n", reads=False) as mute:
             monkeypatch.setattr(
-                completions_of(client), "_connect", lambda: line(settings.ledger if mute.muted else mute.url)
+                completions_of(client), "_connect", lambda: subscription(settings.ledger if mute.muted else mute.url)
             )
             monkeypatch.setattr(waiting, "SILENCE_S", NEVER_S)  # not by its silence: by what it does not take
             many = [completions_of(client).expect(f"{number:0128}") for number in range(60_000)]
@@ -846,7 +848,7 @@ def test_closing_does_not_wait_for_a_peer_that_hangs(
         client = AsyncClient(settings)
         (job_id,) = await client.submit_many(jobs(1))
         async with Mute(settings.ledger, b"PING" if stage == "leaving" else STAGES[stage]) as mute:
-            monkeypatch.setattr(completions_of(client), "_connect", lambda: line(mute.url))
+            monkeypatch.setattr(completions_of(client), "_connect", lambda: subscription(mute.url))
             result = asyncio.create_task(client.result(job_id))
             await until(lambda: mute.muted)
             started = asyncio.get_running_loop().time()
@@ -867,7 +869,7 @@ def test_nothing_is_sought_while_nobody_waits(settings: Settings, worker, monkey
 
         def counted():
             calls.append(1)
-            return line("redis://127.0.0.1:1/0")
+            return subscription("redis://127.0.0.1:1/0")
 
         monkeypatch.setattr(completions_of(client), "_connect", counted)
         with pytest.raises(rerankq.JobTimedOut):

@@ -10,11 +10,11 @@ from rerankq import JobFailed, JobRejected, JobTooLarge, JobUnknown, RerankJob, 
 from rerankq.client import asynchronous as client
 from rerankq.client.asynchronous import AsyncClient, outcome, seconds_of
 from rerankq.client.routing import Route
-from rerankq.client.submission import Submission, enter, refuse_too_large
+from rerankq.client.submission import Submission, prepare, refuse_too_large
 from rerankq.contract import JobStatus
 from rerankq.identity import job_of
 from rerankq.ledger import JobSnapshot, LedgerLimits, NewJob
-from rerankq.ledger.limits import LedgerLimits, live_for
+from rerankq.ledger.limits import live_for
 from rerankq.settings import Settings
 
 PLACE = Route("full/name", ("w", "x"), ".full")
@@ -32,24 +32,24 @@ def job(chunks: int = 2, **fields: Any) -> RerankJob:
 
 
 def test_a_job_carries_its_models_full_name_and_its_fusion_in_numbers():
-    entered = enter(job(model="short", fusion="default"), PLACE, settings())
+    entered = prepare(job(model="short", fusion="default"), PLACE, settings())
     written = job_of(entered.payload)
     assert (written.model, written.fusion) == ("full/name", catalogue.resolve("default", None))
-    assert job_of(enter(job(), PLACE, settings()).payload).model is None, "it is for whatever is the default then"
+    assert job_of(prepare(job(), PLACE, settings()).payload).model is None, "it is for whatever is the default then"
 
 
 def test_all_that_the_ledger_asks_of_a_job_is_told_beside_its_payload():
-    entered = enter(job(3, priority="bulk", deadline_s=7, tenant="t", id="mine"), PLACE, settings())
+    entered = prepare(job(3, priority="bulk", deadline_s=7, tenant="t", id="mine"), PLACE, settings())
     assert entered._replace(content="", label="", payload=b"") == NewJob(
         *("mine", "", "rerankq.bulk.full", "t", "bulk", 3, 7, "", "full/name", b"", ("w", "x"))
     )
 
 
 def test_the_size_limits_allow_just_what_they_name():
-    size = len(enter(job(), PLACE, settings()).payload)
-    assert enter(job(), PLACE, settings(max_job_bytes=size, max_chunks=2)).pairs == 2
+    size = len(prepare(job(), PLACE, settings()).payload)
+    assert prepare(job(), PLACE, settings(max_job_bytes=size, max_chunks=2)).pairs == 2
     with pytest.raises(JobTooLarge, match=f"at most {size - 1} are allowed"):
-        enter(job(), PLACE, settings(max_job_bytes=size - 1))
+        prepare(job(), PLACE, settings(max_job_bytes=size - 1))
     for chunks in (["x"] * 2, ("x",) * 2):
         with pytest.raises(JobTooLarge, match="at most 1 are allowed"):
             refuse_too_large({"query": "q", "chunks": chunks}, settings(max_chunks=1))
@@ -65,7 +65,7 @@ def test_json_that_escapes_its_letters_is_measured_as_what_it_says():
 
 def test_windows_are_refused_as_long_as_no_worker_knows_them():
     with pytest.raises(JobRejected, match="not available yet"):
-        enter(job(long_chunks="window"), PLACE, settings())
+        prepare(job(long_chunks="window"), PLACE, settings())
 
 
 def test_what_a_deployment_sets_reaches_the_scripts_of_the_ledger():
@@ -124,7 +124,7 @@ def round_trips(count: int, payload: bytes) -> list[int]:
     trips = []
 
     async def entered(_: Any) -> NewJob:
-        return enter(job(), PLACE, settings())._replace(payload=payload)
+        return prepare(job(), PLACE, settings())._replace(payload=payload)
 
     async def accepted(entries: list[NewJob]) -> list[str]:
         trips.append(len(entries))

@@ -134,7 +134,7 @@ class DeadProcess:
 def test_a_part_that_dies_again_and_again_rests_longer_and_one_that_lived_long_does_not(monkeypatch):
     monkeypatch.setattr(processes.subprocess, "Popen", DeadProcess)
     part, pauses, now = SupervisedProcess("part", ["x"], {}, quiet=False), [], 0.0
-    for lived_s in (0, 0, 0, processes.LONG_LIFE_S, stack.LONG_LIFE_S + 1, 0):
+    for lived_s in (0, 0, 0, processes.LONG_LIFE_S, processes.LONG_LIFE_S + 1, 0):
         part.start(now)
         now += lived_s
         death = part.supervise(now)
