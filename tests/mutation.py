@@ -47,7 +47,7 @@ HELD = {
     "rerankq_worker/engine/scheduling/batching": Held(("worker/test_batching.py",)),
     "rerankq_worker/doorbell": Held(("worker/test_doorbell.py",)),
     "rerankq/ledger/lease_policy": Held(("worker/test_sweeping.py", "worker/test_lease_policy.py")),
-    "rerankq_worker/engine/scheduling/fair_queue": Held(("worker/test_fair_queue.py",)),
+    "rerankq_worker/engine/scheduling/fair_queue": Held(("worker/test_fair_queue.py", "worker/test_waiting_pairs.py")),
     "rerankq_worker/engine/scheduling/batch_time": Held(("worker/test_batch_time.py",)),
     "rerankq_worker/engine/scheduling/waiting_pairs": Held(("worker/test_waiting_pairs.py",)),
     "rerankq/catalogue": Held(("producer/test_catalogue.py",)),

@@ -74,3 +74,19 @@ def test_a_profile_that_is_not_there_is_refused_with_those_that_are(tmp_path: Pa
         catalogue.resolve("default", tmp_path)
     given = Fusion(weights={"model": 3})
     assert catalogue.resolve(given, tmp_path) is given
+
+
+def test_an_unknown_profile_is_refused_naming_the_field_and_what_there_is(tmp_path: Path):
+    (tmp_path / "fusion.toml").write_text(FUSION + FUSION.replace("mine", "also"))
+    with pytest.raises(JobRejected, match="no profile 'none'; there are also, mine") as refused:
+        catalogue.resolve("none", tmp_path)
+    assert refused.value.field == "fusion"
+
+
+def test_only_slashes_are_cut_from_the_end_of_a_models_name():
+    assert catalogue.canonical("org/modelX") == "org/modelX"
+
+
+def test_a_catalogue_that_is_nowhere_is_named_with_the_places_looked_at():
+    with pytest.raises(SettingsInvalid, match=r"^none\.toml: not found in \S+/conf, \S+/conf$"):
+        catalogue.find("none.toml")

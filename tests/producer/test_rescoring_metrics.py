@@ -47,3 +47,9 @@ def test_scores_that_single_precision_cannot_tell_apart_are_ties():
     assert metrics.trec_order({"a": 1.0, "b": 1.0 - 1e-12}) == ["b", "a"]
     assert metrics.trec_order({"a": 1.0, "b": 1.0 - 1e-3}) == ["a", "b"]
     assert metrics.trec_order({"a": 1e300, "b": 5.0}) == ["a", "b"]
+
+
+def test_ndcg_looks_at_the_first_ten_unless_told_otherwise():
+    order = [f"d{place}" for place in range(1, 12)]
+    assert metrics.ndcg(order, {"d11": 1}) == 0
+    assert metrics.ndcg(order, {"d10": 1}) == pytest.approx(1 / 3.4594316186372973)  # log2(11)

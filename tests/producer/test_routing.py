@@ -124,3 +124,24 @@ def test_jobs_in_a_models_former_queues_come_to_those_that_it_has_now(name: str,
     assert {"rerankq.interactive", "rerankq.bulk"}.isdisjoint(found), "what the plain ones hold may be anybody's"
     if is_default:
         assert queue_name("bulk", suffix_of(name, "another")) in found
+
+
+# As version 0.1 wrote them: jobs may still wait there.
+@pytest.mark.parametrize(
+    ("name", "queue"),
+    [
+        ("org/m.v1", "rerankq.bulk.org-m-v1"),
+        ("-a-", "rerankq.bulk.a"),
+        ("Xa-X", "rerankq.bulk.Xa-X"),
+        ("x" * 80, f"rerankq.bulk.{'x' * 80}"),
+        ("x" * 81, f"rerankq.bulk.{'x' * 70}-8b91359a"),
+        ("/srv/模型/", "rerankq.bulk.57dda2fc"),
+        ("org/ééé", "rerankq.bulk.org-afce300d"),
+    ],
+)
+def test_queues_of_the_first_version_are_found_by_the_names_that_it_gave_them(name: str, queue: str):
+    assert former_queues(name, "the default")[queue] == queue_name("bulk", suffix_of(name, "the default"))
+
+
+def test_a_worker_lives_up_to_the_limit_itself():
+    assert place("m", worker("m", "w", age_s=LIVE_S)) == Place("m", ("w",), "")
