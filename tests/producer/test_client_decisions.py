@@ -140,7 +140,7 @@ def round_trips(count: int, payload: bytes) -> list[int]:
 
 
 def test_a_round_trip_of_a_bulk_submission_is_bounded_in_jobs_and_in_bytes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(client, "SUBMIT_AT_ONCE", 4)
-    monkeypatch.setattr(client, "SUBMIT_BYTES", 1_000)
+    monkeypatch.setattr("rerankq.client.submission.SUBMIT_AT_ONCE", 4)
+    monkeypatch.setattr("rerankq.client.submission.SUBMIT_BYTES", 1_000)
     assert round_trips(10, b"x") == [4, 4, 2]
     assert round_trips(7, b"x" * 400) == [3, 3, 1]

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 
 from rerankq.contract import ENDED, ModelName, Ranking
-from rerankq.ledger import NewJob, Ledger, LedgerLimits, calls, connect
+from rerankq.ledger import Ledger, LedgerLimits, NewJob, calls, connect
 
 TERMS = LedgerLimits("twin", result_ttl_s=1_000, doorbell_window=2, max_queued_pairs=14, max_attempts=2, lease_s=1_000)
 QUEUES = ("rerankq.interactive", "rerankq.bulk")
@@ -576,7 +576,7 @@ class BothLedgers(RuleBasedStateMachine):
         sent = defaultdict(list)
         for doorbell in doorbells:
             job = self.twin.jobs[doorbell.id]
-            assert (doorbell.queue, doorbell.label, doorbell.ahead) == (job.queue, f"label of {bell.id}", job.ahead)
+            assert (doorbell.queue, doorbell.label, doorbell.ahead) == (job.queue, f"label of {doorbell.id}", job.ahead)
             sent[job.line].append(doorbell.id)
         for line, names in sent.items():
             assert names == self.twin.waiting(*line)[: len(names)], "the longest waiting first"

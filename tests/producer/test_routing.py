@@ -144,4 +144,4 @@ def test_queues_of_the_first_version_are_found_by_the_names_that_it_gave_them(na
 
 
 def test_a_worker_lives_up_to_the_limit_itself():
-    assert place("m", worker("m", "w", age_s=LIVE_S)) == Place("m", ("w",), "")
+    assert place("m", worker("m", "w", age_s=LIVE_S)) == Route("m", ("w",), "")
