@@ -1,15 +1,18 @@
 """The documents: what they name is there, their tables are the models', their sessions run."""
 
 import doctest
+import fnmatch
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
 import typer.main
 
+from rerankq import Fusion, RerankJob
 from rerankq.cli.app import app
 from rerankq.settings import Settings
 
@@ -17,10 +20,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 NAMES = ["README.md", "SECURITY.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
 DOCUMENTS = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in NAMES}
 
-# Folders of the repository, by which a path in the text is known for one.
-FOLDERS = r"(?:benchmarks|conf|docker|docs|examples|models|producer|tests|worker|\.ci)"
 # What a run writes, and a checkout need not hold.
 WRITTEN_BY_A_RUN = "benchmarks/results/"
+# Files of the repository as pages name them: by their whole path, or by its end.
+FILE = r"`([\w.*/-]+\.(?:py|lua|toml|txt|conf|yml|md|json)|[\w.*-]+(?:/[\w.*-]+)*/)`"
+SEARCHED = ("benchmarks", "conf", "docker", "docs", "examples", "models", "producer", "tests", "worker", ".ci")
 
 
 @cache
@@ -36,14 +40,22 @@ def test_every_test_that_is_named_exists(name):
     assert named <= known_tests(), named - known_tests()
 
 
+@cache
+def known_files() -> list[str]:
+    """Every file, and every folder with a slash behind it, by its path with a slash before it."""
+    found = [
+        *REPOSITORY.glob("*.*"),
+        *(path for folder in SEARCHED for path in (REPOSITORY / folder, *(REPOSITORY / folder).rglob("*"))),
+    ]
+    return [
+        f"/{path.relative_to(REPOSITORY)}{'/' * path.is_dir()}" for path in found if "__pycache__" not in path.parts
+    ]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_that_is_named_exists(name):
-    named = set(re.findall(rf"`({FOLDERS}/[\w./*-]*|[\w-]+\.txt)`", DOCUMENTS[name]))
-    assert {file for file in named if not file.startswith(WRITTEN_BY_A_RUN) and not there(file)} == set()
-
-
-def there(file: str) -> bool:
-    return any(REPOSITORY.glob(file)) if "*" in file else (REPOSITORY / file).exists()
+    named = {file for file in re.findall(FILE, DOCUMENTS[name]) if not file.startswith(WRITTEN_BY_A_RUN)}
+    assert {file for file in named if not fnmatch.filter(known_files(), f"*/{file}")} == set()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,3 +153,22 @@ def test_the_sessions_of_a_page_give_what_stands_there(name):
     failed, tried = doctest.testfile(str(REPOSITORY / name), module_relative=False, encoding="utf-8")
     assert tried > 0
     assert failed == 0
+
+
+def blocks(kind: str) -> list[str]:
+    return [
+        block
+        for text in DOCUMENTS.values()
+        for block in re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def test_the_jobs_and_profiles_that_are_shown_are_well_formed():
+    jobs, profiles = blocks("json"), blocks("toml")
+    assert jobs
+    assert profiles
+    for job in jobs:
+        RerankJob.model_validate_json(job)
+    for profile in profiles:
+        for fusion in tomllib.loads(profile)["profile"].values():
+            Fusion(**fusion)
