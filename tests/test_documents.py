@@ -3,6 +3,7 @@
 import doctest
 import fnmatch
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -172,3 +173,19 @@ def test_the_jobs_and_profiles_that_are_shown_are_well_formed():
     for profile in profiles:
         for fusion in tomllib.loads(profile)["profile"].values():
             Fusion(**fusion)
+
+
+def test_every_module_and_package_stands_in_the_architecture():
+    arrows = runpy.run_path(str(REPOSITORY / "tests/test_layers.py"))["ARROWS"]
+    paths = {
+        f"{'worker' if room.startswith('rerankq_worker') else 'producer'}/{room.replace('.', '/')}" for room in arrows
+    }
+    named = {path.removesuffix(".py").rstrip("/") for path in re.findall(FILE, DOCUMENTS["docs/architecture.md"])}
+    assert paths - named == set()
+
+
+def test_the_threads_of_the_architecture_are_those_that_are_started():
+    code = "\n".join(path.read_text() for root in ("producer", "worker") for path in (REPOSITORY / root).rglob("*.py"))
+    named = set(re.findall(r"`(rerankq-[a-z]+)`", DOCUMENTS["docs/architecture.md"]))
+    assert len(named) > 5
+    assert named <= set(re.findall(r'name="(rerankq-[a-z]+)"', code))
