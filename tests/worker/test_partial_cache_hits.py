@@ -11,7 +11,9 @@ from rerankq_worker.cache import ScoreCache, connect
 from rerankq_worker.engine import Batcher, StubEngine
 from rerankq_worker.engine.tokenising.pair_tokeniser import PairTokeniser
 from rerankq_worker.fusion.analyser import Analyser
-from rerankq_worker.reranker import Reranker, Work
+from rerankq_worker.reranker import Reranker
+from rerankq_worker.scoring import LocalScorer
+from rerankq_worker.work import Work
 
 CHUNKS = [*TEXTS[:5], "short"]
 
@@ -38,7 +40,7 @@ def logits_of_the_last(client: redis.Redis, *jobs: RerankJob) -> list[float | No
     """Rank jobs one after the other on an engine that has seen no text before."""
     engine = ReadingEngine()
     with Batcher(engine) as batcher:
-        reranker = Reranker(engine, batcher, ScoreCache(client, ttl_s=60), Analyser(), name="tiny")
+        reranker = Reranker(LocalScorer(engine, batcher, ScoreCache(client, ttl_s=60)), Analyser(), name="tiny")
         for one in jobs:
             ranking = reranker.rank("id", one, Work(), priority="bulk", waited_s=0)
     return [chunk.model_logit for chunk in sorted(ranking.chunks, key=lambda chunk: chunk.index)]

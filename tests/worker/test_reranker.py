@@ -17,7 +17,9 @@ from rerankq_worker.cache import ScoreCache, connect
 from rerankq_worker.engine import Batcher, EngineClosed, PairFailed, StubEngine, text_hash
 from rerankq_worker.fusion import Blend, blend, rank, rank_feature_scores, signals_needed, token_signal
 from rerankq_worker.fusion.analyser import Analyser
-from rerankq_worker.reranker import Reranker, Work
+from rerankq_worker.reranker import Reranker
+from rerankq_worker.scoring import LocalScorer
+from rerankq_worker.work import Work
 
 WAIT_S = 20  # a test that hangs ends here; none that works waits so long
 MODEL = Fusion(weights={"model": 1})
@@ -57,9 +59,8 @@ class World:
         self.client = connect(url)
         self.engine = ScriptedEngine(**options)
         self.batcher = Batcher(self.engine, max_batch_tokens=32)
-        self.reranker = Reranker(
-            self.engine, self.batcher, ScoreCache(self.client, ttl_s=60), Analyser(), name="stub model"
-        )
+        scorer = LocalScorer(self.engine, self.batcher, ScoreCache(self.client, ttl_s=60))
+        self.reranker = Reranker(scorer, Analyser(), name="stub model")
 
     def rank(self, job: RerankJob, work: Work | None = None) -> Ranking:
         return self.reranker.rank("id", job, work or Work(), priority=job.priority, waited_s=0.5)
@@ -214,7 +215,7 @@ def test_equal_pairs_of_a_job_are_computed_once_and_scored_equally_whatever_beco
 ):
     noisy = NoisyEngine()
     with Batcher(noisy, max_batch_tokens=24) as batcher:
-        reranker = Reranker(noisy, batcher, ScoreCache(world.client, ttl_s=60), Analyser(), name="noisy")
+        reranker = Reranker(LocalScorer(noisy, batcher, ScoreCache(world.client, ttl_s=60)), Analyser(), name="noisy")
         # The third reads as the first, and so does what is cut off the same text.
         texts = ["the same", "another one", "the  same ", "the same"] * 10 + ["w " * 600, "w " * 700]
         ranking = reranker.rank("id", job(texts, cache=way), Work(), priority="bulk", waited_s=0)
@@ -262,7 +263,7 @@ def test_chunks_that_differ_in_their_logits_alone_are_ordered_by_them_however_sa
 ):
     told = Told({f"chunk{at}": logit for at, logit in enumerate(logits)})
     with Batcher(told) as batcher:
-        reranker = Reranker(told, batcher, ScoreCache(world.client, ttl_s=60), Analyser(), name="told")
+        reranker = Reranker(LocalScorer(told, batcher, ScoreCache(world.client, ttl_s=60)), Analyser(), name="told")
         wanted = RerankJob(
             query="q", chunks=[f"chunk{at}" for at in range(4)], fusion=profiles()[profile], cache="bypass"
         )
@@ -290,7 +291,7 @@ def test_tags_are_missing_only_where_the_query_has_some(world: World, profile: s
 def test_a_logit_that_is_no_number_fails_its_job(world: World):
     told = Told({"fine": 1.0, "odd": float("nan")})
     with Batcher(told) as batcher:
-        reranker = Reranker(told, batcher, ScoreCache(world.client, ttl_s=60), Analyser(), name="told")
+        reranker = Reranker(LocalScorer(told, batcher, ScoreCache(world.client, ttl_s=60)), Analyser(), name="told")
         with pytest.raises(PairFailed, match="finite"):
             reranker.rank(
                 "id", RerankJob(query="q", chunks=["fine", "odd"], fusion=MODEL), Work(), priority="bulk", waited_s=0

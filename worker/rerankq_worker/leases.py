@@ -7,7 +7,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from rerankq.errors import RerankqError
 from rerankq.ledger import LedgerLimits, calls
@@ -15,18 +14,12 @@ from rerankq.ledger.lease_policy import BREAK_S, PATIENCE_S, renew_every_s
 from rerankq.ledger.runner import Ledger
 from rerankq.outage import Outage
 
+from .work import Work
+
 logger = logging.getLogger("rerankq")
 
 # Seconds that stopping waits for a renewal under way: the ledger may hang.
 JOIN_S = 1.0
-
-
-class Work(Protocol):
-    """A job being scored, as far as its lease needs to know it."""
-
-    @property
-    def pairs_done(self) -> int: ...  # noqa: D102
-    def cancel(self) -> None: ...  # noqa: D102
 
 
 class Leases:

@@ -49,10 +49,12 @@ from .engine import Batcher, EngineClosed, EngineDied, EngineError
 from .fusion.analyser import Analyser
 from .leases import Leases
 from .locks import SharedExclusiveLock
-from .reranker import Reranker, Work
+from .reranker import Reranker
+from .scoring import LocalScorer
 from .shutdown import ShutdownWatchdog, within
 from .slots import Slots, SuspectSlots
 from .sweeping import CancelListener, Sweeper
+from .work import Work
 
 logger = logging.getLogger("rerankq")
 Answer = TypeVar("Answer")
@@ -117,7 +119,7 @@ class Worker:
         analyser = Analyser()
         analyser.warm()
         scores = cache.ScoreCache(cache.connect(settings.cache), ttl_s=settings.cache_ttl_s)
-        self.reranker = Reranker(self.engine, self.batcher, scores, analyser, name=self.model)
+        self.reranker = Reranker(LocalScorer(self.engine, self.batcher, scores), analyser, name=self.model)
 
         self.leases = Leases(self.ledger, self.limits, device_hangs=self._device_hangs, give_up=self._give_up)
         self.listener = CancelListener(self.ledger, self.limits, self.leases.cancel)

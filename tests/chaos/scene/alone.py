@@ -10,7 +10,9 @@ from rerankq import catalogue
 from rerankq_worker import engine
 from rerankq_worker.cache import ScoreCache
 from rerankq_worker.fusion.analyser import Analyser
-from rerankq_worker.reranker import Reranker, Work
+from rerankq_worker.reranker import Reranker
+from rerankq_worker.scoring import LocalScorer
+from rerankq_worker.work import Work
 
 from .schedule import Order
 from .verdict import Undisturbed
@@ -22,7 +24,7 @@ def rank_alone(orders: Iterable[Order], model: str) -> dict[int, Undisturbed]:
     loaded = engine.load("stub:0" if model.startswith("stub") else model, "cpu", "float32")
     nowhere = ScoreCache(redis.Redis(port=1), ttl_s=1)
     batcher = engine.Batcher(loaded)
-    reranker = Reranker(loaded, batcher, nowhere, Analyser(), name=model)
+    reranker = Reranker(LocalScorer(loaded, batcher, nowhere), Analyser(), name=model)
     try:
         return {order.number: _alone(reranker, order) for order in orders if order.fate != "poison"}
     finally:

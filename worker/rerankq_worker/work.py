@@ -1,0 +1,70 @@
+"""A job while it is worked on: how far it is, and a way to stop it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+from rerankq.errors import JobCancelled
+
+
+class Part(Protocol):
+    """Pairs of a job that are being scored: a batcher's ticket, or a call to another server."""
+
+    done_pairs: int
+
+    def cancel(self) -> None:
+        """Stop as soon as it can; harmless when it has ended."""
+
+
+class Work:
+    """A job while it is worked on. Safe to share between threads: whoever renews its lease reads it and stops it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known = 0
+        self._parts: list[Part] = []
+        self._cancelled = False
+
+    @property
+    def pairs_done(self) -> int:
+        """Pairs scored so far, those from the cache included."""
+        return self._known + sum(part.done_pairs for part in self._parts)
+
+    def cancel(self) -> None:
+        """Stop before the next micro-batch."""
+        with self._lock:
+            self._cancelled = True
+            for part in self._parts:
+                part.cancel()
+
+    def go_on(self) -> None:
+        """Return, unless it was cancelled.
+
+        Raises:
+            JobCancelled: if it was.
+        """
+        if self._cancelled:
+            raise JobCancelled("cancelled while running")
+
+    def add_known(self, pairs: int) -> None:
+        """Count pairs whose scores were known.
+
+        Raises:
+            JobCancelled: if it was cancelled.
+        """
+        with self._lock:
+            self._known += pairs
+        self.go_on()
+
+    def follow(self, part: Part) -> None:
+        """Count the pairs of a part from now on, and stop it with the job.
+
+        Raises:
+            JobCancelled: if the job was cancelled before; the part is then stopped.
+        """
+        with self._lock:
+            self._parts.append(part)
+            if self._cancelled:
+                part.cancel()
+        self.go_on()
