@@ -61,6 +61,13 @@ def run(start):
 
 
 @pytest.fixture
+def served(redis_url, start_worker):
+    """Where a deployment stands, with a worker: what a command brings of its own takes seconds to start."""
+    start_worker()
+    return {"RERANKQ_BROKER_URL": redis_url}
+
+
+@pytest.fixture
 def collection(tmp_path):
     """A first-stage run with its texts; the options that name the files."""
     queries = [{"_id": f"q{number}", "text": f"word{number} and word{number + 1}"} for number in range(QUERIES)]
@@ -116,13 +123,13 @@ def test_rescore_brings_its_own_stack_and_leaves_nothing_behind(run, collection,
         assert sorted(columns, key=lambda row: -float(row[4])) == columns
 
 
-def test_lines_that_a_rescore_does_not_need_may_be_wrong_and_are_counted(run, collection, tmp_path):
+def test_lines_that_a_rescore_does_not_need_may_be_wrong_and_are_counted(run, collection, served, tmp_path):
     for name, odd in (("q.jsonl", '{"_id": "z", "text": " "}'), ("c.jsonl", '{"_id": 9.0, "title": null}\n{"_id"')):
         with (tmp_path / name).open("a") as file:
             file.write(f"{odd}\n")
     (tmp_path / "c.jsonl").write_bytes(bz2.compress((tmp_path / "c.jsonl").read_bytes().replace(b'""', b"null")))
     write(tmp_path / "j.tsv", ["qid\tpid\trel", *(f"q{number}\td{number}\t1.0" for number in range(QUERIES)), "z"])
-    done = run("rescore", *collection, "--json")
+    done = run("rescore", *collection, "--json", **served)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["skipped_lines"] == {"c.jsonl": 2, "j.tsv": 1, "q.jsonl": 1}
     at = QUERIES + DEPTH + 1
@@ -138,36 +145,36 @@ def test_the_report_names_the_model_that_scored(run, collection, redis_url, star
     assert f"scored by stub (weights {report['weights']}), fusion default" in told
 
 
-def test_the_report_names_signals_with_weight_that_no_chunk_has(run, collection):
-    report = run("rescore", *collection, "--limit", "2", "--fusion", "elasticsearch")
+def test_the_report_names_signals_with_weight_that_no_chunk_has(run, collection, served):
+    report = run("rescore", *collection, "--limit", "2", "--fusion", "elasticsearch", **served)
     assert "signals that no chunk has, so that their weight counts for nothing: vector\n" in report.stdout
-    in_json = json.loads(run("rescore", *collection, "--limit", "3", "--fusion", "model", "--force", "--json").stdout)
-    assert in_json["missing"] == {}
-    told = run("rescore", *collection, "--limit", "2", "--force").stdout
+    in_json = run("rescore", *collection, "--limit", "3", "--fusion", "model", "--force", "--json", **served)
+    assert json.loads(in_json.stdout)["missing"] == {}
+    told = run("rescore", *collection, "--limit", "2", "--force", **served).stdout
     assert "signals that no chunk has" not in told, "a query without tags asks for none"
 
 
-def test_a_limit_takes_the_first_queries_of_the_run(run, collection, tmp_path):
-    done = run("rescore", *collection, "--json", "--limit", "3")
+def test_a_limit_takes_the_first_queries_of_the_run(run, collection, served, tmp_path):
+    done = run("rescore", *collection, "--json", "--limit", "3", **served)
     report = json.loads(done.stdout)
     assert (report["queries"], report["pairs"], report["judged_queries"]) == (3, 3 * DEPTH, 3)
     assert {line.split()[0] for line in (tmp_path / "o.trec").read_text().splitlines()} == {"q0", "q1", "q2"}
 
 
-def test_an_output_that_exists_is_overwritten_on_demand_alone(run, collection, tmp_path):
+def test_an_output_that_exists_is_overwritten_on_demand_alone(run, collection, served, tmp_path):
     (tmp_path / "o.trec").write_text("mine\n")
     refused = run("rescore", *collection)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "rerankq: --output: o.trec exists; add --force to overwrite it\n"
     assert (tmp_path / "o.trec").read_text() == "mine\n"
-    assert run("rescore", *collection, "--force").returncode == 0
+    assert run("rescore", *collection, "--force", **served).returncode == 0
     assert len((tmp_path / "o.trec").read_text().splitlines()) == QUERIES * DEPTH
 
 
 @pytest.mark.parametrize("json_too", [(), ("--json",)])
-def test_a_run_on_standard_output_stands_there_alone(run, collection, tmp_path, json_too):
+def test_a_run_on_standard_output_stands_there_alone(run, collection, served, tmp_path, json_too):
     at = collection.index("o.trec")
-    done = run("rescore", *collection[:at], "-", *collection[at + 1 :], *json_too)
+    done = run("rescore", *collection[:at], "-", *collection[at + 1 :], *json_too, **served)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == QUERIES * DEPTH
@@ -178,10 +185,10 @@ def test_a_run_on_standard_output_stands_there_alone(run, collection, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "j.tsv", "q.jsonl", "r.trec"]
 
 
-def test_scores_that_could_not_be_written_are_kept_for_the_same_command(run, collection, tmp_path):
+def test_scores_that_could_not_be_written_are_kept_for_the_same_command(run, collection, served, tmp_path):
     at = collection.index("o.trec")
     full = [*collection[:at], "/dev/full", *collection[at + 1 :]]
-    temporary = {"TMPDIR": str(tmp_path)}
+    temporary = {"TMPDIR": str(tmp_path), **served}
     done = run("rescore", *full, **temporary)
     assert done.returncode == 1
     assert done.stdout == ""
@@ -199,7 +206,9 @@ def dcg(gains):
 
 
 @pytest.mark.parametrize("later_names_first", [False, True])
-def test_the_printed_measure_is_that_of_the_written_run_however_a_reader_breaks_ties(run, tmp_path, later_names_first):
+def test_the_printed_measure_is_that_of_the_written_run_however_a_reader_breaks_ties(
+    run, served, tmp_path, later_names_first
+):
     chance = random.Random(3)
     names = [f"d{number:02}" for number in range(30)]
     chance.shuffle(names)
@@ -210,7 +219,7 @@ def test_the_printed_measure_is_that_of_the_written_run_however_a_reader_breaks_
     grades = {f"q{n}": {name: chance.randint(0, 2) for name in names} for n in range(6)}
     write(tmp_path / "j", (f"{query} 0 {name} {grade}" for query in grades for name, grade in grades[query].items()))
     files = ("--queries", "q", "--corpus", "c", "--run", "r", "--output", "o", "--qrels", "j")
-    report = json.loads(run("rescore", *files, "--json").stdout)
+    report = json.loads(run("rescore", *files, "--json", **served).stdout)
 
     found = {}
     for line in (tmp_path / "o").read_text().splitlines():
@@ -277,7 +286,7 @@ def test_a_rescore_that_was_stopped_goes_on_where_it_stood(
     assert scores_of(tmp_path / "o.trec") == pytest.approx(interrupted)
 
 
-def test_a_stopped_rescore_with_other_options_is_refused_unless_begun_again(run, collection, tmp_path):
+def test_a_stopped_rescore_with_other_options_is_refused_unless_begun_again(run, collection, served, tmp_path):
     header = {"journal": "rerankq rescore 2", "depth": 3}
     (tmp_path / "o.trec.part").write_text(
         json.dumps(header) + '\n{"query": "q0", "rows": [], "model": "m", "weights": "w", "pairs": 0, '
@@ -286,23 +295,23 @@ def test_a_stopped_rescore_with_other_options_is_refused_unless_begun_again(run,
     refused = run("rescore", *collection)
     assert refused.returncode == 2
     assert "add --restart" in refused.stderr
-    assert run("rescore", *collection, "--restart").returncode == 0
+    assert run("rescore", *collection, "--restart", **served).returncode == 0
 
 
-def test_queries_that_fail_are_named_and_the_rest_is_written(run, collection, tmp_path):
+def test_queries_that_fail_are_named_and_the_rest_is_written(run, collection, served, tmp_path):
     write(
         tmp_path / "q.jsonl",
         (json.dumps({"_id": f"q{n}", "text": "w" * (300 if n == 3 else 3)}) for n in range(QUERIES)),
     )
     # Too large for a job, only with the long query.
-    done = run("rescore", *collection, "--json", RERANKQ_MAX_JOB_BYTES="800")
+    done = run("rescore", *collection, "--json", RERANKQ_MAX_JOB_BYTES="800", **served)
     assert done.returncode == 1
     assert list(json.loads(done.stdout)["failed"]) == ["q3"]
     assert "rerankq: query q3: JobTooLarge" in done.stderr
     written = {line.split()[0] for line in (tmp_path / "o.trec").read_text().splitlines()}
     assert written == {f"q{number}" for number in range(QUERIES)} - {"q3"}
     # The same command tries them again.
-    again = run("rescore", *collection, "--json", RERANKQ_MAX_JOB_BYTES="2000")
+    again = run("rescore", *collection, "--json", RERANKQ_MAX_JOB_BYTES="2000", **served)
     assert (again.returncode, json.loads(again.stdout)["resumed"]) == (0, QUERIES - 1)
 
 

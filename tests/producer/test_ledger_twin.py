@@ -405,9 +405,12 @@ class BothLedgers(RuleBasedStateMachine):
         self.twin = Twin()
         self.fences: list[tuple[str, int]] = [("j0", 1)]
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(of=st.lists(shapes, min_size=len(IDS), max_size=len(IDS)))
+    def begin(self, of: list[SimpleNamespace]) -> None:
         self.ledger.redis.flushall()
+        # With few jobs most calls are refused. The first is larger than the whole limit: beside it there would be none.
+        for name, shape in list(zip(IDS, of, strict=True))[1:]:
+            self.submit(name, shape)
 
     def ask(self, call: calls.Call):
         return self.ledger.ask(call)
@@ -511,7 +514,9 @@ class BothLedgers(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def retry_dead(self, data: st.DataObject) -> None:
-        name = data.draw(self.names("dead"))
+        self._retry_dead(data.draw(self.names("dead")))
+
+    def _retry_dead(self, name: str) -> None:
         answer = self.ask(calls.retry(name, TERMS))
         assert (answer.state, answer.doorbell is not None) == self.twin.retry(name)
         if answer.doorbell is not None:
@@ -605,19 +610,27 @@ class BothLedgers(RuleBasedStateMachine):
         self._die(owner)
 
     @precondition(lambda self: any(job.state == "queued" for job in self.twin.jobs.values()))
-    @rule(data=st.data(), owner=owners)
-    def job_ends_every_worker_that_takes_it(self, data: st.DataObject, owner: str) -> None:
+    @rule(
+        data=st.data(), owners=st.permutations(WORKERS), then=st.lists(st.sampled_from(["retry", "beat"]), max_size=2)
+    )
+    def job_ends_every_worker_that_takes_it(self, data: st.DataObject, owners: list[str], then: list[str]) -> None:
         # By chance alone hardly a job would be dead, and what comes after that would not be tried.
         queued = [name for name, job in self.twin.jobs.items() if job.state == "queued"]
         name = data.draw(st.sampled_from(queued))
-        for _ in range(TERMS.max_attempts):
+        for owner in owners:
             self._claim(name, owner)
             job = self.twin.jobs[name]
             if job.state != "running":
                 return
             assert self.ask(calls.isolate(name, job.fence, owner)) == self.twin.isolate(name, job.fence, owner)
+            self.beat(owner, lives=data.draw(st.booleans()))
             self._die(owner)
             self.sweep(watched=True, held_by_broker={})
+        for what in then:
+            if what == "retry":
+                self._retry_dead(name)
+            else:
+                self.beat(owner, lives=True)
 
     def _die(self, owner: str) -> None:
         for name, job in self.twin.jobs.items():
