@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_checkpoints
 
 from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable
@@ -46,6 +47,12 @@ def pairs():
 @pytest.fixture(scope="module")
 def torch_engine():
     return engine.load("bundled", "cpu", "float32", runtime="torch", threads=1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a model that loads in a fraction of a second, for what does not depend on the model."""
+    return str(tiny_checkpoints.write("bert", tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +113,20 @@ def beside_the_point(self, batch):
 @pytest.mark.parametrize(
     ("where", "what", "instead"), [(ways, "form_of", no_form), (OpenVinoPass, "__call__", beside_the_point)]
 )
-def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(monkeypatch, caplog, where, what, instead):
+def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(
+    tiny, monkeypatch, caplog, where, what, instead
+):
     monkeypatch.setattr(where, what, instead)
-    fallen = engine.load("bundled", "cpu", "float32", threads=1)
+    fallen = engine.load(tiny, "cpu", "float32", threads=1)
     assert fallen.runtime == "torch"
     assert "runs on torch" in caplog.text
     with pytest.raises(ModelUnusable, match="does not run on openvino"):
-        engine.load("bundled", "cpu", "float32", runtime="openvino", threads=1)
+        engine.load(tiny, "cpu", "float32", runtime="openvino", threads=1)
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_asking_how_batches_are_laid_asks_for_torch(padded):
-    asked = engine.load("bundled", "cpu", "float32", padded=padded, threads=1)
+def test_asking_how_batches_are_laid_asks_for_torch(tiny, padded):
+    asked = engine.load(tiny, "cpu", "float32", padded=padded, threads=1)
     assert (asked.runtime, asked.padded) == ("torch", padded)
 
 
@@ -179,32 +188,43 @@ def test_states_that_were_not_written_or_are_of_another_batch_are_no_logits(monk
         run([None] * 2)  # one row of two
 
 
-def test_it_reports_its_use_to_nobody():
-    # Its makers' package for that must not even be imported; a process of its own, as another test may have done so.
-    script = (
-        "import sys; from rerankq_worker import engine\n"
-        "engine.load('bundled', 'cpu', 'float32', runtime='openvino')\n"
-        "print([name for name, module in sys.modules.items() if name.startswith('openvino_telemetry') and module])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "[]"
+# What may have been done or cannot be undone in the process of the tests: whether the makers' package for reports is
+# imported, and a limit on memory, which Linux knows alone.
+ALONE = """
+import json, resource, sys
+from pathlib import Path
+from rerankq_worker import engine
+from rerankq_worker.engine.errors import is_out_of_memory
+
+loaded = engine.load("bundled", "cpu", "float32", runtime="openvino", threads=1)
+reports = [name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module]
+found = {"modules that report": reports}
+if sys.platform == "linux":
+    [short], [long] = loaded.tokenise("q", ["word"]), loaded.tokenise("q", ["word " * 600])
+    before = loaded.forward([short] * 100)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, resource.RLIM_INFINITY))
+    try:
+        loaded.forward([long] * 100)
+    except Exception as error:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        found["out of memory"] = is_out_of_memory(error)
+        found["difference"] = float(abs(loaded.forward([short] * 50) - before[:50]).max())
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def alone():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(done.stdout)
+
+
+def test_it_reports_its_use_to_nobody(alone):
+    assert alone["modules that report"] == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's memory is Linux's")
-def test_a_batch_for_which_there_is_no_memory_is_not_given_the_logits_of_the_one_before():
-    script = (
-        "import resource; from pathlib import Path; from rerankq_worker import engine\n"
-        "from rerankq_worker.engine.errors import is_out_of_memory\n"
-        "loaded = engine.load('bundled', 'cpu', 'float32', runtime='openvino', threads=1)\n"
-        "[short], [long] = loaded.tokenise('q', ['word']), loaded.tokenise('q', ['word ' * 600])\n"
-        "before = loaded.forward([short] * 100)\n"
-        "taken = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, resource.RLIM_INFINITY))\n"
-        "try:\n"
-        "    loaded.forward([long] * 100)\n"
-        "except Exception as error:\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "    print(is_out_of_memory(error), abs(loaded.forward([short] * 50) - before[:50]).max() < 1e-5)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "True True"
+def test_a_batch_for_which_there_is_no_memory_is_not_given_the_logits_of_the_one_before(alone):
+    assert alone["out of memory"] is True
+    assert alone["difference"] < 1e-5
