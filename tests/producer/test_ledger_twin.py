@@ -328,10 +328,8 @@ class Held:
         for name in ordered:
             pipe.hgetall(f"rerankq:job:{name}")
             pipe.ttl(f"rerankq:job:{name}")
-        for line in LINES:
-            suffix = ":".join(part for part in line if part)
-            pipe.zrange(f"rerankq:waiting:{suffix}", 0, -1)
-            pipe.zrange(f"rerankq:sent:{suffix}", 0, -1)
+        for field, line in itertools.product(("waiting", "sent"), LINES):
+            pipe.zrange(":".join(["rerankq", field, *filter(None, line)]), 0, -1)
         pipe.hgetall("rerankq:backlog")
         for key in ("running", "dead", "deadlines"):
             pipe.zrange(f"rerankq:{key}", 0, -1)
@@ -346,7 +344,7 @@ class Held:
             now=next(answers)[0],
             names={key.removeprefix("rerankq:job:") for key in next(answers)},
             jobs={name: (next(answers), next(answers)) for name in ordered},
-            **dict(zip(("waiting", "rung"), _by_line(answers), strict=True)),
+            **{field: {line: next(answers) for line in LINES} for field in ("waiting", "sent")},
             backlog=next(answers),
             running=set(next(answers)),
             dead=set(next(answers)),
@@ -356,11 +354,6 @@ class Held:
             tenants={queue: next(answers) for queue in QUEUES},
             queues=next(answers),
         )
-
-
-def _by_line(answers: Iterator[Any]) -> tuple[dict[tuple[str, str], list[str]], dict[tuple[str, str], list[str]]]:
-    both = {line: (next(answers), next(answers)) for line in LINES}
-    return {line: one for line, (one, _) in both.items()}, {line: other for line, (_, other) in both.items()}
 
 
 def _words(answer: Any) -> Any:
@@ -518,7 +511,7 @@ class BothLedgers(RuleBasedStateMachine):
 
     def _retry_dead(self, name: str) -> None:
         answer = self.ask(calls.retry(name, TERMS))
-        assert (answer.state, answer.doorbell is not None) == self.twin.retry(name)
+        assert (answer.state, answer.doorbell is not None) == self.twin.retry_dead(name)
         if answer.doorbell is not None:
             assert answer.doorbell == calls.Doorbell(name, self.twin.jobs[name].queue, f"label of {name}")
 

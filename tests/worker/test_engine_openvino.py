@@ -99,7 +99,7 @@ def test_it_says_what_it_is_and_what_it_computes_in(engines):
     assert said == {asked: ("openvino", dtype, "cpu", True) for asked, dtype in computed.items()}
 
 
-def no_form(model, yes_or_no=None):
+def no_architecture(model, yes_or_no=None):
     return None
 
 
@@ -111,7 +111,8 @@ def beside_the_point(self, batch):
 
 
 @pytest.mark.parametrize(
-    ("where", "what", "instead"), [(ways, "form_of", no_form), (OpenVinoPass, "__call__", beside_the_point)]
+    ("where", "what", "instead"),
+    [(ways, "architecture_of", no_architecture), (OpenVinoPass, "__call__", beside_the_point)],
 )
 def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(
     tiny, monkeypatch, caplog, where, what, instead

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import ModelUnusable, in_one_line
 
-_BUNDLED = Path(__file__).parents[3] / "models" / "minilm-l6-rerank"
+_BUNDLED = Path(__file__).parents[4] / "models" / "minilm-l6-rerank"
 
 #: What the model and its tokeniser are made of. Pickled weights and exports to other runtimes stay away.
 _PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
