@@ -646,3 +646,17 @@ def test_what_is_just_within_a_limit_is_taken():
     for beyond in ({"deep": nested(contract.MAX_DEPTH)}, {"long": 10 ** (contract.MAX_DIGITS + 1)}):
         with pytest.raises(JobRejected):
             Chunk(text="x", metadata=beyond)
+
+
+def test_a_payload_holds_the_fields_that_a_job_uses_and_no_others():
+    # So that an older worker reads what a newer producer writes, as long as no new field is used.
+    assert set(json.loads(payload_of(RerankJob(**with_())))) == {"query", "chunks"}
+    assert set(json.loads(payload_of(RerankJob(**with_(top_k=3, tenant="t"))))) == {
+        "query",
+        "chunks",
+        "top_k",
+        "tenant",
+    }
+    assert json.loads(payload_of(RerankJob(**with_())))["chunks"] == [{"text": "because"}]
+    with pytest.raises(JobRejected, match="field_of_a_newer_version"):
+        job_of(json.dumps(with_(field_of_a_newer_version=1)).encode())
