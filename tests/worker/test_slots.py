@@ -28,7 +28,7 @@ class Twin:
         self.total = total
         self.rings: list[tuple[str, bool]] = []
 
-    def has_room(self, bulk: bool) -> bool:
+    def available(self, bulk: bool) -> bool:
         bulk_rings = [send for send in self.rings if send[1]]
         return len(self.rings) < self.total and (not bulk or len(bulk_rings) < self.total - min(2, self.total // 2))
 
@@ -43,27 +43,27 @@ class Twin:
 def test_slots_equal_a_list_of_all_rings(total: int, steps: list[tuple[str, bool | None]]):
     slots, twin = Slots(total), Twin(total)
     for job, bulk in steps:
-        before = [twin.has_room(kind) for kind in (False, True)]
+        before = [twin.available(kind) for kind in (False, True)]
         twin.step(job, bulk)
-        after = [twin.has_room(kind) for kind in (False, True)]
+        after = [twin.available(kind) for kind in (False, True)]
         if bulk is None:
             assert slots.give_back(job) == (before != after), "who makes room says so, and nobody else"
         else:
             slots.take(job, bulk=bulk)
         assert slots.taken == len(twin.rings)
         for kind in (False, True):
-            assert slots.has_room(bulk=kind) == twin.has_room(kind)
+            assert slots.available(bulk=kind) == twin.available(kind)
 
 
 @given(st.integers(2, 40))
 def test_bulk_that_asks_first_leaves_slots_for_interactive_jobs(total: int):
     slots = Slots(total)
     number = 0
-    while slots.has_room(bulk=True):
+    while slots.available(bulk=True):
         slots.take(f"bulk {number}", bulk=True)
         number += 1
     assert total - slots.taken == kept_for_interactive(total) == (1 if total < 4 else 2)
-    assert slots.has_room(bulk=False)
+    assert slots.available(bulk=False)
 
 
 def test_a_job_that_never_came_in_gives_nothing_back():
@@ -88,7 +88,7 @@ def test_no_slot_is_lost_or_won_by_many_threads():
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(work, range(8)))
     assert slots.taken == 0
-    assert slots.has_room(bulk=True)
+    assert slots.available(bulk=True)
     assert slots._in_flight == {}
     assert slots._bulk == 0
 

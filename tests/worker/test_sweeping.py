@@ -59,8 +59,8 @@ class World:
             self,
             worker=worker,
             queues=QUEUES,
-            say=lambda: {"model": "stub", "fingerprint": "f"},
-            lives=lambda: self.living,
+            describe=lambda: {"model": "stub", "fingerprint": "f"},
+            can_work=lambda: self.living,
             ended=lambda mark: mark in self.ended,
             **{"clock": self.clock, **options},
         )

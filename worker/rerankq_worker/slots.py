@@ -27,9 +27,9 @@ class Slots:
     The same job may be in flight twice, where its doorbell rang twice: each ring has a slot of its own.
 
     >>> slots = Slots(4)
-    >>> slots.take("a", bulk=True), slots.take("b", bulk=True), slots.has_room(bulk=True), slots.has_room(bulk=False)
+    >>> slots.take("a", bulk=True), slots.take("b", bulk=True), slots.available(bulk=True), slots.available(bulk=False)
     (None, None, False, True)
-    >>> slots.give_back("a"), slots.has_room(bulk=True), slots.give_back("no such job")
+    >>> slots.give_back("a"), slots.available(bulk=True), slots.give_back("no such job")
     (True, True, False)
     """
 
@@ -51,7 +51,7 @@ class Slots:
         """Slots taken."""
         return self._taken
 
-    def has_room(self, *, bulk: bool) -> bool:
+    def available(self, *, bulk: bool) -> bool:
         """Whether another job of this kind may come in."""
         return self._taken < self._total and not (bulk and self._bulk >= self._bulk_share)
 
@@ -71,12 +71,12 @@ class Slots:
             rings = self._in_flight.get(job_id)
             if not rings:
                 return False
-            before = self.has_room(bulk=False), self.has_room(bulk=True)
+            before = self.available(bulk=False), self.available(bulk=True)
             self._taken -= 1
             self._bulk -= rings.pop()
             if not rings:
                 del self._in_flight[job_id]
-            return before != (self.has_room(bulk=False), self.has_room(bulk=True))
+            return before != (self.available(bulk=False), self.available(bulk=True))
 
 
 class SuspectSlots:
@@ -105,7 +105,7 @@ class SuspectSlots:
     def take(self, suspect: Deferred) -> bool:
         """Take a suspect if it is its turn; else keep it in mind."""
         with self._lock:
-            turn = self._has_room(suspect.priority) and self._goes_first(suspect)
+            turn = self._available(suspect.priority) and self._goes_first(suspect)
             if turn:
                 self._kept.pop(suspect.doorbell.id, None)
                 self._taken.add(suspect.priority)
@@ -127,7 +127,7 @@ class SuspectSlots:
             priorities: tuple[Priority, Priority] = ("interactive", "bulk")
             for priority in priorities:
                 found = self._first(priority)
-                if found is not None and self._has_room(priority):
+                if found is not None and self._available(priority):
                     del self._kept[found.doorbell.id]
                     if self._total > 1 or priority == "bulk":
                         return found.doorbell
@@ -148,7 +148,7 @@ class SuspectSlots:
             return self._invited is not None and self._invited[0] == suspect.doorbell.id
         return not self._is_invited() and self._first("interactive") is None
 
-    def _has_room(self, priority: Priority) -> bool:
+    def _available(self, priority: Priority) -> bool:
         return priority not in self._taken if self._total >= 4 else not self._taken
 
     def _is_invited(self) -> bool:

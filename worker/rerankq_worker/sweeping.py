@@ -44,8 +44,8 @@ class Counts(Protocol):
 class Sweeper:
     """Beats and sweeps every second, and rings on whenever a claim says that there is room.
 
-    *say* gives what the registry shall show of this worker; *lives* whether it can work: a worker whose device hangs or
-    died gives no sign of life. *counts* is asked for the messages of queues that have doorbells out for long.
+    *describe* says what the registry shall show of this worker; *can_work* whether it can work: a worker whose device
+    hangs or died gives no sign of life. *counts* is asked for the messages of queues whose doorbells are overdue.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Sweeper:
         *,
         worker: str,
         queues: Sequence[str],
-        say: Callable[[], Mapping[str, Any]],
-        lives: Callable[[], bool] = lambda: True,
+        describe: Callable[[], Mapping[str, Any]],
+        can_work: Callable[[], bool] = lambda: True,
         ended: Callable[[str], bool] = has_ended,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,8 +68,8 @@ class Sweeper:
         self._counts = counts
         self._worker = worker
         self._queues = queues
-        self._say = say
-        self._lives = lives
+        self._describe = describe
+        self._can_work = can_work
         self._ended = ended
         self._clock = clock
         self._watch = Watch(limits.lease_s)
@@ -99,7 +99,7 @@ class Sweeper:
 
     def sweep(self) -> Swept:
         """Give a sign of life, sweep once, and ring on; nothing of it where this worker cannot work."""
-        if not self._lives():
+        if not self._can_work():
             return Swept()
         asked = self._clock()
         ledger_now = self.beat()
@@ -122,7 +122,7 @@ class Sweeper:
         """Tell the registry that this worker lives; answers the ledger's time."""
         gone_after_s = forget_after_s(self._limits.lease_s)
         info = {
-            **self._say(),
+            **self._describe(),
             "queues": list(self._queues),
             "process": mark_of(os.getpid()),
             "gone_after_s": gone_after_s,
