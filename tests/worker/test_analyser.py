@@ -22,7 +22,7 @@ from rerankq_worker.fusion.analyser import Analyser, analyse, read_part, token_h
 @pytest.mark.parametrize(
     "text", ["", " ", "\n\t\u3000", "?!", "😀😀", "\x00", "\ud800", "\u0301" * 9, "the of and", "的了"]
 )
-def test_what_holds_no_words_gives_no_tokens(text):
+def test_texts_without_words_give_no_tokens(text):
     assert analyse(text) == []
 
 
@@ -51,24 +51,24 @@ def test_what_holds_no_words_gives_no_tokens(text):
         ("设置批大小", ["设置", "批", "大小"]),
     ],
 )
-def test_words_of_many_kinds(text, tokens):
+def test_words_of_many_kinds_become_tokens(text, tokens):
     assert analyse(text) == tokens
 
 
-def test_spelling_variants_meet_in_a_token():
+def test_spelling_variants_give_the_same_token():
     for one, other in [("COVID 19", "covid-19"), ("long term effect", "long-term effects"), ("don’t tides", "tide")]:
         assert set(analyse(one)) <= set(analyse(other))
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=()), max_size=60))
-def test_any_text_at_all_gives_nonempty_tokens_of_bounded_length(text):
+def test_any_text_gives_nonempty_tokens_of_bounded_length(text):
     tokens = analyse(text)
     assert all(0 < len(token) <= module.MAX_TOKEN_CHARACTERS for token in tokens if token.isascii())
     assert tokens == analyse(text)
 
 
 @given(st.lists(st.text(max_size=20), max_size=40).map(" ".join))
-def test_shortcuts_on_the_way_to_normal_form_change_no_token(text):
+def test_shortcuts_of_normalisation_change_no_token(text):
     normal = unicodedata.normalize("NFKC", text.replace("，", " "))
     assert analyse(text) == analyse(normal)
 
@@ -100,7 +100,7 @@ def cpu_seconds(text):
 
 
 @pytest.mark.parametrize("flood", FLOODS)
-def test_a_flood_of_one_thing_takes_time_in_proportion_to_its_length(flood):
+def test_analysis_of_repetitive_text_takes_linear_time(flood):
     # Eight times the text may take eight times as long, and far from sixty-four; the constant forgives tiny timings.
     short, long = flood * 25_000, flood * 200_000
     assert cpu_seconds(long) < 30 * min(cpu_seconds(short) for _ in range(3)) + 0.5
@@ -125,7 +125,7 @@ def test_a_text_in_pieces_gives_the_tokens_of_the_whole(sentences, piece):
         assert analyse(text) == whole
 
 
-def test_what_no_model_reads_is_not_analysed():
+def test_text_beyond_read_characters_is_not_analysed():
     read = "tide " * (module.READ_CHARACTERS // 5)
     assert len(read) <= module.READ_CHARACTERS
     whole = analyse(read)
@@ -134,9 +134,9 @@ def test_what_no_model_reads_is_not_analysed():
     assert len(set(analyse("moon" * module.READ_CHARACTERS))) == 1
     analyser = Analyser()
     alike = [read + "wave " * 100_000, read + "beach " * 100_000]
-    assert [ids.tolist() for ids in analyser.token_hashes(alike)] == [token_hashes(["tide"]).tolist()] * 2
-    [ids] = analyser.ragflow_ids([(alike[0], "", "moon " * 100_000)])
-    assert set(ids.tolist()) == set(token_hashes(["tide", "moon", "tidetide", "tidemoon", "moonmoon"]).tolist())
+    assert [hashes.tolist() for hashes in analyser.token_hashes(alike)] == [token_hashes(["tide"]).tolist()] * 2
+    [hashes] = analyser.bigram_hashes([(alike[0], "", "moon " * 100_000)])
+    assert set(hashes.tolist()) == set(token_hashes(["tide", "moon", "tidetide", "tidemoon", "moonmoon"]).tolist())
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", "\u3000"])
@@ -166,11 +166,11 @@ def test_no_call_that_holds_the_interpreter_is_given_more_than_a_piece(text, mon
     assert max(map(len, given_text)) <= (module._PIECE + 8 if parted else module.READ_CHARACTERS)
 
 
-def test_a_word_without_end_is_named_by_its_beginning():
+def test_a_very_long_word_is_represented_by_its_beginning():
     assert analyse("z" * 100_000) == ["z" * module.MAX_TOKEN_CHARACTERS]
 
 
-def test_what_is_remembered_equals_what_is_analysed():
+def test_remembered_hashes_equal_those_of_a_new_analysis():
     analyser = Analyser()
     for text in ["The moon pulls the sea.", "潮汐由月球引起。", "", "\ud800"]:
         for _ in range(2):
@@ -189,15 +189,15 @@ def test_a_text_is_analysed_once(monkeypatch):
     assert sorted(calls) == ["one", "two"]
 
 
-def test_two_lists_of_texts_never_run_together():
+def test_fields_of_chunks_are_kept_apart():
     analyser = Analyser()
-    one = analyser.ragflow_ids([("moon", "sea")])[0]
-    other = analyser.ragflow_ids([("moonsea", "")])[0]
+    one = analyser.bigram_hashes([("moon", "sea")])[0]
+    other = analyser.bigram_hashes([("moonsea", "")])[0]
     assert set(one.tolist()) != set(other.tolist())
     assert set(analyser.token_hashes(["moon sea"])[0].tolist()) < set(one.tolist())
 
 
-def test_memory_stays_within_its_bound_and_the_latest_used_survive(monkeypatch):
+def test_remembered_bytes_stay_bounded_and_the_least_recently_used_are_evicted(monkeypatch):
     calls = []
     monkeypatch.setattr(module, "analyse", lambda text: calls.append(text) or [text])
     entry = 8 + 400
@@ -211,10 +211,10 @@ def test_memory_stays_within_its_bound_and_the_latest_used_survive(monkeypatch):
     analyser.token_hashes(["b"])
     assert calls[-1] == "b"
     assert analyser._bytes <= 10 * entry
-    assert analyser._bytes == sum(module._size(ids) for ids in analyser._known.values())
+    assert analyser._bytes == sum(module._size(hashes) for hashes in analyser._known.values())
 
 
-def test_a_text_too_large_to_remember_is_analysed_all_the_same():
+def test_a_text_too_large_to_remember_is_analysed():
     analyser = Analyser(capacity_bytes=100)
     assert analyser.token_hashes(["moon sea"])[0].size == 2
     assert not analyser._known
@@ -227,23 +227,23 @@ def test_an_entry_of_an_eighth_of_the_memory_is_the_largest_that_is_remembered()
         assert bool(analyser._known) == remembered
 
 
-def test_a_text_without_characters_takes_no_place_in_the_memory():
+def test_an_empty_text_is_not_remembered():
     analyser = Analyser()
-    assert [ids.size for ids in analyser.token_hashes(["", "moon", ""])] == [0, 1, 0]
+    assert [hashes.size for hashes in analyser.token_hashes(["", "moon", ""])] == [0, 1, 0]
     assert len(analyser._known) == 1
 
 
-def test_token_ids_of_many_tokens_are_those_of_each_once():
-    ids = token_hashes(f"word{number % 9_000}" for number in range(30_000))
-    assert sorted(ids.tolist()) == sorted(hash(f"word{number}") for number in range(9_000))
+def test_token_hashes_of_many_tokens_contain_each_once():
+    hashes = token_hashes(f"word{number % 9_000}" for number in range(30_000))
+    assert sorted(hashes.tolist()) == sorted(hash(f"word{number}") for number in range(9_000))
 
 
-def test_what_is_remembered_cannot_be_changed():
+def test_remembered_arrays_are_read_only():
     with pytest.raises(ValueError, match="read-only"):
         Analyser().token_hashes(["moon"])[0][0] = 1
 
 
-def test_many_threads_at_once_see_the_same_tokens():
+def test_threads_see_the_same_tokens():
     texts = [f"running tests {number} 中华人民共和国第{number}条 connection-{number}" for number in range(50)]
     expected = [analyse(text) for text in texts]
     analyser = Analyser(capacity_bytes=5_000)
@@ -263,7 +263,7 @@ def test_many_threads_at_once_see_the_same_tokens():
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert analyser._bytes == sum(module._size(ids) for ids in analyser._known.values()) <= 5_000
+    assert analyser._bytes == sum(module._size(hashes) for hashes in analyser._known.values()) <= 5_000
 
 
 def test_loading_is_silent_even_with_warnings_as_errors():

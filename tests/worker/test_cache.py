@@ -74,7 +74,7 @@ def writes(draw: st.DrawFn) -> tuple[list[int], np.ndarray, np.ndarray]:
 
 @given(everything=st.lists(writes(), max_size=5), asked=st.lists(st.integers(0, len(HASHES) - 1), max_size=10))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_read_is_what_was_written_last(redis_url_each_version: str, everything: list, asked: list[int]):
+def test_the_cache_returns_what_was_written_last(redis_url_each_version: str, everything: list, asked: list[int]):
     with connect(redis_url_each_version) as client:
         client.flushdb()
         scores, twin = ScoreCache(client, ttl_s=60), {}
@@ -99,14 +99,14 @@ def test_reading_and_writing_cost_one_round_trip_each(scores: ScoreCache, sent: 
     assert len(sent) == 2, "nothing to read or to remember costs nothing"
 
 
-def test_scores_are_kept_as_the_contract_says(scores: ScoreCache, server: redis.Redis, redis_url: str):
+def test_scores_are_stored_under_the_contracts_key_and_fields(scores: ScoreCache, server: redis.Redis, redis_url: str):
     scores.write("fp", QUERY, HASHES[:3], floats(1.5, np.nan, -2), flags(0, 0, 0))
     assert server.keys("*") == [KEY.encode()]
     assert server.hgetall(KEY) == {HASHES[0]: floats(1.5).tobytes(), HASHES[2]: floats(-2).tobytes()}
     assert 0 < server.ttl(KEY) <= 60
 
 
-def test_the_flag_of_a_cut_pair_lives_and_dies_with_its_score(scores: ScoreCache, server: redis.Redis):
+def test_the_truncation_flag_is_stored_in_the_same_key_as_the_score(scores: ScoreCache, server: redis.Redis):
     scores.write("fp", QUERY, HASHES[:2], floats(1, 2), flags(1, 0))
     scores.write("fp", QUERY, HASHES[2:3], floats(3), flags(0))
     assert server.keys("*") == [KEY.encode()], "one key, so that no eviction or expiry takes one without the other"
@@ -115,14 +115,14 @@ def test_the_flag_of_a_cut_pair_lives_and_dies_with_its_score(scores: ScoreCache
     assert known.truncated.tolist() == [True, False, False, False]
 
 
-def test_the_flag_of_a_cut_pair_says_nothing_without_a_score(scores: ScoreCache, server: redis.Redis):
+def test_the_truncation_flag_is_ignored_without_a_score(scores: ScoreCache, server: redis.Redis):
     scores.write("fp", QUERY, HASHES[:2], floats(1, 2), flags(1, 1))
     server.hdel(KEY, HASHES[0])
     known = scores.read("fp", QUERY, HASHES[:2])
     assert known.mask.tolist() == known.truncated.tolist() == [False, True]
 
 
-def test_a_refreshed_score_of_a_pair_that_is_whole_loses_an_old_mark_of_a_cut(scores: ScoreCache, server: redis.Redis):
+def test_a_refreshed_score_of_a_whole_pair_clears_the_truncation_flag(scores: ScoreCache, server: redis.Redis):
     scores.write("fp", QUERY, HASHES[:3], floats(1, 2, 3), flags(1, 1, 1))
     scores.write("fp", QUERY, HASHES[:3], floats(4, np.nan, 6), flags(0, 0, 1))
     known = scores.read("fp", QUERY, HASHES[:3])
@@ -131,7 +131,9 @@ def test_a_refreshed_score_of_a_pair_that_is_whole_loses_an_old_mark_of_a_cut(sc
     assert server.hlen(KEY) == 5
 
 
-def test_a_client_that_decodes_replies_costs_speed_and_no_job(redis_url: str, caplog: pytest.LogCaptureFixture):
+def test_a_client_that_decodes_replies_opens_the_circuit_and_fails_no_job(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+):
     clock = Clock()
     with redis.Redis.from_url(redis_url, decode_responses=True) as decoding, redis.Redis.from_url(redis_url) as raw:
         scores = ScoreCache(decoding, ttl_s=60, clock=clock)
@@ -146,7 +148,7 @@ def test_a_client_that_decodes_replies_costs_speed_and_no_job(redis_url: str, ca
 
 
 @pytest.mark.parametrize("foreign", [b"", b"abc", b"abcde", np.float32(np.nan).tobytes(), np.float32(np.inf).tobytes()])
-def test_values_that_are_no_logits_count_as_unknown(scores: ScoreCache, server: redis.Redis, foreign: bytes):
+def test_values_that_are_not_finite_float32_count_as_unknown(scores: ScoreCache, server: redis.Redis, foreign: bytes):
     scores.write("fp", QUERY, HASHES[:2], floats(1, 2), flags(0, 0))
     server.hset(KEY, HASHES[0], foreign)
     known = scores.read("fp", QUERY, HASHES[:2])
@@ -154,7 +156,7 @@ def test_values_that_are_no_logits_count_as_unknown(scores: ScoreCache, server: 
     assert known.logits[1] == 2
 
 
-def test_a_spoilt_key_is_one_key_and_the_others_are_served(scores: ScoreCache, server: redis.Redis):
+def test_a_key_of_another_type_affects_no_other_key(scores: ScoreCache, server: redis.Redis):
     server.set(KEY, b"no hash")
     assert not scores.read("fp", QUERY, HASHES[:1]).mask.any()
     scores.write("fp", QUERY, HASHES[:1], floats(1), flags(0))
@@ -162,7 +164,7 @@ def test_a_spoilt_key_is_one_key_and_the_others_are_served(scores: ScoreCache, s
     assert scores.read("other", QUERY, HASHES[:1]).mask.all()
 
 
-def test_a_full_cache_gives_what_it_has_and_takes_again_once_there_is_room(
+def test_a_full_cache_still_serves_reads_and_accepts_writes_once_it_has_memory(
     scores: ScoreCache, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ):
     scores.write("fp", QUERY, HASHES[:1], floats(1), flags(0))
@@ -178,7 +180,7 @@ def test_a_full_cache_gives_what_it_has_and_takes_again_once_there_is_room(
     assert scores.read("fp", QUERY, HASHES[:2]).truncated.tolist() == [False, True]
 
 
-def test_a_cache_under_its_memory_cap_forgets_and_fails_nothing(scores: ScoreCache, server: redis.Redis):
+def test_a_cache_at_its_memory_cap_evicts_whole_queries(scores: ScoreCache, server: redis.Redis):
     server.config_set("maxmemory-policy", "allkeys-lfu")
     server.config_set("maxmemory", server.info("memory")["used_memory"] + 500_000)
     chunks = [text_hash(str(number)) for number in range(500)]
@@ -195,7 +197,9 @@ def test_a_cache_under_its_memory_cap_forgets_and_fails_nothing(scores: ScoreCac
     assert all(one.mask.all() and one.truncated.all() for one in known), "a query's scores are forgotten together"
 
 
-def test_a_server_that_is_gone_is_left_alone_for_a_while(sent: list[object], caplog: pytest.LogCaptureFixture):
+def test_the_circuit_stays_open_for_a_while_after_a_refused_connection(
+    sent: list[object], caplog: pytest.LogCaptureFixture
+):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else answers here
         clock = Clock()
@@ -209,7 +213,7 @@ def test_a_server_that_is_gone_is_left_alone_for_a_while(sent: list[object], cap
         assert len(caplog.records) == 2, "and again after the rest"
 
 
-def test_a_server_that_hangs_costs_one_wait_and_serves_when_it_is_back():
+def test_a_server_that_hangs_costs_one_timeout_and_is_used_again_when_it_is_back():
     with EmbeddedRedis() as server, redis.Redis.from_url(server.url) as told:
         clock = Clock()
         with connect(f"{server.url}?socket_timeout=0.2") as client:
@@ -235,7 +239,7 @@ def test_everything_that_changes_a_logit_changes_the_fingerprint():
     assert len(set(prints)) == len(prints)
 
 
-def test_no_two_texts_share_a_hash_by_accident_of_form():
+def test_similar_texts_have_different_hashes():
     texts = ["", " ", "a", "A", "a ", "é", "e\u0301", "\ud800", "\x00"]
     hashes = sorted(text_hash(text) for text in texts)
     assert all(one != other and len(one) == 16 for one, other in pairwise(hashes))

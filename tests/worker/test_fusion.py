@@ -122,7 +122,7 @@ def test_the_weighted_sum_is_not_divided_by_its_weights():
 
 
 @pytest.mark.parametrize("missing", MISSING)
-def test_the_weight_of_what_a_chunk_lacks_goes_to_its_other_signals(missing):
+def test_the_weight_of_a_missing_signal_goes_to_the_chunks_other_signals(missing):
     spec = Spec(weights={"model": 0.5, "token": 0.3, "vector": 0.2}, normalise=PLAIN)
     blend = fusion.blend({"model": [missing, 1.0], "token": [0.4, 0.4], "vector": [0.9, 0.9]}, spec)
     np.testing.assert_allclose(blend.scores, [(0.3 * 0.4 + 0.2 * 0.9) / 0.5, 0.5 + 0.12 + 0.18])
@@ -130,7 +130,7 @@ def test_the_weight_of_what_a_chunk_lacks_goes_to_its_other_signals(missing):
     assert math.isnan(blend.normalised["model"][0])
 
 
-def test_what_a_chunk_lacks_changes_no_bit_of_its_neighbours_scores():
+def test_a_missing_signal_changes_no_bit_of_other_chunks_scores():
     spec = Spec(weights={"model": 0.7, "token": 0.3, "vector": 0.1}, normalise=PLAIN)
     rows = np.random.default_rng(0).uniform(size=(3, 50))
     alone = fusion.fuse(dict(zip(spec.weights, rows, strict=True)), spec)
@@ -139,7 +139,7 @@ def test_what_a_chunk_lacks_changes_no_bit_of_its_neighbours_scores():
 
 
 @pytest.mark.parametrize("method", ["weighted", "rrf"])
-def test_a_signal_that_no_chunk_has_plays_no_part_and_is_named(method):
+def test_a_signal_that_no_chunk_has_is_inactive_and_listed_as_missing(method):
     spec = Spec(method, weights={"model": 0.7, "token": 0.3}, normalise=PLAIN)
     alone = fusion.fuse({"model": [0.2, 0.4]}, spec)
     for absent in (None, [None, math.nan], [math.inf, -math.inf]):
@@ -191,7 +191,7 @@ def test_no_signals_and_no_chunks_give_no_scores():
         ({"model": [[1.0]]}, Spec(), "shape"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_words(signals, spec, says):
+def test_invalid_signals_and_fusions_are_refused_with_a_message(signals, spec, says):
     with pytest.raises(ValueError, match=says):
         fusion.fuse(signals, spec)
 
@@ -227,7 +227,7 @@ def test_the_sigmoid_equals_its_textbook_form(logit):
     np.testing.assert_allclose(fusion.normalise_sigmoid([logit])[0], 1 / (1 + math.exp(-logit)), rtol=1e-12)
 
 
-def test_equal_values_are_neither_lifted_nor_sunk_by_minmax():
+def test_minmax_gives_equal_values_one_half():
     assert fusion.normalise_minmax([3.0, 3.0, None]).tolist()[:2] == [0.5, 0.5]
 
 
@@ -241,7 +241,7 @@ def slow_places(row):
 
 
 @given(st.lists(st.one_of(st.none(), st.sampled_from([0.0, 1.0, 2.0, 3.5])), max_size=8))
-def test_places_equal_their_slow_twin(row):
+def test_competition_ranks_equal_their_slow_twin(row):
     np.testing.assert_array_equal(competition_ranks(row), slow_places(row))
 
 
@@ -255,7 +255,7 @@ def test_the_constant_of_reciprocal_ranks_is_60_unless_another_is_named():
     assert fusion.reciprocal_rank_fusion({"a": [5.0]}, k=0, weights={"a": 0.5}).tolist() == [0.5]
 
 
-def test_reciprocal_ranks_of_nothing_are_nothing():
+def test_reciprocal_rank_fusion_takes_empty_signals_and_refuses_invalid_ones():
     assert fusion.reciprocal_rank_fusion({}).shape == (0,)
     assert fusion.reciprocal_rank_fusion({"a": []}).shape == (0,)
     with pytest.raises(ValueError, match="negative"):
@@ -283,21 +283,21 @@ def test_a_ranking_equals_its_slow_twin(scores, data, min_score, top_k):
 
 
 @given(st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=12), st.sampled_from([0.0, 0.3, 1e300]))
-def test_wherever_all_else_is_equal_the_order_is_that_of_the_logits_however_far_the_sigmoid_is_saturated(logits, token):
+def test_equal_scores_are_ordered_by_logits_however_saturated_the_sigmoid_is(logits, token):
     spec = Spec(weights={"model": 0.7, "token": token})
     scores = fusion.fuse({"model": logits, "token": [0.5] * len(logits)}, spec)
     ranked = fusion.rank(scores, logits=logits).tolist()
     assert ranked == sorted(range(len(logits)), key=lambda i: (-logits[i], i))
 
 
-def test_one_logit_per_score_is_needed_to_order_by_both():
+def test_rank_refuses_logits_of_another_length_than_the_scores():
     with pytest.raises(ValueError, match="one logit per score"):
         fusion.rank([1.0, 2.0], logits=[1.0])
 
 
 @pytest.mark.parametrize("weights", [(1e308, 1e308), (1.7e308, 1.7e308), (5e-324, 5e-324), (1e308, 5e-324)])
 @pytest.mark.parametrize("method", ["weighted", "rrf"])
-def test_whatever_weights_add_up_to_scores_are_finite_and_what_a_chunk_lacks_is_shared_out(method, weights):
+def test_extreme_weights_give_finite_scores_and_are_shared_out(method, weights):
     spec = Spec(method, weights=dict(zip(("model", "token"), weights, strict=True)), normalise=PLAIN)
     scores = fusion.fuse({"model": [0.9, 0.1, 0.9], "token": [0.5, 0.5, None]}, spec)
     assert np.isfinite(scores).all()
@@ -308,14 +308,14 @@ def test_whatever_weights_add_up_to_scores_are_finite_and_what_a_chunk_lacks_is_
         assert scores[2] >= scores[0]
 
 
-def test_reciprocal_ranks_take_any_constant_and_any_weight():
+def test_reciprocal_rank_fusion_takes_any_constant_and_any_weight():
     signals = {"model": [2.0, 1.0]}
     assert fusion.reciprocal_rank_fusion(signals, k=10**400).tolist() == pytest.approx([0.0, 0.0])
     all_signals = {name: [2.0, 1.0] for name in SIGNALS}
     assert np.isfinite(fusion.reciprocal_rank_fusion(all_signals, 0, dict.fromkeys(SIGNALS, 1.7e308))).all()
 
 
-def test_a_rule_that_is_not_named_is_the_signals_own():
+def test_a_signal_without_a_named_rule_follows_the_default_rule():
     signals = {"model": [0.0], "keyword": [3.0], "pagerank": [50.0], "tags": [0.5], "token": [0.5], "vector": [0.5]}
     blend = fusion.blend(signals, Spec(weights=dict.fromkeys(SIGNALS, 1.0)))
     assert {row.tolist()[0] for row in blend.normalised.values()} == {0.5}
@@ -343,7 +343,7 @@ def test_a_ranking_orders_numbers_of_any_type():
         ([-0.25, 0.0, 1.0], [0.0, 0.2, 1.0]),
     ],
 )
-def test_ragflows_rule_stretches_only_what_differs_and_leaves_its_range(raw, normalised):
+def test_ragflows_rule_stretches_values_only_outside_0_to_1_and_not_almost_equal(raw, normalised):
     np.testing.assert_allclose(fusion.normalise_ragflow(raw), normalised, rtol=1e-12)
 
 

@@ -96,7 +96,7 @@ def test_one_more_token_in_a_field_never_lowers_its_chunk(query, chunks, name, t
 @given(
     queries.filter(lambda query: any(w for _, w in query)), chunk_lists.filter(bool), st.sampled_from(FIELDS), tokens
 )
-def test_one_more_field_never_lowers_its_chunk_among_the_others(query, chunks, name, token):
+def test_one_more_matching_field_never_lowers_its_chunk_among_the_others(query, chunks, name, token):
     richer = chunks[0] | {name: [*chunks[0].get(name, []), token]}
     before = fusion.token_similarity(query, chunks, BOOSTS)
     after = fusion.token_similarity(query, [richer, *chunks[1:]], BOOSTS)
@@ -104,7 +104,7 @@ def test_one_more_field_never_lowers_its_chunk_among_the_others(query, chunks, n
     assert not overtaken.any()
 
 
-def test_contents_alone_give_the_share_of_the_query_that_is_covered():
+def test_coverage_of_contents_alone_is_the_covered_share_of_the_query():
     query = [("tide", 3.0), ("moon", 1.0)]
     for boosts in ({}, BOOSTS, {"title": 9.0}):
         scores = fusion.token_similarity(query, [{"content": ["tide"]}, {"content": ["moon", "tide"]}, {}], boosts)
@@ -113,7 +113,7 @@ def test_contents_alone_give_the_share_of_the_query_that_is_covered():
 
 # Summed one after the other these give more than numpy's own sum of them.
 @pytest.mark.parametrize("weights", [[0.1] * 16, [2.4, 2.0, 2.4, 2.9, 1.8, 1.8, 2.9, 1.1, 2.0]])
-def test_a_chunk_that_covers_all_of_a_query_is_covered_to_one_however_its_weights_round(weights):
+def test_full_coverage_is_exactly_one_however_weights_round(weights):
     query = [(f"token {at}", weight) for at, weight in enumerate(weights)]
     (score,) = fusion.token_similarity(query, [{"content": [token for token, _ in query]}])
     assert score == 1.0
@@ -127,7 +127,7 @@ def test_boosts_decide_the_order():
     assert fusion.rank(fusion.token_similarity(query, chunks, upside_down)).tolist() == [0, 1, 2, 3]
 
 
-def test_without_boosts_questions_are_left_out_and_the_others_count_once():
+def test_without_boosts_questions_do_not_count_and_other_fields_count_once():
     chunks = [{"content": ["tide"], "title": ["tide"]}, {"keywords": ["tide"]}, {"questions": ["tide"]}]
     assert fusion.token_similarity([("tide", 2.0)], chunks).tolist() == [1.0, 1.0, 0.0]
 
@@ -147,7 +147,7 @@ def test_a_query_without_token_weight_is_a_missing_signal():
         ([("tide", 1.0)], {"title": math.inf}),
     ],
 )
-def test_weights_and_boosts_that_make_no_sense_are_refused(query, boosts):
+def test_invalid_weights_and_boosts_are_refused(query, boosts):
     with pytest.raises(ValueError, match=r"finite|infinity"):
         fusion.token_similarity(query, [{"content": ["tide"]}], boosts)
 
@@ -207,7 +207,7 @@ def test_a_query_of_no_tokens_has_no_signal_but_covers_all_by_ragflows_rule(quer
 
 
 @given(queries, st.lists(st.lists(tokens, max_size=6), max_size=4))
-def test_ragflows_rule_over_ids_equals_ragflows_rule_over_tokens(query, lists):
+def test_ragflows_rule_over_hashes_equals_ragflows_rule_over_tokens(query, lists):
     signal = fusion.token_signal(
         "", query, [Chunk(tokens=held) for held in lists], Spec(token_rule="ragflow"), Analyser()
     )
@@ -238,7 +238,7 @@ print(json.dumps(token_signal("", query, chunks, spec, Analyser()).tolist()))
 
 
 @pytest.mark.parametrize("rule", ["ragflow", "coverage"])
-def test_chunks_that_cover_the_same_of_a_query_get_the_same_signal_in_every_process(rule):
+def test_equal_coverage_gives_equal_signals_in_every_process(rule):
     found = "tide moon gravity ocean wave"
     texts = [f"{found} " + " ".join(f"word{at}" for at in range(size)) for size in (0, 1, 3, 10, 40, 150)]
     query = [("tide", 0.1), ("moon", 0.2), ("graviti", 0.3), ("ocean", 0.7), ("wave", 0.15), ("absent", 0.15)]
@@ -261,7 +261,7 @@ def test_chunks_that_cover_the_same_of_a_query_get_the_same_signal_in_every_proc
 
 @pytest.mark.parametrize("rule", ["ragflow", "coverage"])
 @pytest.mark.parametrize("weight", [1e-300, 1e308, 1.7e308])
-def test_token_weights_of_any_size_give_the_shares_that_their_proportions_say(rule, weight):
+def test_token_weights_of_any_size_count_by_their_proportions(rule, weight):
     chunks = [Chunk("tide"), Chunk("moon"), Chunk("tide moon")]
     query = [("tide", weight), ("moon", weight)]
     signal = fusion.token_signal("", query, chunks, Spec(token_rule=rule), Analyser())

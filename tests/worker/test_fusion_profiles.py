@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from rerankq import Fusion
 from rerankq_worker import fusion
 from rerankq_worker.fusion import ragflow
 
@@ -71,6 +73,41 @@ def test_a_profile_has_the_tables_numbers(name):
     assert profile["weights"] == pytest.approx(weights)
     assert profile["boosts"] == boosts
     assert rules.items() <= profile["normalise"].items()
+
+
+def plain(text):
+    return " ".join(text.replace("#", " ").split())
+
+
+def test_contract_and_catalogue_name_the_default_rules_of_the_code():
+    rules = ", ".join(f"{signal} {rule}" for signal, rule in fusion.DEFAULT_RULES.items())
+    said = f"A signal that is not named follows, whatever the profile: {rules}"
+    assert said in plain(Fusion.model_fields["normalise"].description)
+    assert said in plain((ROOT / "conf" / "fusion.toml").read_text(encoding="utf-8"))
+
+
+def test_the_page_on_fusion_names_the_default_rules_of_the_code():
+    page = (ROOT / "docs" / "fusion.md").read_text(encoding="utf-8")
+    table = page.partition("| rule | formula | default for |")[2].partition("\n\n")[0]
+    said = {}
+    for line in table.splitlines()[2:]:
+        rules, *_, signals = (re.findall(r"`(\w+)`", cell) for cell in line.strip("|").split("|"))
+        # One rule for all its signals, or a rule for each group of them.
+        groups = (
+            line.rstrip("|").rpartition("|")[2].split(";") if len(rules) > 1 else [" ".join(f"`{s}`" for s in signals)]
+        )
+        said |= {s: rule for rule, group in zip(rules, groups, strict=True) for s in re.findall(r"`(\w+)`", group)}
+    assert said == dict(fusion.DEFAULT_RULES)
+    assert "A signal that a fusion does not name in `normalise` follows the defaults of this table" in plain(page)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_rule_that_no_profile_names_is_that_of_the_code(name):
+    profile = spec(name)
+    unnamed = SimpleNamespace(**{**vars(profile), "normalise": {}})
+    profile.normalise = dict(fusion.DEFAULT_RULES)
+    signals = {signal: [0.2, 0.9, 0.4] for signal in profile.weights}
+    np.testing.assert_array_equal(fusion.fuse(signals, unnamed), fusion.fuse(signals, profile))
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -152,11 +152,11 @@ def test_tags_written_as_json_as_a_literal_or_as_a_mapping_are_the_same(query, c
 
 
 @pytest.mark.parametrize("junk", ["", "  ", "null", "[1]", "{", "{1: 2}", "os.exit()", "[" * 100_000, [1], 3, True])
-def test_junk_in_place_of_tags_counts_as_no_tags(junk):
+def test_unreadable_tags_count_as_no_tags(junk):
     assert ragflow.rank_feature_scores({"tide": 1}, [{"tag_feas": junk, "pagerank_fea": 4}]).tolist() == [4.0]
 
 
-def test_tags_that_are_no_finite_numbers_are_dropped():
+def test_tags_without_finite_numbers_are_dropped():
     tags = {"tide": 1, "on": True, "word": "3", "nan": math.nan, "huge": 10**400, 7: 1, "  ": 2, "none": None}
     query = dict.fromkeys(["tide", "on", "word", "nan", "huge"], 1.0)
     expected = ragflow.rank_feature_scores(query, [{"tag_feas": {"tide": 1}}])

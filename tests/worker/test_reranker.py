@@ -185,7 +185,7 @@ def test_a_ranking_is_what_plain_scoring_and_plain_fusion_say(world: World, job:
         assert again.usage.tokens == 0
 
 
-def test_only_what_is_not_known_is_computed(world: World):
+def test_only_pairs_that_are_not_cached_are_computed(world: World):
     world.rank(job(TEXTS[:2]))
     before = sum(world.engine.computed.values())
     ranking = world.rank(job())
@@ -210,9 +210,7 @@ class NoisyEngine(ScriptedEngine):
 
 
 @pytest.mark.parametrize("way", ["use", "refresh", "bypass"])
-def test_equal_pairs_of_a_job_are_computed_once_and_scored_equally_whatever_becomes_of_the_cache(
-    world: World, way: str
-):
+def test_equal_pairs_of_a_job_are_computed_once_and_scored_equally_in_every_cache_mode(world: World, way: str):
     noisy = NoisyEngine()
     with Batcher(noisy, max_batch_tokens=24) as batcher:
         reranker = Reranker(LocalScorer(noisy, batcher, ScoreCache(world.client, ttl_s=60)), Analyser(), name="noisy")
@@ -271,7 +269,7 @@ def test_chunks_that_differ_in_their_logits_alone_are_ordered_by_them_however_sa
     assert [chunk.model_logit for chunk in ranking.chunks] == sorted(logits, reverse=True)
 
 
-def test_a_signal_with_a_weight_that_no_chunk_has_is_named(world: World):
+def test_a_weighted_signal_that_no_chunk_has_is_listed_as_missing(world: World):
     ranking = world.rank(job(fusion=profiles()["elasticsearch"]))
     assert {tuple(chunk.missing) for chunk in ranking.chunks} == {("vector", "keyword")}
     assert_plain(ranking, job(fusion=profiles()["elasticsearch"]))
@@ -288,7 +286,7 @@ def test_tags_are_missing_only_where_the_query_has_some(world: World, profile: s
     assert [(chunk.missing, chunk.scores["tags"]) for chunk in tagged.chunks] == [([], 1.0)] * 3
 
 
-def test_a_logit_that_is_no_number_fails_its_job(world: World):
+def test_a_nan_logit_fails_its_job(world: World):
     told = Told({"fine": 1.0, "odd": float("nan")})
     with Batcher(told) as batcher:
         reranker = Reranker(LocalScorer(told, batcher, ScoreCache(world.client, ttl_s=60)), Analyser(), name="told")
@@ -300,7 +298,7 @@ def test_a_logit_that_is_no_number_fails_its_job(world: World):
         assert reranker.rank("id", fine, Work(), priority="bulk", waited_s=0).chunks[0].model_logit == 1.0
 
 
-def test_a_least_score_is_judged_by_scores_however_few_chunks_there_are(world: World):
+def test_a_job_with_min_score_is_scored_however_few_chunks_it_has(world: World):
     few = job(skip_at_or_below=10, min_score=0.5)
     ranking = world.rank(few)
     assert not ranking.skipped
@@ -308,7 +306,7 @@ def test_a_least_score_is_judged_by_scores_however_few_chunks_there_are(world: W
     assert all(chunk.score >= 0.5 for chunk in ranking.chunks)
 
 
-def test_a_ranking_tells_waiting_for_the_device_from_computing(world: World, monkeypatch: pytest.MonkeyPatch):
+def test_timings_separate_waiting_for_the_device_from_inference(world: World, monkeypatch: pytest.MonkeyPatch):
     submit = world.batcher.submit
 
     def busy(*args, **named):
@@ -324,13 +322,13 @@ def test_a_ranking_tells_waiting_for_the_device_from_computing(world: World, mon
     assert (known.timings_ms.inference, known.timings_ms.waiting) == (0, 0)
 
 
-def test_another_query_length_or_cut_shares_no_score(world: World):
+def test_jobs_that_differ_in_query_max_length_or_query_budget_share_no_score(world: World):
     world.rank(job())
     for other in (job(query="another"), job(max_length=16), job(query_max_tokens=2)):
         assert world.rank(other).usage.cached_pairs == 0
 
 
-def test_a_length_beyond_the_models_is_the_models(world: World):
+def test_a_max_length_beyond_the_models_own_is_the_models_own(world: World):
     world.rank(job())
     assert world.rank(job(max_length=100_000)).usage.cached_pairs == len(TEXTS)
 
@@ -378,7 +376,7 @@ def test_a_job_with_few_chunks_keeps_its_order_and_touches_neither_engine_nor_ca
     assert not world.rank(job(skip_at_or_below=4)).skipped
 
 
-def test_a_model_of_no_weight_is_not_asked(world: World):
+def test_a_model_without_weight_is_not_run(world: World):
     chunks = [{"text": text, "vector_score": at / 10} for at, text in enumerate(TEXTS)]
     wanted = job(chunks, fusion=Fusion(weights={"model": 0, "vector": 1}))
     ranking = world.rank(wanted)
@@ -414,7 +412,7 @@ def test_a_ranking_says_how_many_chunks_were_left_out(world: World):
     assert world.rank(job(skip_at_or_below=5, top_k=3)).dropped == len(TEXTS) - 3
 
 
-def test_a_cut_pair_says_so_computed_or_cached(world: World):
+def test_a_truncated_pair_is_flagged_whether_computed_or_cached(world: World):
     long = job(["short", "word " * 5_000])
     for ranking in (world.rank(long), world.rank(long)):
         assert {chunk.index: chunk.truncated for chunk in ranking.chunks} == {0: False, 1: True}
@@ -422,7 +420,7 @@ def test_a_cut_pair_says_so_computed_or_cached(world: World):
 
 
 @pytest.mark.parametrize("known", [(0,), (1,), (0, 2), (1, 3)])
-def test_a_cut_pair_says_so_from_the_cache_whichever_of_its_neighbours_were_known_before(
+def test_a_truncated_pair_from_the_cache_is_flagged_whichever_of_its_neighbours_were_cached(
     world: World, known: tuple[int, ...]
 ):
     texts = ["short", "word " * 5_000, "also short", "others " * 5_000, "last"]
@@ -434,7 +432,7 @@ def test_a_cut_pair_says_so_from_the_cache_whichever_of_its_neighbours_were_know
     assert ranking.usage.cached_pairs == len(texts)
 
 
-def test_ids_text_and_metadata_come_back_as_they_went(world: World):
+def test_ids_texts_and_metadata_are_returned_unchanged(world: World):
     chunks = [{"text": "a", "id": "mine", "metadata": {"page": [1, None]}}, {"text": "b"}]
     by_index = {chunk.index: chunk for chunk in world.rank(job(chunks, return_text=True)).chunks}
     assert (by_index[0].id, by_index[0].text, by_index[0].metadata) == ("mine", "a", {"page": [1, None]})
@@ -442,12 +440,12 @@ def test_ids_text_and_metadata_come_back_as_they_went(world: World):
     assert world.rank(job(chunks)).chunks[0].text is None
 
 
-def test_a_ranking_survives_its_way_over_the_wire(world: World):
+def test_a_ranking_is_equal_after_serialisation(world: World):
     ranking = world.rank(job([{"text": text, "metadata": {"n": 1}} for text in TEXTS], fusion=profiles()["default"]))
     assert Ranking.model_validate_json(ranking.model_dump_json()) == ranking
 
 
-def test_usage_and_times_are_told(world: World):
+def test_a_ranking_reports_usage_timings_and_model(world: World):
     ranking = world.rank(job(TEXTS[:2]))
     pairs = world.engine.tokenise("why do tides rise", TEXTS[:2])
     assert (ranking.usage.pairs, ranking.usage.tokens) == (2, sum(pair.length for pair in pairs))
@@ -456,14 +454,14 @@ def test_usage_and_times_are_told(world: World):
     assert (ranking.model.name, ranking.model.fingerprint) == ("stub model", world.engine.fingerprint)
 
 
-def test_what_this_worker_cannot_do_fails_in_words(world: World):
+def test_jobs_that_ask_for_windows_or_name_a_profile_fail_with_a_message(world: World):
     with pytest.raises(JobFailed, match="window"):
         world.rank(job(long_chunks="window"))
     with pytest.raises(JobFailed, match="default"):
         world.rank(RerankJob(query="q", chunks=["x"], fusion="default"))
 
 
-def test_a_pair_that_cannot_be_scored_fails_its_job_in_words_and_no_other(world: World):
+def test_a_pair_that_cannot_be_scored_fails_its_job_and_no_other(world: World):
     wanted = [job([f"chunk {number}", "fine"]) for number in range(6)]
     with ThreadPoolExecutor(7) as threads:
         fine = [threads.submit(world.rank, one) for one in wanted]
@@ -473,7 +471,7 @@ def test_a_pair_that_cannot_be_scored_fails_its_job_in_words_and_no_other(world:
             assert_plain(ranking.result(WAIT_S), one)
 
 
-def test_a_closed_engine_is_said_as_such(world: World):
+def test_a_job_on_a_closed_engine_raises_engine_closed(world: World):
     world.batcher.close()
     with pytest.raises(EngineClosed):
         world.rank(job())
@@ -518,7 +516,7 @@ def test_a_job_cancelled_while_it_runs_stops_before_its_next_micro_batch(held: W
     assert held.client.keys("*") == [], "half a job is not remembered"
 
 
-def test_pairs_that_another_job_waits_for_come_although_their_owner_was_cancelled(held: World):
+def test_pairs_that_another_job_waits_for_are_computed_although_their_own_job_was_cancelled(held: World):
     work, wanted = Work(), job([f"chunk number {number} of many" for number in range(20)])
     with ThreadPoolExecutor(2) as threads:
         owner = threads.submit(held.rank, wanted, work)
@@ -555,7 +553,7 @@ def test_progress_counts_known_pairs_and_computed_ones(world: World):
     assert work.pairs_done == len(TEXTS)
 
 
-def test_cancelling_what_has_ended_harms_nothing(world: World):
+def test_cancelling_an_ended_job_has_no_effect(world: World):
     work = Work()
     world.rank(job(), work)
     work.cancel()
@@ -567,7 +565,7 @@ def test_odd_texts_are_ranked(world: World, texts: list[str]):
     assert_plain(world.rank(job(texts)), job(texts))
 
 
-def test_ten_thousand_chunks_are_ranked_as_plainly_as_one(world: World):
+def test_ten_thousand_chunks_are_ranked_by_their_logits(world: World):
     many = job([f"chunk {number % 700} {'tide ' * (number % 5)}" for number in range(10_000)], top_k=2048)
     ranking = world.rank(many)
     assert len(ranking.chunks) == 2048

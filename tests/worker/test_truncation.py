@@ -104,7 +104,7 @@ def words(most):
 )
 @example(query="fever " * 200, chunks=["pain", "", "pain " * 200], max_length=MAX_LENGTH, query_max_tokens=1)
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_tokeniser_cuts_by_the_one_rule(ways, name, query, chunks, max_length, query_max_tokens):
+def test_every_tokeniser_truncates_by_pair_limits(ways, name, query, chunks, max_length, query_max_tokens):
     pairs, ids, framed = ways[name]
     frame = len(framed([], []))
     options = {"max_length": max_length, "query_max_tokens": query_max_tokens}
@@ -115,7 +115,7 @@ def test_every_tokeniser_cuts_by_the_one_rule(ways, name, query, chunks, max_len
 
 
 @given(query=st.integers(0, 200), chunk=st.integers(0, 200), room=st.integers(2, 130), budget=st.integers(1, 200))
-def test_the_rule_equals_its_slow_twin(query, chunk, room, budget):
+def test_pair_limits_equal_their_slow_twin(query, chunk, room, budget):
     limits = PairLimits.within(room + 3, special_tokens=3, query_max_tokens=budget)
     read, told, _ = twin(range(query), range(chunk), frame=3, max_length=room + 3, query_max_tokens=budget)
     assert limits.kept(query, chunk) == (len(read), len(told))
@@ -133,7 +133,7 @@ def test_the_same_query_is_whole_beside_a_short_chunk_and_cut_beside_a_long_one(
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_a_long_query_beside_a_long_chunk_is_cut_as_fast_as_a_short_one(ways, name):
+def test_a_long_query_and_a_long_chunk_are_truncated_to_their_first_tokens(ways, name):
     pairs, ids, framed = ways[name]
     query, chunk = "fever " * 9_000, "pain " * 9_000
     [pair] = pairs(query, [chunk], query_max_tokens=1)
@@ -143,12 +143,12 @@ def test_a_long_query_beside_a_long_chunk_is_cut_as_fast_as_a_short_one(ways, na
     assert pair.ids.tolist() == framed(read, told)
 
 
-def test_scores_under_another_rule_are_not_read_as_those_of_this_one():
+def test_another_truncation_rule_gives_another_fingerprint():
     options = {"max_length": 512, "query_max_tokens": 128, "long_chunks": "truncate"}
     now, before = (score_fingerprint("engine", **options, rule=rule) for rule in (PairLimits.RULE, "another"))
     assert now != before
 
 
-def test_a_pair_of_no_tokens_cannot_be_made():
+def test_a_pair_without_tokens_is_refused():
     with pytest.raises(PairFailed, match="not one token"):
         TokenisedPair(np.empty(0, np.int32), 0, truncated=False)

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from rerankq.contract import Fusion, ModelName, Priority, Ranking, RerankJob, Timings, Usage
 from rerankq.errors import JobFailed
 
-from .fusion import FusionSpec, blend, rank_feature_scores, signals_needed, token_signal
-from .fusion.analyser import Analyser
+from .fusion import Analyser, FusionSpec, blend, rank_feature_scores, signals_needed, token_signal
 from .ranking import ranked_chunks, ranking_of, unscored_chunks
 from .scoring import Scored, ScoreOptions, Scorer
 from .work import Work

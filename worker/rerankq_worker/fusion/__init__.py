@@ -1,5 +1,6 @@
 """Fusion: pure functions from a job's signals to one score per chunk, and to an order."""
 
+from . import ragflow
 from .analyser import Analyser, analyse, warm
 from .blending import DEFAULT_RULES, Blend, FusionSpec, blend, fuse, signals_needed
 from .coverage import idf_weights, token_similarity
@@ -23,6 +24,7 @@ __all__ = [
     "normalise_percent",
     "normalise_ragflow",
     "normalise_sigmoid",
+    "ragflow",
     "rank",
     "rank_feature_scores",
     "reciprocal_rank_fusion",

@@ -5,7 +5,7 @@ of jieba. Words of other alphabets stay whole; scripts without blanks that have 
 and their neighbours) become pairs of neighbouring characters. What analysing costs, and what the pure Python peers of
 both libraries cost, is measured in ``benchmarks/analyser_cost.py``.
 
-An :class:`Analyser` remembers what it analysed as 64-bit token ids, so that a chunk that many jobs bring costs once.
+An :class:`Analyser` remembers what it analysed as 64-bit token hashes, so that a chunk that many jobs bring costs once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import rjieba
 import Stemmer
 from numpy.typing import NDArray
 
-from .ragflow import chunk_keys
+from .bigrams import chunk_keys
 from .stopwords import CHINESE, ENGLISH
 
-Ids = NDArray[np.int64]
+Hashes = NDArray[np.int64]
 
 #: Characters of a text that are analysed, up to the white space before: 16 for each of the 8192 tokens that the longest
 #: models read. What lies beyond is read by no model, and a text of megabytes would take seconds.
@@ -117,13 +117,13 @@ def warm() -> None:
 class Analyser:
     """Analyses texts and remembers the outcome, for many threads at once.
 
-    What is remembered stays under ``capacity_bytes``, least recently used first to go. Ids are 64-bit hashes that hold
+    What is remembered stays under ``capacity_bytes``, least recently used first to go. Hashes have 64 bits and hold
     within this process only.
     """
 
     def __init__(self, *, capacity_bytes: int = 64 * 2**20) -> None:
         self._capacity = capacity_bytes
-        self._known: OrderedDict[int, Ids] = OrderedDict()
+        self._known: OrderedDict[int, Hashes] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
@@ -131,19 +131,19 @@ class Analyser:
         """Cut a text into its tokens; see :func:`analyse`."""
         return analyse(text)
 
-    def token_hashes(self, texts: Sequence[str]) -> list[Ids]:
-        """Give the ids of the distinct tokens of each text; read-only."""
+    def token_hashes(self, texts: Sequence[str]) -> list[Hashes]:
+        """Hash the distinct tokens of each text; arrays are read-only, in no order."""
         texts = [read_part(text) for text in texts]
         keys = [hash(("tokens", text)) if text else _NO_TEXT for text in texts]
         return self._remember(keys, lambda at: token_hashes(analyse(texts[at])))
 
-    def ragflow_ids(self, chunks: Sequence[tuple[str, ...]]) -> list[Ids]:
-        """Give the ids of the unigrams and bigrams that RAGFlow's rule looks at, for each chunk's fields; read-only.
+    def bigram_hashes(self, chunks: Sequence[tuple[str, ...]]) -> list[Hashes]:
+        """Hash the unigrams and bigrams of each chunk's fields, which follow each other; arrays are read-only.
 
         Fields in RAGFlow's order: content, title, and each keyword.
         """
         chunks = [tuple(map(read_part, fields)) for fields in chunks]
-        keys = [hash(("ragflow", *fields)) for fields in chunks]
+        keys = [hash(("bigrams", *fields)) for fields in chunks]
         return self._remember(
             keys, lambda at: token_hashes(chunk_keys([token for field in chunks[at] for token in analyse(field)]))
         )
@@ -152,42 +152,43 @@ class Analyser:
         """Load what analysing needs; see :func:`warm`."""
         warm()
 
-    def _remember(self, keys: Sequence[int], compute: Callable[[int], Ids]) -> list[Ids]:
-        # Under Python's own hash, keyed per process as those of the tokens are: a digest that nobody could find a twin
-        # of by trying would cost more than all the rest of a job whose texts are known.
+    def _remember(self, keys: Sequence[int], compute: Callable[[int], Hashes]) -> list[Hashes]:
+        # Under Python's own hash, keyed per process as those of the tokens are: a collision-resistant digest costs more
+        # than all the rest of a job whose texts are known.
         with self._lock:
-            known = [_NO_IDS if key == _NO_TEXT else self._recall(key) for key in keys]
+            known = [_NO_HASHES if key == _NO_TEXT else self._recall(key) for key in keys]
         # Outside the lock: two threads may analyse the same text at once, which costs less than waiting for another's.
         unknown = {key: at for at, key in enumerate(keys) if known[at] is None}
         fresh = {key: compute(at) for key, at in unknown.items()}
         if fresh:
             with self._lock:
-                for key, ids in fresh.items():
-                    self._keep(key, ids)
-        return [fresh[key] if ids is None else ids for key, ids in zip(keys, known, strict=True)]
+                for key, hashes in fresh.items():
+                    self._keep(key, hashes)
+        return [fresh[key] if hashes is None else hashes for key, hashes in zip(keys, known, strict=True)]
 
-    def _recall(self, key: int) -> Ids | None:
-        ids = self._known.get(key)
-        if ids is not None:
+    def _recall(self, key: int) -> Hashes | None:
+        hashes = self._known.get(key)
+        if hashes is not None:
             self._known.move_to_end(key)
-        return ids
+        return hashes
 
-    def _keep(self, key: int, ids: Ids) -> None:
+    def _keep(self, key: int, hashes: Hashes) -> None:
         # A text of the size of the whole memory would throw out everything for one entry.
-        if key in self._known or _size(ids) > self._capacity // 8:
+        if key in self._known or _size(hashes) > self._capacity // 8:
             return
-        self._known[key] = ids
-        self._bytes += _size(ids)
+        self._known[key] = hashes
+        self._bytes += _size(hashes)
         while self._bytes > self._capacity:
             _, oldest = self._known.popitem(last=False)
             self._bytes -= _size(oldest)
 
 
-_NO_HASHES: Ids = np.zeros(0, dtype=np.int64)
+_NO_HASHES: Hashes = np.zeros(0, dtype=np.int64)
+_NO_HASHES.flags.writeable = False
 
 
-def token_hashes(tokens: Iterable[str]) -> Ids:
-    """Give distinct tokens their ids: Python's own 64-bit hash, keyed per process and already inside each string."""
+def token_hashes(tokens: Iterable[str]) -> Hashes:
+    """Hash distinct tokens: Python's own 64-bit hash, keyed per process and already inside each string."""
     distinct: set[str] = set()
     rest = iter(tokens)
     # In pieces, between which other threads get their turn: a caller may bring millions.
@@ -197,19 +198,18 @@ def token_hashes(tokens: Iterable[str]) -> Ids:
     parts = [_NO_HASHES]
     while piece := list(islice(held, _PIECE)):
         parts.append(np.fromiter(map(hash, piece), dtype=np.int64, count=len(piece)))
-    ids = np.concatenate(parts)
-    ids.flags.writeable = False
-    return ids
+    hashes = np.concatenate(parts)
+    hashes.flags.writeable = False
+    return hashes
 
 
-_NO_IDS = token_hashes(())
-# Stands for the empty text, which is not worth a place in the memory. No hash is -1.
+# Stands for the empty text, which is not worth an entry. No hash is -1.
 _NO_TEXT = -1
 
 
-def _size(ids: Ids) -> int:
-    # What an entry costs besides its numbers: array, key, its place in the mapping (rounded up).
-    return ids.nbytes + 400
+def _size(hashes: Hashes) -> int:
+    # What an entry costs besides its numbers: array, key, its slot of the mapping (rounded up).
+    return hashes.nbytes + 400
 
 
 def _parted(text: str) -> Iterator[str]:
@@ -237,7 +237,7 @@ def _normalised(text: str) -> str:
 
 
 def _pairs(run: str) -> list[str]:
-    return [run] if len(run) == 1 else [run[place : place + 2] for place in range(len(run) - 1)]
+    return [run] if len(run) == 1 else [run[at : at + 2] for at in range(len(run) - 1)]
 
 
 # Words repeat: remembering one costs less than looking at it again.

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .normalise import RULES, known
-from .ragflow import scale_of
 from .ranks import reciprocal_rank_fusion
+from .weights import scale_of
 
 Floats = NDArray[np.float64]
 
@@ -74,7 +74,7 @@ class FusionSpec(Protocol):
 class Blend:
     """Fused scores with what made them.
 
-    ``scores`` has shape ``(chunks,)``; ``normalised`` holds each signal in play, NaN where a chunk lacks it;
+    ``scores`` has shape ``(chunks,)``; ``normalised`` holds each active signal, NaN where a chunk lacks it;
     ``missing`` names, for each chunk, the signals with a weight that it lacks, alone or with all others.
     """
 
@@ -100,9 +100,9 @@ def fuse(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> Floats:
 def blend(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> Blend:
     """Fuse the signals, and keep what made the scores.
 
-    In play are the signals with a weight above zero that at least one chunk has; the weight of another is dropped, and
+    Active are the signals with a weight above zero that at least one chunk has; the weight of another is dropped, and
     every chunk's ``missing`` names it. ``weighted`` adds up weight times normalised value, undivided; weights beyond
-    1e200 are made smaller, all alike. Where a chunk lacks a signal in play, its weight is shared out over that chunk's
+    1e200 are made smaller, all alike. Where a chunk lacks an active signal, its weight is shared out over that chunk's
     other signals in proportion to theirs. A signal whose rule is ``raw`` is an extra on top: it neither gives nor
     receives shares. ``rrf`` adds up reciprocal ranks (:func:`~rerankq_worker.fusion.ranks.reciprocal_rank_fusion`). A
     chunk without any signal scores 0.
@@ -119,18 +119,18 @@ def blend(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> Blend:
     scale = scale_of(list(fusion.weights.values()))
     weights = {name: max(weight * scale, _SMALLEST) for name, weight in fusion.weights.items() if weight}
     # In the fixed order of DEFAULT_RULES, so that sums do not depend on how a caller orders a mapping.
-    in_play = [name for name in DEFAULT_RULES if _plays(rows.get(name), fusion.weights.get(name, 0.0))]
-    rules = {name: fusion.normalise.get(name, DEFAULT_RULES[name]) for name in in_play}
+    active = [name for name in DEFAULT_RULES if _is_active(rows.get(name), fusion.weights.get(name, 0.0))]
+    rules = {name: fusion.normalise.get(name, DEFAULT_RULES[name]) for name in active}
     normalised = {name: RULES[rule](rows[name]) for name, rule in rules.items()}
     if fusion.method == "rrf":
-        shares = reciprocal_rank_fusion({name: rows[name] for name in in_play}, fusion.rrf_k, weights)
-        scores = shares if in_play else np.zeros(chunks)
+        shares = reciprocal_rank_fusion({name: rows[name] for name in active}, fusion.rrf_k, weights)
+        scores = shares if active else np.zeros(chunks)
     else:
         shared = {name: row for name, row in normalised.items() if rules[name] != "raw"}
         extra = {name: row for name, row in normalised.items() if rules[name] == "raw"}
         scores = _shared_sum(shared, weights, chunks) + _plain_sum(extra, weights, chunks)
-    weighed = [name for name in DEFAULT_RULES if fusion.weights.get(name, 0.0) > 0]
-    return Blend(scores, normalised, _missing(weighed, normalised, chunks))
+    weighted = [name for name in DEFAULT_RULES if fusion.weights.get(name, 0.0) > 0]
+    return Blend(scores, normalised, _missing(weighted, normalised, chunks))
 
 
 def _check(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> None:
@@ -146,7 +146,7 @@ def _check(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> None:
         raise ValueError(f"weights must be finite and not negative: {dict(fusion.weights)}")
 
 
-def _plays(row: Floats | None, weight: float) -> bool:
+def _is_active(row: Floats | None, weight: float) -> bool:
     return row is not None and weight > 0 and not np.isnan(row).all()
 
 
@@ -182,9 +182,9 @@ def _bounded(weight: float, row: Floats) -> Floats:
         return np.clip(weight * row, -limit, limit)
 
 
-def _missing(weighed: Sequence[str], rows: Mapping[str, Floats], chunks: int) -> list[list[str]]:
+def _missing(weighted: Sequence[str], rows: Mapping[str, Floats], chunks: int) -> list[list[str]]:
     missing: list[list[str]] = [[] for _ in range(chunks)]
-    for name in weighed:
+    for name in weighted:
         for position in np.flatnonzero(np.isnan(rows[name])) if name in rows else range(chunks):
             missing[position].append(name)
     return missing

@@ -5,8 +5,8 @@ boosts of the fields that hold it, the token is covered to ``X / (1 + X)``. That
 frequencies and no length normalisation (Robertson, Zaragoza and Taylor, "Simple BM25 extension to multiple weighted
 fields", CIKM 2004). It is divided by the same for all fields that occur in the job, so that a job with contents alone
 gives exactly the share of the query's weight that each chunk covers. One more field thus never lowers its chunk among
-the others; a field that no chunk had before lengthens the yardstick for the whole job alike. Nothing here depends on
-how a chunk's tokens were found.
+the others; a field that no chunk had before raises the divisor for the whole job alike. Nothing here depends on how a
+chunk's tokens were found.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .ragflow import scale_of
+from .weights import scale_of
 
 Floats = NDArray[np.float64]
-Places = NDArray[np.intp]
+Positions = NDArray[np.intp]
 
 FIELDS = ("content", "title", "keywords", "questions")
 # Without boosts a token counts once, wherever among these it is found.
@@ -38,22 +38,22 @@ class Matches:
     In order of chunks, then of tokens: sums over them are the same in every process.
     """
 
-    chunks: Places
-    tokens: Places
+    chunks: Positions
+    tokens: Positions
 
 
 def idf_weights(query_tokens: Sequence[str], chunks_tokens: Sequence[Iterable[str]]) -> list[tuple[str, float]]:
     """Weigh each distinct token of the query by its rarity among the job's chunks; weights are above zero.
 
     ``ln(1 + (N - n + 0.5) / (n + 0.5))`` for a token that n of N chunks hold (the idf of BM25 as Lucene computes it).
-    A token that the query repeats is one token, at its first place.
+    A token that the query repeats is one token, at its first position.
 
     >>> [(token, round(weight, 2)) for token, weight in idf_weights(["tide", "moon", "tide"], [["moon"], ["moon"]])]
     [('tide', 1.79), ('moon', 0.18)]
     """
     distinct = list(dict.fromkeys(query_tokens))
-    finds = find(distinct, [frozenset(tokens) for tokens in chunks_tokens])
-    return list(zip(distinct, idf([finds], len(distinct), len(chunks_tokens)).tolist(), strict=True))
+    matches = find(distinct, [frozenset(tokens) for tokens in chunks_tokens])
+    return list(zip(distinct, idf([matches], len(distinct), len(chunks_tokens)).tolist(), strict=True))
 
 
 def token_similarity(
@@ -79,13 +79,13 @@ def token_similarity(
     """
     tokens, weights = sum_repeats(query_tokens)
     sets = {name: [frozenset(chunk.get(name, ())) for chunk in chunks_fields] for name in active_fields(boosts or {})}
-    finds = {name: find(tokens, chunks) for name, chunks in sets.items()}
+    matches = {name: find(tokens, chunks) for name, chunks in sets.items()}
     occurring = {name for name, chunks in sets.items() if any(chunks)}
-    return covered(weights, finds, occurring, boosts or {}, len(chunks_fields))
+    return covered(weights, matches, occurring, boosts or {}, len(chunks_fields))
 
 
 def sum_repeats(query_tokens: Sequence[tuple[str, float]]) -> tuple[list[str], Floats]:
-    """Join repeated tokens, adding their weights; where those are huge, all are made smaller alike.
+    """Sum the weights of repeated tokens; where weights are huge, all are scaled down alike.
 
     Raises:
         ValueError: if a weight is negative or not finite.
@@ -100,12 +100,12 @@ def sum_repeats(query_tokens: Sequence[tuple[str, float]]) -> tuple[list[str], F
 
 
 def active_fields(boosts: Mapping[str, float]) -> dict[str, float]:
-    """Tell which fields take part, and with which boost.
+    """Name the fields that count, with their boosts.
 
     Raises:
         ValueError: on a field that does not exist, or a boost that is negative or not finite.
 
-    >>> playing({}), playing({"title": 2, "keywords": 0})
+    >>> active_fields({}), active_fields({"title": 2, "keywords": 0})
     ({'content': 1.0, 'title': 1.0, 'keywords': 1.0}, {'content': 1.0, 'title': 2})
     """
     if not boosts:
@@ -118,15 +118,15 @@ def active_fields(boosts: Mapping[str, float]) -> dict[str, float]:
 
 def find(tokens: Sequence[str], chunks: Sequence[AbstractSet[str]]) -> Matches:
     """Look for distinct tokens in each chunk's set."""
-    places = {token: place for place, token in enumerate(tokens)}
-    pairs = sorted((chunk, places[token]) for chunk, held in enumerate(chunks) for token in places.keys() & held)
+    positions = {token: position for position, token in enumerate(tokens)}
+    pairs = sorted((chunk, positions[token]) for chunk, held in enumerate(chunks) for token in positions.keys() & held)
     rows = np.array(pairs, dtype=np.intp).reshape(-1, 2)
     return Matches(rows[:, 0], rows[:, 1])
 
 
-def idf(finds: Iterable[Matches], tokens: int, chunks: int) -> Floats:
+def idf(matches: Iterable[Matches], tokens: int, chunks: int) -> Floats:
     """Compute the idf of each of the query's tokens; a chunk counts once in however many fields it holds the token."""
-    listed = list(finds)
+    listed = list(matches)
     held, _ = _cells(listed, [1.0] * len(listed), tokens)
     frequency = np.bincount(held % tokens, minlength=tokens) if tokens else np.zeros(0)
     weights: Floats = np.log1p((chunks - frequency + 0.5) / (frequency + 0.5))
@@ -134,14 +134,14 @@ def idf(finds: Iterable[Matches], tokens: int, chunks: int) -> Floats:
 
 
 def covered(
-    weights: Floats, finds: Mapping[str, Matches], occurring: Iterable[str], boosts: Mapping[str, float], chunks: int
+    weights: Floats, matches: Mapping[str, Matches], occurring: Iterable[str], boosts: Mapping[str, float], chunks: int
 ) -> Floats:
-    """Turn finds by field into coverages of shape ``(chunks,)``; see :func:`token_similarity`."""
+    """Turn matches by field into coverages of shape ``(chunks,)``; see :func:`token_similarity`."""
     total = weights.sum()
     if not total > 0:
         return np.full(chunks, np.nan)
     fields = {name: boost for name, boost in active_fields(boosts).items() if name in set(occurring)}
-    cells, strengths = _cells([finds[name] for name in fields], list(fields.values()), weights.size)
+    cells, strengths = _cells([matches[name] for name in fields], list(fields.values()), weights.size)
     shares = _saturated(strengths, sum(fields.values())) if boosts else np.ones(cells.size)
     earned = np.bincount(cells // weights.size, shares * weights[cells % weights.size], minlength=chunks)
     coverage: Floats = np.clip(earned / total, 0.0, 1.0)
@@ -154,14 +154,14 @@ def _saturated(strengths: Floats, most: float) -> Floats:
     return shares
 
 
-def _cells(finds: Sequence[Matches], boosts: Sequence[float], tokens: int) -> tuple[Places, Floats]:
-    """Join finds into the distinct cells (chunk x tokens + token) with the sum of their boosts.
+def _cells(matches: Sequence[Matches], boosts: Sequence[float], tokens: int) -> tuple[Positions, Floats]:
+    """Join matches into the distinct cells (chunk x tokens + token) with the sum of their boosts.
 
     Sparse on purpose: a table of all chunks by all tokens of a long query would not fit into memory.
     """
-    if not finds or not tokens:
+    if not matches or not tokens:
         return np.zeros(0, dtype=np.intp), np.zeros(0)
-    keys = np.concatenate([found.chunks * tokens + found.tokens for found in finds])
-    strengths = np.repeat(boosts, [found.chunks.size for found in finds])
-    cells, place = np.unique(keys, return_inverse=True)
-    return cells, np.bincount(place, strengths, minlength=cells.size).astype(np.float64)
+    keys = np.concatenate([found.chunks * tokens + found.tokens for found in matches])
+    strengths = np.repeat(boosts, [found.chunks.size for found in matches])
+    cells, cell_of = np.unique(keys, return_inverse=True)
+    return cells, np.bincount(cell_of, strengths, minlength=cells.size).astype(np.float64)

@@ -11,9 +11,10 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .ragflow import FLAT_SPAN
-
 Floats = NDArray[np.float64]
+
+# RAGFlow's range-aware rule does not stretch values that lie closer together than this.
+FLAT_SPAN = 1e-3
 
 
 def known(values: ArrayLike) -> Floats:

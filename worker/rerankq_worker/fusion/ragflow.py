@@ -10,7 +10,7 @@ Six plain functions over lists. Formulas as RAGFlow computes them at commit b1b8
 - one NaN among the model's scores makes every score NaN;
 - pagerank is added raw, tags as ten times their cosine.
 
-Our own fusion (:mod:`rerankq_worker.fusion.blending`) shares none of these.
+Our own fusion (:mod:`rerankq_worker.fusion.blending`) shares none of these, and imports nothing from here.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .bigrams import SMOOTHING, Tokens, chunk_keys, query_keys
+from .normalise import FLAT_SPAN
+
 Floats = NDArray[np.float64]
-Tokens = Sequence[tuple[str, float]]
 Fields = Mapping[str, Any]
 
 PAGERANK = "pagerank_fea"
 TAGS = "tag_feas"
-UNIGRAM_SHARE, BIGRAM_SHARE = 0.4, 0.6
-SMOOTHING = 1e-9
 TAG_SCALE = 10.0
-FLAT_SPAN = 1e-3
 
 
 def token_similarity(query_tokens: Tokens, chunks_tokens: Sequence[Sequence[str]]) -> Floats:
@@ -47,37 +46,8 @@ def token_similarity(query_tokens: Tokens, chunks_tokens: Sequence[Sequence[str]
     """
     wanted = query_keys(query_tokens)
     total = SMOOTHING + sum(wanted.values())
-    covered = (chunk_keys(tokens) & wanted.keys() for tokens in chunks_tokens)
-    return _floats((SMOOTHING + sum(wanted[key] for key in wanted if key in held)) / total for held in covered)
-
-
-def query_keys(query_tokens: Tokens) -> dict[str, float]:
-    """List what to look for: unigrams at 0.4 of their weight, bigrams at 0.6 of the heavier token's.
-
-    >>> query_keys([("data", 1.0), ("base", 0.5)])
-    {'data': 0.4, 'database': 0.6, 'base': 0.2}
-    """
-    keys: dict[str, float] = {}
-    for place, (token, weight) in enumerate(query_tokens):
-        keys[token] = keys.get(token, 0.0) + UNIGRAM_SHARE * weight
-        if place + 1 < len(query_tokens):
-            after, weight_after = query_tokens[place + 1]
-            pair = token + after
-            keys[pair] = keys.get(pair, 0.0) + BIGRAM_SHARE * max(weight, weight_after)
-    return keys
-
-
-def scale_of(weights: Sequence[float]) -> float:
-    """Find by what to multiply weights so that they can be added up: 1, unless some are beyond 1e200."""
-    largest = max(weights, default=0.0)
-    return 1e-200 if math.isfinite(largest) and largest > 1e200 else 1.0
-
-
-def chunk_keys(tokens: Sequence[str]) -> set[str]:
-    """Collect a chunk's tokens and the joins of each two neighbours."""
-    keys = set(tokens)
-    keys.update(map(str.__add__, tokens, tokens[1:]))
-    return keys
+    matches = (chunk_keys(tokens) & wanted.keys() for tokens in chunks_tokens)
+    return _floats((SMOOTHING + sum(wanted[key] for key in wanted if key in held)) / total for held in matches)
 
 
 def hybrid_similarity(  # noqa: PLR0917 - the order in which RAGFlow takes them
@@ -225,10 +195,10 @@ def _cosines(query: Sequence[float], vectors: Sequence[Sequence[float] | str | N
     if len(vectors) == 0:
         return np.zeros(0)
     rows = np.array([_vector(vector, len(query)) for vector in vectors], dtype=np.float64)
-    line = np.array(query, dtype=np.float64)
-    if rows.shape != (len(vectors), line.size) or not (np.isfinite(rows).all() and np.isfinite(line).all()):
-        raise ValueError(f"vectors must have {line.size} finite parts, as the query's has")
-    cosines: Floats = _unit(rows) @ _unit(line[None, :])[0]
+    wanted = np.array(query, dtype=np.float64)
+    if rows.shape != (len(vectors), wanted.size) or not (np.isfinite(rows).all() and np.isfinite(wanted).all()):
+        raise ValueError(f"vectors must have {wanted.size} finite parts, as the query's has")
+    cosines: Floats = _unit(rows) @ _unit(wanted[None, :])[0]
     return cosines
 
 

@@ -1,4 +1,4 @@
-"""Places instead of values: ordering, cutting, and fusing by reciprocal rank."""
+"""Ranks instead of values: ordering, cutting, and fusing by reciprocal rank."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def rank(
 
 
 def competition_ranks(values: ArrayLike) -> Floats:
-    """Give each value its place, 1 for the highest; equal values share the better place, missing ones have none (NaN).
+    """Rank values, 1 for the highest: equal values share the better rank ("1224"), missing ones have none (NaN).
 
-    >>> places([0.1, 0.7, float("nan"), 0.7])
+    >>> competition_ranks([0.1, 0.7, float("nan"), 0.7])
     array([ 3.,  1., nan,  1.])
     """
     row = known(values)
@@ -62,10 +62,10 @@ def competition_ranks(values: ArrayLike) -> Floats:
 def reciprocal_rank_fusion(
     signals: Mapping[str, ArrayLike], k: int = 60, weights: Mapping[str, float] | None = None
 ) -> Floats:
-    """Add up ``weight / (k + place)`` over the signals that a chunk has; shape ``(chunks,)``.
+    """Add up ``weight / (k + rank)`` over the signals that a chunk has; shape ``(chunks,)``.
 
     Source: Cormack, Clarke and Büttcher, "Reciprocal rank fusion outperforms Condorcet and individual rank learning
-    methods", SIGIR 2009. Ties, on which the paper is silent, share the better place: equal values earn equal scores
+    methods", SIGIR 2009. Ties, on which the paper is silent, share the better rank: equal values earn equal scores
     whatever the order of the job. A chunk that lacks a signal gets nothing from it. Weights default to 1; whatever
     they and ``k`` are, no sum leaves the range of floats.
 

@@ -9,10 +9,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .analyser import Analyser, Ids, token_hashes
+from .analyser import Analyser, Hashes, token_hashes
+from .bigrams import SMOOTHING, chunk_keys, query_keys
 from .blending import FusionSpec
 from .coverage import Matches, active_fields, covered, idf, sum_repeats
-from .ragflow import SMOOTHING, chunk_keys, query_keys, scale_of
+from .weights import scale_of
 
 Floats = NDArray[np.float64]
 
@@ -61,47 +62,47 @@ def token_signal(
     """
     rule = fusion.token_rule
     if rule == "ragflow":
-        return _by_ragflow(query, query_tokens, chunks, analyser)
+        return _by_bigrams(query, query_tokens, chunks, analyser)
     if rule != "coverage":
         raise ValueError(f"no token rule {rule!r}; there are coverage, ragflow")
-    fields = {name: _ids(chunks, name, analyser) for name in active_fields(fusion.boosts)}
+    fields = {name: _hashes(chunks, name, analyser) for name in active_fields(fusion.boosts)}
     if query_tokens is None:
         tokens, weights = list(dict.fromkeys(analyser.analyse(query))), None
     else:
         tokens, weights = sum_repeats(query_tokens)
-    finds = {name: _find(tokens, ids) for name, ids in fields.items()}
+    matches = {name: _find(tokens, hashes) for name, hashes in fields.items()}
     if weights is None:
-        weights = idf(finds.values(), len(tokens), len(chunks))
-    occurring = {name for name, ids in fields.items() if any(found.size for found in ids)}
-    return covered(weights, finds, occurring, fusion.boosts, len(chunks))
+        weights = idf(matches.values(), len(tokens), len(chunks))
+    occurring = {name for name, hashes in fields.items() if any(found.size for found in hashes)}
+    return covered(weights, matches, occurring, fusion.boosts, len(chunks))
 
 
-def _by_ragflow(
+def _by_bigrams(
     query: str, query_tokens: Sequence[tuple[str, float]] | None, chunks: Sequence[TextFields], analyser: Analyser
 ) -> Floats:
-    ids = _ragflow_ids(chunks, analyser)
+    hashes = _bigram_hashes(chunks, analyser)
     if query_tokens is None:
         tokens = analyser.analyse(query)
         distinct = list(dict.fromkeys(tokens))
-        weights = dict(zip(distinct, idf([_find(distinct, ids)], len(distinct), len(chunks)).tolist(), strict=True))
+        weights = dict(zip(distinct, idf([_find(distinct, hashes)], len(distinct), len(chunks)).tolist(), strict=True))
         query_tokens = [(token, weights[token]) for token in tokens]
-    # The same sum as ragflow.token_similarity, over ids. Huge weights are made smaller alike, beside which the
+    # The same sum as ragflow.token_similarity, over hashes. Huge weights are scaled down alike, beside which the
     # smoothing is nothing either way.
     scale = scale_of([weight for _, weight in query_tokens])
     wanted = query_keys([(token, weight * scale) for token, weight in query_tokens])
     values = np.fromiter(wanted.values(), dtype=np.float64, count=len(wanted))
-    finds = _find(list(wanted), ids)
-    earned = np.bincount(finds.chunks, values[finds.tokens], minlength=len(chunks))
+    matches = _find(list(wanted), hashes)
+    earned = np.bincount(matches.chunks, values[matches.tokens], minlength=len(chunks))
     similarity: Floats = (SMOOTHING + earned) / (SMOOTHING + values.sum())
     return similarity
 
 
-def _ids(chunks: Sequence[TextFields], field: str, analyser: Analyser) -> list[Ids]:
-    ids = analyser.token_hashes([_TEXTS[field](chunk) for chunk in chunks])
+def _hashes(chunks: Sequence[TextFields], field: str, analyser: Analyser) -> list[Hashes]:
+    hashes = analyser.token_hashes([_TEXTS[field](chunk) for chunk in chunks])
     if field != "content":
-        return ids
+        return hashes
     return [
-        held if chunk.tokens is None else token_hashes(chunk.tokens) for chunk, held in zip(chunks, ids, strict=True)
+        held if chunk.tokens is None else token_hashes(chunk.tokens) for chunk, held in zip(chunks, hashes, strict=True)
     ]
 
 
@@ -116,38 +117,38 @@ _TEXTS: Mapping[str, Callable[[TextFields], str]] = MappingProxyType(
 )
 
 
-def _ragflow_ids(chunks: Sequence[TextFields], analyser: Analyser) -> list[Ids]:
-    ids = analyser.ragflow_ids(
+def _bigram_hashes(chunks: Sequence[TextFields], analyser: Analyser) -> list[Hashes]:
+    hashes = analyser.bigram_hashes(
         [() if chunk.tokens is not None else (chunk.text, chunk.title, *chunk.keywords) for chunk in chunks]
     )
     for at, chunk in enumerate(chunks):
         if chunk.tokens is not None:
             # Who brings tokens has made them as RAGFlow does, where a keyword is one token, blanks and all.
-            ids[at] = token_hashes(chunk_keys([*chunk.tokens, *analyser.analyse(chunk.title), *chunk.keywords]))
-    return ids
+            hashes[at] = token_hashes(chunk_keys([*chunk.tokens, *analyser.analyse(chunk.title), *chunk.keywords]))
+    return hashes
 
 
-def _find(tokens: Sequence[str], chunks: Sequence[Ids]) -> Matches:
-    """Look for distinct tokens in all chunks at once, by their ids; found in order of chunks, then of tokens.
+def _find(tokens: Sequence[str], chunks: Sequence[Hashes]) -> Matches:
+    """Look for distinct tokens in all chunks at once, by their hashes; matches in order of chunks, then of tokens.
 
-    A chunk's ids come in the order of a set, which is another in each process and in each chunk: sums over what is
-    found would differ in the last bit, and equal chunks be no longer equal.
+    A chunk's hashes come in the order of a set, which is another in each process and in each chunk: sums over matches
+    would differ in the last bit, and equal chunks be no longer equal.
     """
-    ids = np.fromiter(map(hash, tokens), dtype=np.int64, count=len(tokens))
-    everything = np.concatenate([*chunks, ids[:0]])
-    near = _sieved(everything, ids)
-    order = np.argsort(ids, kind="stable")
-    places = np.searchsorted(ids[order], everything[near])
-    places[places == ids.size] = 0
-    there = ids[order][places] == everything[near] if ids.size else np.zeros(0, dtype=np.bool_)
+    wanted = np.fromiter(map(hash, tokens), dtype=np.int64, count=len(tokens))
+    everything = np.concatenate([*chunks, wanted[:0]])
+    near = _sieved(everything, wanted)
+    order = np.argsort(wanted, kind="stable")
+    slots = np.searchsorted(wanted[order], everything[near])
+    slots[slots == wanted.size] = 0
+    there = wanted[order][slots] == everything[near] if wanted.size else np.zeros(0, dtype=np.bool_)
     ends = np.cumsum([held.size for held in chunks], dtype=np.intp)
-    found, held_by = order[places[there]], np.searchsorted(ends, near[there], side="right")
+    found, held_by = order[slots[there]], np.searchsorted(ends, near[there], side="right")
     settled = np.lexsort((found, held_by))
     return Matches(held_by[settled], found[settled])
 
 
-def _sieved(everything: Ids, wanted: Ids) -> NDArray[np.intp]:
-    """Tell where an id may be one that is wanted, by its last bits: most of a chunk's words are in no query."""
+def _sieved(everything: Hashes, wanted: Hashes) -> NDArray[np.intp]:
+    """Tell where a hash may be one that is wanted, by its last bits: most of a chunk's words are in no query."""
     size = 1 << (16 * wanted.size + 1024).bit_length()
     seen = np.zeros(size, dtype=np.bool_)
     seen[wanted & (size - 1)] = True
