@@ -15,6 +15,7 @@ import typer.main
 
 from rerankq import Fusion, RerankJob
 from rerankq.cli.app import app
+from rerankq.ledger import keys
 from rerankq.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -123,11 +124,20 @@ def test_the_promises_defaults_are_the_settings_defaults():
     assert "(`RERANKQ_LEASE_S`, 8 s)" in DOCUMENTS["docs/reliability.md"]
 
 
-def test_the_keys_of_the_ledger_are_those_that_its_scripts_use():
-    scripts = "\n".join(path.read_text() for path in (REPOSITORY / "producer/rerankq/ledger/scripts").glob("*.lua"))
-    used = set(re.findall(r"'(rerankq:[a-z]+)", scripts))
-    named = set(re.findall(r"^\| `(rerankq:[a-z]+)", DOCUMENTS["docs/ledger.md"], re.MULTILINE))
-    assert named == used
+def test_the_table_of_keys_is_the_ledgers_list():
+    rows = re.findall(r"^\| `(rerankq:[^`]+)` \| ([a-z ]+) \|", DOCUMENTS["docs/ledger.md"], re.MULTILINE)
+    assert rows == [(key.pattern, key.type) for key in keys.ALL]
+
+
+def test_no_key_of_the_ledger_is_written_anywhere_else():
+    sources = [path for root in ("producer", "worker") for path in (REPOSITORY / root).rglob("*.*")]
+    names = "|".join(key.name.partition(":")[2] for key in keys.ALL)
+    found = {
+        str(path.relative_to(REPOSITORY))
+        for path in sources
+        if path.suffix in {".py", ".lua"} and re.search(rf"rerankq:(?:{names})\b", path.read_text(encoding="utf-8"))
+    }
+    assert found == {"producer/rerankq/ledger/keys.py"}
 
 
 def test_the_fields_of_a_job_in_the_ledger_are_those_that_its_scripts_write():

@@ -39,7 +39,7 @@ class StandIn:
     def register(self, model: str, fingerprint: str = "f", suffix: str = "", **more: object) -> None:
         queues = [f"rerankq.{priority}{suffix}" for priority in ("interactive", "bulk")]
         info = {"model": model, "fingerprint": fingerprint, "queues": queues, **more}
-        self.ledger.ask(calls.beat(f"worker of {model}", json.dumps(info), gone_after_s=60))
+        self.ledger.ask(calls.beat(f"worker of {model}", json.dumps(info), forget_after_s=60))
 
     def state(self, job_id: str) -> str:
         return self.ledger.ask(calls.snapshot(job_id, self.limits)).status.state

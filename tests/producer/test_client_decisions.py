@@ -14,7 +14,7 @@ from rerankq.client.submission import Submission, prepare, refuse_too_large
 from rerankq.contract import JobStatus
 from rerankq.identity import job_of
 from rerankq.ledger import JobSnapshot, LedgerLimits, NewJob
-from rerankq.ledger.limits import live_for
+from rerankq.ledger.lease_policy import LeasePolicy
 from rerankq.settings import Settings
 
 PLACE = Route("full/name", ("w", "x"), ".full")
@@ -75,7 +75,7 @@ def test_what_a_deployment_sets_reaches_the_scripts_of_the_ledger():
 
 
 def test_a_worker_counts_as_alive_for_three_leases_and_for_ten_seconds_at_least():
-    assert (live_for(8), live_for(1)) == (24, 10)
+    assert (LeasePolicy(8).alive_for_s, LeasePolicy(1).alive_for_s) == (24, 10)
 
 
 # What an end means

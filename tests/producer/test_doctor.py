@@ -322,7 +322,7 @@ def a_live_worker(settings: Settings, **info: object) -> Iterator[None]:
 
     def live(ledger: Ledger) -> None:
         while not ended.wait(0.5):
-            ledger.ask(calls.beat("host:1:x", json.dumps(shown | info), gone_after_s=60))
+            ledger.ask(calls.beat("host:1:x", json.dumps(shown | info), forget_after_s=60))
             ledger.redis.set("rerankq:sweeper", "host:1:x", px=60_000)
 
     with connect(settings.ledger) as connection:

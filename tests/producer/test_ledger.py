@@ -3,14 +3,13 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from importlib import resources
 
 import pytest
 
 from rerankq.contract import ModelName, Ranking
 from rerankq.errors import BrokerUnavailable, JobFailed, QueueFull
 from rerankq.ledger import LedgerLimits, NewJob, calls, connect
-from rerankq.ledger.runner import Ledger, source, translated
+from rerankq.ledger.runner import Ledger, prelude, source, translated
 from rerankq.local.embedded import EmbeddedRedis
 
 TERMS = LedgerLimits("tests", max_attempts=2)
@@ -136,7 +135,7 @@ def test_a_parked_job_whose_lease_ends_a_sweep_later_stays_innocent_too(ledger: 
     submit(ledger, "suspect", "parked")
     alone = claim(ledger, "suspect")
     ledger.ask(calls.isolate("suspect", alone.fence, "w"))
-    ledger.ask(calls.beat("w", "{}", gone_after_s=60))
+    ledger.ask(calls.beat("w", "{}", forget_after_s=60))
     leases_end(ledger)
     claim(ledger, "parked", "x")  # anyone's claim but the dead worker's: it says nothing of it
     ledger.redis.hset("rerankq:job:parked", "owner", "w")
@@ -150,7 +149,7 @@ def test_a_parked_job_whose_lease_ends_a_sweep_later_stays_innocent_too(ledger: 
 def test_a_worker_that_was_only_paused_answers_for_what_it_takes_afterwards(ledger: Ledger, registered: bool):
     submit(ledger, "suspect", "killer")
     if registered:
-        ledger.ask(calls.beat("paused", "{}", gone_after_s=60))
+        ledger.ask(calls.beat("paused", "{}", forget_after_s=60))
     alone = claim(ledger, "suspect", "paused")
     ledger.ask(calls.isolate("suspect", alone.fence, "paused"))
     leases_end(ledger)
@@ -163,7 +162,7 @@ def test_a_worker_that_was_only_paused_answers_for_what_it_takes_afterwards(ledg
 
 def paused(ledger: Ledger, name: str, owner: str, limits: LedgerLimits = TERMS) -> calls.Claim:
     """A living worker takes a job, has the device alone with it, and is not heard of for longer than its lease."""
-    ledger.ask(calls.beat(owner, "{}", gone_after_s=60))
+    ledger.ask(calls.beat(owner, "{}", forget_after_s=60))
     taken = claim(ledger, name, owner, limits)
     ledger.ask(calls.isolate(name, taken.fence, owner))
     leases_end(ledger)
@@ -181,7 +180,7 @@ def test_an_innocent_whose_workers_are_only_paused_one_after_the_other_never_end
         paused(ledger, "innocent", worker)
         sweep(ledger)
         assert state(ledger, "innocent") in {"queued", "running"}
-        ledger.ask(calls.beat(worker, "{}", gone_after_s=60))
+        ledger.ask(calls.beat(worker, "{}", forget_after_s=60))
         if state(ledger, "innocent") == "running":
             # The last death waits: woken up, the worker completes what it has.
             fence = int(ledger.redis.hget("rerankq:job:innocent", "fence"))
@@ -206,7 +205,7 @@ def test_the_last_death_waits_until_the_worker_is_gone_by_a_second_sign(ledger: 
     assert judged() == 0, "it may only be paused"
     silent(ledger, "w of silent", 24.1)
     assert judged() == 1
-    assert ledger.ask(calls.bury(["w of signed off", "w of buried", "nobody"])) == 2
+    assert ledger.ask(calls.sign_off(["w of signed off", "w of buried", "nobody"])) == 2
     assert judged() == 2
     taken = claim(ledger, "never registered", "w")
     ledger.ask(calls.isolate("never registered", taken.fence, "w"))
@@ -232,14 +231,14 @@ def test_a_worker_that_comes_back_takes_its_death_back_even_from_a_job_set_aside
         silent(ledger, f"w{number}", 1_000)
         sweep(ledger)
     assert state(ledger, "innocent") == "dead"
-    ledger.ask(calls.beat("w0", "{}", gone_after_s=60))
+    ledger.ask(calls.beat("w0", "{}", forget_after_s=60))
     assert state(ledger, "innocent") == "queued"
     assert ledger.ask(calls.dead()) == []
     taken = claim(ledger, "innocent", "other")
     assert (taken.payload, taken.suspect) == (b"the payload", True), "one of two deaths stands"
     assert ledger.redis.hget("rerankq:job:innocent", "deaths") == b"1"
     ledger.ask(calls.complete("innocent", taken.fence, ranking("innocent"), TERMS))
-    ledger.ask(calls.beat("w1", "{}", gone_after_s=60))
+    ledger.ask(calls.beat("w1", "{}", forget_after_s=60))
     assert state(ledger, "innocent") == "done", "what ended is none the worse for it"
 
 
@@ -256,7 +255,7 @@ def test_suspects_are_cleared_when_the_worker_that_left_them_lives(ledger: Ledge
     if sign == "a claim":
         claim(ledger, "next", "paused")
     else:
-        ledger.ask(calls.beat("paused", "{}", gone_after_s=60))
+        ledger.ask(calls.beat("paused", "{}", forget_after_s=60))
     assert not claim(ledger, "b").suspect
     assert claim(ledger, "a").suspect, "another worker's silence accuses it still"
 
@@ -271,7 +270,7 @@ def test_a_silence_that_is_no_death_takes_none_back_when_it_ends(ledger: Ledger)
     leases_end(ledger)
     sweep(ledger)
     assert 0 < ledger.redis.ttl("rerankq:accused:paused") <= 86_400, "whoever never comes back is forgotten"
-    ledger.ask(calls.beat("paused", "{}", gone_after_s=60))
+    ledger.ask(calls.beat("paused", "{}", forget_after_s=60))
     assert ledger.redis.hmget("rerankq:job:a", "deaths", "suspect") == [b"1", b"1"]
 
 
@@ -289,10 +288,10 @@ def test_a_lease_that_lapsed_has_until_the_sweeper_has_watched_for_its_own_lengt
 
 
 def test_the_registry_keeps_each_worker_for_as_long_as_it_asked(ledger: Ledger):
-    said = '{"model": "m", "fingerprint": "f", "gone_after_s": 600.0}'
+    said = '{"model": "m", "fingerprint": "f", "forget_after_s": 600.0}'
     for name, age in (("long leases", 500), ("gone", 601)):
         ledger.redis.hset("rerankq:workers", name, f"{now(ledger) - age:.6f} {said}")
-    ledger.ask(calls.beat("short leases", "{}", gone_after_s=60))
+    ledger.ask(calls.beat("short leases", "{}", forget_after_s=60))
     assert set(ledger.redis.hkeys("rerankq:workers")) == {b"long leases", b"short leases"}
 
 
@@ -312,9 +311,9 @@ def test_a_clock_set_back_lengthens_no_lease_beyond_its_own_length(ledger: Ledge
 
 
 def test_a_clock_set_back_makes_nobody_live_longer(ledger: Ledger):
-    ledger.ask(calls.beat("w", "{}", gone_after_s=60))
+    ledger.ask(calls.beat("w", "{}", forget_after_s=60))
     silent(ledger, "dead", -3_600)
-    ledger.ask(calls.beat("w", "{}", gone_after_s=60))
+    ledger.ask(calls.beat("w", "{}", forget_after_s=60))
     beaten = float(ledger.redis.hget("rerankq:workers", "dead").split()[0])
     assert beaten <= now(ledger)
 
@@ -357,13 +356,13 @@ def test_whoever_comes_after_a_clock_was_set_back_stands_behind_those_who_wait(l
 
 def test_deaths_count_however_long_the_next_worker_takes_to_come(ledger: Ledger):
     submit(ledger, "poison")
-    ledger.ask(calls.beat("w", "{}", gone_after_s=60))
+    ledger.ask(calls.beat("w", "{}", forget_after_s=60))
     taken = claim(ledger, "poison")
     ledger.ask(calls.isolate("poison", taken.fence, "w"))
     leases_end(ledger)
     # Minutes later: the next worker's first sign of life takes the dead one out of the registry, before any sweep.
     ledger.redis.hset("rerankq:workers", "w", "1.0 {}")
-    ledger.ask(calls.beat("next", "{}", gone_after_s=60))
+    ledger.ask(calls.beat("next", "{}", forget_after_s=60))
     assert ledger.redis.hkeys("rerankq:workers") == [b"next"]
     sweep(ledger)
     assert ledger.redis.hget("rerankq:job:poison", "deaths") == b"1"
@@ -889,13 +888,13 @@ def test_a_sweep_judges_so_many_and_the_next_one_goes_on(ledger: Ledger):
 
 def test_the_registry_shows_who_lives_and_forgets_who_is_long_gone(ledger: Ledger):
     said = '{"model": "m", "fingerprint": "f", "queues": ["rerankq.interactive.x", "rerankq.bulk.x"]}'
-    ledger.ask(calls.beat("w", said, gone_after_s=60))
+    ledger.ask(calls.beat("w", said, forget_after_s=60))
     (worker,) = ledger.workers()
     assert (worker.id, worker.model, worker.suffix) == ("w", "m", ".x")
     assert 0 <= worker.age_s < 5
     ledger.redis.hset("rerankq:workers", "gone", f"{now(ledger) - 61:.6f} {said}")
     assert len(ledger.workers()) == 2
-    ledger.ask(calls.beat("w", said, gone_after_s=60))
+    ledger.ask(calls.beat("w", said, forget_after_s=60))
     assert [worker.id for worker in ledger.workers()] == ["w"]
 
 
@@ -1030,7 +1029,7 @@ def test_a_really_full_ledger_still_does_all_that_makes_room(small_server: Calla
     fill_up(ledger, wait_until)
 
     assert ledger.ask(calls.submit(new_job("one more"), TERMS)).state == "memory_full"
-    assert ledger.ask(calls.beat("w", "{}", gone_after_s=60)) > 0
+    assert ledger.ask(calls.beat("w", "{}", forget_after_s=60)) > 0
     assert ledger.ask(calls.renew([(name, one.fence, 1) for name, one in claimed.items()], TERMS)) == []
     assert ledger.ask(calls.isolate("j0", claimed["j0"].fence, "w"))
     assert ledger.ask(calls.complete("j0", claimed["j0"].fence, ranking("j0"), TERMS)) == "done"
@@ -1080,17 +1079,17 @@ def test_what_the_server_refuses_for_its_memory_is_a_queue_full(small_server: Ca
 
 def fill(ledger: Ledger, count: int, *, first: int = 0) -> None:
     """Put many small jobs into the backlog at once, as submit would."""
-    prelude = (resources.files("rerankq.ledger") / "scripts" / "prelude.lua").read_text()
+    functions = prelude()
     loop = """
     for number = tonumber(ARGV[1]), tonumber(ARGV[2]) do
       local id, created = 'fill-' .. number, stamp(now() - 1000 + number / 1000000)
       redis.call('HSET', job_key(id), 'state', 'queued', 'content', 'c', 'queue', ARGV[3], 'tenant', '', 'priority',
         'bulk', 'pairs', 1, 'deadline', '', 'label', 'l', 'model', 'm', 'payload', '{}', 'created', created,
         'fence', 0, 'claims', 0, 'deaths', 0, 'suspect', 0, 'done_pairs', 0)
-      put_in(id, ARGV[3], '', 1, '')
+      enqueue(id, ARGV[3], '', 1, '')
     end"""
     for start in range(first, first + count, 5_000):
-        ledger.redis.eval(prelude + loop, 0, start, min(start + 5_000, first + count) - 1, BULK)
+        ledger.redis.eval(functions + loop, 0, start, min(start + 5_000, first + count) - 1, BULK)
 
 
 # Each of these takes time that does not grow with the backlog, or with its logarithm, as the ledger uses it:

@@ -190,13 +190,13 @@ def test_a_dead_job_that_cannot_be_retried_stays_dead_and_keeps_its_payload(ledg
 def test_what_other_hands_wrote_among_the_workers_is_no_worker(ledger: Ledger, found: dict[bytes, bytes], more: Any):
     ledger.redis.flushall()
     good = json.dumps({"model": "m", "fingerprint": "f", "queues": [QUEUE]})
-    ledger.ask(calls.beat("good", good, gone_after_s=60))
+    ledger.ask(calls.beat("good", good, forget_after_s=60))
     odd = st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda parts: st.lists(parts, max_size=3))
-    info = {name: more.draw(odd) for name in ("model", "queues", "process", "gone_after_s")} | {"fingerprint": "f"}
+    info = {name: more.draw(odd) for name in ("model", "queues", "process", "forget_after_s")} | {"fingerprint": "f"}
     ledger.redis.hset("rerankq:workers", "odd", f"{ledger.redis.time()[0]} {json.dumps(info)}")
     for name, new_job in found.items():
         ledger.redis.hset("rerankq:workers", name, new_job)
-    ledger.ask(calls.beat("other", good, gone_after_s=60))
+    ledger.ask(calls.beat("other", good, forget_after_s=60))
     living = {worker.id: worker for worker in ledger.workers()}
     assert {"good", "other"} <= living.keys()
     for worker in living.values():

@@ -540,11 +540,11 @@ class BothLedgers(RuleBasedStateMachine):
     @rule(worker=owners, lives=st.booleans())
     def beat(self, worker: str, lives: bool) -> None:
         if lives:
-            self.ask(calls.beat(worker, "{}", gone_after_s=1_000))
+            self.ask(calls.beat(worker, "{}", forget_after_s=1_000))
             self.twin.take_back(worker)
             self.twin.registered.add(worker)
         else:
-            assert self.ask(calls.bury([worker])) == (worker in self.twin.registered)
+            assert self.ask(calls.sign_off([worker])) == (worker in self.twin.registered)
             self.twin.registered.discard(worker)
 
     @rule(

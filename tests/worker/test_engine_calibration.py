@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerankq.ledger.lease_policy import hangs
+from rerankq.ledger.lease_policy import LeasePolicy
 from rerankq_worker import engine
 from rerankq_worker.engine.models.calibration import (
     BUDGETS,
@@ -188,5 +188,5 @@ def test_a_token_is_timed_before_the_first_batch_and_predicts_it():
     assert predicted == pytest.approx(0.5 * pair.length)
     in_flight.land()
     assert in_flight.pace.predict(100) == pytest.approx(50), "what batches teach counts from then on"
-    assert not hangs(10 * predicted - 1, predicted)
-    assert hangs(10 * predicted + 1, predicted)
+    assert not LeasePolicy.hangs(10 * predicted - 1, predicted)
+    assert LeasePolicy.hangs(10 * predicted + 1, predicted)

@@ -4,39 +4,30 @@ import math
 
 import pytest
 
-from rerankq.ledger.lease_policy import (
-    BATCH_TIME_FACTOR,
-    BREAK_S,
-    PATIENCE_S,
-    Watch,
-    forget_after_s,
-    hangs,
-    renew_every_s,
-)
-from rerankq.ledger.runner import Server
+from rerankq.ledger.lease_policy import BATCH_TIME_FACTOR, BREAK_S, PATIENCE_S, LeasePolicy, Server, Watch
 
-LEASE_S = 12.0
+POLICY = LeasePolicy(lease_s=12.0)
 
 
 def watch_at(now: float, *, uptime_s: float = 1000.0, ledger_now: float = 5000.0) -> Watch:
     """Give a watch that saw server "a" at *now* for the first time."""
-    return Watch(LEASE_S).saw(now, now, ledger_now=ledger_now, server=Server("a", uptime_s))
+    return Watch(POLICY).saw(now, now, ledger_now=ledger_now, server=Server("a", uptime_s))
 
 
 def test_a_lease_is_renewed_twice_before_it_could_lapse():
-    assert renew_every_s(12.0) == 4.0
+    assert POLICY.renew_every_s == 4.0
 
 
 @pytest.mark.parametrize(("lease_s", "seconds"), [(1.0, 60.0), (6.0, 60.0), (8.0, 80.0)])
 def test_a_worker_is_forgotten_after_ten_of_its_leases_and_a_minute_at_least(lease_s, seconds):
-    assert forget_after_s(lease_s) == seconds
+    assert LeasePolicy(lease_s).forget_after_s == seconds
 
 
 def test_a_device_hangs_only_beyond_both_limits():
-    assert not hangs(PATIENCE_S, predicted_s=0.0)
-    assert hangs(math.nextafter(PATIENCE_S, math.inf), predicted_s=0.0)
-    assert not hangs(BATCH_TIME_FACTOR * 10, predicted_s=10)
-    assert hangs(math.nextafter(BATCH_TIME_FACTOR * 10, math.inf), predicted_s=10)
+    assert not POLICY.hangs(PATIENCE_S, predicted_s=0.0)
+    assert POLICY.hangs(math.nextafter(PATIENCE_S, math.inf), predicted_s=0.0)
+    assert not POLICY.hangs(BATCH_TIME_FACTOR * 10, predicted_s=10)
+    assert POLICY.hangs(math.nextafter(BATCH_TIME_FACTOR * 10, math.inf), predicted_s=10)
 
 
 def test_a_server_seen_first_has_been_watched_for_as_long_as_it_is_up():
@@ -49,7 +40,7 @@ def test_an_uptime_below_zero_says_nothing_of_a_servers_age():
 
 
 def test_a_watch_that_was_lost_before_it_began_counts_from_the_loss():
-    lost = Watch(LEASE_S).lost(99.0)
+    lost = Watch(POLICY).lost(99.0)
     assert lost.saw(100.0, 100.0, ledger_now=1.0, server=Server("a", 50.0)).watched_s(103.0) == 4.0
 
 
@@ -61,7 +52,7 @@ def test_a_sweeper_that_looked_away_for_longer_than_a_lease_bears_begins_anew(pa
 
 
 def test_seconds_without_a_look_are_no_break_however_short_the_lease():
-    first = Watch(1.0).saw(100.0, 100.0, ledger_now=5000.0, server=Server("a", 1000.0))
+    first = Watch(LeasePolicy(1.0)).saw(100.0, 100.0, ledger_now=5000.0, server=Server("a", 1000.0))
     assert first.saw(103.0, 103.0, ledger_now=5003.0, server=Server("a", 1003.0)).watched_s(103.0) > 1000
     assert first.saw(103.5, 103.5, ledger_now=5003.5, server=Server("a", 1003.0)).watched_s(103.5) == 0.0
 

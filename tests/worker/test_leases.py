@@ -10,7 +10,7 @@ from rerankq import RerankJob
 from rerankq.client.routing import Route
 from rerankq.client.submission import prepare
 from rerankq.ledger import Claim, LedgerLimits, calls, connect
-from rerankq.ledger.lease_policy import BATCH_TIME_FACTOR, BREAK_S, PATIENCE_S, forget_after_s, hangs, renew_every_s
+from rerankq.ledger.lease_policy import BATCH_TIME_FACTOR, BREAK_S, PATIENCE_S, LeasePolicy
 from rerankq.ledger.runner import Ledger
 from rerankq.local.embedded import EmbeddedRedis
 from rerankq.settings import Settings
@@ -213,7 +213,7 @@ def test_the_timer_renews_so_often_that_one_renewal_may_fail(redis_url: str, mon
     monkeypatch.setattr(stopped, "wait", lambda seconds: waits.append(seconds) or len(waits) == 3)
     world.leases._run()
     assert waits == [pytest.approx(lease_s / 3)] * 3
-    assert 2 * renew_every_s(lease_s) < lease_s
+    assert 2 * LeasePolicy(lease_s).renew_every_s < lease_s
     world.ledger.redis.close()
 
 
@@ -300,9 +300,9 @@ def test_leases_survive_a_server_that_was_started_again_empty():
     ],
 )
 def test_a_batch_hangs_when_it_takes_ten_times_its_time_and_never_before_a_minute(running_s, predicted_s, hung):
-    assert hangs(running_s, predicted_s) == hung
+    assert LeasePolicy(8).hangs(running_s, predicted_s) == hung
 
 
 @pytest.mark.parametrize(("lease_s", "seconds"), [(0.5, 60), (6, 60), (8, 80), (60, 600)])
 def test_the_registry_forgets_a_worker_after_ten_leases_and_never_before_a_minute(lease_s, seconds):
-    assert forget_after_s(lease_s) == seconds
+    assert LeasePolicy(lease_s).forget_after_s == seconds

@@ -17,8 +17,8 @@ from rerankq.client.routing import Route
 from rerankq.client.submission import prepare
 from rerankq.errors import BrokerUnavailable
 from rerankq.ledger import Claim, Counted, Doorbell, LedgerLimits, Swept, calls, connect
-from rerankq.ledger.lease_policy import BREAK_S, Watch
-from rerankq.ledger.runner import Ledger, Server
+from rerankq.ledger.lease_policy import BREAK_S, LeasePolicy, Server, Watch
+from rerankq.ledger.runner import Ledger
 from rerankq.settings import Settings
 from rerankq_worker.processes import mark_of
 from rerankq_worker.sweeping import SEND_AT_ONCE, CancelListener, Sweeper
@@ -175,7 +175,7 @@ def test_a_server_whose_clock_was_set_back_before_it_was_first_seen_is_not_young
     ),
 )
 def test_a_watch_is_as_long_as_the_unbroken_end_of_what_it_saw(lease_s: float, told: list):
-    watch, now, ledger, seen = Watch(lease_s), 0.0, 1e9, []
+    watch, now, ledger, seen = Watch(LeasePolicy(lease_s)), 0.0, 1e9, []
     for passed, answers_in, step, run in told:
         asked, now, ledger = now + passed, now + passed + answers_in, ledger + passed + answers_in + step
         watch = watch.saw(asked, now, ledger_now=ledger, server=Server(run, 100.0))
@@ -200,7 +200,7 @@ def test_a_watch_is_as_long_as_the_unbroken_end_of_what_it_saw(lease_s: float, t
     ],
 )
 def test_a_watch_is_broken_by_what_keeps_a_living_worker_from_renewing(passed: float, step: float, broke: bool):
-    watch = Watch(lease_s=8).saw(0.0, 0.0, ledger_now=1e9, server=Server("a", 100.0))
+    watch = Watch(LeasePolicy(8)).saw(0.0, 0.0, ledger_now=1e9, server=Server("a", 100.0))
     watch = watch.saw(passed, passed, ledger_now=1e9 + passed + step, server=Server("a", 100.0 + passed))
     assert watch.watched_s(passed) == pytest.approx(0.0 if broke else 100.0 + passed)
 

@@ -73,7 +73,7 @@ def queue_of(worker: Any, name: str = "a") -> str:
 def beat_as(worker: Any, model: str, *queues: str) -> None:
     """Let another worker live."""
     shown = {"model": model, "fingerprint": "f", "queues": queues}
-    worker.ledger.ask(calls.beat(f"another of {model}", json.dumps(shown), gone_after_s=60))
+    worker.ledger.ask(calls.beat(f"another of {model}", json.dumps(shown), forget_after_s=60))
 
 
 @pytest.mark.parametrize("lives", [True, False])

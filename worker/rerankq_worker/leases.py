@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from rerankq.errors import RerankqError
 from rerankq.ledger import LedgerLimits, calls
-from rerankq.ledger.lease_policy import BREAK_S, PATIENCE_S, renew_every_s
+from rerankq.ledger.lease_policy import PATIENCE_S
 from rerankq.ledger.runner import Ledger
 from rerankq.outage import Outage
 
@@ -95,7 +95,7 @@ class Leases:
     def _run(self) -> None:
         while not self._stopped.is_set():
             slept_at = time.monotonic()
-            if self._stopped.wait(renew_every_s(self._limits.lease_s)):
+            if self._stopped.wait(self._limits.lease_policy.renew_every_s):
                 return
             self._woke_up(slept_for=time.monotonic() - slept_at)
             if self._hangs():
@@ -112,7 +112,7 @@ class Leases:
                 logger.exception("leases not renewed")
 
     def _woke_up(self, *, slept_for: float) -> None:
-        if slept_for > self._limits.lease_s + BREAK_S:
+        if self._limits.lease_policy.was_paused(slept_for):
             # We were paused, and what the device does with us: the time of its batch ran on alone.
             self._trusted_until = time.monotonic() + PATIENCE_S
 

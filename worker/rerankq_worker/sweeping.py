@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from rerankq.errors import RerankqError
 from rerankq.ledger import Counted, Doorbell, LedgerLimits, Swept, calls
-from rerankq.ledger.lease_policy import BEAT_S, BREAK_S, Watch, forget_after_s
+from rerankq.ledger.lease_policy import BEAT_S, BREAK_S, Watch
 from rerankq.ledger.runner import Ledger
 
 from .processes import has_ended, mark_of
@@ -72,7 +72,7 @@ class Sweeper:
         self._can_work = can_work
         self._ended = ended
         self._clock = clock
-        self._watch = Watch(limits.lease_s)
+        self._watch = Watch(limits.lease_policy)
         self._wake = threading.Event()
         self._stopped = False
         self._away = False
@@ -89,7 +89,7 @@ class Sweeper:
         if self._thread.is_alive():
             self._thread.join(JOIN_S)
         try:
-            self._ledger.ask(calls.bury([self._worker]))
+            self._ledger.ask(calls.sign_off([self._worker]))
         except RerankqError as error:
             logger.info("could not sign off: %s", error)
 
@@ -120,21 +120,21 @@ class Sweeper:
 
     def beat(self) -> float:
         """Tell the registry that this worker lives; answers the ledger's time."""
-        gone_after_s = forget_after_s(self._limits.lease_s)
+        forget_after_s = self._limits.lease_policy.forget_after_s
         info = {
             **self._describe(),
             "queues": list(self._queues),
             "process": mark_of(os.getpid()),
-            "gone_after_s": gone_after_s,
+            "forget_after_s": forget_after_s,
         }
-        return self._ledger.ask(calls.beat(self._worker, json.dumps(info), gone_after_s=gone_after_s))
+        return self._ledger.ask(calls.beat(self._worker, json.dumps(info), forget_after_s=forget_after_s))
 
     def _bury(self) -> None:
         """Say of workers on this machine that have ended: a successor need not wait for their silence."""
         silent = [one for one in self._ledger.workers() if one.age_s > BREAK_S]
         if ended := [one.id for one in silent if self._ended(one.process)]:
             logger.warning("ended without a word: %s", ", ".join(ended))
-            self._ledger.ask(calls.bury(ended))
+            self._ledger.ask(calls.sign_off(ended))
 
     def _ring_on(self) -> None:
         while doorbells := self._ledger.ask(calls.refill_window(self._queues, self._limits, most=SEND_AT_ONCE)):
@@ -177,7 +177,7 @@ class CancelListener:
 
     def __init__(self, ledger: Ledger, limits: LedgerLimits, cancel: Callable[[list[tuple[str, int]]], None]) -> None:
         self._ledger = ledger
-        self._channel = f"{limits.channel}:cancel"
+        self._channel = limits.cancel_channel
         self._cancel = cancel
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rerankq-cancellations", daemon=True)

@@ -25,8 +25,7 @@ from rerankq.contract import Ranking, State
 from rerankq.errors import BrokerUnavailable, JobCancelled, QueueFull, RerankqError
 from rerankq.identity import job_of
 from rerankq.ledger import Call, Claim, Deferred, calls, connect
-from rerankq.ledger.lease_policy import hangs
-from rerankq.ledger.limits import LedgerLimits, live_for
+from rerankq.ledger.limits import LedgerLimits
 from rerankq.ledger.runner import Ledger
 from rerankq.settings import Settings
 
@@ -193,7 +192,7 @@ class Worker:
 
         Not from a queue that a living worker still consumes. Answers how many were moved.
         """
-        live_s = live_for(self.settings.lease_s)
+        live_s = self.limits.lease_policy.alive_for_s
         consumed = {queue for worker in self.ledger.workers() if worker.age_s <= live_s for queue in worker.queues}
         moves = {old: own for old, own in former_queues(self.model, self.default).items() if old not in consumed}
         return self.ledger.ask(calls.adopt(moves)) if moves else 0
@@ -336,7 +335,7 @@ class Worker:
         settings = self.settings
         try:
             listed = [catalogue.canonical(name, settings.conf_dir) for name in settings.models]
-            live_s = live_for(settings.lease_s)
+            live_s = self.limits.lease_policy.alive_for_s
             route = resolve_route(
                 other.model, self.ledger.workers(), listed=listed, default=self.default, live_s=live_s
             )
@@ -428,7 +427,7 @@ class Worker:
     def _device_hangs(self) -> bool:
         stats = self.batcher.stats()
         running = None if stats.batch_started is None else time.monotonic() - stats.batch_started
-        return hangs(running, stats.batch_predicted_s or 0.0)
+        return self.limits.lease_policy.hangs(running, stats.batch_predicted_s or 0.0)
 
     def _give_up(self) -> None:
         logger.critical("the device hangs and the leases have lapsed: exiting, to be started again")

@@ -28,6 +28,8 @@ BULK = "rerankq.bulk"
 # The priority of doorbells that overtake the others, and of those. kombu keeps a list in Redis for each; a worker looks
 # into the first one first. Brokers of other kinds take all as they come.
 AHEAD, IN_LINE = 5, 0
+# What kombu puts before each of its keys in Redis.
+KEY_PREFIX = "rerankq:"
 # What a broker replies of a queue that it does not hold.
 NOT_FOUND = "404"
 # Seconds between RabbitMQ's signs of life; a worker that hears none twice connects anew. Otherwise it would be deaf for
@@ -38,6 +40,11 @@ AMQP_HEARTBEAT_S = 10
 def queue(name: str, *, no_ack: bool = False) -> Queue:
     """Make a queue of ours, routed by its name; *no_ack* for whoever listens to it without acknowledging."""
     return Queue(name, exchange=Exchange("rerankq", type="direct"), routing_key=name, no_ack=no_ack)
+
+
+def queue_key(name: str) -> str:
+    """Name the list in Redis that holds a queue's messages."""
+    return f"{KEY_PREFIX}{name}"
 
 
 class NothingRead(AppLoader):  # type: ignore[misc]  # Celery ships no types
@@ -161,7 +168,7 @@ def _transport_options(address: Address) -> dict[str, Any]:
     # The connections take their options from the URL; kombu reads these for its timers, and Flower reads some.
     return {
         **({"master_name": address.master} if address.master else {}),
-        "global_keyprefix": "rerankq:",
+        "global_keyprefix": KEY_PREFIX,
         "queue_order_strategy": "priority",
         "priority_steps": [IN_LINE, AHEAD],
         "socket_timeout": address.options.get("socket_timeout", BROKER_ANSWER_S),

@@ -29,7 +29,7 @@ from ..errors import (
     SettingsInvalid,
 )
 from ..ledger import Doorbell, JobSnapshot, NewJob, calls
-from ..ledger.limits import LedgerLimits, live_for
+from ..ledger.limits import LedgerLimits
 from ..ledger.registry import WorkerInfo
 from ..settings import Settings
 from .completions import READ_AT_ONCE
@@ -354,7 +354,7 @@ class AsyncClient:
         """List the workers that give signs of life."""
         async with self._here().turn():
             found = await self._here().ledger.workers()
-        return [worker for worker in found if worker.age_s <= live_for(self.settings.lease_s)]
+        return [worker for worker in found if worker.age_s <= self.limits.lease_policy.alive_for_s]
 
     async def aclose(self) -> None:
         """Ring what is left to ring and close the connections; whoever still waits gets a ClientClosed."""
@@ -468,7 +468,7 @@ class AsyncClient:
                 self._workers,
                 listed=[catalogue.canonical(name, self.settings.conf_dir) for name in self.settings.models],
                 default=catalogue.canonical(self.settings.default_model or self.settings.model, self.settings.conf_dir),
-                live_s=live_for(self.settings.lease_s),
+                live_s=self.limits.lease_policy.alive_for_s,
             )
         return routes[model]
 

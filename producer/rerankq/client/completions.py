@@ -345,7 +345,7 @@ class CompletionListener:
                     self._wake_reading.set()
 
     def _channel(self, job_id: str) -> str:
-        return f"{self._limits.channel}:job:{job_id}"
+        return self._limits.completion_channel(job_id)
 
 
 async def _until(event: asyncio.Event, *, at: float | None = None) -> None:

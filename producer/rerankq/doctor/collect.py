@@ -9,17 +9,19 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from .. import BrokerUnavailable, RerankqError, __version__, catalogue
-from ..broker.celery_app import INTERACTIVE
+from .. import RerankqError, __version__, catalogue
+from ..broker.celery_app import INTERACTIVE, queue_key
 from ..errors import SettingsInvalid
 from ..ledger import calls, connect
-from ..ledger.limits import LedgerLimits, live_for
+from ..ledger.keys import completion_channel
+from ..ledger.lease_policy import LeasePolicy
+from ..ledger.limits import LedgerLimits
 from ..ledger.runner import Ledger, translated
 from ..local.embedded import FOLDER, OLDEST
 from ..settings import Settings
 from ..urls import AMQP, masked, parts_of, with_database
 from .checks import SILENT_S, Server, Snapshot, Work, WorkerSeen
-from .round_trips import NOBODY, go, heard_through_the_broker, write_to
+from .round_trips import NOBODY, go, heard_through_the_broker
 
 ROUND_TRIPS = 9
 
@@ -108,13 +110,13 @@ def _setting(redis: Any, name: str) -> str | None:
 
 def _refused(role: str, url: str, settings: Settings) -> list[str]:
     """Try what the role needs, on names that nobody has; answer what this user may not do."""
-    channel = f"{settings.channel}:job:{NOBODY}"
+    channel = completion_channel(settings.channel, NOBODY)
     with closing(connect(url)) as redis, closing(redis.pubsub()) as heard:  # type: ignore[no-untyped-call]
         tries: dict[str, dict[str, Callable[[], object]]] = {
-            "broker": {"read doorbells": lambda: redis.llen(f"rerankq:{INTERACTIVE}")},
+            "broker": {"read doorbells": lambda: redis.llen(queue_key(INTERACTIVE))},
             "ledger": {
                 "run scripts": lambda: Ledger(redis).ask(calls.snapshot(NOBODY, LedgerLimits.of(settings))),
-                "write": lambda: write_to(redis),
+                "write": lambda: Ledger(redis).try_to_write(f"{NOBODY}-writes"),
                 "subscribe": lambda: (heard.subscribe(channel), heard.get_message(timeout=1)),
                 "publish": lambda: redis.publish(channel, ""),
             },
@@ -140,40 +142,19 @@ def _workers(settings: Settings) -> list[WorkerSeen]:
                 seen.id, seen.model, seen.fingerprint, seen.queues, seen.version, seen.device, seen.age_s, seen.channel
             )
             for seen in Ledger(redis).workers()
-            if seen.age_s <= live_for(settings.lease_s)
+            if seen.age_s <= LeasePolicy(settings.lease_s).alive_for_s
         ]
 
 
 def _work(settings: Settings) -> Work:
-    with closing(connect(settings.ledger)) as redis, translated():
-        pipe = redis.pipeline(transaction=False)
-        pipe.time()
-        pipe.hgetall("rerankq:backlog")
-        pipe.zcard("rerankq:running")
-        pipe.zcard("rerankq:dead")
-        clock, backlog, running, dead = pipe.execute()
-        # A sweep comes every second, and waits one lease after an outage.
-        long_ago = clock[0] - 2 * settings.lease_s - 3
-        long_over: int = redis.zcount("rerankq:running", "-inf", long_ago)
-        sweeper = _somebody_sweeps(redis)
-    try:
-        pairs = {queue.decode(): int(count) for queue, count in backlog.items()}
-    except ValueError as error:
-        raise BrokerUnavailable(f"rerankq:backlog holds what other hands than ours wrote: {error}") from error
+    with closing(connect(settings.ledger)) as redis:
+        found = Ledger(redis).overview(LeasePolicy(settings.lease_s))
     return Work(
-        pairs_waiting=pairs.get("*", 0),
+        pairs_waiting=found.pairs_waiting,
         max_pairs=settings.max_queued_pairs,
-        by_queue={queue: count for queue, count in pairs.items() if queue != "*" and "|" not in queue},
-        running=running,
-        long_over=long_over,
-        dead=dead,
-        sweeper=sweeper,
+        by_queue=found.by_queue,
+        running=found.running,
+        long_over=found.overdue,
+        dead=found.dead,
+        sweeper=found.somebody_sweeps,
     )
-
-
-def _somebody_sweeps(redis: Any) -> bool:
-    try:
-        with translated():
-            return bool(redis.exists("rerankq:sweeper"))
-    except RerankqError:
-        return True  # a producer's user may not see it: no fault to tell

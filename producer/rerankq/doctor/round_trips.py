@@ -12,6 +12,7 @@ from .. import BrokerUnavailable
 from ..broker.celery_app import make_app, round_trip
 from ..connections import opening as connections
 from ..ledger import calls
+from ..ledger.keys import completion_channel
 from ..ledger.limits import LedgerLimits
 from ..ledger.runner import AsyncLedger, Ledger, translated
 from ..settings import Settings
@@ -86,15 +87,8 @@ def ask(settings: Settings) -> None:
 
 def write(settings: Settings) -> None:
     """Write a record and remove it again: a server may answer every question and take nothing."""
-    with translated(), connections.ledger(settings.ledger) as redis:
-        write_to(redis)
-
-
-def write_to(redis: Any) -> None:
-    """Do it over a connection that is there."""
-    key = f"rerankq:job:{NOBODY}-writes"
-    redis.set(key, "", px=1_000)
-    redis.delete(key)
+    with connections.ledger(settings.ledger) as redis:
+        Ledger(redis).try_to_write(f"{NOBODY}-writes")
 
 
 async def ask_async(settings: Settings) -> None:
@@ -105,7 +99,7 @@ async def ask_async(settings: Settings) -> None:
 
 def hear(settings: Settings) -> None:
     """Hear a message as workers hear cancellations."""
-    channel = f"{settings.channel}:job:{NOBODY}"
+    channel = completion_channel(settings.channel, NOBODY)
     with translated(), connections.ledger(settings.ledger) as redis, closing(redis.pubsub()) as heard:
         heard.subscribe(channel)
         _expect("subscribe", heard.get_message(timeout=ANSWER_S))
@@ -120,7 +114,7 @@ def _expect(kind: str, message: Any) -> None:
 
 async def hear_async(settings: Settings) -> None:
     """Hear a message as those do who wait for rankings."""
-    channel = f"{settings.channel}:job:{NOBODY}-waiting"
+    channel = completion_channel(settings.channel, f"{NOBODY}-waiting")
     line = connections.listening(settings.ledger)
     try:
         async with asyncio.timeout(ANSWER_S), connections.ledger_async(settings.ledger) as redis:

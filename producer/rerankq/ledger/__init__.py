@@ -9,9 +9,10 @@ from ..connections import ledger_async as connect_async
 from ..connections import listening as subscription
 from . import calls
 from .calls import Acceptance, Call, Claim, Counted, Deferred, Doorbell, JobSnapshot, NewJob, Retrial, Swept
-from .limits import LedgerLimits, live_for
+from .lease_policy import LeasePolicy, Server, Watch
+from .limits import LedgerLimits
 from .registry import WorkerInfo
-from .runner import AsyncLedger, Ledger, Server, reraise_cancelled, source, translated, yield_to_loop
+from .runner import AsyncLedger, Ledger, Overview, reraise_cancelled, source, translated, yield_to_loop
 
 __all__ = [
     "Acceptance",
@@ -22,17 +23,19 @@ __all__ = [
     "Deferred",
     "Doorbell",
     "JobSnapshot",
+    "LeasePolicy",
     "Ledger",
     "LedgerLimits",
     "NewJob",
+    "Overview",
     "Retrial",
     "Server",
     "Swept",
+    "Watch",
     "WorkerInfo",
     "calls",
     "connect",
     "connect_async",
-    "live_for",
     "reraise_cancelled",
     "source",
     "subscription",

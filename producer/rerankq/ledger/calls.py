@@ -128,9 +128,23 @@ NOT_COUNTED = Counted()
 
 def submit(new_job: NewJob, limits: LedgerLimits) -> Call[Acceptance]:
     """Accept a job: this write *is* acceptance."""
-    deadline = "" if new_job.deadline_s is None else new_job.deadline_s
-    thresholds = (limits.max_queued_pairs, limits.max_memory_percent, limits.doorbell_window)
-    args = (*new_job[:6], deadline, *new_job[7:10], *thresholds, *_end(limits), ",".join(new_job.weights))
+    args = (
+        new_job.id,
+        new_job.content,
+        new_job.queue,
+        new_job.tenant,
+        new_job.priority,
+        new_job.pairs,
+        "" if new_job.deadline_s is None else new_job.deadline_s,
+        new_job.label,
+        new_job.model,
+        new_job.payload,
+        limits.max_queued_pairs,
+        limits.max_memory_percent,
+        limits.doorbell_window,
+        *_end(limits),
+        ",".join(new_job.weights),
+    )
 
     def read(answer: object) -> Acceptance:
         first, second = _list(answer)
@@ -337,14 +351,14 @@ def refill_window(queues: Sequence[str], limits: LedgerLimits, *, most: int = 25
     return Call("refill_window", (limits.doorbell_window, most, *queues), read)
 
 
-def beat(worker: str, info: str, *, gone_after_s: float) -> Call[float]:
+def beat(worker: str, info: str, *, forget_after_s: float) -> Call[float]:
     """Register a worker's sign of life; answers the ledger's time."""
-    return Call("beat", (worker, info, gone_after_s), lambda answer: float(_text(answer)))
+    return Call("beat", (worker, info, forget_after_s), lambda answer: float(_text(answer)))
 
 
-def bury(workers: Sequence[str]) -> Call[int]:
-    """Say of workers that they have ended; answers how many of them the registry held."""
-    return Call("bury", workers, _int)
+def sign_off(workers: Sequence[str]) -> Call[int]:
+    """Take workers that have ended out of the registry; answers how many of them it held."""
+    return Call("sign_off", workers, _int)
 
 
 def _ranking(job_id: str, text: bytes) -> Ranking:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..settings import Settings
-
-
-def live_for(lease_s: float) -> float:
-    """Seconds without a sign of life for which a worker still counts as alive."""
-    return max(10.0, 3 * lease_s)
+from .keys import cancel_channel, completion_channel
+from .lease_policy import LeasePolicy
 
 
 class LedgerLimits(NamedTuple):
@@ -22,6 +19,20 @@ class LedgerLimits(NamedTuple):
     max_attempts: int = 3
     lease_s: float = 8
     max_memory_percent: int = 90
+
+    @property
+    def lease_policy(self) -> LeasePolicy:
+        """The rule for this deployment's leases."""
+        return LeasePolicy(self.lease_s)
+
+    def completion_channel(self, job_id: str) -> str:
+        """Name the channel on which the end of a job is published."""
+        return completion_channel(self.channel, job_id)
+
+    @property
+    def cancel_channel(self) -> str:
+        """The channel on which workers are told of cancelled jobs."""
+        return cancel_channel(self.channel)
 
     @classmethod
     def of(cls, settings: Settings) -> LedgerLimits:

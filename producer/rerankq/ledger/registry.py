@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -28,11 +29,11 @@ class WorkerInfo(NamedTuple):
         return self.queues[0].removeprefix("rerankq.interactive") if self.queues else ""
 
 
-def _workers(clock: tuple[int, int], found: dict[bytes, bytes]) -> list[WorkerInfo]:
-    now = clock[0] + clock[1] / 1e6
+def workers_of(now: float, found: Mapping[bytes, bytes]) -> list[WorkerInfo]:
+    """Read the entries of the registry; *now* is the ledger's time."""
     workers = []
     for name, entry in found.items():
-        # What other hands wrote there is no worker.
+        # Skip entries that no worker wrote.
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             workers.append(_worker(name.decode(), entry.decode(), now))
     return workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from hashlib import sha1
@@ -18,8 +18,10 @@ from redis.exceptions import NoPermissionError, NoScriptError, OutOfMemoryError,
 
 from ..connections.opening import NoSuchDatabase
 from ..errors import BrokerUnavailable, JobFailed, QueueFull, RerankqError, SettingsInvalid
+from . import keys, lease_policy
 from .calls import Call
-from .registry import WorkerInfo, _workers
+from .lease_policy import LeasePolicy, Server
+from .registry import WorkerInfo, workers_of
 
 Answer = TypeVar("Answer")
 
@@ -27,18 +29,31 @@ Answer = TypeVar("Answer")
 WORK_S = 0.002
 
 
-class Server(NamedTuple):
-    """Which run of which server answers, and for how long, by its own clock, it has been up."""
+class Overview(NamedTuple):
+    """What the ledger holds: pairs waiting by queue, jobs running and dead, and whether its sweeps keep up.
 
-    run_id: str
-    uptime_s: float
+    ``overdue`` counts leases that ended so long ago that a sweep should have judged them.
+    """
+
+    pairs_waiting: int
+    by_queue: Mapping[str, int]
+    running: int
+    dead: int
+    overdue: int
+    somebody_sweeps: bool
+
+
+@cache
+def prelude() -> str:
+    """Read what stands before every script: the keys, the figures of the lease policy, the functions they share."""
+    text = (resources.files(__package__) / "scripts" / "prelude.lua").read_text()
+    return keys.as_lua() + lease_policy.as_lua() + text
 
 
 @cache
 def source(script: str) -> tuple[str, str]:
     """Read a script's text and its SHA-1, by which Redis knows it."""
-    folder = resources.files(__package__) / "scripts"
-    text = (folder / "prelude.lua").read_text() + (folder / f"{script}.lua").read_text()
+    text = prelude() + (resources.files(__package__) / "scripts" / f"{script}.lua").read_text()
     return text, sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -120,9 +135,48 @@ class Ledger:
         with translated():
             pipe = self.redis.pipeline(transaction=False)
             pipe.time()
-            pipe.hgetall("rerankq:workers")
+            pipe.hgetall(keys.WORKERS())
             clock, found = pipe.execute()
-        return _workers(clock, found)
+        return workers_of(_seconds(clock), found)
+
+    def now(self) -> float:
+        """Read the ledger's clock, in seconds since the epoch."""
+        with translated():
+            return _seconds(self.redis.time())
+
+    def overview(self, policy: LeasePolicy) -> Overview:
+        """Count what the ledger holds.
+
+        Raises:
+            BrokerUnavailable: also if the counts cannot be read, because something else wrote to them.
+        """
+        with translated():
+            pipe = self.redis.pipeline(transaction=False)
+            pipe.time()
+            pipe.hgetall(keys.BACKLOG())
+            pipe.zcard(keys.RUNNING())
+            pipe.zcard(keys.DEAD())
+            clock, backlog, running, dead = pipe.execute()
+            overdue: int = self.redis.zcount(keys.RUNNING(), "-inf", _seconds(clock) - policy.judged_within_s)
+        try:
+            pairs = {queue.decode(): int(count) for queue, count in backlog.items()}
+        except ValueError as error:
+            raise BrokerUnavailable(f"{keys.BACKLOG()} is damaged: {error}") from error
+        by_queue = {queue: count for queue, count in pairs.items() if queue != "*" and "|" not in queue}
+        return Overview(pairs.get("*", 0), by_queue, running, dead, overdue, self._somebody_sweeps())
+
+    def _somebody_sweeps(self) -> bool:
+        try:
+            with translated():
+                return bool(self.redis.exists(keys.SWEEPER()))
+        except RerankqError:
+            return True  # a producer's user may not read it, which is no fault
+
+    def try_to_write(self, job_id: str) -> None:
+        """Write the record of a job that nobody has, and remove it: a server may answer reads and refuse writes."""
+        with translated():
+            self.redis.set(keys.JOB(job_id), "", px=1_000)
+            self.redis.delete(keys.JOB(job_id))
 
     def server(self) -> Server:
         """Tell servers and their restarts apart."""
@@ -177,9 +231,13 @@ class AsyncLedger:
         with reraise_cancelled(), translated():
             pipe = self.redis.pipeline(transaction=False)
             pipe.time()
-            pipe.hgetall("rerankq:workers")
+            pipe.hgetall(keys.WORKERS())
             clock, found = await pipe.execute()
-        return _workers(clock, found)
+        return workers_of(_seconds(clock), found)
+
+
+def _seconds(clock: tuple[int, int]) -> float:
+    return clock[0] + clock[1] / 1e6
 
 
 def _fill(pipe: Any, wanted: Iterable[Call[Any]]) -> None:
@@ -216,5 +274,5 @@ def _read(call: Call[Answer], given: object) -> Answer:
     try:
         return call.read(given)
     except (ValueError, TypeError) as error:
-        # Other hands than ours can write to a record.
+        # Anybody who may write to the ledger can damage a record.
         raise JobFailed(f"what the ledger holds of it cannot be read: {error}") from error

@@ -1,19 +1,21 @@
--- worker info gone_after_s | Register a sign of life; forget workers that have given none for long. Answers the time.
+-- worker info forget_after_s | Register a sign of life; forget workers that have given none for long. Answers the time.
 begin_freeing()
-local function asked(info) return tonumber(string.match(info, '"gone_after_s": ([%d.]+)') or '') or 0 end
+local worker, info, forget_after = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local function asked(by) return tonumber(string.match(by, '"forget_after_s": ([%d.]+)') or '') or 0 end
 local time = now()
-take_back(ARGV[1])
-redis.call('HSET', 'rerankq:workers', ARGV[1], stamp(time) .. ' ' .. ARGV[2])
-local workers = redis.call('HGETALL', 'rerankq:workers')
+clear_accused(worker)
+redis.call('HSET', KEY.workers, worker, stamp(time) .. ' ' .. info)
+local workers = redis.call('HGETALL', KEY.workers)
 for at = 1, #workers, 2 do
-  local beaten, info = string.match(workers[at + 1], '^(%S+)(.*)$')
-  beaten = tonumber(beaten or '')
+  local name = workers[at]
+  local beat_at, rest = string.match(workers[at + 1], '^(%S+)(.*)$')
+  beat_at = tonumber(beat_at or '')
   -- Each for as long as it asked itself: a worker of longer leases may be silent for longer.
-  if not beaten or beaten < time - math.max(tonumber(ARGV[3]), asked(info)) then
-    redis.call('HDEL', 'rerankq:workers', workers[at])
-  elseif beaten > time then
+  if not beat_at or beat_at < time - math.max(forget_after, asked(rest)) then
+    redis.call('HDEL', KEY.workers, name)
+  elseif beat_at > time then
     -- The clock was set back since: nobody lives longer for that.
-    redis.call('HSET', 'rerankq:workers', workers[at], stamp(time) .. info)
+    redis.call('HSET', KEY.workers, name, stamp(time) .. rest)
   end
 end
 return stamp(time)

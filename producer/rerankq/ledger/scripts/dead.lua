@@ -1,2 +1,2 @@
--- first last | Answers the ids of dead jobs by their places in line, the longest dead first.
-return redis.call('ZRANGE', 'rerankq:dead', ARGV[1], ARGV[2])
+-- first last | Answers the ids of dead jobs from one position to another, the longest dead first.
+return redis.call('ZRANGE', KEY.dead, ARGV[1], ARGV[2])

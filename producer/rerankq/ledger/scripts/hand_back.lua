@@ -2,13 +2,13 @@
 begin_freeing()
 local handed = 0
 for at = 1, #ARGV, 2 do
-  local id = ARGV[at]
+  local id, fence = ARGV[at], ARGV[at + 1]
   local key = job_key(id)
-  if holds(key, ARGV[at + 1]) then
-    local job = redis.call('HMGET', key, 'owner', 'suspect')
-    leave_running(id, job[1])
-    note(key, 'handed-back', job[1] or '')
-    queue_again(key, id, job[2])
+  if holds(key, fence) then
+    local job = fields(key, 'owner', 'suspect')
+    leave_running(id, job.owner)
+    note(key, 'handed-back', job.owner or '')
+    queue_again(key, id, job.suspect)
     handed = handed + 1
   end
 end

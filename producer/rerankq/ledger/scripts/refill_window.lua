@@ -1,9 +1,11 @@
--- window most queue... | Ring on from the backlog, in turn over tenants. Answers id, queue, label, ahead, repeated.
--- ahead = 1: the job was running before, or lost its bell. It is sent for whatever the window says, and its doorbell overtakes the others.
+-- window most queue...
+-- Take the next jobs of the backlog whose doorbells shall be sent, in turn over tenants.
+-- Answers id, queue, label, ahead, repeated. ahead = 1: the job ran before, or lost its doorbell. It is sent even if the
+-- window is full, and its doorbell overtakes the others.
 begin_freeing()
 local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local answer = {}
-local turn = redis.call('INCR', 'rerankq:turn')
+local turn = redis.call('INCR', KEY.turn)
 for at = 3, #ARGV do
   local queue = ARGV[at]
   local tenants = redis.call('SMEMBERS', tenants_key(queue))
@@ -18,20 +20,19 @@ for at = 3, #ARGV do
     local popped = room > 0 and redis.call('ZPOPMIN', waiting, room) or {}
     if #popped == 0 then idle = idle + 1 else idle = 0 end
     for index = 1, #popped, 2 do
-      local id = popped[index]
+      local id, order = popped[index], tonumber(popped[index + 1])
       redis.call('ZADD', sent, stamp(now()), id)
-      answer[#answer + 1] = id
-      answer[#answer + 1] = queue
       local label = redis.pcall('HGET', job_key(id), 'label')
-      answer[#answer + 1] = type(label) == 'string' and label or ''
-      answer[#answer + 1] = tonumber(popped[index + 1]) < 0 and 1 or 0
+      for _, part in ipairs({id, queue, type(label) == 'string' and label or '', order < 0 and 1 or 0}) do
+        answer[#answer + 1] = part
+      end
       taken = taken + 1
     end
     if #popped == 0 and redis.call('EXISTS', waiting) == 0 and redis.call('EXISTS', sent) == 0 then
       redis.call('SREM', tenants_key(queue), tenant)
-      -- Nobody knew how many pairs went with a record that other hands removed: here it is known that none are left.
-      local left = tonumber(redis.call('HGET', 'rerankq:backlog', queue .. '|' .. tenant) or '')
-      if left then count(queue, tenant, -left) end
+      -- If a record was removed from outside, nobody knew how many pairs went with it: here it is known that none are left.
+      local left = tonumber(redis.call('HGET', KEY.backlog, queue .. '|' .. tenant) or '')
+      if left then count_waiting(queue, tenant, -left) end
     end
   end
 end
