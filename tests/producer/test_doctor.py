@@ -238,7 +238,7 @@ def test_who_may_not_see_the_sweeper_does_not_miss_it():
         def exists(self, name):
             raise redis.exceptions.NoPermissionError("this user has no permissions")
 
-    assert examination._somebody_sweeps(Forbidding())
+    assert Ledger(Forbidding())._somebody_sweeps()
 
 
 @pytest.mark.parametrize(

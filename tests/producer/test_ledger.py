@@ -657,7 +657,7 @@ def test_jobs_of_a_former_queue_move_a_few_at_a_time_with_their_deadlines_and_th
 
 
 @pytest.mark.parametrize(
-    "lost", [f"rerankq:{key}" for key in (f"waiting:{BULK}", f"rung:{BULK}", "queues", f"tenants:{BULK}", "backlog")]
+    "lost", [f"rerankq:{key}" for key in (f"waiting:{BULK}", f"sent:{BULK}", "queues", f"tenants:{BULK}", "backlog")]
 )
 def test_a_queued_job_whose_place_was_evicted_is_found_again_when_somebody_asks_for_it(ledger: Ledger, lost: str):
     submit(ledger, "a", "b", limits=TERMS._replace(doorbell_window=1))
@@ -1133,7 +1133,7 @@ def test_what_a_job_costs_does_not_grow_with_the_jobs_that_wait(ledger: Ledger):
 
 def test_the_scripts_ship_with_the_package_and_are_named_by_their_hash():
     text, sha = source("claim")
-    assert text.startswith("-- Put before every script")
+    assert text.startswith("local KEY = {job = ")
     assert len(sha) == 40
 
 
