@@ -51,16 +51,17 @@ class Device(AsynchronousStubEngine):
 
 
 class InOrderOfArrival(WaitingPairs[Any]):
-    """Looks at whoever came first, as before there were turns."""
+    """Serves pairs in order of arrival, without fair queueing."""
 
     def window(self, size: int) -> Window:
-        places = np.flatnonzero(self._here[: len(self._waiters)])[: 2 * size]
-        lines = [waiter.lines[0] for place in places.tolist() if (waiter := self._waiters[place])]
-        kinds = np.array([line.priority for line in lines], dtype=np.int8)
-        distinct = list(dict.fromkeys(lines))
-        at = {line: place for place, line in enumerate(distinct)}
-        turns = np.array([at[line] for line in lines], dtype=np.intp)
-        return Window(places, self._lengths[places], kinds, self._arrived[places], places * 1.0, turns, distinct)
+        indices = np.flatnonzero(self._occupied[: len(self._pairs)])[: 2 * size]
+        queues = [pair.queues[0] for index in indices.tolist() if (pair := self._pairs[index])]
+        priorities = np.array([queue.priority for queue in queues], dtype=np.int8)
+        distinct = list(dict.fromkeys(queues))
+        at = {queue: position for position, queue in enumerate(distinct)}
+        jobs = np.array([at[queue] for queue in queues], dtype=np.intp)
+        starts = indices.astype(np.float64)
+        return Window(indices, self._lengths[indices], priorities, self._arrived[indices], starts, jobs, distinct)
 
 
 @contextmanager

@@ -48,12 +48,12 @@ def alone(device: dict[str, Any], pairs: int) -> dict[str, float]:
     waiting = engine.tokenise("q", [" ".join(["x"] * WORDS)] * pairs)
     began, before = time.monotonic(), None
     for batch in plan_all([pair.length for pair in waiting], engine.max_batch_tokens, padded=False):
-        flight = engine.launch([waiting[position] for position in batch])
+        logits = engine.launch([waiting[position] for position in batch])
         if before is not None:
-            before.logits()
-        before = flight
+            before.result()
+        before = logits
     if before is not None:
-        before.logits()
+        before.result()
     return figures({"at": began, "idle_s": 0, "gap_s": 0, "launch_s": 0, "batches": 0, "pairs": 0}, engine.figures())
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from celery.worker.control import inspect_command
 
 import rerankq_worker.engine as engine
-from rerankq_worker.engine import AsynchronousStubEngine, Flight, TokenisedPair
+from rerankq_worker.engine import AsynchronousStubEngine, LogitsFuture, TokenisedPair
 
 VARIABLE = "FLYING_DEVICE"
 # Hashing so much lets go of the lock (from 2 KB) and takes a few microseconds, as the launch of a kernel.
@@ -48,19 +48,19 @@ class FlyingEngine(AsynchronousStubEngine):
             self.tokenised += len(pairs)
         return pairs
 
-    def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
+    def launch(self, batch: Sequence[TokenisedPair]) -> LogitsFuture:
         """Launch the batch, call by call."""
         began, free_at = time.monotonic(), self._free_at
         for _ in range(self.calls):
             blake2b(_KERNEL)
-        flight = super().launch(batch)
+        logits = super().launch(batch)
         now = time.monotonic()
         with self._lock:
             self.launch_s += now - began
             self.gap_s += max(0.0, now - max(free_at, self._came))
             self.batches += 1
             self.pairs += len(batch)
-        return flight
+        return logits
 
     def figures(self) -> dict[str, float]:
         """Tell what the device did so far."""

@@ -2,7 +2,6 @@
 
 import math
 import random
-import sys
 import threading
 import time
 from collections import Counter
@@ -58,39 +57,37 @@ class ScriptedEngine(StubEngine):
         assert self.entered.acquire(timeout=PATIENCE_S)
 
 
-class FlyingEngine(ScriptedEngine):
-    """The same on a device that works by itself: the script is followed on a thread of the device."""
+class AsynchronousEngine(ScriptedEngine):
+    """The same on an asynchronous device: the script is followed on a thread of the device."""
 
     def __init__(self, **options):
         super().__init__(**options)
         self.device_thread = ThreadPoolExecutor(1)
-
-        self.out = self.most_out = 0
+        self.in_flight = self.most_in_flight = 0
         self.launched = threading.Semaphore(0)
 
     def launch(self, batch):
-        self.out += 1
-        self.most_out = max(self.most_out, self.out)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
         self.launched.release()
-        return InFlight(self, self.device_thread.submit(self.forward, batch))
+        return CountedFuture(self, self.device_thread.submit(self.forward, batch))
 
 
-class InFlight:
+class CountedFuture:
     def __init__(self, engine, future):
         self.engine, self.future = engine, future
 
-    @property
     def done(self):
         return self.future.done()
 
-    def logits(self):
+    def result(self):
         try:
             return self.future.result(PATIENCE_S)
         finally:
-            self.engine.out -= 1
+            self.engine.in_flight -= 1
 
 
-@pytest.fixture(params=[ScriptedEngine, FlyingEngine], ids=["computes at once", "works by itself"])
+@pytest.fixture(params=[ScriptedEngine, AsynchronousEngine], ids=["blocking launch", "asynchronous"])
 def make_engine(request):
     return request.param
 
@@ -161,7 +158,7 @@ def test_many_threads_at_once_get_their_own_scores(started, make_engine):
     assert wrong == []
     assert batcher.stats().waiting_pairs == 0
     assert batcher.stats().tickets == 0
-    assert batcher._in_flight == {}
+    assert batcher._by_key == {}
 
 
 def test_pairs_of_many_tickets_share_batches(started, make_engine):
@@ -244,7 +241,7 @@ def test_a_key_is_forgotten_once_computed(started, make_engine):
     for _ in range(2):
         batcher.submit(pairs, keys=[b"k"]).result(PATIENCE_S)
     assert sum(computed(engine).values()) == 2
-    assert batcher._in_flight == {}
+    assert batcher._by_key == {}
 
 
 def test_the_owners_cancellation_passes_a_shared_pair_on(started, make_engine):
@@ -330,11 +327,12 @@ def test_interactive_pairs_go_before_bulk_that_came_earlier(started, make_engine
     engine.wait_until_busy()
     bulk = batcher.submit(engine.tokenise("q", [f"bulk {n}" for n in range(40)]), priority="bulk")
     urgent = batcher.submit(engine.tokenise("q", [f"urgent {n}" for n in range(6)]))
-    seen = []
-    urgent.add_done_callback(lambda _: seen.append(bulk.done_pairs))
     engine.gate.set()
     bulk.result(PATIENCE_S)
-    assert seen == [0]
+    urgent.result(PATIENCE_S)
+    is_urgent = has_word(engine, "urgent")
+    order = [is_urgent(pair) for batch in engine.batches[1:] for pair in batch]
+    assert order == [True] * 6 + [False] * 40
 
 
 def test_bulk_keeps_its_share_under_a_flood_of_interactive_pairs(started):
@@ -359,18 +357,21 @@ def test_bulk_keeps_its_share_under_a_flood_of_interactive_pairs(started):
     bulk = batcher.submit(
         engine.tokenise("q", [f"this bulk chunk is longer than those {n}" for n in range(2000)]), priority="bulk"
     )
-    shares = []
-    flood.add_done_callback(lambda _: shares.append(bulk.done_pairs * 11 / (bulk.done_pairs * 11 + 2000 * 5)))
     engine.gate.set()
     flood.result(PATIENCE_S)
-    assert shares[0] == pytest.approx(0.25, abs=0.08)
+    bulk.result(PATIENCE_S)
+    # A pair of the flood has 6 tokens, one of bulk 12: what the device computed until the flood ended.
+    lengths = [pair.length for batch in engine.batches[1:] for pair in batch]
+    until = len(lengths) - lengths[::-1].index(6)
+    served = Counter(lengths[:until])
+    assert served[12] * 12 / (served[12] * 12 + served[6] * 6) == pytest.approx(0.25, abs=0.08)
 
 
-# -- flights -------------------------------------------------------------------------------------------------------
+# -- batches in flight ---------------------------------------------------------------------------------------------
 
 
 def test_the_next_batch_is_launched_while_the_device_runs_the_present_one_and_no_third(started):
-    engine = FlyingEngine(held=True)
+    engine = AsynchronousEngine(held=True)
     batcher = started(engine, max_batch_tokens=32)
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
     for _ in range(2):
@@ -378,7 +379,7 @@ def test_the_next_batch_is_launched_while_the_device_runs_the_present_one_and_no
     assert engine.batches == []
     engine.gate.set()
     ticket.result(PATIENCE_S)
-    assert engine.most_out == 2
+    assert engine.most_in_flight == 2
     assert len(engine.batches) > 4
 
 
@@ -394,7 +395,7 @@ def test_an_engine_that_computes_at_once_delivers_before_it_goes_on(started):
 
 
 def test_a_batch_that_fails_in_flight_harms_neither_the_one_before_nor_the_one_after(started):
-    engine = FlyingEngine(held=True)
+    engine = AsynchronousEngine(held=True)
     bad = has_word(engine, "poison")
     engine.fails = lambda batch: ValueError("cannot read this") if any(map(bad, batch)) else None
     batcher = started(engine, max_batch_tokens=12)
@@ -413,7 +414,7 @@ def test_a_batch_that_fails_in_flight_harms_neither_the_one_before_nor_the_one_a
 
 
 def test_a_launch_that_fails_is_found_out_when_the_batch_before_it_has_landed(started):
-    class Refusing(FlyingEngine):
+    class Refusing(AsynchronousEngine):
         def launch(self, batch):
             if len(batch) > 2:
                 raise MemoryError
@@ -428,7 +429,7 @@ def test_a_launch_that_fails_is_found_out_when_the_batch_before_it_has_landed(st
 
 
 def test_closing_lands_what_is_in_flight(started):
-    engine = FlyingEngine(held=True)
+    engine = AsynchronousEngine(held=True)
     batcher = started(engine, max_batch_tokens=16)
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
     for _ in range(2):
@@ -436,7 +437,7 @@ def test_closing_lands_what_is_in_flight(started):
     engine.gate.set()
     batcher.close(timeout=PATIENCE_S)
     assert ticket.result(0).shape == (len(CHUNKS),)
-    assert engine.out == 0
+    assert engine.in_flight == 0
     assert batcher.stats().batch_started is None
 
 
@@ -446,14 +447,16 @@ class Simulation:
     def __init__(self, started, *, seconds_per_token=0.001, max_batch_tokens=50, **options):
         self.now = 0.0
         self.due = []
+        self.watch = lambda: None
         self.engine = AsynchronousStubEngine(
             seconds_per_token=seconds_per_token, clock=lambda: self.now, sleep=self.sleep, padded=False
         )
         self.engine.gate = threading.Event()
         self.batcher = started(self.engine, max_batch_tokens=max_batch_tokens, clock=lambda: self.now, **options)
-        self.batcher._hurry = self
+        self.batcher._closed = self
 
     def sleep(self, seconds):
+        self.watch()
         ends = self.now + seconds
         while self.due and self.due[0][0] <= ends:
             self.now, happen = self.due.pop(0)
@@ -478,17 +481,17 @@ def test_an_interactive_pair_waits_for_the_batch_on_the_device_and_what_was_laun
     started, lead_s, longest, shortest
 ):
     simulation = Simulation(started, lead_s=lead_s, fill_tokens=0)
-    waits = []
+    tickets = []
 
     def urgent():
-        came = simulation.now
-        ticket = simulation.batcher.submit(simulation.pairs(1))
-        ticket.add_done_callback(lambda _: waits.append(simulation.now - came))
+        tickets.append(simulation.batcher.submit(simulation.pairs(1)))
 
     simulation.due = [(1.0 + 0.1537 * number, urgent) for number in range(100)]
     simulation.batcher.submit(simulation.pairs(5000), priority="bulk").result(PATIENCE_S)
+    assert all(ticket.done for ticket in tickets)
+    waits = [ticket.elapsed_s for ticket in tickets]
     assert len(waits) == 100
-    # A look at the flight every 2 ms is part of it.
+    # The device is polled every 2 ms.
     assert max(waits) <= longest + 0.005 + 0.002
     assert min(waits) >= shortest
     assert simulation.engine.idle_s == pytest.approx(0, abs=1e-9)
@@ -496,19 +499,19 @@ def test_an_interactive_pair_waits_for_the_batch_on_the_device_and_what_was_laun
 
 def test_bulk_keeps_its_share_of_a_device_that_works_by_itself(started):
     simulation = Simulation(started, bulk_share=0.2)
-    shares, over = [], threading.Event()
+    shares, over, tickets = [], threading.Event(), []
 
-    def both_come():
-        bulk = simulation.batcher.submit(simulation.pairs(4000), priority="bulk")
-        flood = simulation.batcher.submit(simulation.pairs(4000))
+    def submit_both():
+        tickets.append(simulation.batcher.submit(simulation.pairs(4000), priority="bulk"))
+        tickets.append(simulation.batcher.submit(simulation.pairs(4000)))
 
-        def flood_ends(_):
-            shares.append(bulk.done_pairs / (bulk.done_pairs + 4000))
+    def watch():
+        if tickets and tickets[1].done and not shares:
+            shares.append(tickets[0].done_pairs / (tickets[0].done_pairs + 4000))
             over.set()
 
-        flood.add_done_callback(flood_ends)
-
-    simulation.due = [(0.001, both_come)]
+    simulation.watch = watch
+    simulation.due = [(0.001, submit_both)]
     simulation.batcher.submit(simulation.pairs(1))
     assert over.wait(PATIENCE_S)
     assert shares[0] == pytest.approx(0.2, abs=0.01)
@@ -520,18 +523,17 @@ def test_a_bulk_pair_beside_many_interactive_ones_leads_once_it_has_waited_for_t
     started, bulk_share, batches
 ):
     simulation = Simulation(started, bulk_share=bulk_share, fill_tokens=0)
-    waits = []
+    tickets = []
 
     def bulk():
-        came = simulation.now
-        ticket = simulation.batcher.submit(simulation.pairs(1), priority="bulk")
-        ticket.add_done_callback(lambda _: waits.append(simulation.now - came))
+        tickets.append(simulation.batcher.submit(simulation.pairs(1), priority="bulk"))
 
     simulation.due = [(0.25, bulk)]
     simulation.batcher.submit(simulation.pairs(1000)).result(PATIENCE_S)
-    assert len(waits) == 1
+    (ticket,) = tickets
+    ticket.result(0)
     # It waits for its turn, for the batch then on the device, and for its own.
-    assert batches * 0.05 <= waits[0] <= (batches + 3) * 0.05
+    assert batches * 0.05 <= ticket.elapsed_s <= (batches + 3) * 0.05
 
 
 def test_the_seconds_in_which_something_is_in_flight_are_counted_once(started):
@@ -552,40 +554,34 @@ def test_the_seconds_in_which_something_is_in_flight_are_counted_once(started):
 def test_a_small_job_beside_a_large_one_waits_for_what_is_launched_and_two_batches(started, size, beside):
     # A batch of ten pairs takes 0.05 s.
     simulation = Simulation(started)
-    waits = []
+    tickets = []
 
     def small():
-        came = simulation.now
-        ticket = simulation.batcher.submit(simulation.pairs(2))
-        ticket.add_done_callback(lambda _: waits.append(simulation.now - came))
+        tickets.append(simulation.batcher.submit(simulation.pairs(2)))
 
     simulation.due = [(0.5137 + 0.3 * number, small) for number in range(5)]
     simulation.batcher.submit(simulation.pairs(size), priority=beside).result(PATIENCE_S)
-    assert len(waits) == 5
-    assert max(waits) <= 0.05 + 0.01 + 2 * 0.05
+    assert [ticket.done for ticket in tickets] == [True] * 5
+    assert max(ticket.elapsed_s for ticket in tickets) <= 0.05 + 0.01 + 2 * 0.05
 
 
 def test_the_huge_jobs_of_one_tenant_hold_up_no_other(started):
     simulation = Simulation(started)
-    ended = {}
+    many, one = [], []
 
-    def come():
-        for number in range(10):
-            ticket = simulation.batcher.submit(simulation.pairs(300), tenant="many")
-            ticket.add_done_callback(lambda _, number=number: ended.setdefault(number, simulation.now))
-        ticket = simulation.batcher.submit(simulation.pairs(300), tenant="one")
-        ticket.add_done_callback(lambda _: ended.setdefault("one", simulation.now))
-        return ticket
+    def submit_all():
+        many.extend(simulation.batcher.submit(simulation.pairs(300), tenant="many") for _ in range(10))
+        one.append(simulation.batcher.submit(simulation.pairs(300), tenant="one"))
 
-    simulation.due = [(0.001, come)]
+    simulation.due = [(0.001, submit_all)]
     simulation.batcher.submit(simulation.pairs(1)).result(PATIENCE_S)
     simulation.batcher.close(timeout=PATIENCE_S)
     # Alone its 1500 tokens take 1.5 s; beside one other tenant, twice as long.
-    assert ended["one"] <= 3.0 + 0.2
-    assert min(ended[number] for number in range(10)) > 3.0
+    assert 1.5 < one[0].elapsed_s <= 3.0 + 0.2
+    assert min(ticket.elapsed_s for ticket in many) > 3.0
 
 
-# -- where the time goes ------------------------------------------------------------------------------------------
+# -- times of a ticket --------------------------------------------------------------------------------------------
 
 
 def test_a_ticket_tells_what_it_waited_apart_from_what_its_batches_took(started):
@@ -675,7 +671,7 @@ def test_everyone_who_waits_for_a_bad_pair_hears_of_it(started, make_engine):
     for ticket in tickets:
         with pytest.raises(PairFailed):
             ticket.result(PATIENCE_S)
-    assert batcher._in_flight == {}
+    assert batcher._by_key == {}
 
 
 @pytest.mark.parametrize(
@@ -710,11 +706,11 @@ def test_a_batch_that_failed_teaches_nothing_of_how_long_batches_take(started):
     engine = ScriptedEngine()
     batcher = started(engine)
     batcher.submit(engine.tokenise("q", ["a"])).result(PATIENCE_S)
-    learnt = batcher._flights.pace
+    learnt = batcher._in_flight.time_model
     engine.fails = lambda _: MemoryError()
     with pytest.raises(PairFailed):
         batcher.submit(engine.tokenise("q", ["a"])).result(PATIENCE_S)
-    assert batcher._flights.pace == learnt
+    assert batcher._in_flight.time_model == learnt
 
 
 def test_a_pair_that_does_not_fit_even_alone_fails_and_the_engine_lives(started, make_engine):
@@ -775,9 +771,9 @@ def test_a_pair_that_no_model_reads_fails_its_own_ticket_before_it_gets_to_the_d
     engine = make_engine(held=True)
     batcher = started(engine)
     unfit = batcher.submit([*engine.tokenise("q", CHUNKS), pair_of([7] * 513)], keys=[*keys_of(CHUNKS), b"k"])
-    with pytest.raises(PairFailed, match=r"513 tokens.*reads 512"):
+    with pytest.raises(PairFailed, match=r"513 tokens.*reads at most 512"):
         unfit.result(PATIENCE_S)
-    assert (batcher.stats().waiting_pairs, batcher.stats().tickets, batcher._in_flight) == (0, 0, {})
+    assert (batcher.stats().waiting_pairs, batcher.stats().tickets, batcher._by_key) == (0, 0, {})
     fine = batcher.submit(engine.tokenise("q", CHUNKS), keys=keys_of(CHUNKS))
     engine.gate.set()
     assert fine.result(PATIENCE_S).shape == (len(CHUNKS),)
@@ -820,19 +816,17 @@ def test_a_submission_that_raises_leaves_nothing_behind(started, make_engine):
 
 
 def test_an_engine_that_cannot_even_give_memory_back_or_say_whether_it_is_done_goes_on(started):
-    class Awkward(FlyingEngine):
+    class Awkward(AsynchronousEngine):
         def release_memory(self):
             raise RuntimeError("nothing to release")
 
         def launch(self, batch):
-            flight = super().launch(batch)
-            return Undecided(flight)
+            return Undecided(super().launch(batch))
 
     class Undecided:
-        def __init__(self, flight):
-            self.logits = flight.logits
+        def __init__(self, future):
+            self.result = future.result
 
-        @property
         def done(self):
             raise RuntimeError("who knows")
 
@@ -846,7 +840,7 @@ def test_an_engine_that_cannot_even_give_memory_back_or_say_whether_it_is_done_g
 def test_a_wrong_number_of_logits_is_an_error_and_no_shift(started):
     engine = ScriptedEngine()
     engine.forward = lambda batch: np.zeros(len(batch) + 1, dtype=np.float32)
-    with pytest.raises(PairFailed, match="came out"):
+    with pytest.raises(PairFailed, match="shape"):
         started(engine).submit(engine.tokenise("q", ["a", "b"])).result(PATIENCE_S)
 
 
@@ -909,14 +903,13 @@ class FaultyEngine(StubEngine):
 class Mishap:
     def __init__(self, kind, logits):
         self.kind, self.right = kind, logits
-        self.looks = 0
+        self.polls = 0
 
-    @property
     def done(self):
-        self.looks += 1
-        return self.kind != "late" or self.looks > 3
+        self.polls += 1
+        return self.kind != "late" or self.polls > 3
 
-    def logits(self):
+    def result(self):
         if self.kind == "memory":
             raise RuntimeError("CUDA out of memory")
         if self.kind == "shape":
@@ -980,30 +973,14 @@ def test_thirty_two_threads_at_a_faulty_engine_each_get_their_own_logits_or_thei
     assert min(ends[kind] for kind in ("ranked", "PairFailed", "TicketCancelled")) > 0
     batcher.close(timeout=PATIENCE_S)
     stats = batcher.stats()
-    assert (stats.waiting_pairs, stats.tickets, batcher._in_flight) == (0, 0, {})
-    assert batcher._waiting._lines == set()
+    assert (stats.waiting_pairs, stats.tickets, batcher._by_key) == (0, 0, {})
+    assert batcher._waiting._queues == set()
     assert batcher._waiting._shared == 0
     assert stats.batches > 0
     assert stats.out_of_memory > 0
 
 
-# -- waiting and watching ------------------------------------------------------------------------------------------
-
-
-def test_callbacks_come_once_and_a_broken_one_harms_nobody(started, make_engine, caplog):
-    engine = make_engine(held=True)
-    batcher = started(engine)
-    ticket, other = (batcher.submit(engine.tokenise("q", [chunk])) for chunk in ("a", "b"))
-    called = []
-    ticket.add_done_callback(lambda _: 1 / 0)
-    ticket.add_done_callback(lambda _: sys.exit(1))
-    ticket.add_done_callback(called.append)
-    engine.gate.set()
-    assert other.result(PATIENCE_S).shape == (1,)
-    batcher.close()
-    ticket.add_done_callback(called.append)
-    assert called == [ticket, ticket]
-    assert "callback" in caplog.text
+# -- statistics ----------------------------------------------------------------------------------------------------
 
 
 def test_the_snapshot_says_what_runs_and_how_long_it_should_take(started):

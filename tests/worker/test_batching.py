@@ -281,8 +281,8 @@ def test_the_same_waiting_pairs_give_the_same_plan_whatever_type_their_arrays_ha
     [
         ([1, 2], [0], [0, 0], 10, "one entry per pair"),
         ([[1]], [[0]], [[0]], 10, "one entry per pair"),
-        ([0], [0], [0], 10, "at least one token"),
-        ([1], [0], [0], 0, "holds no pair"),
+        ([0], [0], [0], 10, "at least 1 token"),
+        ([1], [0], [0], 0, "budget must be"),
     ],
 )
 def test_arrays_that_do_not_describe_pairs_are_refused(lengths, priorities, ages, budget, complaint):

@@ -1,4 +1,6 @@
-"""How the size of batches is found, on an engine whose pace is stated and whose clock is its own."""
+"""How the batch budget is measured, on an engine with a stated speed and a clock of its own."""
+
+import math
 
 import numpy as np
 import pytest
@@ -25,11 +27,11 @@ CPU = BUDGETS["cpu"]
 class Device(StubEngine):
     """Takes a fixed time for each batch and more for each token, by its own clock; holds so many tokens."""
 
-    def __init__(self, *, per_batch_s, per_token_s, holds=10**9, slowed=()):
+    def __init__(self, *, per_batch_s, per_token_s, holds=10**9, fits=math.inf, slowed=()):
         super().__init__(sleep=self.spend)
         self.now, self.tried, self.released = 0.0, [], 0
         self.per_batch_s, self.per_token_s, self.holds = per_batch_s, per_token_s, holds
-        self.slowed = list(slowed)
+        self.fits, self.slowed = fits, list(slowed)
 
     def spend(self, _):
         tokens = self.tried[-1]
@@ -45,41 +47,44 @@ class Device(StubEngine):
     def release_memory(self):
         self.released += 1
 
-    def measured(self, *, patience_s=60.0, most_tokens=None):
-        return measure(self, CPU, patience_s=patience_s, most_tokens=most_tokens, clock=lambda: self.now)
+    def most_tokens(self, batch):
+        assert len(batch) == 2, "judged by the smallest batch"
+        return self.fits
+
+    def measured(self, *, patience_s=60.0):
+        return measure(self, CPU, patience_s=patience_s, clock=lambda: self.now)
 
 
 @given(st.dictionaries(st.integers(1, 10**6), st.floats(0.1, 1e7), min_size=1))
-def test_the_levelling_point_is_the_smallest_budget_that_is_good_enough(pace):
-    found = levelling_point(pace)
-    assert pace[found] >= LEVEL * max(pace.values())
-    assert all(pace[smaller] < LEVEL * max(pace.values()) for smaller in pace if smaller < found)
+def test_the_levelling_point_is_the_smallest_budget_that_is_good_enough(throughput):
+    found = levelling_point(throughput)
+    assert throughput[found] >= LEVEL * max(throughput.values())
+    assert all(throughput[smaller] < LEVEL * max(throughput.values()) for smaller in throughput if smaller < found)
 
 
-def test_nothing_measured_levels_nowhere():
+def test_levelling_point_rejects_no_measurements():
     with pytest.raises(ValueError, match="no budget"):
         levelling_point({})
 
 
 @pytest.mark.parametrize(("per_batch_s", "found"), [(0.0, 512), (0.04, 1024), (0.08, 2048), (1.0, 4096)])
-def test_what_each_batch_costs_beside_its_tokens_decides_the_budget(per_batch_s, found):
+def test_the_fixed_time_of_a_batch_decides_the_budget(per_batch_s, found):
     # A token takes a millisecond; the twin is the formula: tokens ÷ (fixed + tokens × each).
-    pace = Device(per_batch_s=per_batch_s, per_token_s=1e-3).measured()
-    assert pace == pytest.approx({budget: budget / (per_batch_s + budget * 1e-3) for budget in CPU})
-    assert levelling_point(pace) == found
+    throughput = Device(per_batch_s=per_batch_s, per_token_s=1e-3).measured()
+    assert throughput == pytest.approx({budget: budget / (per_batch_s + budget * 1e-3) for budget in CPU})
+    assert levelling_point(throughput) == found
 
 
-def test_a_batch_that_others_slowed_down_decides_nothing():
+def test_the_measurement_ignores_batches_that_other_programs_slow_down():
     quiet = Device(per_batch_s=0.03, per_token_s=1e-3)
     busy = Device(per_batch_s=0.03, per_token_s=1e-3, slowed=[5, 1, 9, 2, *[1] * 4, *[7] * 12])
     assert busy.measured() == pytest.approx(quiet.measured())
 
 
 @pytest.mark.parametrize("patience_s", [0.1, 2.0, 6.0])
-def test_it_ends_in_time_and_has_tried_one_batch_at_least(patience_s):
+def test_the_measurement_ends_in_time_and_runs_one_batch_at_least(patience_s):
     device = Device(per_batch_s=0.0, per_token_s=1e-3)
-    pace = device.measured(patience_s=patience_s)
-    assert pace
+    assert device.measured(patience_s=patience_s)
     # A single batch, where it alone takes longer.
     assert device.now <= max(patience_s, 0.512) + 1e-9
 
@@ -105,13 +110,13 @@ def test_a_budget_that_no_longer_fits_takes_the_larger_ones_with_it(fails_at):
 
 
 @pytest.mark.parametrize(("fit", "largest"), [(1500, 1024), (1024, 1024), (1023, 512)])
-def test_budgets_beyond_what_is_known_to_fit_are_not_tried(fit, largest):
-    device = Device(per_batch_s=1.0, per_token_s=1e-3)
-    assert max(device.measured(most_tokens=lambda batch: fit)) == largest
+def test_budgets_above_the_estimate_of_free_memory_are_not_tried(fit, largest):
+    device = Device(per_batch_s=1.0, per_token_s=1e-3, fits=fit)
+    assert max(device.measured()) == largest
     assert max(device.tried) == largest
 
 
-def test_another_error_than_want_of_memory_is_raised_whenever_it_comes():
+def test_the_measurement_raises_errors_other_than_out_of_memory():
     class Broken(Device):
         def forward(self, batch):
             logits = super().forward(batch)
@@ -123,15 +128,15 @@ def test_another_error_than_want_of_memory_is_raised_whenever_it_comes():
         Broken(per_batch_s=0.0, per_token_s=1e-3).measured()
 
 
-def test_a_batch_that_would_last_beyond_the_patience_is_not_begun():
+def test_the_measurement_starts_no_batch_that_would_end_too_late():
     device = Device(per_batch_s=0.0, per_token_s=1e-3)
     device.measured(patience_s=3.0)
     assert device.tried == [512, 1024], "2048 tokens more would end after 3.6 s"
 
 
-def test_a_loaded_engine_gets_the_levelling_point_of_the_budgets_that_its_device_holds(monkeypatch):
+def test_an_automatic_budget_is_the_levelling_point_and_a_default_one_is_not_measured(monkeypatch):
     device = Device(per_batch_s=0.0, per_token_s=0.0)
-    device.device, device.most_tokens = "cpu", lambda batch: 1e6
+    device.device = "cpu"
     asked = {}
 
     def measured(of, budgets, **options):
@@ -140,26 +145,28 @@ def test_a_loaded_engine_gets_the_levelling_point_of_the_budgets_that_its_device
 
     monkeypatch.setattr(engine, "_load_stub", lambda *_: device)
     monkeypatch.setattr(engine, "measure", measured)
-    assert engine.load("stub", max_batch_tokens="measured").max_batch_tokens == 1024
-    assert asked == {
-        "of": device, "budgets": CPU, "patience_s": PATIENCE_S["cpu"], "most_tokens": device.most_tokens,
-    }  # fmt: skip
+    assert engine.load("stub", max_batch_tokens="auto").max_batch_tokens == 1024
+    assert asked == {"of": device, "budgets": CPU, "patience_s": PATIENCE_S["cpu"]}
+    asked.clear()
+    engine.load("stub", max_batch_tokens="default")
+    engine.load("stub")
+    assert not asked
 
 
-def test_a_device_that_cannot_hold_the_smallest_batch_is_heard_of():
+def test_the_measurement_raises_where_the_smallest_batch_does_not_fit():
     device = Device(per_batch_s=0.0, per_token_s=1e-3, holds=10)
     with pytest.raises(MemoryError):
         device.measured()
 
 
-def test_a_measured_budget_is_one_of_those_tried_and_a_number_is_taken_as_it_is():
-    found = engine.load("bundled", "cpu", "float32", runtime="torch", max_batch_tokens="measured")
+def test_an_automatic_budget_is_one_of_those_measured_and_a_stub_has_none_to_measure():
+    found = engine.load("bundled", "cpu", "float32", runtime="torch", max_batch_tokens="auto")
     assert found.max_batch_tokens in CPU
     assert np.isfinite(found.score([("q", "c")])).all()
-    assert engine.load("stub", max_batch_tokens="measured").max_batch_tokens == engine.load("stub").max_batch_tokens
+    assert engine.load("stub", max_batch_tokens="auto").max_batch_tokens == engine.load("stub").max_batch_tokens
 
 
-def test_a_template_longer_than_the_pairs_that_are_tried_does_not_end_the_start():
+def test_a_template_longer_than_the_measured_pairs_does_not_fail_the_measurement():
     class Wordy(StubEngine):
         def tokenise(self, query, chunks, *, max_length=None, **options):
             if max_length is not None and max_length < 300:
@@ -169,7 +176,7 @@ def test_a_template_longer_than_the_pairs_that_are_tried_does_not_end_the_start(
     assert set(measure(Wordy(seconds_per_token=0), (512, 1024), patience_s=5)) == {512, 1024}
 
 
-def test_a_token_is_timed_before_the_first_batch_and_predicts_it():
+def test_the_first_batch_is_predicted_by_a_token_timed_before_it():
     clock = [0.0]
 
     def sleep(seconds: float) -> None:
@@ -186,7 +193,7 @@ def test_a_token_is_timed_before_the_first_batch_and_predicts_it():
     in_flight.launch([SharedPair(pair, pair.length, None)], pair.length)
     ((_, predicted),) = seen
     assert predicted == pytest.approx(0.5 * pair.length)
-    in_flight.land()
-    assert in_flight.pace.predict(100) == pytest.approx(50), "what batches teach counts from then on"
+    in_flight.finish_oldest()
+    assert in_flight.time_model.predict(100) == pytest.approx(50), "measured batches count from then on"
     assert not LeasePolicy.hangs(10 * predicted - 1, predicted)
     assert LeasePolicy.hangs(10 * predicted + 1, predicted)

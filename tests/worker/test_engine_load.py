@@ -168,7 +168,7 @@ def test_a_batch_budget_that_holds_nothing_is_refused(asked):
 
 def test_the_batch_budget_may_come_as_text():
     assert engine.load("stub", max_batch_tokens="99").max_batch_tokens == 99
-    assert engine.load("stub", max_batch_tokens="auto").max_batch_tokens > 99
+    assert engine.load("stub", max_batch_tokens="default").max_batch_tokens > 99
 
 
 def test_a_maximum_length_that_holds_nothing_is_refused():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rerankq_worker import engine
-from rerankq_worker.engine import AsynchronousStubEngine, Landed, ModelUnusable, StubEngine
+from rerankq_worker.engine import AsynchronousStubEngine, ModelUnusable, StubEngine
 
 
 def test_loading_the_stub_imports_no_torch():
@@ -37,10 +37,10 @@ def test_a_batch_costs_its_padded_tokens():
 def test_an_unpadded_batch_costs_the_sum_of_its_tokens():
     slept = []
     stub = StubEngine(seconds_per_token=0.5, sleep=slept.append, padded=False)
-    flight = stub.launch(stub.tokenise("one two", ["a", "b c d"]))
+    future = stub.launch(stub.tokenise("one two", ["a", "b c d"]))
     assert slept == [0.5 * (6 + 8)]
-    assert isinstance(flight, Landed)
-    assert flight.done
+    assert future.done()
+    assert future.result().shape == (2,)
 
 
 class Clock:
@@ -61,12 +61,12 @@ def test_an_asynchronous_stub_works_by_itself_on_one_batch_after_the_other():
     batch = stub.tokenise("one two", ["a", "b c d"])
     first, second = stub.launch(batch), stub.launch(batch)
     assert clock.now == 100
-    assert not first.done
+    assert not first.done()
     clock.now += 5
-    np.testing.assert_array_equal(second.logits(), StubEngine(seconds_per_token=0).forward(batch))
+    np.testing.assert_array_equal(second.result(), StubEngine(seconds_per_token=0).forward(batch))
     assert clock.now == 100 + 2 * 8
-    assert first.done
-    assert second.done
+    assert first.done()
+    assert second.done()
     assert stub.idle_s == 0
     clock.now += 3
     stub.forward(batch)

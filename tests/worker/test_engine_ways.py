@@ -99,7 +99,7 @@ def assert_scores_as_alone(loaded, folder, pairs, atol=1e-5):
 )
 def test_a_pair_beside_longer_ones_scores_as_alone(made, name, way):
     loaded = load(made(name))
-    assert way is None or type(loaded._run) is way
+    assert way is None or type(loaded._forward_pass) is way
     assert_scores_as_alone(loaded, made(name), loaded.tokenise(QUERY, TEXTS))
 
 
@@ -149,7 +149,7 @@ def test_a_short_pair_does_not_take_the_frequencies_of_a_longer_one_beside_or_be
 
 
 def test_short_pairs_alone_of_a_model_of_long_positions_are_batched_as_others(copied):
-    assert type(load(copied("phi3", **LONG_ROPE), max_length=40)._run) is WholeModel
+    assert type(load(copied("phi3", **LONG_ROPE), max_length=40)._forward_pass) is WholeModel
 
 
 @pytest.mark.parametrize("name", ["gemma says", "bert", "deberta", "modular qwen3"])
@@ -199,7 +199,7 @@ def test_a_model_that_gives_another_logit_every_time_is_refused(made, monkeypatc
 def test_a_model_whose_pairs_change_each_other_by_padding_alone_runs_one_length_at_a_time(made, monkeypatch, caplog):
     spoil(monkeypatch, lambda _, __, out: out + 0.1 * out.shape[1], "bert.embeddings.LayerNorm")
     loaded = load(made("bert"), padded=True)
-    assert type(loaded._run) is OneLengthAtATime
+    assert type(loaded._forward_pass) is OneLengthAtATime
     assert not loaded.padded
     assert "runs one length at a time" in caplog.text
 

@@ -1,4 +1,4 @@
-"""The lines of jobs before the device: everybody once, and a small job's time grows with the jobs beside it alone."""
+"""The queues of jobs: every pair once, and a small job waits longer only for the number of other jobs."""
 
 import math
 from itertools import chain
@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rerankq_worker.engine.scheduling.batching import cost, plan
-from rerankq_worker.engine.scheduling.waiting_pairs import BULK, INTERACTIVE, NOWHERE, Line, WaitingPairs
+from rerankq_worker.engine.scheduling.waiting_pairs import BULK, INTERACTIVE, NOT_WAITING, JobQueue, WaitingPairs
 
 
-class Waiting:
+class Pair:
     def __init__(self, length, job=None):
         self.length, self.job = length, job
-        self.place, self.lines = NOWHERE, []
+        self.index, self.queues = NOT_WAITING, []
 
 
 class Device:
@@ -26,15 +26,15 @@ class Device:
         self.budget, self.fill, self.padded, self.window = budget, budget // 4, padded, window
         self.batches = []
 
-    def join(self, lengths, *, tenant="", priority=INTERACTIVE, now=0.0):
-        line = Line(priority, tenant)
-        pairs = [Waiting(length, line) for length in lengths]
-        self.waiting.join(line, pairs, now)
-        return line, pairs
+    def add(self, lengths, *, tenant="", priority=INTERACTIVE, now=0.0):
+        queue = JobQueue(priority, tenant)
+        pairs = [Pair(length, queue) for length in lengths]
+        self.waiting.add(queue, pairs, now)
+        return queue, pairs
 
     def step(self):
         window = self.waiting.window(self.window)
-        ages = np.zeros(window.places.size)
+        ages = np.zeros(window.indices.size)
         options = {"starts": window.starts, "padded": self.padded, "fill_tokens": self.fill}
         chosen = plan(window.lengths, window.priorities, ages, self.budget, **options)
         batch = self.waiting.take(window, chosen, led_by=int(window.priorities.max()), least=self.fill)
@@ -44,13 +44,13 @@ class Device:
     def run_until(self, pairs):
         """Go on until all of these are computed; answers how many batches it took."""
         steps = 0
-        while any(pair.place != NOWHERE for pair in pairs):
+        while any(pair.index != NOT_WAITING for pair in pairs):
             self.step()
             steps += 1
         return steps
 
-    def tokens(self, line):
-        return sum(pair.length for batch in self.batches for pair in batch if pair.job is line)
+    def tokens(self, queue):
+        return sum(pair.length for batch in self.batches for pair in batch if pair.job is queue)
 
 
 lengths_of_jobs = st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=40), min_size=1, max_size=6)
@@ -62,7 +62,7 @@ def test_every_pair_is_taken_once_and_no_batch_exceeds_the_budget(jobs, budget, 
     device = Device(budget, padded=padded, window=window)
     joined, taken = [], []
     for number, lengths in enumerate(jobs):
-        _, pairs = device.join(lengths, tenant=f"tenant {number % 2}", priority=random.choice([BULK, INTERACTIVE]))
+        _, pairs = device.add(lengths, tenant=f"tenant {number % 2}", priority=random.choice([BULK, INTERACTIVE]))
         joined += pairs
         for _ in range(random.randrange(3)):
             taken += device.step() if len(device.waiting) else []
@@ -71,7 +71,7 @@ def test_every_pair_is_taken_once_and_no_batch_exceeds_the_budget(jobs, budget, 
     assert len(taken) == len(set(taken)) == len(joined)
     for batch in device.batches:
         assert len(batch) == 1 or cost([pair.length for pair in batch], padded=padded) <= budget
-    assert all(pair.place == NOWHERE and pair.lines == [] for pair in joined)
+    assert all(pair.index == NOT_WAITING and pair.queues == [] for pair in joined)
 
 
 @given(
@@ -87,11 +87,11 @@ def test_a_small_jobs_batches_are_bounded_by_the_number_of_jobs_beside_it_whatev
 ):
     device = Device(1000, padded=padded)
     for number, lengths in enumerate(others):
-        device.join(lengths * 200, tenant="" if one_tenant else str(number))
+        device.add(lengths * 200, tenant="" if one_tenant else str(number))
     for _ in range(before):
         if len(device.waiting):
             device.step()
-    _, pairs = device.join(small, tenant="" if one_tenant else "small")
+    _, pairs = device.add(small, tenant="" if one_tenant else "small")
     # Each of its pairs leads a batch at worst. Whoever leads pays for a quarter of the budget at least, so that each
     # job beside it leads no more often than it takes to pay as much as the small one, a budget, and once more.
     each = len(small) + math.ceil((sum(small) + device.budget) / device.fill) + 1
@@ -100,20 +100,20 @@ def test_a_small_jobs_batches_are_bounded_by_the_number_of_jobs_beside_it_whatev
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("size", [600, 6_000, 60_000])
-def test_two_pairs_beside_a_large_job_wait_for_a_batch_or_two(padded, size):
+def test_a_job_of_two_pairs_beside_a_large_job_waits_for_two_batches_at_most(padded, size):
     device = Device(2048, padded=padded)
-    device.join(np.random.default_rng(0).integers(20, 400, size).tolist())
+    device.add(np.random.default_rng(0).integers(20, 400, size).tolist())
     for _ in range(7):
         device.step()
-    _, small = device.join([60, 300])
+    _, small = device.add([60, 300])
     assert device.run_until(small) <= 2
 
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_tenant_with_many_jobs_gets_no_more_than_one_with_a_single_job(padded):
     device = Device(1000, padded=padded)
-    many = [device.join([50] * 100, tenant="many")[0] for _ in range(10)]
-    one, pairs = device.join([50] * 200, tenant="one")
+    many = [device.add([50] * 100, tenant="many")[0] for _ in range(10)]
+    one, pairs = device.add([50] * 200, tenant="one")
     device.run_until(pairs)
     assert sum(map(device.tokens, many)) == pytest.approx(device.tokens(one), abs=2 * device.budget)
     assert max(map(device.tokens, many)) - min(map(device.tokens, many)) <= 2 * device.budget
@@ -122,11 +122,11 @@ def test_a_tenant_with_many_jobs_gets_no_more_than_one_with_a_single_job(padded)
 @pytest.mark.parametrize("count", [2, 8, 18])
 def test_a_tenant_whose_jobs_come_one_after_the_other_gets_no_more_than_one_whose_job_is_large(count):
     device = Device(1000)
-    steady, _ = device.join([50] * 4000, tenant="steady")
+    steady, _ = device.add([50] * 4000, tenant="steady")
     small, served = [], 0
     for _ in range(100):
-        if not any(pair.place != NOWHERE for pair in small):
-            _, small = device.join([50] * count, tenant="hops")
+        if not any(pair.index != NOT_WAITING for pair in small):
+            _, small = device.add([50] * count, tenant="hops")
         served += sum(pair.length for pair in device.step() if pair.job is not steady)
     # A batch goes to both where it has room for both.
     assert served <= device.tokens(steady) + 2 * device.budget
@@ -135,76 +135,76 @@ def test_a_tenant_whose_jobs_come_one_after_the_other_gets_no_more_than_one_whos
 @pytest.mark.parametrize("padded", [True, False])
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=5), others=st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
-def test_jobs_alike_are_served_alike(padded, lengths, others):
+def test_equal_jobs_are_served_equally(padded, lengths, others):
     device = Device(1000, padded=padded)
-    jobs = [device.join(lengths * 60) for _ in range(1 + others)]
+    jobs = [device.add(lengths * 60) for _ in range(1 + others)]
     device.run_until(jobs[0][1])
-    served = [device.tokens(line) for line, _ in jobs]
+    served = [device.tokens(queue) for queue, _ in jobs]
     assert max(served) - min(served) <= 2 * device.budget
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_a_stream_of_small_jobs_holds_up_no_large_one(padded):
+def test_a_large_job_is_not_starved_by_a_stream_of_small_ones(padded):
     device = Device(1000, padded=padded)
-    large, _ = device.join([50] * 4000)
+    large, _ = device.add([50] * 4000)
     for turn in range(100):
         if turn % 2:
-            device.join([900])
+            device.add([900])
         device.step()
     assert device.tokens(large) >= 0.3 * sum(pair.length for batch in device.batches for pair in batch)
 
 
 @pytest.mark.parametrize("size", [1, 4, 10])
-def test_a_window_shows_as_many_of_bulk_however_many_interactive_pairs_wait(size):
+def test_the_window_has_as_many_bulk_pairs_however_many_interactive_pairs_wait(size):
     device = Device()
-    device.join([5] * 10)
-    device.join([5] * 12, priority=BULK)
+    device.add([5] * 10)
+    device.add([5] * 12, priority=BULK)
     window = device.waiting.window(size)
     assert [int((window.priorities == kind).sum()) for kind in (INTERACTIVE, BULK)] == [size, size]
 
 
 @pytest.mark.parametrize("one_tenant", [True, False])
-def test_whoever_leads_a_batch_with_little_of_its_own_pays_for_a_quarter_of_it(one_tenant):
+def test_the_leader_of_a_batch_is_charged_for_a_quarter_of_it_at_least(one_tenant):
     device = Device(1000)
-    small, pairs = device.join([10] * 3, tenant="small")
-    large, _ = device.join([990] * 3, tenant="small" if one_tenant else "large")
+    small, pairs = device.add([10] * 3, tenant="small")
+    large, _ = device.add([990] * 3, tenant="small" if one_tenant else "large")
     assert device.step()[0] is pairs[0]
-    assert [device.tokens(line) for line in (small, large)] == [10, 990]
-    shares = device.waiting._shares[INTERACTIVE]
+    assert [device.tokens(queue) for queue in (small, large)] == [10, 990]
+    tenants = device.waiting._tenants[INTERACTIVE]
     if one_tenant:
-        assert {line: start for start, line in shares._jobs["small"]} == {small: 250, large: 990}
+        assert {queue: start for start, queue in tenants._jobs["small"]} == {small: 250, large: 990}
     else:
-        assert {tenant: start for start, tenant in shares._tenants} == {"small": 250, "large": 990}
+        assert {tenant: start for start, tenant in tenants._tenants} == {"small": 250, "large": 990}
 
 
-def test_a_pair_of_two_jobs_is_computed_once_in_the_turn_that_comes_first():
+def test_a_pair_of_two_jobs_is_computed_once_in_the_earlier_turn():
     device = Device(100)
-    _, pairs = device.join([50] * 100)
+    _, pairs = device.add([50] * 100)
     device.step()
-    line = Line(INTERACTIVE, "")
-    device.waiting.join(line, [pairs[90], pairs[91]], 1.0)
+    queue = JobQueue(INTERACTIVE, "")
+    device.waiting.add(queue, [pairs[90], pairs[91]], 1.0)
     assert device.run_until([pairs[90], pairs[91]]) <= 2
     device.run_until(pairs)
     assert sum(map(len, device.batches)) == 100
     assert len(device.waiting) == 0
 
 
-def test_a_pair_of_a_bulk_job_that_an_interactive_one_wants_is_interactive():
+def test_a_pair_shared_by_a_bulk_and_an_interactive_job_is_interactive():
     device = Device(100)
-    _, pairs = device.join([50] * 100, priority=BULK)
-    device.join([50] * 4)
-    device.waiting.join(Line(INTERACTIVE, ""), pairs[70:71], 1.0)
+    _, pairs = device.add([50] * 100, priority=BULK)
+    device.add([50] * 4)
+    device.waiting.add(JobQueue(INTERACTIVE, ""), pairs[70:71], 1.0)
     assert device.run_until(pairs[70:71]) <= 2
 
 
-def test_whoever_closes_a_line_takes_along_only_what_nobody_else_waits_for():
+def test_closing_a_job_queue_keeps_the_pairs_that_other_jobs_share():
     device = Device(100)
-    first, pairs = device.join([50] * 10)
-    other = Line(BULK, "other")
-    device.waiting.join(other, pairs[:3], 1.0)
+    first, pairs = device.add([50] * 10)
+    other = JobQueue(BULK, "other")
+    device.waiting.add(other, pairs[:3], 1.0)
     device.waiting.close(first)
     assert len(device.waiting) == 3
-    assert [pair.place != NOWHERE for pair in pairs] == [True] * 3 + [False] * 7
+    assert [pair.index != NOT_WAITING for pair in pairs] == [True] * 3 + [False] * 7
     device.waiting.close(first)
     device.run_until(pairs)
     assert list(chain(*device.batches)) == pairs[:3]
@@ -212,30 +212,30 @@ def test_whoever_closes_a_line_takes_along_only_what_nobody_else_waits_for():
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60)), min_size=1, max_size=30), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_lines_keep_their_order_and_nobody_is_lost_however_often_the_arrays_are_packed(steps, shared):
+def test_job_queues_keep_their_order_and_every_pair_when_the_arrays_are_compacted(steps, shared):
     device = Device(3_000, window=50)
-    wanted, lines = [], []
+    wanted, queues = [], []
     for kind, count in steps:
-        if kind == 0 and lines:
-            line, pairs = lines.pop()
-            device.waiting.close(line)
-            wanted = [pair for pair in wanted if pair.place != NOWHERE or pair not in pairs]
+        if kind == 0 and queues:
+            queue, pairs = queues.pop()
+            device.waiting.close(queue)
+            wanted = [pair for pair in wanted if pair.index != NOT_WAITING or pair not in pairs]
         elif kind == 1 and len(device.waiting):
             device.step()
-        elif kind == 2 and shared and lines:
-            still = [pair for pair in lines[-1][1] if pair.place != NOWHERE][:count]
-            line = Line(INTERACTIVE, "twin")
-            device.waiting.join(line, still, 0.0)
+        elif kind == 2 and shared and queues:
+            still = [pair for pair in queues[-1][1] if pair.index != NOT_WAITING][:count]
+            queue = JobQueue(INTERACTIVE, "twin")
+            device.waiting.add(queue, still, 0.0)
         else:
-            lines.append(device.join([7] * count * 20))
-            wanted += lines[-1][1]
+            queues.append(device.add([7] * count * 20))
+            wanted += queues[-1][1]
     while len(device.waiting):
         device.step()
     taken = list(chain(*device.batches))
     assert len(taken) == len(set(taken))
     assert set(wanted) <= set(taken)
-    places = {pair: place for place, pair in enumerate(taken)}
+    position = {pair: at for at, pair in enumerate(taken)}
     if not shared:
-        for _, pairs in lines:
-            order = [places[pair] for pair in pairs]
+        for _, pairs in queues:
+            order = [position[pair] for pair in pairs]
             assert order == sorted(order)

@@ -147,7 +147,7 @@ class Worker:
             self.model,
             settings.device,
             settings.dtype,
-            max_batch_tokens="measured" if settings.max_batch_tokens == "auto" else settings.max_batch_tokens,
+            max_batch_tokens=settings.max_batch_tokens,
             runtime=settings.runtime,
         )
         self.batcher = Batcher(self.engine, seconds_per_token=engine.seconds_per_token(self.engine))

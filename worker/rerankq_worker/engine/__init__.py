@@ -12,7 +12,7 @@ from .errors import EngineClosed, EngineDied, EngineError, ModelUnusable, PairFa
 from .models.calibration import BUDGETS, PATIENCE_S, levelling_point, measure, seconds_per_token
 from .models.checkpoint import find_checkpoint
 from .models.cores import allocator_environment, available_cores
-from .protocol import QUERY_MAX_TOKENS, Engine, Flight, Landed, Logits, PairLimits, TokenisedPair
+from .protocol import QUERY_MAX_TOKENS, Engine, Logits, LogitsFuture, PairLimits, TokenisedPair, finished
 from .scheduling.batcher import Batcher
 from .scheduling.tally import BatcherStats
 from .scheduling.ticket import Ticket
@@ -28,9 +28,8 @@ __all__ = [
     "EngineClosed",
     "EngineDied",
     "EngineError",
-    "Flight",
-    "Landed",
     "Logits",
+    "LogitsFuture",
     "ModelUnusable",
     "PairFailed",
     "PairLimits",
@@ -40,6 +39,7 @@ __all__ = [
     "TokenisedPair",
     "allocator_environment",
     "available_cores",
+    "finished",
     "load",
     "seconds_per_token",
     "text_hash",
@@ -54,7 +54,7 @@ def load(
     dtype: str = "auto",
     *,
     max_length: int | None = None,
-    max_batch_tokens: int | str = "auto",
+    max_batch_tokens: int | str = "default",
     threads: int | None = None,
     runtime: str = "auto",
     padded: bool | None = None,
@@ -66,9 +66,10 @@ def load(
     ``float32``, ``bfloat16``, ``float16``, ``int8``, or ``auto``: bfloat16 where the device multiplies it faster (CUDA,
     CPUs with AMX or AVX-512 BF16), else float32. ``runtime`` is ``torch``, ``openvino`` (on CPUs), or ``auto``: the
     faster of those that are installed and run the model. ``max_length`` is in tokens and may lower the model's own;
-    ``max_batch_tokens`` are those of a batch, padding included: a number, ``auto`` for one that suits the kind of
-    device, or ``measured``: batches are timed for some seconds, to find where tokens per second level off. ``padded``
-    tells torch whether to pad the pairs of a batch to equal length (default: only where nothing else is possible).
+    ``max_batch_tokens`` is the token budget of a batch, padding included: a number; ``default``, a fixed number for the
+    kind of device; or ``auto``: batches are timed for some seconds to find where tokens per second level off.
+    ``padded`` tells torch whether to pad the pairs of a batch to equal length (default: only where the model cannot run
+    unpadded).
     ``threads`` (default: every core available) counts on a CPU alone, for the whole process. On Linux a CPU engine
     gains from ``allocator_environment()``, which only a parent process can set.
 
@@ -78,7 +79,7 @@ def load(
         raise ValueError(f"max_length must be at least 1 token, not {max_length}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
-    budget = None if max_batch_tokens == "measured" else _batch_tokens(max_batch_tokens)
+    budget = None if max_batch_tokens in ("auto", "default") else _batch_tokens(max_batch_tokens)
     engine = (
         _load_stub(model, max_length, budget)
         if model.partition(":")[0] == "stub"
@@ -94,7 +95,7 @@ def load(
         )
     )
     engine.warm_up()
-    if max_batch_tokens == "measured":
+    if max_batch_tokens == "auto":
         _calibrate(engine)
     return engine
 
@@ -103,10 +104,10 @@ def _calibrate(engine: Engine) -> None:
     kind = engine.device.partition(":")[0]
     if kind not in BUDGETS:
         return
-    pace = measure(engine, BUDGETS[kind], patience_s=PATIENCE_S[kind], most_tokens=getattr(engine, "most_tokens", None))
-    engine.max_batch_tokens = levelling_point(pace)
-    said = ", ".join(f"{budget}: {tokens_per_second:.0f}" for budget, tokens_per_second in pace.items())
-    logger.info("batches of %d tokens; tokens per second by budget: %s", engine.max_batch_tokens, said)
+    throughput = measure(engine, BUDGETS[kind], patience_s=PATIENCE_S[kind])
+    engine.max_batch_tokens = levelling_point(throughput)
+    listed = ", ".join(f"{budget}: {tokens_per_second:.0f}" for budget, tokens_per_second in throughput.items())
+    logger.info("batch budget %d tokens; tokens per second by budget: %s", engine.max_batch_tokens, listed)
 
 
 def _load_stub(model: str, max_length: int | None, budget: int | None) -> Engine:
@@ -132,11 +133,9 @@ def _load_cross_encoder(model: str, budget: int | None, *, runtime: str, **optio
     return CrossEncoderEngine(folder, name=model, max_batch_tokens=budget, runtime="torch", **options)
 
 
-def _batch_tokens(asked: int | str) -> int | None:
-    if asked == "auto":
-        return None
+def _batch_tokens(asked: int | str) -> int:
     if isinstance(asked, str) and not asked.isdecimal():
-        raise ValueError(f"max_batch_tokens must be a number of tokens, 'auto' or 'measured', not {asked!r}")
+        raise ValueError(f"max_batch_tokens must be a number of tokens, 'auto' or 'default', not {asked!r}")
     if int(asked) < 1:
         raise ValueError(f"max_batch_tokens must be at least 1, not {asked}")
     return int(asked)

@@ -21,7 +21,7 @@ from .models.passes import Inputs, Pass
 from .models.probing import probe_of
 from .models.runtimes import Choice, Environment, choose, openvino_installed, precision_of
 from .models.ways import Subject, openvino_way, torch_way
-from .protocol import QUERY_MAX_TOKENS, Flight, Landed, Logits, TokenisedPair
+from .protocol import QUERY_MAX_TOKENS, Logits, LogitsFuture, TokenisedPair, finished
 from .scheduling.unqueued import score_in_batches
 from .tokenising.pair_format import pair_tokeniser_for
 from .tokenising.pair_tokeniser import Tokeniser
@@ -75,13 +75,13 @@ class CrossEncoderEngine:
         with refusing(name, "cannot be used"):
             self._tokeniser = pair_tokeniser_for(model, max_length=longest)
             subject = _subject_of(model, name, self._tokeniser, where, self.dtype)
-            self._run = self._way_through(subject, padded=padded)
+            self._forward_pass = self._way_through(subject, padded=padded)
         self.name = name
         self.vocabulary = known_ids(model)
         self.max_length = self._tokeniser.max_length
         self.max_batch_tokens = max_batch_tokens or _BATCH_TOKENS.get(where.type, _BATCH_TOKENS_ACCELERATOR)
         self.device = str(where)
-        self.padded = self._run.padded
+        self.padded = self._forward_pass.padded
         self.fingerprint = fingerprint(
             files,
             weights,
@@ -112,17 +112,17 @@ class CrossEncoderEngine:
             query, chunks, max_length=max_length, query_max_tokens=query_max_tokens, hashes=hashes
         )
 
-    def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
-        """Start one batch; a CUDA device goes on with it by itself."""
+    def launch(self, batch: Sequence[TokenisedPair]) -> LogitsFuture:
+        """Start one batch; asynchronous on CUDA, finished on return elsewhere."""
         if not batch:
-            return Landed(np.empty(0, dtype=np.float32))
+            return finished(np.empty(0, dtype=np.float32))
         with torch.inference_mode():
-            logits = self._run(batch)
-            return CudaFlight(logits) if logits.is_cuda else Landed(finite(logits.cpu().numpy()))
+            logits = self._forward_pass(batch)
+            return CudaLogits(logits) if logits.is_cuda else finished(finite(logits.cpu().numpy()))
 
     def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
         """Run one batch: raw logits, shape ``(len(batch),)``."""
-        return self.launch(batch).logits()
+        return self.launch(batch).result()
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Logits:
         """Score ``(query, chunk)`` pairs: raw logits, same order, same length."""
@@ -141,34 +141,33 @@ class CrossEncoderEngine:
             ) from error
 
     def most_tokens(self, batch: Sequence[TokenisedPair]) -> float:
-        """Tell how many tokens a batch may cost within the device's free memory, judged by what this one takes."""
+        """Estimate the tokens of the largest batch that fits into free memory, from what this batch takes."""
         cost = sum(pair.length for pair in batch)
         return tokens_that_fit(self._device, cost, lambda: self.forward(batch))
 
     def release_memory(self) -> None:
-        """Give the device's cached blocks back."""
+        """Return the cached blocks of CUDA's allocator to the device."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-class CudaFlight:
-    """Logits on their way from a CUDA device, copied while it goes on with the next batch."""
+class CudaLogits:
+    """Logits that are copied from a CUDA device while it computes the next batch."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         self._host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
         self._host.copy_(logits, non_blocking=True)
-        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        # That of the logits' device, which need not be the current one.
-        self._arrived.record(torch.cuda.current_stream(logits.device))
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # The stream of the logits' device, which need not be the current device.
+        self._copied.record(torch.cuda.current_stream(logits.device))
 
-    @property
     def done(self) -> bool:
-        """Whether the logits are there already."""
-        return bool(self._arrived.query())  # type: ignore[no-untyped-call]
+        """Tell whether the logits are copied."""
+        return bool(self._copied.query())  # type: ignore[no-untyped-call]
 
-    def logits(self) -> Logits:
+    def result(self) -> Logits:
         """Wait for the logits."""
-        self._arrived.synchronize()
+        self._copied.synchronize()
         return finite(self._host.numpy())
 
 

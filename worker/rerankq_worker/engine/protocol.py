@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -41,32 +42,25 @@ class TokenisedPair:
         return len(self.ids)
 
 
-class Flight(Protocol):
-    """A batch on its way through the device."""
+class LogitsFuture(Protocol):
+    """The result of a batch on the device, in the way of ``concurrent.futures.Future``, which is one too."""
 
-    @property
     def done(self) -> bool:
-        """Whether the logits are there already."""
+        """Tell whether the batch is finished."""
 
-    def logits(self) -> Logits:
+    def result(self) -> Logits:
         """Wait for the logits, shape ``(len(batch),)``; raises what the device raised."""
 
 
-class Landed:
-    """The flight of an engine that computes at once: it is over when it begins.
+def finished(logits: Logits) -> LogitsFuture:
+    """Wrap logits that are computed already, for an engine whose ``launch`` blocks.
 
-    >>> Landed(np.zeros(2, dtype=np.float32)).logits()
+    >>> finished(np.zeros(2, dtype=np.float32)).result()
     array([0., 0.], dtype=float32)
     """
-
-    done = True
-
-    def __init__(self, logits: Logits) -> None:
-        self._logits = logits
-
-    def logits(self) -> Logits:
-        """Answer the logits."""
-        return self._logits
+    future: Future[Logits] = Future()
+    future.set_result(logits)
+    return future
 
 
 class Engine(Protocol):
@@ -104,14 +98,14 @@ class Engine(Protocol):
         are equal, and only there.
         """
 
-    def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
-        """Start one batch on the device, and return before it is done where the device works by itself.
+    def launch(self, batch: Sequence[TokenisedPair]) -> LogitsFuture:
+        """Start one batch; returns before it is finished where the device works asynchronously.
 
-        A batch may be launched while another is in flight; they land in the order of their launches.
+        A batch may be launched while another is in flight; they finish in the order of their launches.
         """
 
     def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
-        """Run one batch, ``launch(batch).logits()``: raw logits, shape ``(len(batch),)``."""
+        """Run one batch, ``launch(batch).result()``: raw logits, shape ``(len(batch),)``."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Logits:
         """Score ``(query, chunk)`` pairs: raw logits, same order, same length."""
@@ -119,8 +113,14 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Run a small batch, so that the first job pays no start-up cost; raises if the device does not answer."""
 
+    def most_tokens(self, batch: Sequence[TokenisedPair]) -> float:
+        """Estimate the tokens of the largest batch that fits into free memory, from what this batch takes.
+
+        Infinite where memory is not limited by the device.
+        """
+
     def release_memory(self) -> None:
-        """Give back what the allocator of the device holds without using it."""
+        """Return unused cached memory of the device's allocator to the system."""
 
 
 @dataclass(frozen=True, slots=True)

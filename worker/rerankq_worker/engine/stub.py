@@ -14,29 +14,29 @@ import numpy as np
 from .errors import ModelUnusable
 from .protocol import (
     QUERY_MAX_TOKENS,
-    Flight,
-    Landed,
     Logits,
+    LogitsFuture,
     PairLimits,
     TokenisedPair,
     checked_length,
+    finished,
 )
 from .scheduling.batching import cost
 from .scheduling.unqueued import score_in_batches
 
-#: Seconds per token of a batch's cost: about what a small model takes on a large GPU.
+#: Seconds per token: about what a small model takes on a large GPU.
 SECONDS_PER_TOKEN = 1e-6
 
-#: Stand-ins for the marks round the query and behind the chunk.
+#: Ids that stand for the special tokens before the query, between query and chunk, and after the chunk.
 _OPEN, _BETWEEN, _CLOSE = 0, 1, 2
 _SPECIAL_TOKENS = 3
 
 
 class StubEngine:
-    """Sleeps for ``seconds_per_token`` times the tokens that a batch costs, and answers hashes as logits.
+    """Sleeps ``seconds_per_token`` times the cost of a batch in tokens, and answers hashes as logits.
 
-    Words between white space are tokens. The same query and chunk get the same logit in every process; scores say
-    nothing about relevance.
+    Words between white space are tokens. The same query and chunk get the same logit in every process; the scores do
+    not reflect relevance.
 
     >>> engine = StubEngine(seconds_per_token=0)
     >>> engine.score([("a query", "a chunk"), ("a query", "another")]).round(3)
@@ -87,9 +87,9 @@ class StubEngine:
             pairs.append(TokenisedPair(ids, len(head), kept != (len(asked), len(read))))
         return pairs
 
-    def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
-        """Run the batch; it is done when this returns."""
-        return Landed(self.forward(batch))
+    def launch(self, batch: Sequence[TokenisedPair]) -> LogitsFuture:
+        """Run the batch; it is finished when this returns."""
+        return finished(self.forward(batch))
 
     def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
         """Take the stated time for the batch and answer one logit per pair, shape ``(len(batch),)``."""
@@ -102,20 +102,24 @@ class StubEngine:
         return score_in_batches(self, pairs)
 
     def warm_up(self) -> None:
-        """Nothing to warm."""
+        """Do nothing: there is no start-up cost."""
+
+    def most_tokens(self, batch: Sequence[TokenisedPair]) -> float:  # noqa: ARG002 - no batch takes memory
+        """Answer infinity: batches take no memory of a device."""
+        return math.inf
 
     def release_memory(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no memory is cached."""
 
     def _seconds(self, batch: Sequence[TokenisedPair]) -> float:
         return self._seconds_per_token * cost([pair.length for pair in batch], padded=self.padded)
 
 
 class AsynchronousStubEngine(StubEngine):
-    """A stub that works by itself, as a GPU does: a launch returns at once, and the batches run one after the other.
+    """A stub that works asynchronously, as a GPU does: a launch returns at once, batches run one after the other.
 
-    ``clock`` and ``sleep`` are in seconds. ``idle_s`` says how long the device had nothing to do between its first
-    launch and its last.
+    ``clock`` and ``sleep`` are in seconds. ``idle_s`` counts the seconds without a batch between the first launch and
+    the last.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, **options: Any) -> None:
@@ -124,32 +128,31 @@ class AsynchronousStubEngine(StubEngine):
         self._free_at = math.inf
         self.idle_s = 0.0
 
-    def launch(self, batch: Sequence[TokenisedPair]) -> Flight:
-        """Let the batch begin as soon as those before it are done; its time runs from then."""
+    def launch(self, batch: Sequence[TokenisedPair]) -> LogitsFuture:
+        """Queue the batch behind those launched before; its time runs from the end of the last of them."""
         logits, now = _logits(batch), self._clock()
         self.idle_s += max(0.0, now - self._free_at)
         self._free_at = (now if math.isinf(self._free_at) else max(now, self._free_at)) + self._seconds(batch)
-        return _InFlight(logits, self._free_at, self._clock, self._sleep)
+        return _TimedLogits(logits, self._free_at, self._clock, self._sleep)
 
     def forward(self, batch: Sequence[TokenisedPair]) -> Logits:
         """Launch the batch and wait for it."""
-        return self.launch(batch).logits()
+        return self.launch(batch).result()
 
 
-class _InFlight:
-    """A batch that lands at a time of the clock."""
+class _TimedLogits:
+    """Logits of a batch that is finished at a given time of the clock."""
 
     def __init__(
-        self, logits: Logits, lands_at: float, clock: Callable[[], float], sleep: Callable[[float], None]
+        self, logits: Logits, ready_at: float, clock: Callable[[], float], sleep: Callable[[float], None]
     ) -> None:
-        self._logits, self._lands_at, self._clock, self._sleep = logits, lands_at, clock, sleep
+        self._logits, self._ready_at, self._clock, self._sleep = logits, ready_at, clock, sleep
 
-    @property
     def done(self) -> bool:
-        return self._clock() >= self._lands_at
+        return self._clock() >= self._ready_at
 
-    def logits(self) -> Logits:
-        if (left := self._lands_at - self._clock()) > 0:
+    def result(self) -> Logits:
+        if (left := self._ready_at - self._clock()) > 0:
             self._sleep(left)
         return self._logits
 
@@ -166,7 +169,7 @@ def parse_stub(model: str) -> float:
     except ValueError:
         cost = math.nan
     if not 0 <= cost < math.inf:
-        raise ModelUnusable(f"{model!r}: after 'stub:' comes the cost of a token in seconds, such as 'stub:2e-6'")
+        raise ModelUnusable(f"{model!r}: 'stub:' must be followed by the seconds per token, such as 'stub:2e-6'")
     return cost
 
 

@@ -1,4 +1,4 @@
-"""How many tokens a batch should cost: enough to keep the device busy, and no more, so that nobody waits long."""
+"""How many tokens a batch should cost: enough to keep the device busy, and no more, so that waits stay short."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ BUDGETS = MappingProxyType(
         "cuda": (4096, 8192, 16_384, 32_768, 65_536, 131_072),
     }
 )
-#: Seconds that trying may take, unless a single batch takes longer.
+#: Seconds that the measurement may take, unless a single batch takes longer.
 PATIENCE_S = MappingProxyType({"cpu": 2.0, "cuda": 5.0})
-#: A budget within this share of the best pace is as good: rounds on a busy machine differ by more.
+#: A budget whose throughput reaches this share of the best is as good: rounds on a busy machine differ by more.
 LEVEL = 0.95
-#: Tokens of the pairs that are tried: a usual paragraph with its query.
+#: Tokens of the pairs that are measured: a typical paragraph with its query.
 _PAIR_TOKENS = 256
 _QUERY = "how long is a batch?"
 _ROUNDS = 5
-#: Few, since a token may take a second; and alone on a large GPU they take longer for each than a batch does.
+#: Words of the pair that ``seconds_per_token`` times. Few, since a token may take a second; on a large GPU a token of
+#: so small a batch takes longer than one of a full batch.
 _SHORT_WORDS = 16
 
 
-def levelling_point(pace: Mapping[int, float], *, level: float = LEVEL) -> int:
+def levelling_point(throughput: Mapping[int, float], *, level: float = LEVEL) -> int:
     """Find the smallest budget whose tokens per second reach *level* of the best.
 
     >>> levelling_point({512: 700, 1024: 960, 2048: 990, 4096: 1000})
     1024
 
-    Raises ValueError for no budgets.
+    Raises ValueError for an empty mapping.
     """
-    if not pace:
+    if not throughput:
         raise ValueError("no budget was measured")
-    enough = level * max(pace.values())
-    return min(budget for budget, tokens_per_second in pace.items() if tokens_per_second >= enough)
+    enough = level * max(throughput.values())
+    return min(budget for budget, tokens_per_second in throughput.items() if tokens_per_second >= enough)
 
 
 def measure(
@@ -48,41 +49,39 @@ def measure(
     budgets: Sequence[int],
     *,
     patience_s: float,
-    most_tokens: Callable[[Sequence[TokenisedPair]], float] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Run batches of each budget in turns; answers tokens per second by budget, of each one's fastest batch.
+    """Run batches of each budget in turns; returns tokens per second by budget, of each one's fastest batch.
 
-    What others do on the machine slows a batch down, hence the fastest; where they have it all the time the answer is
-    chance, among budgets that are tried because each of them is sensible. Ends after ``patience_s`` seconds,
-    before a batch that would last beyond. ``most_tokens(batch)`` tells how many tokens fit into memory, judged by one
-    small batch; budgets beyond are not tried, nor any at or above one that runs out of memory.
+    The fastest, since other programs on the machine slow batches down; if they do so all the time the result is random
+    among the budgets, each of which is sensible. Ends after ``patience_s`` seconds, before a batch that would end
+    later. Budgets above ``engine.most_tokens`` are not tried, nor any at or above one that runs out of memory.
     """
-    pace: dict[int, float] = {}
+    throughput: dict[int, float] = {}
     ends = clock() + patience_s
-    limit = most_tokens(_batch(engine, budgets[0])) if most_tokens else float("inf")
+    limit = engine.most_tokens(_batch(engine, budgets[0]))
     for budget, batch in _turns(engine, budgets):
         cost = sum(pair.length for pair in batch)
-        if pace and budget > limit:
+        if throughput and budget > limit:
             continue
-        if pace and clock() + cost / max(pace.values()) > ends:
+        if throughput and clock() + cost / max(throughput.values()) > ends:
             break
         began = clock()
         try:
             engine.forward(batch)
         except Exception as error:
-            if not pace or not is_out_of_memory(error):
+            if not throughput or not is_out_of_memory(error):
                 raise
             limit = budget - 1
-            pace = {fits: tokens for fits, tokens in pace.items() if fits <= limit}
+            throughput = {fits: tokens for fits, tokens in throughput.items() if fits <= limit}
             engine.release_memory()
         else:
-            pace[budget] = max(pace.get(budget, 0.0), cost / max(clock() - began, 1e-9))
-    return pace
+            throughput[budget] = max(throughput.get(budget, 0.0), cost / max(clock() - began, 1e-9))
+    return throughput
 
 
 def seconds_per_token(engine: Engine, *, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Time one short pair: what a token takes at most, before any batch has taught better."""
+    """Time one short pair: an upper bound of the time per token, for use until the first batch was measured."""
     (pair,) = engine.tokenise(_QUERY, ["word " * _SHORT_WORDS])
     began = clock()
     engine.forward([pair])
@@ -99,6 +98,6 @@ def _batch(engine: Engine, tokens: int) -> list[TokenisedPair]:
     try:
         (pair,) = engine.tokenise(_QUERY, ["word " * length], max_length=length)
     except ValueError:
-        # A long template leaves no room in so few tokens.
+        # The template alone is longer.
         (pair,) = engine.tokenise(_QUERY, ["word " * length])
     return [pair] * max(1, tokens // pair.length)

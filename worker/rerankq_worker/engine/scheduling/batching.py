@@ -1,11 +1,11 @@
 """Which pairs share the next batch: a pure decision over arrays.
 
-A padded batch costs *longest × count* tokens, a flattened one the sum of its lengths. Whoever owns the device asks for
-one batch whenever it becomes free, from whatever waits at that moment; nothing here waits for company.
+A padded batch costs *longest × count* tokens, an unpadded one the sum of its lengths. A batch is planned whenever the
+device becomes free, from the pairs that wait at that moment; there is no gather timer.
 
 Among pairs of one priority the device is shared by start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), in
 two levels: tenants share it, and a tenant's jobs share what is the tenant's, by tokens. ``virtual_starts`` says whose
-turn it is, ``plan`` keeps to it.
+turn it is, and ``plan`` follows it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Positions = NDArray[np.intp]
 Floats = NDArray[np.float64]
 
 #: A pair may be padded by this share of its own length... These three in a simulation of four interactive and four bulk
-#: producers with sentences of 40 tokens, on a device that is level below 512: 4 % more real tokens per second than
-#: with 0.125, 8 and 1, and padding of 1.06 instead of 1.12.
+#: producers with sentences of 40 tokens, on a device whose batches below 512 tokens take equally long: 4 % more real
+#: tokens per second than with 0.125, 8 and 1, and padding of 1.06 instead of 1.12.
 SLACK = 0.04
-#: ...and by this many tokens more, so that very short pairs find company at all.
+#: ...and by this many tokens more, so that very short pairs can share a batch at all.
 GRACE_TOKENS = 2
-#: So much further may both go in a batch too small to use the device well.
+#: Both are multiplied by this in a batch too small to use the device well.
 STRETCH = 4
-#: Planning looks at this many pairs at a time: enough neighbours in length, about a millisecond at most.
+#: Pairs considered at a time: enough neighbours in length, and about a millisecond of planning at most.
 WINDOW = 8192
-#: Where the next in turn does not fit any more, so many behind it may take the room that is left.
+#: Where the next pair in turn does not fit, so many after it are tried for the rest of the budget.
 LOOK_AHEAD = 32
 
 
@@ -47,9 +47,9 @@ def cost(lengths: ArrayLike, *, padded: bool = True) -> int:
 
 
 def fill_of(budget: int) -> int:
-    """Guess the tokens below which a device takes as long for less, where nobody measured them: a quarter.
+    """Estimate the tokens below which a smaller batch takes as long: a quarter of the budget.
 
-    On a CPU whose budget is 2048, tokens per second are level from 512 up (measured, 22 M parameters).
+    On a CPU with a budget of 2048, tokens per second are constant from 512 up (measured, 22 M parameters).
     """
     return budget // 4
 
@@ -57,12 +57,12 @@ def fill_of(budget: int) -> int:
 def virtual_starts(
     lengths: ArrayLike, jobs: ArrayLike, job_starts: ArrayLike, tenants: ArrayLike, tenant_starts: ArrayLike
 ) -> Floats:
-    """Tell at which virtual time each pair's turn comes, by the tokens before it; whoever starts earlier goes first.
+    """Compute the virtual time at which each pair's turn begins, by the tokens before it; earlier starts go first.
 
     ``lengths`` and ``jobs`` have one entry per pair, a job's pairs in its own order; ``job_starts`` and ``tenants`` one
-    per job, ``tenant_starts`` one per tenant. A job's pairs follow each other from the job's start on, each after the
-    tokens of those before it; that is their order within the tenant. In this order a tenant's pairs follow each other
-    in the same way from the tenant's start on.
+    per job, ``tenant_starts`` one per tenant. A job's pairs follow one another from the job's start, each after the
+    tokens of those before it; that is their order within the tenant. In this order a tenant's pairs follow one another
+    in the same way from the tenant's start.
 
     >>> virtual_starts([9, 9, 9, 4], [0, 0, 0, 1], job_starts=[0, 0], tenants=[0, 0], tenant_starts=[0])
     array([ 0., 13., 22.,  9.])
@@ -70,15 +70,15 @@ def virtual_starts(
     array([ 0.,  9., 18.,  0.])
     """
     lengths, jobs, tenants = np.asarray(lengths), np.asarray(jobs, np.intp), np.asarray(tenants, np.intp)
-    within = _one_after_the_other(lengths, jobs, np.asarray(job_starts))
+    within = _starts_within_flows(lengths, jobs, np.asarray(job_starts))
     order = np.argsort(within, kind="stable")
     starts = np.empty(lengths.size)
-    starts[order] = _one_after_the_other(lengths[order], tenants[jobs[order]], np.asarray(tenant_starts))
+    starts[order] = _starts_within_flows(lengths[order], tenants[jobs[order]], np.asarray(tenant_starts))
     return starts
 
 
 def even_share(counts: ArrayLike, size: int) -> int:
-    """Find how many each may take at most, so that all together take no more than ``size``; at least 1.
+    """Find the largest equal limit with which all together take no more than ``size``; at least 1.
 
     >>> even_share([100, 3, 100], 43), even_share([1, 2], 43), even_share([5, 5, 5], 2)
     (20, 2, 1)
@@ -88,12 +88,12 @@ def even_share(counts: ArrayLike, size: int) -> int:
         return max(1, int(ascending.max(initial=1)))
     rest = size - np.concatenate(([0], np.cumsum(ascending)[:-1]))
     share = rest // np.arange(ascending.size, 0, -1)
-    # The first whose count is above what is left for each: those before it take all they have.
+    # The first count above the equal share of the rest: those before it are taken whole.
     return max(1, int(share[np.argmax(ascending > share)]))
 
 
 def leading_priority(priorities: ArrayLike, ages: ArrayLike, age_limit: float) -> int:
-    """Tell whose turn it is: the highest priority present, unless a pair of a lower one is as old as ``age_limit``.
+    """Return the priority whose turn it is: the highest, unless a pair of a lower one is as old as ``age_limit``.
 
     >>> leading_priority([1, 0, 0], [1.0, 7.0, 9.0], age_limit=8.0), leading_priority([1, 0], [1.0, 7.0], age_limit=8.0)
     (0, 1)
@@ -123,14 +123,13 @@ def plan(
 
     1. One pair leads: of the priority whose turn it is (``leading_priority``) the one that starts earliest, of several
        the first. Without ``starts`` it is the oldest. The leader is always in the batch, so nothing starves.
-    2. Its peers come first, the pairs of its priority: those that start earliest where batches are not padded; else its
-       neighbours in order of length, of those runs the one with the most room used up, counting padding against it.
-    3. Pairs of a higher priority fill what is left of ``budget``. Pairs of a lower one fill a batch up to
-       ``fill_tokens`` alone: below so many tokens a device takes as long for less, above they would make those wait
-       whose turn it is.
-    4. The batch's ``cost`` stays within ``budget``. Only a leader that is longer than the budget exceeds it, alone.
+    2. Its peers, the pairs of its priority, come first: those that start earliest where batches are not padded; else a
+       run of its neighbours in length, the one that holds the most tokens within their limits of padding.
+    3. Pairs of a higher priority fill the rest of ``budget``. Pairs of a lower one fill a batch up to ``fill_tokens``
+       only: a smaller batch takes the device as long, a larger one would delay the priority whose turn it is.
+    4. The batch's ``cost`` stays within ``budget``. Only a leader longer than the budget exceeds it, alone.
     5. No pair of ``n`` tokens is padded beyond ``n * (1 + slack) + grace``; in a batch that costs no more than
-       ``fill_tokens`` both may be ``STRETCH`` times as much, where more real tokens come together so.
+       ``fill_tokens`` both may be ``STRETCH`` times as much, if that brings more real tokens together.
 
     >>> plan([9, 40, 10, 400, 9], [0, 0, 0, 0, 0], [5, 4, 3, 2, 1], budget=64)
     array([0, 4, 2])
@@ -151,26 +150,26 @@ def plan(
         shapes = ", ".join(str(row.shape) for row in (lengths, priorities, ages, starts))
         raise ValueError(f"one entry per pair: got {shapes}")
     if budget < 1:
-        raise ValueError(f"a budget of {budget} tokens holds no pair")
+        raise ValueError(f"budget must be at least 1 token, not {budget}")
     if not lengths.size:
         return np.empty(0, dtype=np.intp)
     if lengths.min() < 1:
-        raise ValueError("a pair has at least one token")
+        raise ValueError("every length must be at least 1 token")
     lengths = lengths.astype(np.int64)
     turn = leading_priority(priorities, ages, age_limit)
-    # Whoever is earlier in it comes first wherever one must choose among equals.
-    line = np.argsort(starts, kind="stable")
-    ranks = priorities[line]
-    peers = line[ranks == turn]
-    others = ((line[ranks > turn], budget), (line[ranks < turn], fill_tokens))
+    # The order of turns also decides between equals.
+    order = np.argsort(starts, kind="stable")
+    ranks = priorities[order]
+    peers = order[ranks == turn]
+    others = ((order[ranks > turn], budget), (order[ranks < turn], fill_tokens))
     if padded:
         batch = np.empty(0, dtype=np.intp)
         leader, peers = peers[0], peers[_by_length(lengths[peers])]
         for stretch, most in ((1, budget), (STRETCH, min(budget, fill_tokens))):
-            reach = lengths * (1 + slack * stretch) + grace * stretch
-            run = _best_run(peers, int(leader), lengths, reach, most)
+            limits = lengths * (1 + slack * stretch) + grace * stretch
+            run = _best_run(peers, int(leader), lengths, limits, most)
             for more, limit in others:
-                run = _with_neighbours(run, more, lengths, reach, min(limit, most))
+                run = _with_neighbours(run, more, lengths, limits, min(limit, most))
             if lengths[run].sum() > lengths[batch].sum():
                 batch = run
     else:
@@ -181,7 +180,7 @@ def plan(
 
 
 def plan_all(lengths: ArrayLike, budget: int, *, padded: bool = True, window: int = WINDOW) -> Iterator[Positions]:
-    """Plan batch after batch until every pair had its turn, oldest first, all of one priority.
+    """Plan batches until every pair is in one, oldest first, all of one priority.
 
     >>> [batch.tolist() for batch in plan_all([10, 50, 11, 52], budget=110)]
     [[0, 2], [1, 3]]
@@ -196,8 +195,8 @@ def plan_all(lengths: ArrayLike, budget: int, *, padded: bool = True, window: in
         rest = rest[~np.isin(rest, batch)]
 
 
-def _one_after_the_other(lengths: NDArray[Any], flows: NDArray[Any], flow_starts: NDArray[Any]) -> Floats:
-    """Let the entries of each flow follow each other from its start on, in their order."""
+def _starts_within_flows(lengths: NDArray[Any], flows: NDArray[Any], flow_starts: NDArray[Any]) -> Floats:
+    """Compute each entry's start: its flow's start plus the tokens of the flow's entries before it."""
     by_flow = np.argsort(flows, kind="stable")
     flow, tokens = flows[by_flow], lengths[by_flow]
     before = np.cumsum(tokens, dtype=np.float64) - tokens
@@ -207,48 +206,50 @@ def _one_after_the_other(lengths: NDArray[Any], flows: NDArray[Any], flow_starts
     return starts
 
 
-def _with_first(batch: Positions, line: Positions, lengths: NDArray[np.int64], limit: int) -> Positions:
-    """Add the first in line while they fit; then, of the next few, those that fit still."""
-    room = limit - int(lengths[batch].sum())
-    whole = int(np.searchsorted(np.cumsum(lengths[line]), room, side="right"))
-    chosen = line[:whole].tolist()
-    room -= int(lengths[chosen].sum())
-    for position in line[whole : whole + LOOK_AHEAD].tolist():
-        if lengths[position] <= room:
+def _with_first(batch: Positions, order: Positions, lengths: NDArray[np.int64], limit: int) -> Positions:
+    """Add pairs in order while they fit; then, of the next few, those that still fit."""
+    left = limit - int(lengths[batch].sum())
+    whole = int(np.searchsorted(np.cumsum(lengths[order]), left, side="right"))
+    chosen = order[:whole].tolist()
+    left -= int(lengths[chosen].sum())
+    for position in order[whole : whole + LOOK_AHEAD].tolist():
+        if lengths[position] <= left:
             chosen.append(position)
-            room -= int(lengths[position])
+            left -= int(lengths[position])
     return np.concatenate((batch, np.array(chosen, dtype=np.intp)))
 
 
 def _with_neighbours(
-    batch: Positions, more: Positions, lengths: NDArray[np.int64], reach: NDArray[np.float64], limit: int
+    batch: Positions, more: Positions, lengths: NDArray[np.int64], padded_limits: Floats, limit: int
 ) -> Positions:
-    """Add those that are nearest to the batch's longest, and not longer, as many as fit."""
+    """Add the pairs nearest to the batch's longest, and not longer, as many as fit."""
     longest = int(lengths[batch].max())
-    near = more[(lengths[more] <= longest) & (reach[more] >= longest)]
+    near = more[(lengths[more] <= longest) & (padded_limits[more] >= longest)]
     order = np.argsort(-lengths[near], kind="stable")
     return np.concatenate((batch, near[order[: max(0, limit // longest - batch.size)]]))
 
 
 def _by_length(lengths: NDArray[np.int64]) -> Positions:
-    # Numbers of 16 bits are sorted without comparing them.
+    # numpy sorts 16-bit integers by radix sort, without comparisons.
     short = lengths.max(initial=0) < 1 << 16
     return np.argsort(lengths.astype(np.uint16) if short else lengths, kind="stable")
 
 
-def _best_run(ranked: Positions, leader: int, lengths: NDArray[np.int64], reaches: Floats, budget: int) -> Positions:
-    """Find the best run with the leader in it among neighbours in length, ``ranked`` from the shortest on."""
-    sizes, reach = lengths[ranked], reaches[ranked]
-    place = int(np.flatnonzero(ranked == leader)[0])
-    if sizes[place] > budget:
-        return ranked[place : place + 1]
-    # A run is named by its ends, lo..hi in order of length. For each place of the longest pair (hi) exactly one lo is
-    # worth a look, the lowest allowed: every pair within reach adds more than it costs.
-    hi = np.arange(place, np.searchsorted(sizes, min(reach[place], budget), side="right"))
+def _best_run(
+    ranked: Positions, leader: int, lengths: NDArray[np.int64], padded_limits: Floats, budget: int
+) -> Positions:
+    """Find the best run of neighbours in length with the leader in it; ``ranked`` is in ascending order of length."""
+    sizes, limits = lengths[ranked], padded_limits[ranked]
+    at = int(np.flatnonzero(ranked == leader)[0])
+    if sizes[at] > budget:
+        return ranked[at : at + 1]
+    # A run is given by its ends, lo..hi in order of length. For each position of the longest pair (hi) only the lowest
+    # lo that is allowed has to be considered: every pair within its limit adds more than it costs.
+    hi = np.arange(at, np.searchsorted(sizes, min(limits[at], budget), side="right"))
     longest = sizes[hi]
-    lo = np.maximum(np.searchsorted(reach, longest, side="left"), hi - budget // longest + 1)
-    lo, hi, longest = (ends[lo <= place] for ends in (lo, hi, longest))
-    total = np.concatenate(([0.0], np.cumsum(reach)))
+    lo = np.maximum(np.searchsorted(limits, longest, side="left"), hi - budget // longest + 1)
+    lo, hi, longest = (ends[lo <= at] for ends in (lo, hi, longest))
+    total = np.concatenate(([0.0], np.cumsum(limits)))
     worth = total[hi + 1] - total[lo] - longest * (hi - lo + 1)
     best = int(np.argmax(worth))
     return ranked[lo[best] : hi[best] + 1]

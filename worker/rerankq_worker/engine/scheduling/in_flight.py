@@ -1,26 +1,26 @@
-"""The batches on the device: launched one ahead, landed in order. What the engine's thread does with the engine."""
+"""The batches on the device: launched one ahead, finished in order."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 
-from ..protocol import Engine, Flight
+from ..protocol import Engine, Logits, LogitsFuture
 from .batch_time import BatchTimeModel
 from .ticket import SharedPair
 
 
 @dataclass(frozen=True, slots=True)
-class Landing:
-    """How a batch ended: with one logit per pair, or with what went wrong.
+class FinishedBatch:
+    """The outcome of a batch: one logit per pair, or the error that it raised.
 
-    ``began`` and ``ended`` are the device's times, on the batcher's clock.
+    ``cost`` is in tokens. ``began`` and ``ended`` are the device's times, in seconds on the batcher's clock.
     """
 
     pairs: list[SharedPair]
@@ -28,31 +28,31 @@ class Landing:
     began: float
     ended: float
     logits: list[float]
-    failure: BaseException | None
+    error: BaseException | None
 
     @property
     def scored(self) -> list[tuple[SharedPair, float]]:
-        """The pairs with a logit that is a number, and the logit."""
+        """The pairs that have a finite logit, with the logit."""
         return [(pair, logit) for pair, logit in zip(self.pairs, self.logits, strict=False) if math.isfinite(logit)]
 
     @property
     def unscored(self) -> list[SharedPair]:
-        """The pairs without: all where the batch failed, else those whose logit is no finite number."""
-        if self.failure is not None:
+        """The pairs without a finite logit; all of them where the batch raised an error."""
+        if self.error is not None:
             return self.pairs
         return [pair for pair, logit in zip(self.pairs, self.logits, strict=True) if not math.isfinite(logit)]
 
 
 @dataclass(slots=True)
-class _Launched:
+class _LaunchedBatch:
     pairs: list[SharedPair]
     cost: int
     began: float
-    flight: Flight | None = None
+    future: LogitsFuture | None = None
 
 
 class InFlightBatches:
-    """Launches batches, lands them in the same order, and learns how long they take.
+    """Launches batches, finishes them in the same order, and learns how long they take.
 
     For one thread; only ``oldest`` may be read from others.
     """
@@ -61,96 +61,87 @@ class InFlightBatches:
         self._seconds_per_token = seconds_per_token
         self._engine = engine
         self._clock = clock
-        self._out: deque[_Launched] = deque()
-        self.pace = BatchTimeModel()
-        #: When the device began with the oldest batch, and how long it should take; None while nothing is in flight.
+        self._launched: deque[_LaunchedBatch] = deque()
+        self.time_model = BatchTimeModel()
+        #: When the device began the oldest batch, and its predicted seconds; None while nothing is in flight.
         self.oldest: tuple[float, float] | None = None
 
     def __len__(self) -> int:
-        return len(self._out)
+        return len(self._launched)
 
     @property
     def all_done(self) -> bool:
-        """Whether nothing is left to wait for: so it always is with an engine that computes at once."""
-        return not self._out or _done(self._out[-1])
+        """Whether the device has finished every batch in flight; always true where ``launch`` blocks."""
+        return not self._launched or _is_done(self._launched[-1])
 
     def free_in(self) -> float:
-        """Predict the seconds until the device has done all that is in flight; 0 while nothing was measured."""
+        """Predict the seconds until the device has finished all that is in flight; 0 while nothing was measured."""
         if self.all_done:
             return 0.0
-        ends = self._out[0].began + self.pace.predict(sum(one.cost for one in self._out))
+        ends = self._launched[0].began + self.time_model.predict(sum(batch.cost for batch in self._launched))
         return max(0.0, ends - self._clock())
 
     def launch(self, pairs: list[SharedPair], cost: int) -> None:
-        """Start a batch; what goes wrong is told when it lands."""
-        one = _Launched(pairs, cost, began=self._clock())
-        self._out.append(one)
-        # Before the launch: an engine that computes at once may hang in it.
-        self._look()
+        """Start a batch; an error that this raises is reported by ``finish_oldest``."""
+        batch = _LaunchedBatch(pairs, cost, began=self._clock())
+        self._launched.append(batch)
+        # Before the launch, so that a launch that hangs is seen by whoever reads ``oldest``.
+        self._update_oldest()
         try:
-            one.flight = self._engine.launch([shared.pair for shared in pairs])
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the neighbours go on and the waiters hear of it
-            one.flight = _Crashed(error)
+            batch.future = self._engine.launch([shared.pair for shared in pairs])
+        except BaseException as error:  # noqa: BLE001 - the other batches continue, and this one's tickets are told
+            failed: Future[Logits] = Future()
+            failed.set_exception(error)
+            batch.future = failed
 
-    def land(self) -> Landing:
+    def finish_oldest(self) -> FinishedBatch:
         """Wait for the oldest batch."""
-        one, logits, failure = self._out[0], [], None
+        batch, logits, error = self._launched[0], [], None
         try:
-            logits = _checked(one)
-        except BaseException as error:  # noqa: BLE001 - as above
-            failure = error
-            # The traceback's frames hold the batch's tensors, and what is tried next needs their memory.
-            failure.__traceback__ = None
+            logits = _logits_of(batch)
+        except BaseException as raised:  # noqa: BLE001 - as above
+            error = raised
+            # The traceback's frames hold the batch's tensors, and the retry needs their memory.
+            error.__traceback__ = None
         now = self._clock()
-        self._out.popleft()
-        if self._out:
-            # A device does one batch after the other: what was launched ahead begins now.
-            self._out[0].began = now
-        self._look()
-        if failure is None:
-            self.pace = self.pace.after(one.cost, now - one.began)
-        return Landing(one.pairs, one.cost, one.began, now, logits, failure)
+        self._launched.popleft()
+        if self._launched:
+            # A device runs one batch after the other: the one launched ahead begins now.
+            self._launched[0].began = now
+        self._update_oldest()
+        if error is None:
+            self.time_model = self.time_model.after(batch.cost, now - batch.began)
+        return FinishedBatch(batch.pairs, batch.cost, batch.began, now, logits, error)
 
     @contextmanager
     def unpredicted(self) -> Iterator[None]:
-        """Let the engine do something else meanwhile: a device that is gone may never answer that either."""
+        """Report other work of the engine as a batch without a prediction: a broken device may hang in it too."""
         self.oldest = (self._clock(), 0.0)
         try:
             yield
         finally:
-            self._look()
+            self._update_oldest()
 
-    def _look(self) -> None:
-        self.oldest = (self._out[0].began, self._predict(self._out[0].cost)) if self._out else None
+    def _update_oldest(self) -> None:
+        oldest = self._launched[0] if self._launched else None
+        self.oldest = (oldest.began, self._predict(oldest.cost)) if oldest else None
 
     def _predict(self, cost: int) -> float:
-        # The first batch by what was measured beforehand: it may rightly take minutes.
-        return self.pace.predict(cost) or cost * self._seconds_per_token
+        # The first batch by the time per token that was measured beforehand: it may legitimately take minutes.
+        return self.time_model.predict(cost) or cost * self._seconds_per_token
 
 
-class _Crashed:
-    """The flight of a batch that never took off."""
-
-    done = True
-
-    def __init__(self, error: BaseException) -> None:
-        self._error = error
-
-    def logits(self) -> NoReturn:
-        raise self._error
-
-
-def _done(one: _Launched) -> bool:
+def _is_done(batch: _LaunchedBatch) -> bool:
     try:
-        return one.flight is not None and one.flight.done
-    except BaseException:  # noqa: BLE001 - nothing to wait for: what is wrong is told when it lands
+        return batch.future is not None and batch.future.done()
+    except BaseException:  # noqa: BLE001 - finish_oldest() will raise it, without a wait
         return True
 
 
-def _checked(one: _Launched) -> list[float]:
-    assert one.flight is not None  # noqa: S101 - launch() leaves none without
-    logits = np.asarray(one.flight.logits(), dtype=np.float32)
-    if logits.shape != (len(one.pairs),):
-        raise RuntimeError(f"{len(one.pairs)} pairs went in, and logits of shape {logits.shape} came out")
+def _logits_of(batch: _LaunchedBatch) -> list[float]:
+    assert batch.future is not None  # noqa: S101 - launch() sets it in every case
+    logits = np.asarray(batch.future.result(), dtype=np.float32)
+    if logits.shape != (len(batch.pairs),):
+        raise RuntimeError(f"the engine returned logits of shape {logits.shape} for {len(batch.pairs)} pairs")
     values: list[float] = logits.tolist()
     return values

@@ -1,4 +1,4 @@
-"""What the batcher counts, and what it tells of it."""
+"""The batcher's counters, and the snapshot that others read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 class BatcherStats:
     """What the batcher did since it began, and what it does now.
 
-    ``tokens`` are real, ``padded_tokens`` computed: the same where the engine does not pad. ``busy_s`` is time in which
-    at least one batch was in flight. While one is, ``batch_started`` is when the device began with the oldest, on the
-    batcher's clock, and ``batch_predicted_s`` what its tokens should take (0 while nothing was measured); both are None
-    in between. ``last_progress`` is when the last batch ended.
+    ``tokens`` are real, ``padded_tokens`` computed: equal where the engine does not pad. ``joined_pairs`` were shared
+    with a pair in flight. ``busy_s`` is the time with at least one batch in flight. While there is one,
+    ``batch_started`` is when the device began the oldest, on the batcher's clock, and ``batch_predicted_s`` its
+    predicted seconds (0 while nothing was measured); otherwise both are None. ``last_progress`` is when the last batch
+    ended, on the same clock.
     """
 
     batches: int

@@ -1,8 +1,7 @@
-"""A promise of logits, and the pairs that several promises may share."""
+"""A future for the logits of one submission, and the pairs that several of them may share."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
@@ -10,28 +9,32 @@ import numpy as np
 
 from ..errors import EngineError, TicketCancelled
 from ..protocol import Logits, TokenisedPair
-from .waiting_pairs import NOWHERE, Line
-
-logger = logging.getLogger(__name__)
+from .waiting_pairs import NOT_WAITING, JobQueue
 
 
 class Ticket:
-    """A promise of logits for the pairs of one submission.
+    """A future for the logits of one submission.
 
-    ``tokens`` are those of the pairs computed for it so far; of a pair that several tickets wait for, one alone counts
-    them. ``device_s`` are the seconds that batches with its pairs were on the device since it was submitted.
+    ``tokens`` counts the tokens computed for it so far; the tokens of a pair that several tickets share count for the
+    first of them only. ``device_s`` is the time, in seconds, that batches with its pairs were on the device since it
+    was submitted.
 
-    The methods below the line are the batcher's, called while it holds its lock.
+    The methods in the last section are the batcher's, called while it holds its lock.
     """
 
     def __init__(
-        self, count: int, line: Line, now: float, lock: threading.Lock, withdraw: Callable[[Ticket, EngineError], None]
+        self,
+        count: int,
+        queue: JobQueue,
+        now: float,
+        lock: threading.Lock,
+        withdraw: Callable[[Ticket, EngineError], None],
     ) -> None:
         self.pairs = count
         self.done_pairs = 0
         self.tokens = 0
         self.device_s = 0.0
-        self.line = line
+        self.queue = queue
         self.shared: list[SharedPair] = []
         self._submitted = self._ended = now
         self._withdraw = withdraw
@@ -39,93 +42,72 @@ class Ticket:
         self._logits = np.full(count, np.nan, dtype=np.float32)
         self._error: EngineError | None = None
         self._done = False
-        self._callbacks: list[Callable[[Ticket], None]] = []
 
     @property
     def done(self) -> bool:
-        """Whether it ended: with all its logits, with an error, or cancelled."""
+        """Whether it has ended: with all its logits, with an error, or cancelled."""
         return self._done
 
     @property
+    def elapsed_s(self) -> float:
+        """Seconds from its submission to its end; 0 before its end."""
+        return self._ended - self._submitted
+
+    @property
     def waited_s(self) -> float:
-        """Seconds of its time in which the device did something else than its pairs, once it ended."""
-        return max(0.0, self._ended - self._submitted - self.device_s)
+        """Seconds of ``elapsed_s`` in which none of its pairs were on the device."""
+        return max(0.0, self.elapsed_s - self.device_s)
 
     def result(self, timeout: float | None = None) -> Logits:
         """Wait for the logits: float32, shape ``(pairs,)``, in the order submitted.
 
-        Raises PairFailed, EngineDied, EngineClosed or TicketCancelled as it ended, and TimeoutError after ``timeout``
-        seconds.
+        Raises PairFailed, EngineDied, EngineClosed or TicketCancelled where it ended so, and TimeoutError after
+        ``timeout`` seconds.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._done, timeout):
-                raise TimeoutError(f"after {timeout} s {self.done_pairs} of {self.pairs} pairs are done")
+                raise TimeoutError(f"{self.done_pairs} of {self.pairs} pairs were scored within {timeout} s")
             if self._error is not None:
                 raise self._error
             return self._logits
 
-    def add_done_callback(self, callback: Callable[[Ticket], None]) -> None:
-        """Call ``callback(ticket)`` when it ends, from whichever thread ends it; at once if it already did.
-
-        The device may be waiting meanwhile: be quick.
-        """
-        with self._changed:
-            if not self._done:
-                self._callbacks.append(callback)
-                return
-        _call(callback, self)
-
     def cancel(self) -> None:
-        """Withdraw: no further micro-batch computes these pairs, unless another ticket waits for them too."""
-        self._withdraw(self, TicketCancelled("these pairs were withdrawn"))
+        """Cancel: no later micro-batch computes these pairs, unless another ticket shares them."""
+        self._withdraw(self, TicketCancelled("these pairs were cancelled"))
 
-    # -- the batcher's, with its lock held ---------------------------------------------------------------------------
+    # -- for the batcher, with its lock held -------------------------------------------------------------------------
 
     def deliver(self, index: int, logit: float) -> None:
-        """Write down one logit."""
+        """Store one logit."""
         self._logits[index] = logit
         self.done_pairs += 1
 
     def note_batch(self, began: float, ended: float) -> None:
-        """Count a batch with pairs of it, of which some of the time may have been before it came."""
+        """Count the time of a batch with pairs of this ticket, from the ticket's submission at the earliest."""
         self.device_s += max(0.0, ended - max(began, self._submitted))
 
     def end(self, now: float, error: EngineError | None = None) -> None:
-        """Close the promise; ``announce`` is due once the lock is released."""
+        """End it, with an error or with what was delivered, and wake whoever waits for the result."""
         self._done = True
         self._ended = now
         self._error = error
         self.shared = []
         self._changed.notify_all()
 
-    def announce(self) -> None:
-        """Call back whoever asked to be called; without the lock."""
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            _call(callback, self)
-
 
 class SharedPair:
-    """A pair on its way to the device, with every ticket that waits for its logit."""
+    """A pair to be computed, with every ticket that waits for its logit."""
 
-    __slots__ = ("key", "length", "lines", "pair", "place", "waiters")
+    __slots__ = ("index", "key", "length", "pair", "queues", "waiters")
 
     def __init__(self, pair: TokenisedPair, length: int, key: bytes | None) -> None:
         self.pair = pair
         self.key = key
         self.length = length
-        self.place = NOWHERE
-        self.lines: list[Line] = []
+        self.index = NOT_WAITING
+        self.queues: list[JobQueue] = []
         self.waiters: list[tuple[Ticket, int]] = []
 
-    def forsake(self, ticket: Ticket) -> None:
-        """Take a ticket off those who wait."""
+    def remove_waiter(self, ticket: Ticket) -> None:
+        """Remove a ticket from those that wait for this pair."""
         self.waiters = [waiter for waiter in self.waiters if waiter[0] is not ticket]
-
-
-def _call(callback: Callable[[Ticket], None], ticket: Ticket) -> None:
-    try:
-        callback(ticket)
-    except BaseException:
-        # Whose callback it is cannot be asked, and the next ticket's owner must not suffer, be it a SystemExit.
-        logger.exception("a callback of a finished ticket failed")

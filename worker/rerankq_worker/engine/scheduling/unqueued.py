@@ -1,4 +1,4 @@
-"""Score pairs on an engine of one's own, in batches, without a queue."""
+"""Score pairs in batches without a batcher, for an engine that one caller uses alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .batching import plan_all
 
 
 def score_in_batches(engine: Engine, pairs: Sequence[tuple[str, str]]) -> Logits:
-    """Tokenise, plan and run ``(query, chunk)`` pairs on an engine that is ours alone; same order, same length."""
+    """Tokenise, plan and run ``(query, chunk)`` pairs on an engine that nothing else uses; same order, same length."""
     tokenised: list[TokenisedPair] = []
     for query, run in groupby(pairs, key=lambda pair: pair[0]):
         tokenised += engine.tokenise(query, [chunk for _, chunk in run])

@@ -1,4 +1,4 @@
-"""The pairs that wait for the device, in lines of their jobs, kept as arrays so that planning stays cheap."""
+"""The pairs that wait for the device, in a queue per job, kept as arrays so that planning stays cheap."""
 
 from __future__ import annotations
 
@@ -13,271 +13,276 @@ from .batching import even_share, virtual_starts
 from .fair_queue import FairQueue
 
 BULK, INTERACTIVE = 0, 1
-NOWHERE = -1
+#: The index of a pair that is in no queue.
+NOT_WAITING = -1
 
 _SMALLEST = 1024
-#: So many jobs of a priority are looked at for one batch, those whose turn comes first; more would make planning slow.
-_LINES = 128
+#: Jobs of one priority that are considered for a batch, those with the earliest turns; more would make planning slow.
+_MOST_JOBS = 128
 
-Places = NDArray[np.intp]
-_NO_PLACES: Places = np.empty(0, dtype=np.intp)
+Indices = NDArray[np.intp]
+_NO_INDICES: Indices = np.empty(0, dtype=np.intp)
 
 
-class Waiter(Protocol):
-    """Anything that can wait here: it knows its length in tokens, and is told its place and the lines it stands in."""
+class WaitingPair(Protocol):
+    """What can wait here: it has a length in tokens, and holds its index in the arrays and the queues it is in."""
 
-    place: int
-    lines: list[Line]
+    index: int
+    queues: list[JobQueue]
 
     @property
     def length(self) -> int:
         """Tokens."""
 
 
-W = TypeVar("W", bound=Waiter)
+P = TypeVar("P", bound=WaitingPair)
 
 
-class Line:
-    """What one job waits for, in its own order. A pair that several jobs wait for stands in each one's line."""
+class JobQueue:
+    """The waiting pairs of one job, first in, first out. A pair that several jobs share is in the queue of each."""
 
-    __slots__ = ("_front", "_rest", "left", "priority", "tenant", "waiting")
+    __slots__ = ("_front", "_rest", "priority", "stale", "tenant", "waiting")
 
     def __init__(self, priority: int, tenant: str) -> None:
         self.priority = priority
         self.tenant = tenant
         self.waiting = 0
-        #: Whether somebody left since the last look.
-        self.left = False
-        self._front = self._rest = _NO_PLACES
+        #: Whether a pair was removed since the last ``peek``.
+        self.stale = False
+        self._front = self._rest = _NO_INDICES
 
-    def extend(self, places: Places) -> None:
-        """Stand at these places, behind those before."""
-        self._rest = np.concatenate((self._rest, places))
+    def extend(self, indices: Indices) -> None:
+        """Append pairs by their indices."""
+        self._rest = np.concatenate((self._rest, indices))
 
-    def look(self, most: int, here: NDArray[np.bool_]) -> Places:
-        """Find the first places at which somebody is ``here``."""
-        front = self._front[here[self._front]] if self.left else self._front
+    def peek(self, most: int, occupied: NDArray[np.bool_]) -> Indices:
+        """Return the indices of the first pairs that still wait, at most ``most``."""
+        front = self._front[occupied[self._front]] if self.stale else self._front
         while front.size < most and self._rest.size:
             step = max(most, _SMALLEST)
             more, self._rest = self._rest[:step], self._rest[step:]
-            front = np.concatenate((front, more[here[more]]))
-        self._front, self.left = front, False
+            front = np.concatenate((front, more[occupied[more]]))
+        self._front, self.stale = front, False
         return front[:most]
 
-    def move(self, moved: Places) -> None:
-        """Learn that everybody got another place, or is there no more (NOWHERE)."""
-        places = moved[np.concatenate((self._front, self._rest))]
-        self._front, self._rest = _NO_PLACES, places[places != NOWHERE]
+    def reindex(self, new_indices: Indices) -> None:
+        """Replace every index by its new one; a pair whose new index is NOT_WAITING is gone."""
+        indices = new_indices[np.concatenate((self._front, self._rest))]
+        self._front, self._rest = _NO_INDICES, indices[indices != NOT_WAITING]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Those that the next plan looks at, one entry each.
+    """The pairs that the next plan considers, one entry each.
 
-    Places, tokens, priorities, times of arrival, virtual starts, and in whose turn each would be served: the position
-    in ``lines``.
+    Indices, tokens, priorities, times of arrival, virtual starts, and the job in whose turn each would be served: a
+    position in ``queues``.
     """
 
-    places: Places
+    indices: Indices
     lengths: NDArray[np.int32]
     priorities: NDArray[np.int8]
     arrived: NDArray[np.float64]
     starts: NDArray[np.float64]
-    turns: NDArray[np.intp]
-    lines: list[Line]
+    jobs: NDArray[np.intp]
+    queues: list[JobQueue]
 
 
-class _Shares:
-    """The jobs of one priority: tenants share the device, a tenant's jobs share what is the tenant's."""
+class _TenantQueues:
+    """The jobs of one priority, in hierarchical fair queueing: tenants share the device, jobs their tenant's part."""
 
     def __init__(self) -> None:
         self._tenants: FairQueue[str] = FairQueue()
-        self._jobs: dict[str, FairQueue[Line]] = {}
+        self._jobs: dict[str, FairQueue[JobQueue]] = {}
 
-    def enter(self, line: Line) -> None:
-        if line.tenant not in self._jobs:
-            self._jobs[line.tenant] = FairQueue()
-            self._tenants.enter(line.tenant)
-        self._jobs[line.tenant].enter(line)
+    def add(self, queue: JobQueue) -> None:
+        if queue.tenant not in self._jobs:
+            self._jobs[queue.tenant] = FairQueue()
+            self._tenants.add(queue.tenant)
+        self._jobs[queue.tenant].add(queue)
 
-    def leave(self, line: Line) -> None:
-        jobs = self._jobs[line.tenant]
-        jobs.leave(line)
+    def remove(self, queue: JobQueue) -> None:
+        jobs = self._jobs[queue.tenant]
+        jobs.remove(queue)
         if not len(jobs):
-            del self._jobs[line.tenant]
-            self._tenants.leave(line.tenant, returns=True)
+            del self._jobs[queue.tenant]
+            self._tenants.remove(queue.tenant, may_return=True)
 
-    def charge(self, tokens: dict[Line, float], leader: Line | None, least: float) -> None:
-        by_tenant: dict[str, dict[Line, float]] = {}
-        for line, served in tokens.items():
-            by_tenant.setdefault(line.tenant, {})[line] = served
+    def charge(self, tokens: dict[JobQueue, float], leader: JobQueue | None, least: float) -> None:
+        by_tenant: dict[str, dict[JobQueue, float]] = {}
+        for queue, served in tokens.items():
+            by_tenant.setdefault(queue.tenant, {})[queue] = served
         for tenant, served_jobs in by_tenant.items():
-            led = leader if leader is not None and leader.tenant == tenant else None
-            self._jobs[tenant].charge(served_jobs, leader=led, least=least if led else 0)
+            leading_job = leader if leader is not None and leader.tenant == tenant else None
+            self._jobs[tenant].charge(served_jobs, leader=leading_job, least=least if leading_job else 0)
         sums = {tenant: sum(served_jobs.values()) for tenant, served_jobs in by_tenant.items()}
         self._tenants.charge(sums, leader=leader.tenant if leader else None, least=least if leader else 0)
 
-    def first(self, size: int) -> Iterator[tuple[float, list[tuple[float, Line, int]]]]:
-        """Say of each tenant where it starts, with its jobs: where they start, and how many pairs of each to look at.
+    def first(self, size: int) -> Iterator[tuple[float, list[tuple[float, JobQueue, int]]]]:
+        """Yield per tenant its virtual start and its jobs: their starts, and how many pairs of each to consider.
 
-        At most ``size`` pairs and ``_LINES`` jobs, those whose turn comes first, each with its share.
+        At most ``size`` pairs and ``_MOST_JOBS`` jobs, those with the earliest turns, divided evenly.
         """
-        tenants = self._tenants.first(min(size, _LINES))
-        jobs = [self._jobs[tenant].first(max(1, _LINES // len(tenants))) for _, tenant in tenants]
-        waiting = [sum(line.waiting for _, line in lines) for lines in jobs]
+        tenants = self._tenants.first(min(size, _MOST_JOBS))
+        jobs = [self._jobs[tenant].first(max(1, _MOST_JOBS // len(tenants))) for _, tenant in tenants]
+        waiting = [sum(queue.waiting for _, queue in queues) for queues in jobs]
         most = even_share(waiting, size)
-        for (start, _), lines, pairs in zip(tenants, jobs, waiting, strict=True):
-            kept = lines[: min(most, pairs)]
-            each = even_share([line.waiting for _, line in kept], min(most, pairs))
-            yield start, [(at, line, min(each, line.waiting)) for at, line in kept]
+        for (start, _), queues, pairs in zip(tenants, jobs, waiting, strict=True):
+            kept = queues[: min(most, pairs)]
+            each = even_share([queue.waiting for _, queue in kept], min(most, pairs))
+            yield start, [(at, queue, min(each, queue.waiting)) for at, queue in kept]
 
 
-class WaitingPairs(Generic[W]):
-    """Lines that can be left from anywhere, in constant time per pair.
+class WaitingPairs(Generic[P]):
+    """The queues of all jobs; a pair can be removed from anywhere in them, in constant time.
 
-    Leaving clears a mark; the arrays are packed or grown when they are full, so that each pair moves a few times only.
+    Removing a pair clears a flag; the arrays are compacted or grown when they are full, so that each pair is moved a
+    few times only.
     """
 
     def __init__(self) -> None:
-        self._waiters: list[W | None] = []
+        self._pairs: list[P | None] = []
         self._lengths = np.zeros(_SMALLEST, dtype=np.int32)
         self._arrived = np.zeros(_SMALLEST, dtype=np.float64)
-        self._here = np.zeros(_SMALLEST, dtype=np.bool_)
+        self._occupied = np.zeros(_SMALLEST, dtype=np.bool_)
         self._count = 0
         self._shared = 0
-        self._lines: set[Line] = set()
-        self._shares = {INTERACTIVE: _Shares(), BULK: _Shares()}
+        self._queues: set[JobQueue] = set()
+        self._tenants = {INTERACTIVE: _TenantQueues(), BULK: _TenantQueues()}
 
     def __len__(self) -> int:
         return self._count
 
-    def join(self, line: Line, waiters: Sequence[W], now: float) -> None:
-        """Let a job wait for these, in the given order, each of them once; some may wait already for another's sake."""
-        if not waiters:
+    def add(self, queue: JobQueue, pairs: Sequence[P], now: float) -> None:
+        """Queue a job's pairs in the given order, each of them once; some may wait already for another job."""
+        if not pairs:
             return
-        self._settle([waiter for waiter in waiters if waiter.place == NOWHERE], now)
-        for waiter in waiters:
-            waiter.lines.append(line)
-            self._shared += len(waiter.lines) == 2
-        line.extend(np.array([waiter.place for waiter in waiters], dtype=np.intp))
-        line.waiting = len(waiters)
-        self._lines.add(line)
-        self._shares[line.priority].enter(line)
+        self._store([pair for pair in pairs if pair.index == NOT_WAITING], now)
+        for pair in pairs:
+            pair.queues.append(queue)
+            self._shared += len(pair.queues) == 2
+        queue.extend(np.array([pair.index for pair in pairs], dtype=np.intp))
+        queue.waiting = len(pairs)
+        self._queues.add(queue)
+        self._tenants[queue.priority].add(queue)
 
-    def close(self, line: Line) -> None:
-        """End a job's line; those in it who stand in no other wait no more."""
-        if line not in self._lines:
+    def close(self, queue: JobQueue) -> None:
+        """Remove a job's queue, and those of its pairs that are in no other."""
+        if queue not in self._queues:
             return
-        for place in line.look(line.waiting, self._here).tolist():
-            waiter = self._waiters[place]
-            if waiter is None:
+        for index in queue.peek(queue.waiting, self._occupied).tolist():
+            pair = self._pairs[index]
+            if pair is None:
                 continue
-            if len(waiter.lines) == 1:
-                self._vacate(waiter)
+            if len(pair.queues) == 1:
+                self._remove(pair)
                 continue
-            self._shared -= len(waiter.lines) == 2
-            waiter.lines.remove(line)
-        self._end(line)
+            self._shared -= len(pair.queues) == 2
+            pair.queues.remove(queue)
+        self._remove_queue(queue)
 
     def window(self, size: int) -> Window:
-        """Look at the first ``size`` of each priority, some of every job."""
-        lines: list[Line] = []
-        parts = [self._part(kind, size, lines) for kind in (INTERACTIVE, BULK)]
-        places, priorities, starts, turns = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+        """Return the first ``size`` pairs of each priority, some of every job."""
+        queues: list[JobQueue] = []
+        parts = [self._part(priority, size, queues) for priority in (INTERACTIVE, BULK)]
+        indices, priorities, starts, jobs = (np.concatenate(rows) for rows in zip(*parts, strict=True))
         if self._shared:
-            # Whoever stands in several lines is served in the most urgent turn.
+            # A pair in several queues is served in the most urgent turn.
             order = np.lexsort((starts, -priorities))
-            _, first = np.unique(places[order], return_index=True)
+            _, first = np.unique(indices[order], return_index=True)
             once = order[np.sort(first)]
-            places, priorities, starts, turns = places[once], priorities[once], starts[once], turns[once]
-        return Window(places, self._lengths[places], priorities, self._arrived[places], starts, turns, lines)
+            indices, priorities, starts, jobs = indices[once], priorities[once], starts[once], jobs[once]
+        return Window(indices, self._lengths[indices], priorities, self._arrived[indices], starts, jobs, queues)
 
-    def take(self, window: Window, chosen: NDArray[np.intp], *, led_by: int, least: float) -> list[W]:
-        """Take the chosen ones of a window out of their lines, in the given order, and count their turn.
+    def take(self, window: Window, chosen: NDArray[np.intp], *, led_by: int, least: float) -> list[P]:
+        """Remove the chosen pairs of a window, return them in the given order, and charge their jobs for the turn.
 
-        ``led_by`` is the priority of the batch's leader, whose job pays for ``least`` tokens at least.
+        ``led_by`` is the priority of the batch's leader, whose job is charged for ``least`` tokens at least.
         """
         leaders = chosen[window.priorities[chosen] == led_by]
-        leader = window.lines[window.turns[leaders[np.argmin(window.starts[leaders])]]]
-        served = np.bincount(window.turns[chosen], window.lengths[chosen], minlength=len(window.lines)).tolist()
-        for kind, shares in self._shares.items():
+        leader = window.queues[window.jobs[leaders[np.argmin(window.starts[leaders])]]]
+        served = np.bincount(window.jobs[chosen], window.lengths[chosen], minlength=len(window.queues)).tolist()
+        for priority, tenants in self._tenants.items():
             tokens = {
-                line: paid for line, paid in zip(window.lines, served, strict=True) if paid and line.priority == kind
+                queue: paid
+                for queue, paid in zip(window.queues, served, strict=True)
+                if paid and queue.priority == priority
             }
             if tokens:
-                led = kind == led_by
-                shares.charge(tokens, leader if led else None, least if led else 0)
-        taken = [waiter for place in window.places[chosen].tolist() if (waiter := self._waiters[place]) is not None]
-        for waiter in taken:
-            self._shared -= len(waiter.lines) > 1
-            for line in waiter.lines:
-                line.waiting -= 1
-                if not line.waiting:
-                    self._end(line)
-            self._vacate(waiter)
+                leads = priority == led_by
+                tenants.charge(tokens, leader if leads else None, least if leads else 0)
+        taken = [pair for index in window.indices[chosen].tolist() if (pair := self._pairs[index]) is not None]
+        for pair in taken:
+            self._shared -= len(pair.queues) > 1
+            for queue in pair.queues:
+                queue.waiting -= 1
+                if not queue.waiting:
+                    self._remove_queue(queue)
+            self._remove(pair)
         return taken
 
     def _part(
-        self, kind: int, size: int, lines: list[Line]
-    ) -> tuple[Places, NDArray[np.int8], NDArray[np.float64], NDArray[np.intp]]:
-        """Look at one priority: places, priorities, starts, and positions in ``lines``, which grow by its jobs."""
-        looks = [_NO_PLACES]
+        self, priority: int, size: int, queues: list[JobQueue]
+    ) -> tuple[Indices, NDArray[np.int8], NDArray[np.float64], NDArray[np.intp]]:
+        """Return one priority's indices, priorities, starts and positions in ``queues``; adds its jobs to those."""
+        fronts = [_NO_INDICES]
         job_starts: list[float] = []
         tenants: list[int] = []
         tenant_starts: list[float] = []
-        before = len(lines)
-        for start, jobs in self._shares[kind].first(size):
-            for at, line, most in jobs:
-                looks.append(line.look(most, self._here))
+        before = len(queues)
+        for start, jobs in self._tenants[priority].first(size):
+            for at, queue, most in jobs:
+                fronts.append(queue.peek(most, self._occupied))
                 job_starts.append(at)
                 tenants.append(len(tenant_starts))
-                lines.append(line)
+                queues.append(queue)
             tenant_starts.append(start)
-        places = np.concatenate(looks)
-        jobs_of = np.repeat(np.arange(len(job_starts)), [look.size for look in looks[1:]])
-        starts = virtual_starts(self._lengths[places], jobs_of, job_starts, tenants, tenant_starts)
-        return places, np.full(places.size, kind, dtype=np.int8), starts, jobs_of + before
+        indices = np.concatenate(fronts)
+        jobs_of = np.repeat(np.arange(len(job_starts)), [front.size for front in fronts[1:]])
+        starts = virtual_starts(self._lengths[indices], jobs_of, job_starts, tenants, tenant_starts)
+        return indices, np.full(indices.size, priority, dtype=np.int8), starts, jobs_of + before
 
-    def _end(self, line: Line) -> None:
-        self._lines.remove(line)
-        self._shares[line.priority].leave(line)
+    def _remove_queue(self, queue: JobQueue) -> None:
+        self._queues.remove(queue)
+        self._tenants[queue.priority].remove(queue)
 
-    def _settle(self, waiters: list[W], now: float) -> None:
-        self._make_room(len(waiters))
-        start = len(self._waiters)
-        for place, waiter in enumerate(waiters, start):
-            waiter.place = place
-        self._waiters += waiters
-        new = slice(start, len(self._waiters))
-        self._lengths[new] = [waiter.length for waiter in waiters]
+    def _store(self, pairs: list[P], now: float) -> None:
+        self._reserve(len(pairs))
+        start = len(self._pairs)
+        for index, pair in enumerate(pairs, start):
+            pair.index = index
+        self._pairs += pairs
+        new = slice(start, len(self._pairs))
+        self._lengths[new] = [pair.length for pair in pairs]
         self._arrived[new] = now
-        self._here[new] = True
-        self._count += len(waiters)
+        self._occupied[new] = True
+        self._count += len(pairs)
 
-    def _vacate(self, waiter: W) -> None:
-        self._here[waiter.place] = False
-        self._waiters[waiter.place] = None
-        waiter.place = NOWHERE
-        for line in waiter.lines:
-            line.left = True
-        waiter.lines = []
+    def _remove(self, pair: P) -> None:
+        self._occupied[pair.index] = False
+        self._pairs[pair.index] = None
+        pair.index = NOT_WAITING
+        for queue in pair.queues:
+            queue.stale = True
+        pair.queues = []
         self._count -= 1
 
-    def _make_room(self, more: int) -> None:
-        if len(self._waiters) + more <= self._here.size:
+    def _reserve(self, more: int) -> None:
+        """Make the arrays hold so many pairs more, compacted where that is not so already."""
+        if len(self._pairs) + more <= self._occupied.size:
             return
-        kept = np.flatnonzero(self._here[: len(self._waiters)])
-        moved = np.full(self._here.size, NOWHERE, dtype=np.intp)
-        moved[kept] = np.arange(kept.size)
+        kept = np.flatnonzero(self._occupied[: len(self._pairs)])
+        new_indices = np.full(self._occupied.size, NOT_WAITING, dtype=np.intp)
+        new_indices[kept] = np.arange(kept.size)
         size = max(_SMALLEST, 2 * (kept.size + more))
-        for name in ("_lengths", "_arrived", "_here"):
+        for name in ("_lengths", "_arrived", "_occupied"):
             old = getattr(self, name)
-            packed = np.zeros(size, dtype=old.dtype)
-            packed[: kept.size] = old[kept]
-            setattr(self, name, packed)
-        self._waiters = [waiter for waiter in self._waiters if waiter is not None]
-        for place, waiter in enumerate(self._waiters):
-            if waiter is not None:
-                waiter.place = place
-        for line in self._lines:
-            line.move(moved)
+            compacted = np.zeros(size, dtype=old.dtype)
+            compacted[: kept.size] = old[kept]
+            setattr(self, name, compacted)
+        self._pairs = [pair for pair in self._pairs if pair is not None]
+        for index, pair in enumerate(self._pairs):
+            if pair is not None:
+                pair.index = index
+        for queue in self._queues:
+            queue.reindex(new_indices)
