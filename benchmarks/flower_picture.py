@@ -25,7 +25,7 @@ from gear.texts import DATA, Question, need, questions
 from gear.workers import POISONABLE, deployment, kept_running, python_path
 
 from rerankq import Client, RerankJob
-from rerankq.local import worker_command as celery_worker
+from rerankq.local import worker_command
 from rerankq.local.embedded import free_port
 from rerankq.local.processes import SupervisedProcess
 from rerankq.local.stack import FLOWER_ENVIRONMENT, flower_command, flower_is_installed
@@ -71,7 +71,7 @@ def take_picture(browser: str, url: str, path: Path) -> None:
 def busy_flower(asked: list[Question]) -> Iterator[str]:
     port = free_port(5555)
     with deployment(app="poisonable", PYTHONPATH=python_path(POISONABLE)) as (client, _):
-        environment = {**celery_worker.environment(client.settings), **FLOWER_ENVIRONMENT}
+        environment = {**worker_command.environment(client.settings), **FLOWER_ENVIRONMENT}
         with kept_running(SupervisedProcess("Flower", flower_command(port), environment, quiet=True)):
             # Flower knows only what happened while it was there.
             wait_for_flower(port)

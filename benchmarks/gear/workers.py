@@ -11,7 +11,7 @@ from typing import Any
 
 from rerankq import Client
 from rerankq.broker.celery_app import make_app
-from rerankq.local import worker_command as celery_worker
+from rerankq.local import worker_command
 from rerankq.local.embedded import EmbeddedRedis
 from rerankq.local.processes import SupervisedProcess
 from rerankq.local.stack import settings_for
@@ -79,9 +79,9 @@ def until(
         for part in parts:
             death = part.supervise(time.monotonic())
             if death and not mortal:
-                raise RuntimeError(f"{death}\n{part.said()}")
+                raise RuntimeError(f"{death}\n{part.last_output()}")
         if time.monotonic() > ends:
-            words = "\n".join(f"{part.name}: {part.said()}" for part in parts)
+            words = "\n".join(f"{part.name}: {part.last_output()}" for part in parts)
             raise RuntimeError(f"did not come true within {seconds} s; the workers said:\n{words}")
         time.sleep(0.02)
 
@@ -100,10 +100,10 @@ def worker_part(
     settings: Settings, name: str, *, dtype: str = "float32", app: str = TASKS, **environment: str
 ) -> SupervisedProcess:
     """Make a worker of a deployment, not started yet."""
-    command = [app if word == TASKS else word for word in celery_worker.command(name=name)]
+    command = [app if word == TASKS else word for word in worker_command.command(name=name)]
     variables = {
-        **celery_worker.tuned(os.environ),
-        **celery_worker.environment(settings),
+        **worker_command.tuned(os.environ),
+        **worker_command.environment(settings),
         "RERANKQ_DTYPE": dtype,
         **environment,
     }

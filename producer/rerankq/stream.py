@@ -1,4 +1,4 @@
-"""Jobs in, rankings out, with a bounded number of jobs in between."""
+"""A stream of jobs: keyed jobs in, outcomes out, a bounded number of them in flight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from .contract import Ranking, RerankJob, State
 from .errors import JobRejected, JobTimedOut, ModelUnknown, QueueFull, RerankqError
@@ -19,15 +19,15 @@ Outcome = Ranking | RerankqError
 JOBS_AT_ONCE = 128
 PAIRS_AT_ONCE = 12_800
 
-# Seconds between tries while the broker is away in the middle of the work: about a minute in all.
+# Seconds between retries after the broker has gone away: about a minute in all.
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
-# Seconds between two looks at those who do the work.
-LOOK_S = 2.0
+# Seconds between two checks of the workers.
+SUPERVISE_EVERY_S = 2.0
 
 
 class JobClient(Protocol):
-    """What is needed of a :class:`~rerankq.Client`."""
+    """The methods of :class:`~rerankq.Client` that a stream needs."""
 
     def submit(self, job: RerankJob) -> str: ...  # noqa: D102
     def submit_many(self, jobs: Iterable[RerankJob]) -> list[str]: ...  # noqa: D102
@@ -36,29 +36,49 @@ class JobClient(Protocol):
     def forget(self, *job_ids: str) -> None: ...  # noqa: D102
 
 
+class WaitingClient(Protocol):
+    """The method of :class:`~rerankq.Client` that :func:`wait_for` needs."""
+
+    def result(self, job_id: str, timeout: float | None = None) -> Ranking: ...  # noqa: D102
+
+
 def nothing() -> None:
-    """Look after nobody."""
+    """Supervise nothing."""
+
+
+class OpenClient(NamedTuple):
+    """A client that is open.
+
+    Attributes:
+        client: the client.
+        model: the model to name in jobs; None = the deployment's default.
+        supervise: to be called periodically while waiting; what it raises ends the work.
+    """
+
+    client: JobClient
+    model: str | None = None
+    supervise: Callable[[], None] = nothing
 
 
 @dataclass
 class JobStream(Generic[K]):
-    """Submit keyed jobs and yield their outcomes, at most two batches of them under way.
+    """Submit keyed jobs and yield their outcomes, at most two batches of them in flight.
 
     Args:
-        desk: the client.
-        tend: called now and then while waiting; what it raises ends the flow.
-        ours: the jobs are nobody else's: forgotten when done, cancelled when the flow is abandoned, and a model whose
-            worker has vanished is waited for; otherwise a job for a model that nobody serves is refused.
-        pause: waits, in seconds.
+        client: submits the jobs.
+        supervise: called periodically while waiting; what it raises ends the stream.
+        owned: nobody else has these jobs: they are forgotten when done and cancelled when the stream is abandoned, and
+            a model whose worker has gone is waited for; otherwise a job for a model that no worker serves is refused.
+        sleep: waits for a number of seconds.
 
-    ``under_way`` are the ids of jobs that were submitted and have not ended, with the models that they name.
+    ``in_flight`` are the ids of jobs that were submitted and have not ended, with the models that they name.
     """
 
     client: JobClient
     supervise: Callable[[], None] = nothing
-    ours: bool = False
-    pause: Callable[[float], None] = time.sleep
-    under_way: dict[str, str | None] = field(default_factory=dict)
+    owned: bool = False
+    sleep: Callable[[float], None] = time.sleep
+    in_flight: dict[str, str | None] = field(default_factory=dict)
     _waiting: deque[dict[str, list[K]]] = field(default_factory=deque)
     _begun: bool = False
 
@@ -79,7 +99,7 @@ class JobStream(Generic[K]):
                     else:
                         # Equal jobs have equal ids, and one ranking.
                         waiting.setdefault(answer, []).append(key)
-                        self.under_way[answer] = job.model
+                        self.in_flight[answer] = job.model
                 yield from refused
                 if len(self._waiting) > 1:
                     yield from self._collect()
@@ -89,7 +109,7 @@ class JobStream(Generic[K]):
             self._abandon()
 
     def submit(self, batch: Sequence[tuple[K, RerankJob]]) -> list[tuple[K, str | RerankqError]]:
-        """Submit a batch, waiting for room where the queue is full; answer each key with an id or what refused it.
+        """Submit a batch, waiting while the queue is full; return each key with an id or the error that refused it.
 
         Raises:
             RerankqError: if no job can be submitted; ``accepted`` holds the ids accepted until then.
@@ -99,15 +119,25 @@ class JobStream(Generic[K]):
             ids = self.client.submit_many([job for _, job in named])
             return [(key, job_id) for (key, _), job_id in zip(named, ids, strict=True)]
         except RerankqError as error:
-            # A wrong URL is told at once; a broker that goes away in the middle is waited for.
+            # A wrong URL is reported at once; a broker that goes away later is waited for.
             if not (self._begun or error.accepted or isinstance(error, (*self._refusals, QueueFull))):
                 raise
         finally:
             self._begun = True
-        return self._submit_apart(named)
+        return self._submit_one_by_one(named)
 
-    def _submit_apart(self, named: Sequence[tuple[K, RerankJob]]) -> list[tuple[K, str | RerankqError]]:
-        # Which of them was refused? A job submitted twice is the same job, so each is asked for alone.
+    def ids(self, jobs: Iterable[tuple[K, RerankJob]]) -> Iterator[tuple[K, str | RerankqError]]:
+        """Submit in batches; yield each key, in order, with the job's id or the error that refused it.
+
+        Raises:
+            RerankqError: if no job can be submitted any more; the ids accepted until then were yielded or are in
+                ``accepted``.
+        """
+        for batch in batches(jobs):
+            yield from self.submit(batch)
+
+    def _submit_one_by_one(self, named: Sequence[tuple[K, RerankJob]]) -> list[tuple[K, str | RerankqError]]:
+        # Find the job that was refused. Submitting a job twice is harmless: it is the same job.
         answers: list[tuple[K, str | RerankqError]] = []
         try:
             for key, job in named:
@@ -119,7 +149,7 @@ class JobStream(Generic[K]):
 
     @property
     def _refusals(self) -> tuple[type[RerankqError], ...]:
-        return (JobRejected,) if self.ours else (JobRejected, ModelUnknown)
+        return (JobRejected,) if self.owned else (JobRejected, ModelUnknown)
 
     def _submit_one(self, job: RerankJob) -> str | RerankqError:
         pauses = iter(PAUSES_S)
@@ -129,45 +159,64 @@ class JobStream(Generic[K]):
             except self._refusals as error:
                 return error
             except QueueFull as error:
-                self._rest(error.retry_after_s)
+                self._pause(error.retry_after_s)
             except RerankqError as error:
                 wait_s = next(pauses, None)
                 if not error.retryable or wait_s is None:
                     raise
-                self._rest(wait_s)
+                self._pause(wait_s)
 
-    def _rest(self, seconds: float) -> None:
+    def _pause(self, seconds: float) -> None:
         self.supervise()
-        self.pause(seconds)
+        self.sleep(seconds)
 
     def _collect(self) -> Iterator[tuple[K, Outcome]]:
         waiting = self._waiting[0]
         while waiting:
             ended: list[str] = []
             try:
-                for job_id, outcome in self.client.as_completed(list(waiting), timeout=LOOK_S):
+                for job_id, outcome in self.client.as_completed(list(waiting), timeout=SUPERVISE_EVERY_S):
                     ended.append(job_id)
-                    self.under_way.pop(job_id, None)
+                    self.in_flight.pop(job_id, None)
                     yield from ((key, outcome) for key in waiting.pop(job_id))
             except JobTimedOut:
                 pass
             finally:
-                if self.ours and ended:
-                    with suppress(RerankqError):  # what is not forgotten now goes by its time to live
+                if self.owned and ended:
+                    with suppress(RerankqError):  # it expires by its time to live
                         self.client.forget(*ended)
             self.supervise()
         self._waiting.popleft()
 
     def _abandon(self) -> None:
-        if self.ours:
+        if self.owned:
             with suppress(RerankqError):
                 for job_id in [job_id for batch in self._waiting for job_id in batch]:
                     self.client.cancel(job_id)
         self._waiting.clear()
 
 
+def wait_for(
+    client: WaitingClient, job_id: str, timeout: float | None, *, supervise: Callable[[], None] = nothing
+) -> Ranking:
+    """Wait for a ranking, at most *timeout* seconds, calling *supervise* every ``SUPERVISE_EVERY_S``.
+
+    Raises:
+        JobTimedOut, JobFailed, JobExpired, JobCancelled, JobDead, JobUnknown: as a client's ``result``.
+    """
+    ends_at = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = None if ends_at is None else ends_at - time.monotonic()
+        try:
+            return client.result(job_id, SUPERVISE_EVERY_S if left is None else max(0.0, min(SUPERVISE_EVERY_S, left)))
+        except JobTimedOut:
+            if left is not None and left <= SUPERVISE_EVERY_S:
+                raise JobTimedOut(f"job {job_id}: no ranking within {timeout} s; it may still come") from None
+        supervise()
+
+
 def batches(jobs: Iterable[tuple[K, RerankJob]]) -> Iterator[list[tuple[K, RerankJob]]]:
-    """Group jobs, in order, into batches of bounded jobs and pairs; a job too big for any batch stands alone."""
+    """Group jobs, in order, into batches of bounded jobs and pairs; a job too big for one is a batch of its own."""
     batch: list[tuple[K, RerankJob]] = []
     pairs = 0
     for key, job in jobs:
@@ -181,5 +230,5 @@ def batches(jobs: Iterable[tuple[K, RerankJob]]) -> Iterator[list[tuple[K, Reran
 
 
 def with_id(job: RerankJob) -> RerankJob:
-    """Give a job that would get a random id one of our choice, so that submitting it again doubles nothing."""
+    """Give a job an id if it would get a random one, so that submitting it again makes no second job."""
     return job if job.id is not None or job.cache == "use" else job.model_copy(update={"id": secrets.token_hex(16)})

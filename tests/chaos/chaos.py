@@ -295,7 +295,7 @@ def _until(holds: Callable[[], bool], seconds: float, workers: list[Worker]) -> 
     ends = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > ends:
-            raise RuntimeError("the workers did not start:\n" + "\n".join(worker.said() for worker in workers))
+            raise RuntimeError("the workers did not start:\n" + "\n".join(worker.last_output() for worker in workers))
         time.sleep(0.05)
 
 

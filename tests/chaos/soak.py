@@ -75,7 +75,7 @@ def soak(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ends = time.monotonic() + 120
         while not watch.is_registered(worker.token):
             if time.monotonic() > ends:
-                raise RuntimeError(f"the worker did not start:\n{worker.said()}")
+                raise RuntimeError(f"the worker did not start:\n{worker.last_output()}")
             time.sleep(0.05)
         urls = environment | {"RERANKQ_BROKER_URL": server.url}
         producer = SupervisedProcess("producer", [sys.executable, STEADY, str(args.jobs)], urls, quiet=True)
@@ -88,7 +88,7 @@ def soak(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for at in range(args.samples):
             time.sleep(max(0.0, began + (at + 1) * step_s - time.monotonic()))
             if worker.supervise() or producer.supervise(time.monotonic()):
-                raise RuntimeError(f"a part died:\n{worker.said()}\n{producer.said(40)}")
+                raise RuntimeError(f"a part died:\n{worker.last_output()}\n{producer.said(40)}")
             sampled = {
                 "worker": figures(processor),
                 "client": figures(program_of(producer)),

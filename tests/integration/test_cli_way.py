@@ -107,7 +107,7 @@ def scores_of(path):
     return {tuple(line.split()[::2][:2]): float(line.split()[4]) for line in path.read_text().splitlines()}
 
 
-def test_rescore_brings_its_own_stack_and_leaves_nothing_behind(run, collection, tmp_path):
+def test_rescore_starts_its_own_stack_and_leaves_nothing_behind(run, collection, tmp_path):
     done = run("rescore", *collection, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -123,7 +123,7 @@ def test_rescore_brings_its_own_stack_and_leaves_nothing_behind(run, collection,
         assert sorted(columns, key=lambda row: -float(row[4])) == columns
 
 
-def test_lines_that_a_rescore_does_not_need_may_be_wrong_and_are_counted(run, collection, served, tmp_path):
+def test_invalid_lines_that_a_rescore_does_not_need_are_counted(run, collection, served, tmp_path):
     for name, odd in (("q.jsonl", '{"_id": "z", "text": " "}'), ("c.jsonl", '{"_id": 9.0, "title": null}\n{"_id"')):
         with (tmp_path / name).open("a") as file:
             file.write(f"{odd}\n")
@@ -136,7 +136,7 @@ def test_lines_that_a_rescore_does_not_need_may_be_wrong_and_are_counted(run, co
     assert f"rerankq: c.jsonl: 2 invalid lines skipped, the first: c.jsonl:{at}: text: is missing" in done.stderr
 
 
-def test_the_report_names_the_model_that_scored(run, collection, redis_url, start_worker):
+def test_report_names_the_model_that_scored(run, collection, redis_url, start_worker):
     start_worker()
     there = {"RERANKQ_BROKER_URL": redis_url, "RERANKQ_MODEL": "bundled"}
     report = json.loads(run("rescore", *collection, "--json", **there).stdout)
@@ -145,7 +145,7 @@ def test_the_report_names_the_model_that_scored(run, collection, redis_url, star
     assert f"scored by stub (weights {report['weights']}), fusion default" in told
 
 
-def test_the_report_names_signals_with_weight_that_no_chunk_has(run, collection, served):
+def test_report_names_weighted_signals_that_no_chunk_has(run, collection, served):
     report = run("rescore", *collection, "--limit", "2", "--fusion", "elasticsearch", **served)
     assert "signals that no chunk has, so that their weight counts for nothing: vector\n" in report.stdout
     in_json = run("rescore", *collection, "--limit", "3", "--fusion", "model", "--force", "--json", **served)
@@ -154,14 +154,14 @@ def test_the_report_names_signals_with_weight_that_no_chunk_has(run, collection,
     assert "signals that no chunk has" not in told, "a query without tags asks for none"
 
 
-def test_a_limit_takes_the_first_queries_of_the_run(run, collection, served, tmp_path):
+def test_limit_takes_the_first_queries_of_the_run(run, collection, served, tmp_path):
     done = run("rescore", *collection, "--json", "--limit", "3", **served)
     report = json.loads(done.stdout)
     assert (report["queries"], report["pairs"], report["judged_queries"]) == (3, 3 * DEPTH, 3)
     assert {line.split()[0] for line in (tmp_path / "o.trec").read_text().splitlines()} == {"q0", "q1", "q2"}
 
 
-def test_an_output_that_exists_is_overwritten_on_demand_alone(run, collection, served, tmp_path):
+def test_existing_output_is_overwritten_with_force_alone(run, collection, served, tmp_path):
     (tmp_path / "o.trec").write_text("mine\n")
     refused = run("rescore", *collection)
     assert (refused.returncode, refused.stdout) == (2, "")
@@ -172,7 +172,7 @@ def test_an_output_that_exists_is_overwritten_on_demand_alone(run, collection, s
 
 
 @pytest.mark.parametrize("json_too", [(), ("--json",)])
-def test_a_run_on_standard_output_stands_there_alone(run, collection, served, tmp_path, json_too):
+def test_run_on_standard_output_has_nothing_else_beside_it(run, collection, served, tmp_path, json_too):
     at = collection.index("o.trec")
     done = run("rescore", *collection[:at], "-", *collection[at + 1 :], *json_too, **served)
     assert done.returncode == 0, done.stderr
@@ -193,7 +193,7 @@ def test_scores_that_could_not_be_written_are_kept_for_the_same_command(run, col
     assert done.returncode == 1
     assert done.stdout == ""
     kept, error = done.stderr.splitlines()
-    assert kept.startswith(f"rerankq: stopped; what is done is kept in {tmp_path}/rerankq-{os.getuid()}/")
+    assert kept.startswith(f"rerankq: stopped; the progress is kept in {tmp_path}/rerankq-{os.getuid()}/")
     assert error == "rerankq: /dev/full: cannot be written: No space left on device"
     (journal,) = tmp_path.glob("rerankq-*/*.part")
     assert journal.read_bytes().count(b"\n") == QUERIES + 1
@@ -206,9 +206,7 @@ def dcg(gains):
 
 
 @pytest.mark.parametrize("later_names_first", [False, True])
-def test_the_printed_measure_is_that_of_the_written_run_however_a_reader_breaks_ties(
-    run, served, tmp_path, later_names_first
-):
+def test_printed_ndcg_is_that_of_the_written_run_for_any_tie_breaking(run, served, tmp_path, later_names_first):
     chance = random.Random(3)
     names = [f"d{number:02}" for number in range(30)]
     chance.shuffle(names)
@@ -235,7 +233,7 @@ def test_the_printed_measure_is_that_of_the_written_run_however_a_reader_breaks_
     assert report["ndcg"]["fusion default"] == pytest.approx(sum(values) / len(values), abs=1e-12)
 
 
-def test_a_second_rescore_on_a_standing_redis_finds_every_pair_in_the_cache(
+def test_second_rescore_on_a_running_redis_finds_every_pair_in_the_cache(
     run, collection, redis_url, start_worker, tmp_path
 ):
     start_worker()
@@ -254,7 +252,7 @@ def test_jobs_of_a_rescore_are_forgotten(run, collection, client, redis_url, sta
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_rescore_that_was_stopped_goes_on_where_it_stood(
+def test_interrupted_rescore_resumes_where_it_stopped(
     start, run, collection, tmp_path, wait_until, redis_url, start_worker, number, status
 ):
     # Slow, and in small batches, so that the stop comes in the middle.
@@ -266,7 +264,7 @@ def test_a_rescore_that_was_stopped_goes_on_where_it_stood(
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == status
-    assert ("the same command goes on" in said) == (number != signal.SIGKILL)
+    assert ("the same command resumes" in said) == (number != signal.SIGKILL)
     kept = part.read_bytes().count(b"\n") - 1
     assert not (tmp_path / "o.trec").exists()
     with part.open("ab") as file:
@@ -286,7 +284,7 @@ def test_a_rescore_that_was_stopped_goes_on_where_it_stood(
     assert scores_of(tmp_path / "o.trec") == pytest.approx(interrupted)
 
 
-def test_a_stopped_rescore_with_other_options_is_refused_unless_begun_again(run, collection, served, tmp_path):
+def test_interrupted_rescore_with_other_options_is_refused_without_restart(run, collection, served, tmp_path):
     header = {"journal": "rerankq rescore 2", "depth": 3}
     (tmp_path / "o.trec.part").write_text(
         json.dumps(header) + '\n{"query": "q0", "rows": [], "model": "m", "weights": "w", "pairs": 0, '
@@ -298,7 +296,7 @@ def test_a_stopped_rescore_with_other_options_is_refused_unless_begun_again(run,
     assert run("rescore", *collection, "--restart", **served).returncode == 0
 
 
-def test_queries_that_fail_are_named_and_the_rest_is_written(run, collection, served, tmp_path):
+def test_failed_queries_are_named_and_the_others_written(run, collection, served, tmp_path):
     write(
         tmp_path / "q.jsonl",
         (json.dumps({"_id": f"q{n}", "text": "w" * (300 if n == 3 else 3)}) for n in range(QUERIES)),
@@ -315,14 +313,14 @@ def test_queries_that_fail_are_named_and_the_rest_is_written(run, collection, se
     assert (again.returncode, json.loads(again.stdout)["resumed"]) == (0, QUERIES - 1)
 
 
-def test_a_model_that_cannot_be_loaded_is_said_in_the_workers_words(run, collection):
+def test_model_that_cannot_be_loaded_is_reported_in_the_words_of_the_worker(run, collection):
     done = run("rescore", *collection, "--model", "/no/such/folder")
     assert done.returncode == 1
     assert "the worker could not be started" in done.stderr
     assert "/no/such/folder" in done.stderr
 
 
-def test_jobs_go_in_and_rankings_come_out(run, redis_url, start_worker, tmp_path):
+def test_submitted_jobs_come_out_as_rankings(run, redis_url, start_worker, tmp_path):
     start_worker()
     there = {"RERANKQ_BROKER_URL": redis_url}
     jobs = [json.dumps({"id": f"job-{n}", "query": f"w{n}", "chunks": [f"w{n}", "other"]}) for n in range(300)]
@@ -341,7 +339,7 @@ def test_jobs_go_in_and_rankings_come_out(run, redis_url, start_worker, tmp_path
     assert {json.loads(line)["job_id"] for line in waited.stdout.splitlines()} == {f"job-{n}" for n in range(300)}
 
 
-def test_a_bad_line_of_a_stream_leaves_its_neighbours_ranked(run, redis_url, start_worker):
+def test_invalid_line_of_a_pipe_leaves_its_neighbours_ranked(run, redis_url, start_worker):
     start_worker()
     good = '{"query": "a", "chunks": ["b"]}'
     other = '{"query": "a", "chunks": ["b"], "model": "nobody-has-it"}'
@@ -353,7 +351,7 @@ def test_a_bad_line_of_a_stream_leaves_its_neighbours_ranked(run, redis_url, sta
     assert [line["error_type"] for line in lines if "chunks" not in line] == ["ModelUnknown"]
 
 
-def test_a_queued_job_can_be_cancelled(run, redis_url):
+def test_queued_job_can_be_cancelled(run, redis_url):
     there = {"RERANKQ_BROKER_URL": redis_url}
     run("submit", "-", given='{"id": "one", "query": "a", "chunks": ["b"]}', **there)
     assert json.loads(run("cancel", "one", "--json", **there).stdout) == {"job_id": "one", "state": "cancelled"}
@@ -401,7 +399,7 @@ def test_flower_revokes_a_job_where_a_password_is_set_and_only_shows_without(sta
     assert (found[-1] == 200) == revoked, found
 
 
-def test_up_starts_a_worker_that_died_again(start, run, wait_until):
+def test_up_restarts_a_worker_that_died(start, run, wait_until):
     process = start("up", "--json")
     url = json.loads(process.stdout.readline())["broker_url"]
 
@@ -415,7 +413,7 @@ def test_up_starts_a_worker_that_died_again(start, run, wait_until):
     assert done.returncode == 0
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert "worker ended (signal 9); starting it again in 1 s" in said
+    assert "worker ended (signal 9); restarting in 1 s" in said
 
 
 # How a shell starts a program: with signals ignored or not, with standard streams closed.
@@ -438,7 +436,7 @@ def test_up_in_the_background_of_a_script_can_be_stopped_and_outlives_a_terminal
     wait_until(lambda: gone(processes))
 
 
-def test_a_terminal_that_is_closed_stops_up(start, wait_until):
+def test_closed_terminal_stops_up(start, wait_until):
     process = start("up", "--json", through=[sys.executable, "-c", UNIGNORED])
     process.stdout.readline()
     processes = family(process)
@@ -452,7 +450,7 @@ UNIGNORED = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL
 
 
 @pytest.mark.parametrize("command", ["demo", "rescore"])
-def test_an_interrupt_while_a_command_starts_what_it_needs_leaves_no_process(start, collection, wait_until, command):
+def test_interrupt_during_the_start_of_a_stack_leaves_no_process(start, collection, wait_until, command):
     process = start(command, *(collection if command == "rescore" else ()))
     wait_until(lambda: len(family(process)) >= 3)
     processes = family(process)
@@ -462,7 +460,7 @@ def test_an_interrupt_while_a_command_starts_what_it_needs_leaves_no_process(sta
     wait_until(lambda: gone(processes))
 
 
-def test_closed_standard_streams_are_no_matter_to_a_rescore(run, collection, tmp_path):
+def test_rescore_works_with_closed_standard_streams(run, collection, tmp_path):
     done = run("rescore", *collection, through=CLOSED)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert len((tmp_path / "o.trec").read_text().splitlines()) == QUERIES * DEPTH
@@ -472,7 +470,7 @@ def test_closed_standard_streams_are_no_matter_to_a_rescore(run, collection, tmp
     assert refused.stderr == "rerankq: --output: standard output is not open for writing\n"
 
 
-def test_nothing_is_needed_of_the_place_where_a_rescore_is_started(run, collection, tmp_path):
+def test_rescore_needs_nothing_of_its_working_folder(run, collection, tmp_path):
     nowhere = ["env", "-u", "HOME", "-C", "/proc"]
     absolute = [str(tmp_path / part) if (tmp_path / part).is_file() else part for part in collection]
     absolute[absolute.index("o.trec")] = str(tmp_path / "o.trec")
@@ -481,57 +479,58 @@ def test_nothing_is_needed_of_the_place_where_a_rescore_is_started(run, collecti
 
 
 @pytest.mark.parametrize("arguments", [("status", "nobody"), ("submit", "jobs.jsonl"), ("dead", "list")])
-def test_a_closed_pipe_ends_a_command_quietly(run, redis_url, tmp_path, arguments):
+def test_closed_pipe_ends_a_command_quietly(run, redis_url, tmp_path, arguments):
     write(tmp_path / "jobs.jsonl", (json.dumps({"query": f"w{n}", "chunks": ["x"]}) for n in range(1000)))
     into_a_closed_pipe = ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "sh"]
     done = run(*arguments, through=into_a_closed_pipe, RERANKQ_BROKER_URL=redis_url)
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_whoever_waits_is_told_where_no_worker_is_alive_and_what_goes_on_without_him(
-    start, run, redis_url, start_worker
-):
+def test_waiting_command_reports_missing_workers_and_jobs_that_continue(start, run, redis_url, start_worker):
     there = {"RERANKQ_BROKER_URL": redis_url}
     process = start("submit", "-", "--wait", **there)
     process.stdin.write('{"id": "one", "query": "a", "chunks": ["b"]}\n{"id": "two", "query": "a", "chunks": ["c"]}\n')
     process.stdin.close()
     process.stdin = None
     said = process.stderr.readline()
-    assert said == "rerankq: no worker is alive; waiting for jobs one, two (rerankq worker starts one)\n"
+    assert said == "rerankq: no worker is running; waiting for jobs one, two (start one with: rerankq worker)\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert err == "rerankq: stopped waiting; 2 jobs go on (rerankq result ID, or rerankq cancel ID):\none\ntwo\n"
+    assert err == "rerankq: stopped waiting; 2 jobs continue (rerankq result ID, or rerankq cancel ID):\none\ntwo\n"
 
     waiting = start("result", "two", **there)
-    assert waiting.stderr.readline() == "rerankq: no worker is alive; waiting for job two (rerankq worker starts one)\n"
+    assert (
+        waiting.stderr.readline()
+        == "rerankq: no worker is running; waiting for job two (start one with: rerankq worker)\n"
+    )
     start_worker()
     out, err = waiting.communicate(timeout=60)
     assert json.loads(out)["job_id"] == "two"
     assert json.loads(run("result", "one", **there).stdout)["job_id"] == "one"
 
 
-def test_a_result_that_is_not_waited_for_any_longer_goes_on(start, run, redis_url):
+def test_job_continues_after_result_stops_waiting(start, run, redis_url):
     there = {"RERANKQ_BROKER_URL": redis_url}
     run("submit", "-", given='{"id": "one", "query": "a", "chunks": ["b"]}', **there)
     process = start("result", "one", **there)
     process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "rerankq: stopped waiting; job one goes on\n")
+    assert (process.returncode, err) == (130, "rerankq: stopped waiting; job one continues\n")
     late = run("result", "one", "--timeout", "0.5", **there)
     assert (late.returncode, late.stderr) == (1, "rerankq: job one: no ranking within 0.5 s; it may still come\n")
 
 
-def test_a_rescore_is_told_where_no_worker_is_alive(start, collection, redis_url):
+def test_rescore_reports_missing_workers(start, collection, redis_url):
     process = start("rescore", *collection, RERANKQ_BROKER_URL=redis_url)
-    assert process.stderr.readline().startswith("rerankq: no worker is alive; jobs are waiting")
+    assert process.stderr.readline().startswith("rerankq: no worker is running; jobs are waiting")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143
 
 
-def test_a_second_interrupt_ends_everything_at_once(start, wait_until):
+def test_second_interrupt_ends_everything_at_once(start, wait_until):
     process = start("up", "--json")
     process.stdout.readline()
     processes = family(process)
@@ -545,7 +544,7 @@ def test_a_second_interrupt_ends_everything_at_once(start, wait_until):
     wait_until(lambda: gone(processes))
 
 
-def test_the_demo_ranks_the_sample_with_the_bundled_model_and_stops(run):
+def test_demo_ranks_the_sample_with_the_bundled_model_and_stops(run):
     elsewhere = {"RERANKQ_BROKER_URL": "redis://127.0.0.1:1/0", "RERANKQ_DEFAULT_MODEL": "ignored"}
     done = run("demo", "--json", RERANKQ_MODEL="ignored", **elsewhere)
     assert done.returncode == 0, done.stderr

@@ -201,4 +201,4 @@ def test_two_deployments_on_one_ledger_are_found_by_the_doctor_of_either(
     assert found[0].startswith("wrong worker")
     assert not [one for one in said_of(theirs) if "through this broker" in one], "by its own broker it does"
     named = ours.model_copy(update={"deployment": "blue"})
-    assert [one for one in said_of(named) if "is of another deployment on the same ledger" in one]
+    assert [one for one in said_of(named) if "belongs to another deployment on the same ledger" in one]

@@ -21,7 +21,7 @@ aliases = ["short"]
 
 
 @pytest.mark.parametrize("own", [("fusion.toml",), ("models.toml",), ("fusion.toml", "models.toml"), ()])
-def test_a_folder_of_ones_own_replaces_the_catalogues_that_it_has(tmp_path: Path, own: tuple[str, ...]):
+def test_configured_folder_replaces_the_catalogues_that_it_has(tmp_path: Path, own: tuple[str, ...]):
     for name in own:
         (tmp_path / name).write_text({"fusion.toml": FUSION, "models.toml": MODELS}[name])
     shipped = catalogue.profiles(), catalogue.models()
@@ -35,7 +35,7 @@ def test_a_folder_of_ones_own_replaces_the_catalogues_that_it_has(tmp_path: Path
     )
 
 
-def test_a_name_of_a_model_is_its_full_one_whatever_stands_at_its_end(tmp_path: Path):
+def test_model_alias_and_trailing_slashes_give_the_full_name(tmp_path: Path):
     (tmp_path / "models.toml").write_text(MODELS)
     for name in ("short", "org/mine", "org/mine/", "short//"):
         assert catalogue.canonical(name, tmp_path) == "org/mine"
@@ -58,7 +58,7 @@ def test_a_name_of_a_model_is_its_full_one_whatever_stands_at_its_end(tmp_path: 
         ("models.toml", "", r"expected TOML with a table \[models\]"),
     ],
 )
-def test_a_catalogue_that_is_not_well_formed_is_named(tmp_path: Path, name: str, content: str, said: str):
+def test_malformed_catalogue_is_named(tmp_path: Path, name: str, content: str, said: str):
     (tmp_path / name).write_text(content)
     read = catalogue.profiles if name == "fusion.toml" else catalogue.models
     with pytest.raises(SettingsInvalid) as caught:
@@ -68,7 +68,7 @@ def test_a_catalogue_that_is_not_well_formed_is_named(tmp_path: Path, name: str,
         read(tmp_path)
 
 
-def test_a_profile_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path):
+def test_unknown_profile_is_refused_with_the_known_ones(tmp_path: Path):
     (tmp_path / "fusion.toml").write_text(FUSION + "[profile.another]\nweights = { model = 1 }\n")
     with pytest.raises(JobRejected, match="no profile 'default'; there are another, mine"):
         catalogue.resolve("default", tmp_path)
@@ -76,17 +76,17 @@ def test_a_profile_that_is_not_there_is_refused_with_those_that_are(tmp_path: Pa
     assert catalogue.resolve(given, tmp_path) is given
 
 
-def test_an_unknown_profile_is_refused_naming_the_field_and_what_there_is(tmp_path: Path):
+def test_unknown_profile_is_refused_naming_field_and_profiles(tmp_path: Path):
     (tmp_path / "fusion.toml").write_text(FUSION + FUSION.replace("mine", "also"))
     with pytest.raises(JobRejected, match="no profile 'none'; there are also, mine") as refused:
         catalogue.resolve("none", tmp_path)
     assert refused.value.field == "fusion"
 
 
-def test_only_slashes_are_cut_from_the_end_of_a_models_name():
+def test_only_slashes_are_cut_from_the_end_of_a_model_name():
     assert catalogue.canonical("org/modelX") == "org/modelX"
 
 
-def test_a_catalogue_that_is_nowhere_is_named_with_the_places_looked_at():
+def test_missing_catalogue_is_named_with_the_folders_searched():
     with pytest.raises(SettingsInvalid, match=r"^none\.toml: not found in \S+/conf, \S+/conf$"):
         catalogue.find("none.toml")

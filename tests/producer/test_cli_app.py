@@ -28,7 +28,7 @@ def run(monkeypatch, tmp_path):
     return run
 
 
-def test_the_version_is_said(run):
+def test_version_option_prints_the_version(run):
     assert run("--version").stdout == f"{rerankq.__version__}\n"
 
 
@@ -36,13 +36,13 @@ def test_the_version_is_said(run):
     "command",
     [["worker"], ["submit", "-"], ["result", "x"], ["status", "x"], ["cancel", "x"], ["dead", "list"]],
 )
-def test_without_a_url_it_is_said_how_to_set_one(run, command):
+def test_commands_without_a_url_say_how_to_set_one(run, command):
     done = run(*command)
     assert done.exit_code == 2
     assert "RERANKQ_BROKER_URL=redis://" in done.stderr
 
 
-def test_all_wrong_settings_are_said_together(run):
+def test_invalid_settings_are_reported_together(run):
     done = run("status", "x", RERANKQ_CONCURRENCY="0", RERANKQ_DTYPE="float8", RERANKQ_BROKER_URL="http://x")
     assert done.exit_code == 2
     assert {line.split(":")[1].strip() for line in done.stderr.splitlines()} == {
@@ -52,13 +52,13 @@ def test_all_wrong_settings_are_said_together(run):
     }
 
 
-def test_a_redis_that_does_not_answer_is_a_failure_in_one_sentence(run):
+def test_unreachable_redis_is_one_message_and_status_1(run):
     done = run("status", "x", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
     assert done.exit_code == 1
     assert done.stderr.startswith("rerankq: the ledger does not answer")
 
 
-def test_a_file_with_bad_lines_is_refused_whole_with_every_bad_line(run, tmp_path):
+def test_file_with_invalid_lines_is_refused_whole_naming_each(run, tmp_path):
     (tmp_path / "jobs.jsonl").write_text(f'{GOOD}\nnope\n\n{{"query": "", "chunks": ["x"]}}\n')
     done = run("submit", "jobs.jsonl", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
     assert done.exit_code == 2
@@ -66,20 +66,20 @@ def test_a_file_with_bad_lines_is_refused_whole_with_every_bad_line(run, tmp_pat
     bad, blank, last = done.stderr.splitlines()
     assert bad.startswith("jobs.jsonl:2: not JSON")
     assert blank.startswith("jobs.jsonl:4: query: ")
-    assert last == "rerankq: jobs.jsonl: nothing was submitted; lines that are no jobs: 2"
+    assert last == "rerankq: jobs.jsonl: nothing was submitted; invalid lines: 2"
 
 
-def test_a_file_without_a_job_is_said(run, tmp_path):
+def test_file_without_jobs_is_reported(run, tmp_path):
     (tmp_path / "jobs.jsonl").write_text("\n")
     done = run("submit", "jobs.jsonl", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
-    assert (done.exit_code, done.stderr) == (0, "rerankq: jobs.jsonl: holds no job\n")
+    assert (done.exit_code, done.stderr) == (0, "rerankq: jobs.jsonl: no jobs found\n")
 
 
-def test_many_bad_lines_are_counted_not_all_said(run, tmp_path):
+def test_invalid_lines_beyond_a_limit_are_counted_but_not_named(run, tmp_path):
     (tmp_path / "jobs.jsonl").write_text("nope\n" * 1000)
     done = run("submit", "jobs.jsonl", RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
     assert len(done.stderr.splitlines()) == 22
-    assert done.stderr.endswith("lines that are no jobs: 1000\n")
+    assert done.stderr.endswith("invalid lines: 1000\n")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_many_bad_lines_are_counted_not_all_said(run, tmp_path):
         ["rescore", "--limit", "1.5"],
     ],
 )
-def test_numbers_out_of_range_are_refused_with_the_option(run, arguments):
+def test_numbers_out_of_range_are_refused_naming_the_option(run, arguments):
     # A job or a worker of that kind would be waited for.
     done = run(*arguments, RERANKQ_BROKER_URL="redis://127.0.0.1:1/0")
     assert done.exit_code == 2
@@ -123,7 +123,7 @@ def test_numbers_out_of_range_are_refused_with_the_option(run, arguments):
         ("--depth", "1000000000000", "--depth: expected 1 to 10000"),
     ],
 )
-def test_wrong_options_of_rescore_are_said_before_anything_begins(run, tmp_path, option, value, said):
+def test_invalid_rescore_options_are_refused_before_anything_starts(run, tmp_path, option, value, said):
     for name in ("q", "c", "r"):
         (tmp_path / name).write_text("")
     options = {"--queries": "q", "--corpus": "c", "--run": "r", "--output": "out", option: value}
@@ -133,7 +133,7 @@ def test_wrong_options_of_rescore_are_said_before_anything_begins(run, tmp_path,
     assert not (tmp_path / "out.part").exists()
 
 
-def test_a_wrong_file_of_rescore_is_said_with_file_line_and_field(run, tmp_path):
+def test_invalid_rescore_file_is_reported_with_file_line_and_field(run, tmp_path):
     (tmp_path / "q").write_text('{"_id": "1", "text": "a"}\n{"_id": "2"}\n')
     (tmp_path / "c").write_text('{"_id": "d", "text": "a"}\n')
     (tmp_path / "r").write_text("1 Q0 d 1 0.5 x\n2 Q0 d 1 0.5 x\n")
@@ -142,7 +142,7 @@ def test_a_wrong_file_of_rescore_is_said_with_file_line_and_field(run, tmp_path)
     assert done.stderr == "rerankq: q:2: text: is missing\n"
 
 
-def test_a_rescore_that_did_nothing_says_nothing_of_what_is_done(run, tmp_path):
+def test_rescore_that_ranked_nothing_reports_no_progress_kept(run, tmp_path):
     (tmp_path / "q").write_text('{"_id": "1", "text": "a"}\n')
     (tmp_path / "c").write_text('{"_id": "d", "text": "a"}\n')
     (tmp_path / "r").write_text("1 Q0 d 1 0.5 x\n")
@@ -154,7 +154,7 @@ def test_a_rescore_that_did_nothing_says_nothing_of_what_is_done(run, tmp_path):
     assert not (tmp_path / "out.part").exists()
 
 
-def test_the_worker_is_celery_with_our_settings(run, monkeypatch):
+def test_worker_command_is_celery_with_our_settings(run, monkeypatch):
     started = []
     monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)  # an engine of another test sets it
@@ -169,14 +169,14 @@ def test_the_worker_is_celery_with_our_settings(run, monkeypatch):
     assert environment["TOKENIZERS_PARALLELISM"] == "false"
 
 
-def test_where_a_package_is_missing_it_is_said_which_to_install():
+def test_missing_packages_are_named_with_how_to_install_them():
     hidden = "import sys; sys.modules['typer'] = None; from rerankq.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"{cli.HOW_TO_GET_IT}\n"
+    assert done.stderr == f"{cli.HOW_TO_INSTALL}\n"
 
 
-def test_every_command_has_a_help_and_loads_no_torch():
+def test_every_command_has_help_and_loads_no_torch():
     script = (
         "import sys\nfrom rerankq.cli.app import app\n"
         "from typer.main import get_command\n"

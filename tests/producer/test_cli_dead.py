@@ -55,8 +55,8 @@ def lines(done: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_the_list_names_the_dead_and_shows_no_text(run: Callable, killed: Callable):
-    assert run("list").stdout == "no job is dead\n"
+def test_dead_list_names_jobs_without_their_texts(run: Callable, killed: Callable):
+    assert run("list").stdout == "no dead jobs\n"
     assert run("list", "--json").stdout == ""
     for name in ("first", "second"):
         killed(name)
@@ -71,7 +71,7 @@ def test_the_list_names_the_dead_and_shows_no_text(run: Callable, killed: Callab
     assert SECRET not in told + run("list", "--json").stdout
 
 
-def test_what_befell_a_job_is_shown_and_its_texts_only_where_they_are_asked_for(run: Callable, killed: Callable):
+def test_dead_show_prints_the_history_and_texts_only_on_request(run: Callable, killed: Callable):
     killed("poison")
     told = run("show", "poison").stdout
     assert "its worker died 3 times while alone with it" in told
@@ -84,9 +84,7 @@ def test_what_befell_a_job_is_shown_and_its_texts_only_where_they_are_asked_for(
     assert [event["event"] for event in found["history"]][:3] == ["alone", "lease-over", "claimed"]
 
 
-def test_a_job_that_is_tried_again_is_rung_for_and_can_be_ranked(
-    run: Callable, killed: Callable, client: Client, worker: Any
-):
+def test_retried_job_gets_a_doorbell_and_can_be_ranked(run: Callable, killed: Callable, client: Client, worker: Any):
     killed("poison")
     with pytest.raises(JobDead):
         client.result("poison", timeout=5)
@@ -101,7 +99,7 @@ def test_a_job_that_is_tried_again_is_rung_for_and_can_be_ranked(
     assert (again.exit_code, lines(again)) == (1, [{"job_id": "poison", "state": "done"}])
 
 
-def test_a_dropped_job_is_gone_and_one_that_is_not_dead_stays(run: Callable, killed: Callable, client: Client):
+def test_dropped_job_is_gone_and_a_job_that_is_not_dead_stays(run: Callable, killed: Callable, client: Client):
     killed("poison")
     client.submit(RerankJob(id="alive", query="q", chunks=["c"]))
     done = run("drop", "poison", "alive", "nobody")
@@ -113,7 +111,7 @@ def test_a_dropped_job_is_gone_and_one_that_is_not_dead_stays(run: Callable, kil
 
 
 @pytest.mark.parametrize(("command", "state"), [("retry", "queued"), ("drop", "dropped")])
-def test_all_that_are_dead_may_be_meant(run: Callable, killed: Callable, client: Client, command: str, state: str):
+def test_all_option_names_every_dead_job(run: Callable, killed: Callable, client: Client, command: str, state: str):
     names = [killed(f"poison-{number}") for number in range(3)]
     done = run(command, "--all", "--json")
     assert (done.exit_code, lines(done)) == (0, [{"job_id": name, "state": state} for name in names])
@@ -122,7 +120,7 @@ def test_all_that_are_dead_may_be_meant(run: Callable, killed: Callable, client:
 
 
 @pytest.mark.parametrize(("command", "state"), [("retry", "queued"), ("drop", "dropped")])
-def test_what_was_done_before_the_ledger_went_away_is_told(
+def test_states_changed_before_the_ledger_failed_are_printed(
     run: Callable, killed: Callable, command: str, state: str, monkeypatch: pytest.MonkeyPatch
 ):
     names = [killed(f"poison-{number}") for number in range(3)]
@@ -142,21 +140,21 @@ def test_what_was_done_before_the_ledger_went_away_is_told(
 
 
 @pytest.mark.parametrize("command", ["retry", "drop"])
-def test_neither_ids_nor_all_or_both_is_a_wrong_command(run: Callable, command: str):
+def test_ids_and_all_exclude_each_other_and_one_is_needed(run: Callable, command: str):
     for arguments in ([], ["x", "--all"]):
         done = run(command, *arguments)
         assert done.exit_code == 2
         assert "--all" in done.stderr
 
 
-def test_words_of_a_query_obey_no_terminal(run: Callable, killed: Callable):
+def test_control_characters_of_a_query_are_not_printed(run: Callable, killed: Callable):
     killed("poison", query="[red]x[/red] \x9b31m \x1b[31m y")
     for told in (run("list").stdout, run("show", "poison").stdout):
         assert "[red]x[/red]" in told
         assert not {"\x9b", "\x1b"} & set(told)
 
 
-def test_times_are_told_in_utc_wherever_they_are_read(monkeypatch: pytest.MonkeyPatch):
+def test_times_are_printed_in_utc_in_every_time_zone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     try:
@@ -166,13 +164,13 @@ def test_times_are_told_in_utc_wherever_they_are_read(monkeypatch: pytest.Monkey
         time.tzset()
 
 
-def test_a_job_that_is_named_twice_is_told_once(run: Callable, killed: Callable):
+def test_job_named_twice_is_printed_once(run: Callable, killed: Callable):
     killed("poison")
     done = run("retry", "poison", "poison")
     assert (done.exit_code, done.stdout) == (0, "poison  queued\n")
 
 
-def test_a_payload_that_is_no_json_is_shown_as_it_is():
+def test_payload_that_is_not_json_is_printed_as_it_is():
     job = DeadJob(job_id="x", queue="q", tenant="", label="", pairs=1, deaths=3, submitted_at=None, died_at=None,
                   error="e", history=[], payload="no JSON")  # fmt: skip
     assert dead._record(job, payload=True)["payload"] == "no JSON"

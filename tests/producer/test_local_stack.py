@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from rerankq import BrokerUnavailable
-from rerankq.cli import show
+from rerankq.cli import render
 from rerankq.local import process_guard, processes, stack
 from rerankq.local.processes import SupervisedProcess
 from rerankq.local.stack import Stack
@@ -39,7 +39,7 @@ def start():
         part = SupervisedProcess(name, command, {}, quiet=True)
         parts.append(part)
         part.start(now=0.0)
-        eventually(lambda: "here" in part.said())
+        eventually(lambda: "here" in part.last_output())
         return part, psutil.Process(part.pid).children()[0]
 
     yield start
@@ -51,7 +51,7 @@ def gone(process):
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_part_that_is_asked_to_stop_stops(start):
+def test_process_stops_when_asked_to(start):
     part, program = start(SLEEP)
     part.ask_to_stop()
     part.wait()
@@ -59,33 +59,33 @@ def test_a_part_that_is_asked_to_stop_stops(start):
     assert part.pid is None
 
 
-def test_a_part_that_is_killed_takes_its_program_with_it_however_stubborn(start):
+def test_kill_ends_the_program_even_if_it_ignores_signals(start):
     part, program = start(STUBBORN)
     part.kill()
     eventually(lambda: gone(program))
 
 
-def test_a_part_whose_guard_was_killed_leaves_no_program_behind(start):
+def test_program_ends_when_its_guard_is_killed(start):
     part, program = start(SLEEP)
     os.kill(part.pid, signal.SIGKILL)
     eventually(lambda: part.supervise(1.0) is not None)
     eventually(lambda: gone(program))
 
 
-def test_a_part_that_dies_is_started_again_after_a_pause(start):
+def test_process_that_dies_is_restarted_after_a_pause(start):
     part, program = start(SLEEP)
     program.kill()
     deaths = []
     eventually(lambda: deaths.append(part.supervise(now=5.0)) or deaths[-1])
     assert deaths[-1] == processes.Death("part", 137, 1.0)
-    assert str(deaths[-1]) == "part ended (signal 9); starting it again in 1 s"
+    assert str(deaths[-1]) == "part ended (signal 9); restarting in 1 s"
     assert part.supervise(now=5.9) is None
     assert part.pid is None
     assert part.supervise(now=6.0) is None
     assert part.pid is not None
 
 
-def test_the_program_ends_with_its_owner_however_that_one_ends(tmp_path):
+def test_program_ends_with_its_owner_however_that_one_ends(tmp_path):
     owner = (
         "import subprocess, sys, time\n"
         f"subprocess.Popen([sys.executable, {process_guard.__file__!r}, '1', '', *{SLEEP!r}], stdin=subprocess.PIPE, "
@@ -101,15 +101,15 @@ def test_the_program_ends_with_its_owner_however_that_one_ends(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "status"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)])
-def test_the_guard_hands_on_the_exit_status(code, status):
+def test_guard_returns_the_exit_status_of_its_program(code, status):
     command = [sys.executable, process_guard.__file__, "1", "", sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.wait() == status
 
 
-def test_the_password_of_a_redis_that_was_there_before_is_not_printed(capsys):
+def test_password_of_a_foreign_redis_is_not_printed(capsys):
     url = "redis://me:s3cret@redis.example:6379/0"
-    show.show_stack(Stack(Settings(_env_file=None, broker_url=url)), None)
+    render.print_stack(Stack(Settings(_env_file=None, broker_url=url)), None)
     said = capsys.readouterr().out
     assert "redis://me:***@redis.example:6379/0 (yours)" in said
     assert "s3cret" not in said
@@ -131,7 +131,7 @@ class DeadProcess:
         return self.returncode
 
 
-def test_a_part_that_dies_again_and_again_rests_longer_and_one_that_lived_long_does_not(monkeypatch):
+def test_restart_pause_grows_with_deaths_in_a_row_alone(monkeypatch):
     monkeypatch.setattr(processes.subprocess, "Popen", DeadProcess)
     part, pauses, now = SupervisedProcess("part", ["x"], {}, quiet=False), [], 0.0
     for lived_s in (0, 0, 0, processes.LONG_LIFE_S, processes.LONG_LIFE_S + 1, 0):
@@ -143,7 +143,7 @@ def test_a_part_that_dies_again_and_again_rests_longer_and_one_that_lived_long_d
     assert pauses == [1, 2, 4, 8, 1, 2]
 
 
-def test_what_a_part_is_given_goes_before_what_stands_in_the_environment(monkeypatch):
+def test_given_variables_override_the_environment(monkeypatch):
     started = []
     monkeypatch.setattr(processes.subprocess, "Popen", lambda *given, **options: started.append(options["env"]))
     monkeypatch.setenv("RERANKQ_MODEL", "ours")
@@ -152,13 +152,13 @@ def test_what_a_part_is_given_goes_before_what_stands_in_the_environment(monkeyp
     assert started[0]["PATH"] == os.environ["PATH"]
 
 
-def test_of_what_a_part_said_the_last_lines_are_told(start):
+def test_last_output_is_the_last_lines(start):
     words = "import time\nfor n in range(20): print(n)\nprint('here', flush=True)\ntime.sleep(600)"
     part, _ = start([sys.executable, "-c", words])
-    assert part.said(2) == "19\nhere"
+    assert part.last_output(2) == "19\nhere"
 
 
-def test_the_roles_of_an_embedded_redis_have_databases_of_their_own():
+def test_roles_of_an_embedded_redis_have_databases_of_their_own():
     settings = stack.settings_for("redis://:x@h:1/0", Settings(_env_file=None, broker_url="redis://other/7"))
     assert (settings.broker, settings.ledger, settings.cache) == (
         "redis://:x@h:1/0",
@@ -168,7 +168,7 @@ def test_the_roles_of_an_embedded_redis_have_databases_of_their_own():
 
 
 @pytest.mark.parametrize(("read_only", "found"), [("true", "true"), ("", "false"), (None, "false")])
-def test_flower_with_a_password_shows_only_where_it_is_told_to(read_only, found):
+def test_flower_with_a_password_is_read_only_on_request_alone(read_only, found):
     said = {"FLOWER_BASIC_AUTH": "me:secret"} | ({} if read_only is None else {"FLOWER_READ_ONLY": read_only})
     assert stack.flower_environment(said)["FLOWER_READ_ONLY"] == found
     assert stack.flower_environment({"FLOWER_READ_ONLY": "false"})["FLOWER_READ_ONLY"] == "true"
@@ -181,7 +181,7 @@ class DyingPart:
     def supervise(self, now):
         return processes.Death(self.name, 1, 1.0)
 
-    def said(self):
+    def last_output(self):
         return "its last words"
 
 
@@ -191,37 +191,37 @@ def of_parts():
 
     def of_parts(*parts, alive=True):
         told = []
-        made = Stack(Settings(_env_file=None), tell=told.append)
+        made = Stack(Settings(_env_file=None), notify=told.append)
         made._redis = SimpleNamespace(alive=alive)
-        made._parts = list(parts)
+        made._processes = list(parts)
         return made, told
 
     return of_parts
 
 
-def test_a_worker_that_was_never_ready_ends_the_stack_and_one_that_was_is_started_again(of_parts):
+def test_worker_that_was_never_ready_ends_the_stack_and_a_later_death_restarts_it(of_parts):
     made, told = of_parts(DyingPart("Flower"))
     made.supervise()
-    assert told == ["Flower ended (status 1); starting it again in 1 s"]
+    assert told == ["Flower ended (status 1); restarting in 1 s"]
     made, told = of_parts(DyingPart("worker"))
     with pytest.raises(processes.StackFailed, match=r"could not be started \(status 1\)\nits last words"):
         made.supervise()
-    made._parts = []
+    made._processes = []
     looks = [[], [SimpleNamespace(queues=())], [SimpleNamespace(queues=("rerankq.bulk",))]]
-    made.wait_until_ready(SimpleNamespace(workers=lambda: looks.pop(0)), look_s=0)
+    made.wait_until_ready(SimpleNamespace(workers=lambda: looks.pop(0)), poll_s=0)
     assert looks == [], "a worker without queues takes no jobs"
-    made._parts = [DyingPart("worker")]
+    made._processes = [DyingPart("worker")]
     made.supervise()
-    assert told == ["worker ended (status 1); starting it again in 1 s"]
+    assert told == ["worker ended (status 1); restarting in 1 s"]
 
 
-def test_a_stack_whose_redis_is_gone_ends(of_parts):
+def test_stack_ends_when_its_redis_has_ended(of_parts):
     made, _ = of_parts(alive=False)
     with pytest.raises(BrokerUnavailable, match="the embedded Redis has ended"):
         made.supervise()
 
 
-def test_a_redis_of_ones_own_is_brought_where_none_is_named_or_it_is_asked_for():
+def test_embedded_redis_is_started_without_a_url_or_on_request():
     there = Settings(_env_file=None, broker_url="redis://h")
     assert [Stack(there).embedded, Stack(there, embedded=True).embedded, Stack(Settings(_env_file=None)).embedded] == [
         False,
@@ -256,13 +256,13 @@ class Opened:
 
 
 @pytest.mark.parametrize("model", ["named", None])
-def test_a_desk_names_the_model_to_a_deployment_and_brings_it_where_there_is_none(monkeypatch, model):
+def test_open_client_names_the_model_to_a_deployment_and_serves_it_without_one(monkeypatch, model):
     monkeypatch.setattr(stack, "Client", Opened)
     monkeypatch.setattr(stack, "Stack", Opened)
     told = []
     there = Settings(_env_file=None, broker_url="redis://h", model="m")
-    with stack.open_client(there, model, told.append) as (_, named, look):
-        look()
+    with stack.open_client(there, model, told.append) as (_, named, supervise):
+        supervise()
     assert (named, len(told)) == (model, 1)
     Opened.seen.clear()
     with stack.open_client(Settings(_env_file=None, model="m", default_model="d"), model, told.append) as (_, named, _):

@@ -15,24 +15,24 @@ def hold(*command: str, grace_s: float = 5, folder: str = "") -> subprocess.Pope
     return subprocess.Popen(guard, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_the_exit_status_is_the_programs():
+def test_guard_exit_status_is_that_of_the_program():
     with hold("sh", "-c", "exit 7") as guard:
         assert guard.wait(30) == 7
 
 
-def test_a_death_by_signal_is_reported_as_a_shell_does():
+def test_guard_reports_a_death_by_signal_as_a_shell_does():
     with hold("sh", "-c", "kill -KILL $$") as guard:
         assert guard.wait(30) == 128 + 9
 
 
 @pytest.mark.parametrize("last_words", ["", "."])
-def test_the_end_of_input_stops_the_program(last_words):
+def test_end_of_input_stops_the_program(last_words):
     with hold("sleep", "600") as guard:
         guard.communicate(last_words, timeout=30)
         assert guard.returncode == 128 + 15
 
 
-def test_its_folder_goes_away_with_the_program(tmp_path):
+def test_folder_is_removed_with_the_program(tmp_path):
     folder = tmp_path / "of its own"
     folder.mkdir()
     with hold("sh", "-c", "pwd; touch left-behind", folder=str(folder)) as guard:
@@ -41,7 +41,7 @@ def test_its_folder_goes_away_with_the_program(tmp_path):
     assert tmp_path.exists()
 
 
-def test_the_folder_goes_away_when_the_program_does_not_exist(tmp_path):
+def test_folder_is_removed_when_the_program_does_not_exist(tmp_path):
     folder = tmp_path / "of its own"
     folder.mkdir()
     guard = [sys.executable, "-I", "-S", process_guard.__file__, "1", str(folder), "/no/such/program"]
@@ -51,12 +51,12 @@ def test_the_folder_goes_away_when_the_program_does_not_exist(tmp_path):
     assert not folder.exists()
 
 
-def test_it_starts_without_the_package():
+def test_guard_starts_without_the_package():
     script = f"import runpy, sys; runpy.run_path({process_guard.__file__!r}); assert 'rerankq' not in sys.modules"
     subprocess.run([sys.executable, "-I", "-c", script], check=True)
 
 
-def test_a_guarded_program_has_no_input_and_a_stubborn_one_is_killed_in_time():
+def test_guarded_program_has_no_input_and_is_killed_if_it_does_not_stop():
     command = [sys.executable, "-I", "-S", process_guard.__file__, "0.1", ""]
     with subprocess.Popen([*command, "cat"], stdin=subprocess.PIPE) as guarded:
         assert guarded.wait(30) == 0, "its guard's input is none of its own"

@@ -38,11 +38,11 @@ def write(path, lines):
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
 
 
-def test_queries_come_in_the_order_of_the_run_even_where_their_lines_are_mixed(read):
+def test_queries_keep_the_order_of_the_run_even_if_their_lines_are_mixed(read):
     assert read().counts() == {"q1": 3, "q2": 1}
 
 
-def test_a_query_has_its_chunks_best_first_with_the_score_of_the_run(read):
+def test_chunks_of_a_query_are_best_first_with_the_score_of_the_run(read):
     first = read().first_stage("q1")
     assert first.query.text == "first"
     assert [(chunk.id, chunk.title, chunk.text, chunk.keyword_score) for chunk in first.chunks] == [
@@ -52,13 +52,13 @@ def test_a_query_has_its_chunks_best_first_with_the_score_of_the_run(read):
     ]
 
 
-def test_a_depth_cuts_each_query_at_its_best(read):
+def test_depth_keeps_the_best_documents_of_each_query(read):
     collection = read(depth=2)
     assert collection.counts() == {"q1": 2, "q2": 1}
     assert collection.scores("q1") == {"d2": 2.0, "d3": 2.0}
 
 
-def test_the_order_is_that_of_trec_eval_for_random_runs(read):
+def test_order_is_that_of_trec_eval_for_random_runs(read):
     chance = random.Random(5)
     documents = [(f"d{number}", "x") for number in range(200)]
     run = [("q1", name, chance.randint(0, 20) / 4) for name, _ in documents]
@@ -88,7 +88,7 @@ ODD_LINES = [
 
 
 @pytest.mark.parametrize("odd", ODD_LINES)
-def test_a_wrong_line_that_the_run_does_not_need_is_counted_and_said(read, odd):
+def test_invalid_line_that_the_run_does_not_need_is_counted_and_reported(read, odd):
     # A title, or none of it, is nothing to a query.
     collection = read(more={"q.jsonl": odd.replace(b'" ", "title"', b'"", "title"') + b"\n", "c.jsonl.gz": odd + b"\n"})
     assert collection.counts() == {"q1": 3, "q2": 1}
@@ -110,12 +110,12 @@ def test_a_wrong_line_that_the_run_does_not_need_is_counted_and_said(read, odd):
         (b'{"_id": "d1", "text": "\\ud800"}', "text: not Unicode: a lone surrogate at character 0"),
     ],
 )
-def test_a_wrong_line_that_the_run_needs_is_an_error_with_its_place(read, odd, said):
+def test_invalid_line_that_the_run_needs_is_an_error_naming_it(read, odd, said):
     with pytest.raises(InputFault, match=rf"c.jsonl.gz:5: {said}"):
         read(more={"c.jsonl.gz": odd})
 
 
-def test_where_a_text_is_missing_lines_that_could_not_be_read_are_said_too(read):
+def test_missing_text_is_reported_with_the_lines_that_were_skipped(read):
     with pytest.raises(
         InputFault, match=r"d3 is not in .*c.jsonl.gz; 1 invalid line skipped, the first: .*c.jsonl.gz:3"
     ):
@@ -128,22 +128,22 @@ def test_where_a_text_is_missing_lines_that_could_not_be_read_are_said_too(read)
         (b'[{"_id": "d1", "text": "x"}]', r"c.jsonl.gz:1: expected a JSON object, found list"),
         (b'[\n{"_id": "d1", "text": "x"},\n]', r"c.jsonl.gz:1: not JSON"),
         (b"id,text\nd1,x\n", r"c.jsonl.gz:1: not JSON"),
-        (b"", r"c.jsonl.gz: holds no line"),
+        (b"", r"c.jsonl.gz: is empty"),
     ],
 )
-def test_a_file_of_another_kind_is_said_by_its_first_line(read, content, said):
+def test_file_of_another_format_is_reported_by_its_first_line(read, content, said):
     with pytest.raises(InputFault, match=said):
         read(documents=[], more={"c.jsonl.gz": content})
 
 
-def test_a_limit_takes_the_first_queries_of_the_run_and_needs_no_text_of_the_others(read):
+def test_limit_takes_the_first_queries_and_needs_no_text_of_others(read):
     collection = read(limit=1, documents=DOCUMENTS[:3], queries=QUERIES[1:])
     assert collection.counts() == {"q1": 3}
     assert read(limit=99).counts() == {"q1": 3, "q2": 1}
     assert read(limit=1, run=RUN[1:]).counts() == {"q2": 1}
 
 
-def test_judgements_are_read_of_the_runs_queries_alone(read):
+def test_judgements_are_read_for_queries_of_the_run_alone(read):
     collection = read(qrels="qid pid rel\nq1 d1 1\nq3 d1 1\nq9 d1 high\n", limit=1)
     assert collection.grades == {"q1": {"d1": 1}}
     with pytest.raises(InputFault, match=r"j.tsv:1: score: expected a number, found 'high'"):
@@ -154,18 +154,18 @@ def test_judgements_are_read_of_the_runs_queries_alone(read):
     ("files", "said"),
     [
         ({"queries": QUERIES[:1]}, r"r.trec:1: query: q1 is not in .*q.jsonl$"),
-        ({"documents": DOCUMENTS[:1]}, r"r.trec:2: document: d3 is not in .*c.jsonl.gz \(1 more like it\)"),
-        ({"queries": [*QUERIES, ("q1", "again")]}, r"q.jsonl:4: _id: q1 stands here a second time"),
-        ({"documents": [*DOCUMENTS, ("d1", "again")]}, r"c.jsonl.gz:5: _id: d1 stands here a second time"),
+        ({"documents": DOCUMENTS[:1]}, r"r.trec:2: document: d3 is not in .*c.jsonl.gz \(and 1 more\)"),
+        ({"queries": [*QUERIES, ("q1", "again")]}, r"q.jsonl:4: _id: q1 was given before"),
+        ({"documents": [*DOCUMENTS, ("d1", "again")]}, r"c.jsonl.gz:5: _id: d1 was given before"),
         ({"run": [*RUN, ("q1", "d1", 9.0)]}, r"r.trec:5: document: query q1 has document d1 twice"),
-        ({"run": []}, r"r.trec: holds no line"),
+        ({"run": []}, r"r.trec: is empty"),
     ],
 )
-def test_files_that_do_not_fit_together_are_said_with_their_place(read, files, said):
+def test_files_that_do_not_match_are_reported_with_file_and_line(read, files, said):
     with pytest.raises(InputFault, match=said):
         read(**files)
 
 
-def test_a_query_that_is_not_there_is_a_key_error(read):
+def test_unknown_query_is_a_key_error(read):
     with pytest.raises(KeyError):
         read().first_stage("nobody")

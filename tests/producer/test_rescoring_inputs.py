@@ -32,13 +32,13 @@ def texts(source, **limits):
     return [line.text.strip() for line in inputs.lines(source, **limits)]
 
 
-def test_blank_lines_are_passed_over_and_still_counted(file):
+def test_blank_lines_are_skipped_and_still_counted(file):
     assert [(line.number, line.text.strip()) for line in inputs.lines(file("a\n\n  \nb"))] == [(1, "a"), (4, "b")]
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
 @pytest.mark.parametrize("name", ["in.jsonl", "in.gz", "in.bz2"])
-def test_a_compressed_file_is_recognised_by_its_bytes_whatever_its_name(file, compress, name):
+def test_compressed_file_is_recognised_by_its_bytes_not_its_name(file, compress, name):
     assert texts(file(compress("ä\nö\n".encode()), name)) == ["ä", "ö"]
     assert texts(file(compress(b"a\n") + compress(b"b\n"), name)) == ["a", "b"], (
         "files that were put one after the other"
@@ -47,13 +47,13 @@ def test_a_compressed_file_is_recognised_by_its_bytes_whatever_its_name(file, co
     assert texts(file(compress(gzip.compress(b"a\n")), name)) == ["a"]
 
 
-def test_a_text_that_begins_like_a_compressed_file_is_a_text(file):
+def test_text_that_begins_like_a_compressed_file_is_text(file):
     assert texts(file("BZh9 Q0 d 1 1 x\n")) == ["BZh9 Q0 d 1 1 x"]
     assert texts(file("PK Q0 d 1 1 x\n")) == ["PK Q0 d 1 1 x"]
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bytes])
-def test_a_pipe_that_gives_a_byte_at_a_time_is_read_like_a_file(tmp_path, compress):
+def test_pipe_of_single_bytes_is_read_like_a_file(tmp_path, compress):
     os.mkfifo(tmp_path / "pipe")
 
     def write():
@@ -67,7 +67,7 @@ def test_a_pipe_that_gives_a_byte_at_a_time_is_read_like_a_file(tmp_path, compre
     writer.join()
 
 
-def test_a_line_of_a_pipe_is_there_before_the_next_is_written(monkeypatch):
+def test_line_of_a_pipe_is_yielded_before_the_next_is_written(monkeypatch):
     reading, writing = os.pipe()
     with os.fdopen(reading) as stdin, os.fdopen(writing, "wb", buffering=0) as pipe:
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -78,7 +78,7 @@ def test_a_line_of_a_pipe_is_there_before_the_next_is_written(monkeypatch):
         assert next(found).text == "2\n"
 
 
-def test_a_closed_standard_input_is_said(monkeypatch):
+def test_closed_standard_input_is_reported(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(InputFault, match="standard input is closed"):
         texts("-")
@@ -93,12 +93,12 @@ def test_a_closed_standard_input_is_said(monkeypatch):
         (b"PK\x03\x04\x14\x00", "zip archive"),
     ],
 )
-def test_a_file_of_a_kind_that_is_not_read_is_named(file, content, said):
+def test_unsupported_file_format_is_named(file, content, said):
     with pytest.raises(InputFault, match=rf"in.jsonl: cannot be read: it is .*{said}"):
         texts(file(content))
 
 
-def test_a_byte_order_mark_is_no_part_of_a_line_even_where_files_were_put_together(file):
+def test_byte_order_marks_are_removed_even_from_concatenated_files(file):
     assert texts(file(b"\xef\xbb\xbf{}\n\xef\xbb\xbf{}\n")) == ["{}", "{}"]
 
 
@@ -114,7 +114,7 @@ def test_standard_input_is_a_dash(monkeypatch):
         next(reading).checked()
 
 
-def test_a_wrong_byte_matters_only_where_it_is_used(file):
+def test_invalid_byte_is_an_error_only_in_a_field_that_is_used(file):
     (line,) = inputs.lines(file(b'{"_id": "d", "text": "right", "url": "\xff"}'))
     assert inputs.chunk_of(line).text == "right"
     (line,) = inputs.lines(file(b'{"_id": "d", "text": "a\xff"}'))
@@ -122,7 +122,7 @@ def test_a_wrong_byte_matters_only_where_it_is_used(file):
         inputs.chunk_of(line)
 
 
-def test_lines_that_are_too_long_are_skipped_where_they_are_counted(file):
+def test_overlong_lines_are_skipped_if_they_are_counted(file):
     skipped = inputs.Skipped()
     source = file("one\n" + "x" * 100 + "\ntwo\n" + "x" * 8 + "\n" + "y" * 50)
     assert [line.number for line in inputs.lines(source, max_bytes=8, skipped=skipped)] == [1, 3]
@@ -142,12 +142,12 @@ def test_lines_that_are_too_long_are_skipped_where_they_are_counted(file):
         (lzma.compress(b"a\n" * 9)[:20] + b"x" * 40, r"in.jsonl: cannot be read: Corrupt input data"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_said_with_its_place(file, content, said):
+def test_unreadable_file_is_reported_with_the_line(file, content, said):
     with pytest.raises(InputFault, match=said):
         texts(file(content), max_bytes=8)
 
 
-def test_a_missing_file_and_a_folder_are_said(tmp_path):
+def test_missing_file_and_folder_are_reported(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(InputFault, match="cannot be read"):
             texts(str(path))
@@ -174,34 +174,34 @@ def test_a_missing_file_and_a_folder_are_said(tmp_path):
         ('{"_id": "1", "text": "\\ud800"}', "q:7: text: not Unicode: a lone surrogate at character 0"),
     ],
 )
-def test_a_query_that_is_none_is_said_with_line_and_field(text, said):
+def test_invalid_query_is_reported_with_line_and_field(text, said):
     with pytest.raises(InputFault) as fault:
         inputs.query_of(Line("q", 7, text))
     assert str(fault.value).startswith(said)
 
 
 @pytest.mark.parametrize("written", ["12", "9.0", "-3", "1" * 5_000, "1e400"])
-def test_a_number_may_be_an_id_as_it_is_written(written):
+def test_id_may_be_a_number_as_it_is_written(written):
     assert inputs.query_of(Line("q", 1, f'{{"_id": {written}, "text": "a"}}')).id == written
 
 
 @pytest.mark.parametrize("name", ["a\u00a0b", "文\u3000件", "a\u2028b", "a\x85b"])
-def test_an_id_may_hold_blanks_that_part_no_columns(name):
+def test_id_may_contain_blanks_that_separate_no_columns(name):
     assert inputs.query_of(Line("q", 1, json.dumps({"_id": name, "text": "a"}))).id == name
     assert inputs.run_line_of(Line("r", 1, f"{name} Q0 {name} 1 0.5 x\n")) == (name, name, 0.5)
 
 
 @pytest.mark.parametrize("title", ["", '"title": "", ', '"title": null, '])
-def test_a_document_needs_no_title_and_may_be_empty(title):
+def test_document_needs_no_title_and_may_be_empty(title):
     assert inputs.chunk_of(Line("c", 1, f'{{"_id": "d", {title}"text": ""}}')).model_text == ""
 
 
-def test_fields_that_are_not_used_may_hold_anything():
+def test_unused_fields_may_contain_anything():
     rest = '"metadata": {"n": ' + "9" * 5_000 + ', "x": NaN, "s": "\\ud800"}'
     assert inputs.chunk_of(Line("c", 1, f'{{"_id": "d", "text": "t", {rest}}}')).text == "t"
 
 
-def test_a_fault_carries_the_id_where_it_can_be_read():
+def test_input_fault_carries_the_id_if_it_could_be_read():
     with pytest.raises(InputFault) as fault:
         inputs.chunk_of(Line("c", 1, '{"_id": "d", "title": 5, "text": "t"}'))
     assert fault.value.about == "d"
@@ -224,7 +224,7 @@ def test_a_fault_carries_the_id_where_it_can_be_read():
         ("q Q0 d\udcff 1 1 bm25", "r:1: not UTF-8: invalid byte at character 6"),
     ],
 )
-def test_a_line_of_a_run_that_is_none_is_said(text, said):
+def test_invalid_line_of_a_run_is_reported(text, said):
     with pytest.raises(InputFault) as fault:
         inputs.run_line_of(Line("r", 1, text))
     assert str(fault.value).startswith(said)
@@ -255,7 +255,7 @@ def test_judgements_may_have_a_header_or_four_columns(file, content):
     assert inputs.judgements(file(content)) == {"q": {"d": 2}}
 
 
-def test_judgements_of_queries_that_are_not_asked_for_may_be_wrong(file):
+def test_judgements_of_other_queries_may_be_invalid(file):
     skipped = inputs.Skipped()
     source = file("other a b c d\nq d 1\nother d high\nlone\nother d 1\n")
     assert inputs.judgements(source, queries={"q"}, skipped=skipped) == {"q": {"d": 1}}
@@ -267,43 +267,43 @@ def test_judgements_of_queries_that_are_not_asked_for_may_be_wrong(file):
     ("content", "said"),
     [
         ("q d\n", ":1: expected three columns"),
-        ("q,d,1\n", ":1: expected three columns .* parted by tabs or spaces, found 1"),
+        ("q,d,1\n", ":1: expected three columns .* separated by tabs or spaces, found 1"),
         ("q d high\n", ":1: score: expected a number, found 'high'"),
         ("q d 1\nquery-id corpus-id score\n", ":2: score: expected a number, found 'score'"),
         ("q d 0.5\n", ":1: score: expected a whole number, found '0.5'"),
         ("q d nan\n", ":1: score: expected a finite number"),
         (f"q d {'9' * 5_000}\n", ":1: score: expected a finite number"),
-        ("q d 1\nq d 0\n", ":2: corpus-id: query q and document d are judged twice, and differently"),
-        ("q d 0\nq d 1\n", ":2: corpus-id: query q and document d are judged twice, and differently"),
-        ("", "in.jsonl: holds no judgement"),
-        ("query-id corpus-id score\n", "in.jsonl: holds no judgement"),
+        ("q d 1\nq d 0\n", ":2: corpus-id: query q and document d have two different judgements"),
+        ("q d 0\nq d 1\n", ":2: corpus-id: query q and document d have two different judgements"),
+        ("", "in.jsonl: contains no judgements"),
+        ("query-id corpus-id score\n", "in.jsonl: contains no judgements"),
         (b"q d\xff 1\n", ":1: not UTF-8"),
         (b"q\0 d 1\n", ":1: not text: a NUL"),
     ],
 )
-def test_judgements_that_are_none_are_said(file, content, said):
+def test_invalid_judgements_are_reported(file, content, said):
     with pytest.raises(InputFault, match=said):
         inputs.judgements(file(content))
 
 
 @pytest.mark.parametrize("content", ["q,d,1\nother,d,1\n", '{"query": "q"}\n', "other a b c d\n"])
-def test_judgements_of_which_no_line_is_right_are_a_file_of_another_kind(file, content):
+def test_judgements_without_a_valid_line_are_a_file_of_another_format(file, content):
     with pytest.raises(InputFault, match=r":1: expected three columns"):
         inputs.judgements(file(content), queries={"q"}, skipped=inputs.Skipped())
 
 
-def test_a_job_that_is_none_is_said_with_every_wrong_field():
+def test_invalid_job_is_reported_with_every_invalid_field():
     with pytest.raises(InputFault, match=r"j:3: query: .*blank; chunks: .*at least 1"):
         inputs.job_of(Line("j", 3, '{"query": "", "chunks": []}'))
 
 
-def test_a_line_as_long_as_may_be_is_read_and_one_byte_more_is_not(file):
+def test_line_of_the_longest_length_is_read_and_one_byte_more_is_not(file):
     assert texts(file("1234567\n"), max_bytes=8) == ["1234567"]
     with pytest.raises(InputFault, match=r"in.jsonl:1: longer than 8 bytes"):
         texts(file("12345678\n"), max_bytes=8)
 
 
-def test_a_file_that_is_torn_names_the_last_line_that_could_be_read(file):
+def test_truncated_file_names_the_last_line_that_was_read(file):
     torn = gzipped(b"a\n")[:-8] + gzipped(b"a\n")[-4:] * 2
     with pytest.raises(InputFault, match=r"cannot be read: CRC check failed|cannot be read after line 1: CRC"):
         texts(file(torn))
@@ -316,18 +316,18 @@ def test_a_file_that_is_torn_names_the_last_line_that_could_be_read(file):
 
 
 @pytest.mark.parametrize("title", ["0", "false", "[]", "{}"])
-def test_a_title_is_a_text_or_null(title):
+def test_title_is_a_text_or_null(title):
     with pytest.raises(InputFault, match=r"c:1: title: expected a text, found "):
         inputs.chunk_of(Line("c", 1, f'{{"_id": "d", "title": {title}, "text": "t"}}'))
 
 
-def test_json_that_is_none_is_said_with_its_column_counted_from_1():
+def test_invalid_json_is_reported_with_its_column_from_1():
     with pytest.raises(InputFault, match=r"^q:2: not JSON: .* at column 9$"):
         inputs.query_of(Line("q", 2, '{"_id": nope}'))
 
 
 @pytest.mark.parametrize("written", ["x" * 50, "9" * 400, "0." + "5" * 48])
-def test_a_number_that_is_none_is_said_by_its_beginning(file, written):
+def test_invalid_number_is_quoted_by_its_beginning(file, written):
     with pytest.raises(InputFault) as fault:
         inputs.judgements(file(f"q d {written}\n"))
     assert str(fault.value).endswith(f"found {written[:40]!r}")

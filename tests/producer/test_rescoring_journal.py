@@ -3,7 +3,7 @@ import resource
 import pytest
 
 from rerankq.rescoring.inputs import InputFault
-from rerankq.rescoring.journal import Answer, Journal, is_begun
+from rerankq.rescoring.journal import Answer, Journal, has_answers
 from rerankq.rescoring.output import WriteFailed
 
 HEADER = {"journal": "rerankq rescore 2", "depth": 100}
@@ -37,7 +37,7 @@ def test_answers_are_read_back_as_they_were_written(path):
         assert journal.answer("q3") == answer("q3")
 
 
-def test_a_journal_with_nothing_in_it_is_not_left_behind(path):
+def test_journal_without_answers_is_removed(path):
     fill(path)
     assert not path.exists()
     fill(path, "q1")
@@ -45,7 +45,7 @@ def test_a_journal_with_nothing_in_it_is_not_left_behind(path):
     assert path.exists(), "an earlier start's answers are in it"
 
 
-def test_a_journal_cut_at_any_byte_goes_on_with_the_whole_answers(path):
+def test_journal_cut_at_any_byte_resumes_with_the_complete_answers(path):
     fill(path, "q1", "q2")
     whole = path.read_bytes()
     ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
@@ -58,13 +58,13 @@ def test_a_journal_cut_at_any_byte_goes_on_with_the_whole_answers(path):
         assert path.read_bytes() == whole
 
 
-def test_other_options_are_refused_and_named(path):
+def test_changed_options_are_refused_and_named(path):
     fill(path, "q1")
-    with pytest.raises(InputFault, match=r"begun with another depth \(100 before, 50 now\); add --restart"):
+    with pytest.raises(InputFault, match=r"started with another depth \(100 before, 50 now\); add --restart"):
         Journal.open(path, {**HEADER, "depth": 50})
 
 
-def test_other_options_are_taken_where_nothing_was_done(path):
+def test_changed_options_are_accepted_by_a_journal_without_answers(path):
     fill(path)
     with Journal.open(path, {**HEADER, "depth": 50}) as journal:
         journal.append(answer("q1"))
@@ -72,7 +72,7 @@ def test_other_options_are_taken_where_nothing_was_done(path):
         assert journal.queries == {"q1"}
 
 
-def test_a_restart_forgets_what_was_done(path):
+def test_restart_discards_earlier_answers(path):
     fill(path, "q1")
     with Journal.open(path, {**HEADER, "depth": 50}, restart=True) as journal:
         assert journal.queries == set()
@@ -80,32 +80,32 @@ def test_a_restart_forgets_what_was_done(path):
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("content", [b"something else\n", b"{}\n{}\n", b"\xff\n", b"no end of a line"])
-def test_a_file_of_another_kind_is_left_alone(path, content, restart):
+def test_file_that_is_no_journal_is_left_unchanged(path, content, restart):
     path.write_bytes(content)
-    with pytest.raises(InputFault, match="this is not the file of a re-scoring"):
+    with pytest.raises(InputFault, match="not the journal of a re-scoring"):
         Journal.open(path, HEADER, restart=restart)
     assert path.read_bytes() == content
 
 
-def test_the_journal_of_another_version_is_refused_and_begun_again_on_demand(path):
+def test_journal_of_another_version_is_refused_and_restarted_on_request(path):
     path.write_text('{"journal": "rerankq rescore 1", "depth": 100}\n{"query": "q1"}\n')
-    with pytest.raises(InputFault, match=r"begun with another journal \(rerankq rescore 1 before"):
+    with pytest.raises(InputFault, match=r"started with another journal \(rerankq rescore 1 before"):
         Journal.open(path, HEADER)
     with Journal.open(path, HEADER, restart=True) as journal:
         assert journal.queries == set()
 
 
-def test_whether_work_was_begun_can_be_asked_without_touching_it(path):
-    assert not is_begun(path, HEADER)
+def test_has_answers_leaves_the_file_unchanged(path):
+    assert not has_answers(path, HEADER)
     with Journal.open(path, HEADER) as journal:
-        assert not is_begun(path, HEADER), "nothing is done yet"
+        assert not has_answers(path, HEADER), "nothing is done yet"
         journal.append(answer("q1"))
-        assert is_begun(path, HEADER)
+        assert has_answers(path, HEADER)
         assert journal.model == ("model", "w")
-    assert not is_begun(path, {**HEADER, "depth": 50})
+    assert not has_answers(path, {**HEADER, "depth": 50})
 
 
-def test_where_there_is_no_room_an_answer_is_refused_and_those_before_stay(path):
+def test_answer_without_space_is_refused_and_earlier_ones_are_kept(path):
     with Journal.open(path, HEADER) as journal:
         journal.append(answer("q1"))
         size = path.stat().st_size
@@ -123,12 +123,12 @@ def test_where_there_is_no_room_an_answer_is_refused_and_those_before_stay(path)
         assert journal.queries == {"q1", "q2"}
 
 
-def test_two_processes_do_not_work_on_one_output(path):
+def test_two_processes_cannot_write_one_output(path):
     with Journal.open(path, HEADER), pytest.raises(InputFault, match="another process"):
         Journal.open(path, HEADER)
 
 
-def test_answers_of_other_weights_are_not_mixed_in(path):
+def test_answers_of_other_weights_are_refused(path):
     fill(path, "q1")
     with Journal.open(path, HEADER) as journal, pytest.raises(InputFault, match="weights have changed"):
         journal.append(answer("q2", weights="other"))
@@ -136,6 +136,6 @@ def test_answers_of_other_weights_are_not_mixed_in(path):
         assert journal.queries == {"q1"}
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path):
+def test_unwritable_path_is_reported(tmp_path):
     with pytest.raises(InputFault, match="cannot be written"):
         Journal.open(tmp_path / "nowhere" / "out.part", HEADER)

@@ -33,23 +33,23 @@ def test_ndcg_equals_its_definition(order, grades, depth):
     assert metrics.ndcg(order, grades, depth=depth) == pytest.approx(slow_ndcg(order, grades, depth))
 
 
-def test_the_best_order_has_an_ndcg_of_one_and_no_relevant_document_zero():
+def test_ndcg_is_one_for_the_best_order_and_zero_without_relevant_documents():
     assert metrics.ndcg(["a", "b", "c"], {"a": 2, "b": 1, "c": 0}) == 1
     assert metrics.ndcg(["a"], {"a": 0}) == 0
     assert metrics.ndcg([], {"a": 1}) == 0
 
 
-def test_relevant_documents_that_were_not_found_count_against_an_order():
+def test_ndcg_counts_relevant_documents_that_were_not_found():
     assert metrics.ndcg(["a"], {"a": 1, "missed": 1}) == pytest.approx(1 / (1 + 1 / 1.584962500721156))
 
 
-def test_scores_that_single_precision_cannot_tell_apart_are_ties():
+def test_scores_equal_in_single_precision_are_ties():
     assert metrics.trec_order({"a": 1.0, "b": 1.0 - 1e-12}) == ["b", "a"]
     assert metrics.trec_order({"a": 1.0, "b": 1.0 - 1e-3}) == ["a", "b"]
     assert metrics.trec_order({"a": 1e300, "b": 5.0}) == ["a", "b"]
 
 
-def test_ndcg_looks_at_the_first_ten_unless_told_otherwise():
+def test_ndcg_depth_is_ten_by_default():
     order = [f"d{place}" for place in range(1, 12)]
     assert metrics.ndcg(order, {"d11": 1}) == 0
     assert metrics.ndcg(order, {"d10": 1}) == pytest.approx(1 / 3.4594316186372973)  # log2(11)

@@ -36,13 +36,13 @@ def inputs(tmp_path):
 
 
 @pytest.fixture
-def decide(inputs, tmp_path, monkeypatch):
+def resolve(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda name: output.decide(str(name), inputs)
+    return lambda name: output.resolve(str(name), inputs)
 
 
-def test_a_new_file_appears_whole_with_its_journal_beside_it_until_then(decide, tmp_path):
-    goal = decide("out.trec")
+def test_new_file_appears_whole_with_its_journal_beside_it_until_then(resolve, tmp_path):
+    goal = resolve("out.trec")
     assert (goal.exists, goal.is_stdout) == (False, False)
     assert goal.journal("work") == tmp_path / "out.trec.part"
 
@@ -56,48 +56,48 @@ def test_a_new_file_appears_whole_with_its_journal_beside_it_until_then(decide, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "out.trec", "q", "r"]
 
 
-def test_a_file_that_is_replaced_keeps_its_mode(decide, tmp_path):
+def test_replaced_file_keeps_its_mode(resolve, tmp_path):
     (tmp_path / "out.trec").write_text("before")
     (tmp_path / "out.trec").chmod(0o640)
-    goal = decide("out.trec")
+    goal = resolve("out.trec")
     assert goal.exists
     write(goal)
     assert (tmp_path / "out.trec").read_text() == WRITTEN
     assert stat.S_IMODE((tmp_path / "out.trec").stat().st_mode) == 0o640
 
 
-def test_a_link_stays_one_and_what_it_leads_to_is_written(decide, tmp_path):
+def test_symbolic_link_stays_and_its_target_is_written(resolve, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "first").symlink_to("second")
     (tmp_path / "second").symlink_to("folder/out.trec")
-    goal = decide("first")
+    goal = resolve("first")
     assert (goal.exists, goal.journal("")) == (False, tmp_path / "folder" / "out.trec.part")
     write(goal)
     assert (tmp_path / "first").is_symlink()
     assert (tmp_path / "folder" / "out.trec").read_text() == WRITTEN
-    assert decide("first").exists
+    assert resolve("first").exists
 
 
-def test_a_file_of_several_names_has_the_run_under_all_of_them(decide, tmp_path):
+def test_hard_links_all_have_the_run(resolve, tmp_path):
     (tmp_path / "out.trec").write_text("x" * 1000)
     (tmp_path / "other").hardlink_to(tmp_path / "out.trec")
-    write(decide("out.trec"))
+    write(resolve("out.trec"))
     assert (tmp_path / "other").read_text() == WRITTEN
 
 
-def test_a_device_is_written_through_and_stays_one(decide):
-    goal = decide("/dev/null")
+def test_device_is_written_and_stays_a_device(resolve):
+    goal = resolve("/dev/null")
     assert (goal.exists, goal.stream) == (False, True)
     write(goal)
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 
-def test_a_named_pipe_is_opened_before_the_work_and_written_through(decide, tmp_path):
+def test_named_pipe_is_opened_before_the_work_and_written(resolve, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     read = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
     reader.start()
-    said = write(decide("pipe"))
+    said = write(resolve("pipe"))
     reader.join()
     assert read == [WRITTEN]
     assert said == ["pipe: waiting for a reader"]
@@ -126,11 +126,11 @@ def pipe():
 
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
-def test_standard_output_has_many_names(decide, tmp_path, pipe, name):
+def test_standard_output_has_many_names(resolve, tmp_path, pipe, name):
     (tmp_path / "link").symlink_to("/dev/stdout")
     reading, writing = pipe
     with as_stdout(writing.fileno()):
-        goal = decide(name)
+        goal = resolve(name)
         write(goal)
         os.fstat(1)  # open still
     assert goal.is_stdout
@@ -138,27 +138,27 @@ def test_standard_output_has_many_names(decide, tmp_path, pipe, name):
     assert not (tmp_path / "-").exists()
 
 
-def test_a_file_that_standard_output_goes_to_already_is_standard_output(decide, tmp_path):
+def test_file_that_is_already_standard_output_is_standard_output(resolve, tmp_path):
     with (tmp_path / "out.trec").open("w") as file:
         file.write("before\n")
         file.flush()
         with as_stdout(file.fileno()):
-            goal = decide("out.trec")
+            goal = resolve("out.trec")
             write(goal)
     assert goal.is_stdout
     assert (tmp_path / "out.trec").read_text() == "before\n" + WRITTEN
 
 
-def test_what_is_done_for_a_stream_is_kept_in_a_private_folder(decide, tmp_path, monkeypatch):
+def test_journal_of_a_stream_is_in_a_private_folder(resolve, tmp_path, monkeypatch):
     monkeypatch.setattr(output.tempfile, "tempdir", str(tmp_path))
-    journal = decide("/dev/null").journal("some-work")
+    journal = resolve("/dev/null").journal("some-work")
     assert journal == tmp_path / f"rerankq-{os.getuid()}" / "some-work.part"
     assert stat.S_IMODE(journal.parent.stat().st_mode) == 0o700
-    assert decide("/dev/null").journal("some-work") == journal
+    assert resolve("/dev/null").journal("some-work") == journal
     journal.parent.rmdir()
     journal.parent.symlink_to(tmp_path)
-    with pytest.raises(InputFault, match="is not our own folder"):
-        decide("/dev/null").journal("some-work")
+    with pytest.raises(InputFault, match="is not a folder that belongs to this user"):
+        resolve("/dev/null").journal("some-work")
 
 
 @pytest.mark.parametrize(
@@ -178,11 +178,11 @@ def test_what_is_done_for_a_stream_is_kept_in_a_private_folder(decide, tmp_path,
         ("./folder/../r", r"is the same file as --run"),
         ("run-link", r"is the same file as --run"),
         ("corpus-twin", r"is the same file as --corpus"),
-        ("x", r"x.part, where the work done so far would be kept, is the same file as --queries"),
-        ("y", r"y.part, where the work done so far would be kept, is not a file"),
+        ("x", r"x.part, the journal, is the same file as --queries"),
+        ("y", r"y.part, the journal, is not a regular file"),
     ],
 )
-def test_an_output_that_cannot_be_is_said_before_anything_begins(decide, tmp_path, name, said):
+def test_impossible_output_is_refused_before_anything_starts(resolve, tmp_path, name, said):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder-link").symlink_to("folder")
     (tmp_path / "loop").symlink_to("loop")
@@ -192,58 +192,58 @@ def test_an_output_that_cannot_be_is_said_before_anything_begins(decide, tmp_pat
     (tmp_path / "x.part").symlink_to("q")
     os.mkfifo(tmp_path / "y.part")
     with pytest.raises(InputFault, match=said):
-        decide(name)
+        resolve(name)
     assert (tmp_path / "r").read_text() == "r"
 
 
-def test_standard_output_that_is_an_input_is_refused(decide, tmp_path):
+def test_standard_output_that_is_an_input_is_refused(resolve, tmp_path):
     with (
         (tmp_path / "r").open("a") as file,
         as_stdout(file.fileno()),
         pytest.raises(InputFault, match="--output: - is the same file as --run"),
     ):
-        decide("-")
+        resolve("-")
 
 
 @pytest.mark.parametrize(("denied", "said"), [("out.trec", "out.trec is not writable"), (".", ". is not writable")])
-def test_a_place_that_may_not_be_written_is_said_before_anything_begins(decide, tmp_path, monkeypatch, denied, said):
+def test_unwritable_output_is_refused_before_anything_starts(resolve, tmp_path, monkeypatch, denied, said):
     # As root, who runs these tests in a container, everything may be written.
     (tmp_path / "out.trec").write_text("before")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).resolve() != (tmp_path / denied).resolve())
     with pytest.raises(InputFault, match=f"--output: {said}"):
-        decide("out.trec")
+        resolve("out.trec")
 
 
-def test_a_full_device_is_said_and_nothing_is_raised_twice(decide):
+def test_full_device_is_reported_once(resolve):
     with pytest.raises(WriteFailed, match="/dev/full: cannot be written: No space left on device"):
-        write(decide("/dev/full"))
+        write(resolve("/dev/full"))
 
 
-def test_a_full_disk_leaves_what_was_there_and_no_rest(decide, tmp_path):
+def test_full_disk_leaves_the_old_file_and_no_temporary_one(resolve, tmp_path):
     (tmp_path / "out.trec").write_text("before")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
     try:
         with pytest.raises(WriteFailed, match=r"out.trec: cannot be written: File too large"):
-            write(decide("out.trec"))
+            write(resolve("out.trec"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "out.trec").read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "out.trec", "q", "r"]
 
 
-def test_who_reads_standard_output_and_has_enough_is_no_failure(decide, pipe):
+def test_reader_that_closes_standard_output_is_no_failure(resolve, pipe):
     reading, writing = pipe
     reading.close()
     with as_stdout(writing.fileno()), pytest.raises(BrokenPipeError):
-        write(decide("-"))
+        write(resolve("-"))
 
 
-def test_a_stream_that_is_not_open_for_writing_is_said(decide, pipe):
+def test_stream_that_is_not_open_for_writing_is_reported(resolve, pipe):
     reading, writing = pipe
-    assert decide(f"/dev/fd/{writing.fileno()}").stream
+    assert resolve(f"/dev/fd/{writing.fileno()}").stream
     with pytest.raises(InputFault, match="is not open for writing"):
-        decide(f"/dev/fd/{reading.fileno()}")
+        resolve(f"/dev/fd/{reading.fileno()}")
 
 
 def single(number):
@@ -262,7 +262,7 @@ TIED = st.sampled_from([0.0, -0.0, 0.5, 0.5 + 1e-12, 1e-300, 1e-45, 3.5e38, -3.5
 
 
 @given(st.lists(st.one_of(TIED, ANY), max_size=40))
-def test_whoever_reads_the_run_finds_the_order_that_was_written(scores):
+def test_written_scores_give_every_reader_the_written_order(scores):
     scores = sorted(scores, key=lambda score: -float("inf") if score != score else score, reverse=True)
     names = [f"{at * 37 % 41}" for at in range(len(scores))]
     lines = list(output.run_lines("q", list(zip(names, scores, strict=True))))
@@ -274,7 +274,7 @@ def test_whoever_reads_the_run_finds_the_order_that_was_written(scores):
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), unique=True, max_size=40))
-def test_scores_that_can_be_told_apart_are_written_as_they_are(scores):
+def test_distinct_scores_are_written_as_they_are(scores):
     scores = sorted({score + 0.0 for score in scores if score == 0 or abs(score) > 1e-37}, reverse=True)
     assert [float(written) for written in output.descending(scores)] == scores
 
@@ -285,7 +285,7 @@ def test_written_scores_are_close_to_the_true_ones(scores):
     assert [float(written) for written in output.descending(scores)] == pytest.approx(scores, abs=2e-5)
 
 
-def test_a_run_is_on_the_disk_before_it_takes_the_place_of_what_was_there(decide, tmp_path, monkeypatch):
+def test_run_is_synced_to_disk_before_it_replaces_the_old_file(resolve, tmp_path, monkeypatch):
     (tmp_path / "out.trec").write_text("before")
     synced = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_size, read())))
@@ -293,24 +293,24 @@ def test_a_run_is_on_the_disk_before_it_takes_the_place_of_what_was_there(decide
     def read():
         return (tmp_path / "out.trec").read_text()
 
-    write(decide("out.trec"))
+    write(resolve("out.trec"))
     assert synced == [(len(WRITTEN), "before")]
     assert read() == WRITTEN
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
-def test_a_file_that_is_replaced_keeps_its_owner(decide, tmp_path):
+def test_replaced_file_keeps_its_owner(resolve, tmp_path):
     (tmp_path / "out.trec").write_text("before")
     os.chown(tmp_path / "out.trec", 12345, 23456)
-    write(decide("out.trec"))
+    write(resolve("out.trec"))
     found = (tmp_path / "out.trec").stat()
     assert (found.st_uid, found.st_gid) == (12345, 23456)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives folders away")
-def test_a_private_folder_of_somebody_else_is_refused(decide, tmp_path, monkeypatch):
+def test_private_folder_of_another_user_is_refused(resolve, tmp_path, monkeypatch):
     monkeypatch.setattr(output.tempfile, "tempdir", str(tmp_path))
     (tmp_path / f"rerankq-{os.getuid()}").mkdir()
     os.chown(tmp_path / f"rerankq-{os.getuid()}", 12345, 23456)
-    with pytest.raises(InputFault, match="is not our own folder"):
-        decide("/dev/null").journal("some-work")
+    with pytest.raises(InputFault, match="is not a folder that belongs to this user"):
+        resolve("/dev/null").journal("some-work")

@@ -12,7 +12,7 @@ from rerankq import (
     RerankJob,
     SettingsInvalid,
 )
-from rerankq import stream as flows
+from rerankq import stream as streams
 from rerankq.stream import JobStream, batches
 
 
@@ -20,7 +20,7 @@ def job(name, *, pairs=1, **fields):
     return RerankJob(query=name, chunks=["x"] * pairs, **fields)
 
 
-class FakeDesk:
+class FakeClient:
     """A client whose jobs are done when they are asked for; `troubles` are raised by submissions, in turn."""
 
     def __init__(self, troubles=(), failing=(), refusing=()):
@@ -81,9 +81,9 @@ class FakeDesk:
             self.known.remove(name)
 
 
-def flow_of(desk, **options):
+def stream_of(client, **options):
     pauses = []
-    made = JobStream(desk, pause=pauses.append, **options)
+    made = JobStream(client, sleep=pauses.append, **options)
     made.pauses = pauses
     return made
 
@@ -94,110 +94,112 @@ def keyed(names):
 
 def test_every_key_has_its_outcome_once():
     names = [f"q{number}" for number in range(300)]
-    outcomes = list(flow_of(FakeDesk(failing={"id-of-q7"})).outcomes(keyed(names)))
+    outcomes = list(stream_of(FakeClient(failing={"id-of-q7"})).outcomes(keyed(names)))
     assert sorted(key for key, _ in outcomes) == sorted(names)
     assert {key for key, outcome in outcomes if isinstance(outcome, JobFailed)} == {"q7"}
 
 
 def test_equal_jobs_share_a_ranking_even_in_different_batches():
     jobs = [(number, job("same")) for number in range(300)]
-    outcomes = list(flow_of(FakeDesk()).outcomes(jobs))
+    outcomes = list(stream_of(FakeClient()).outcomes(jobs))
     assert sorted(key for key, _ in outcomes) == list(range(300))
 
 
-def test_jobs_of_ours_are_forgotten_and_never_more_than_two_batches_are_known():
-    desk = FakeDesk()
-    assert len(list(flow_of(desk, ours=True).outcomes(keyed(f"q{number}" for number in range(1000))))) == 1000
-    assert desk.known == []
-    assert desk.most_known <= 2 * flows.JOBS_AT_ONCE
+def test_owned_jobs_are_forgotten_and_at_most_two_batches_are_in_flight():
+    client = FakeClient()
+    assert len(list(stream_of(client, owned=True).outcomes(keyed(f"q{number}" for number in range(1000))))) == 1000
+    assert client.known == []
+    assert client.most_known <= 2 * streams.JOBS_AT_ONCE
 
 
-def test_jobs_of_others_are_neither_forgotten_nor_cancelled_and_those_that_go_on_are_known():
-    desk = FakeDesk()
-    flow = flow_of(desk)
-    outcomes = flow.outcomes(keyed(["a", "b"]))
+def test_jobs_not_owned_are_neither_forgotten_nor_cancelled_but_listed_in_flight():
+    client = FakeClient()
+    stream = stream_of(client)
+    outcomes = stream.outcomes(keyed(["a", "b"]))
     assert next(outcomes)[0] == "b"
     outcomes.close()
-    assert flow.under_way == {"id-of-a": None}
-    assert desk.known == ["id-of-a", "id-of-b"]
-    assert desk.cancelled == []
+    assert stream.in_flight == {"id-of-a": None}
+    assert client.known == ["id-of-a", "id-of-b"]
+    assert client.cancelled == []
 
 
-def test_jobs_of_ours_are_cancelled_when_the_flow_is_abandoned():
-    desk = FakeDesk()
-    outcomes = flow_of(desk, ours=True).outcomes(keyed(["a", "b", "c"]))
+def test_owned_jobs_are_cancelled_when_the_stream_is_abandoned():
+    client = FakeClient()
+    outcomes = stream_of(client, owned=True).outcomes(keyed(["a", "b", "c"]))
     assert next(outcomes)[0] == "c"
     outcomes.close()
-    assert desk.known == ["id-of-a", "id-of-b"]
-    assert desk.cancelled == ["id-of-a", "id-of-b"]
+    assert client.known == ["id-of-a", "id-of-b"]
+    assert client.cancelled == ["id-of-a", "id-of-b"]
 
 
-def test_while_waiting_the_workers_are_looked_after():
-    desk, looks = FakeDesk(), []
-    desk.slow = {"id-of-a", "id-of-b"}
-    assert len(list(flow_of(desk, supervise=lambda: looks.append(1)).outcomes(keyed(["a", "b"])))) == 2
-    assert len(looks) >= 3
+def test_supervise_is_called_while_waiting():
+    client, checks = FakeClient(), []
+    client.slow = {"id-of-a", "id-of-b"}
+    assert len(list(stream_of(client, supervise=lambda: checks.append(1)).outcomes(keyed(["a", "b"])))) == 2
+    assert len(checks) >= 3
 
 
-def test_what_the_look_raises_ends_the_flow():
+def test_supervise_ends_the_stream_by_raising():
     def dead():
         raise BrokerUnavailable("gone")
 
     with pytest.raises(BrokerUnavailable):
-        list(flow_of(FakeDesk(), supervise=dead).outcomes(keyed(["a"])))
+        list(stream_of(FakeClient(), supervise=dead).outcomes(keyed(["a"])))
 
 
-def test_a_refused_job_leaves_its_neighbours_ranked():
-    desk = FakeDesk(refusing={"b", "c"})
-    outcomes = dict(flow_of(desk).outcomes(keyed(["a", "b", "c", "d"])))
+def test_refused_job_leaves_its_neighbours_ranked():
+    client = FakeClient(refusing={"b", "c"})
+    outcomes = dict(stream_of(client).outcomes(keyed(["a", "b", "c", "d"])))
     assert {key for key, outcome in outcomes.items() if isinstance(outcome, JobRejected)} == {"b", "c"}
     assert set(outcomes) == {"a", "b", "c", "d"}
 
 
-def test_a_job_that_would_get_a_random_id_keeps_one_when_it_is_submitted_again():
-    desk = FakeDesk(refusing={"b"})
+def test_job_without_an_id_keeps_one_id_when_submitted_again():
+    client = FakeClient(refusing={"b"})
     jobs = [("a", job("a", cache="refresh")), ("b", job("b"))]
-    assert len(list(flow_of(desk).outcomes(jobs))) == 2
-    assert len(desk.submitted) == 2
-    assert len(set(desk.submitted)) == 1
+    assert len(list(stream_of(client).outcomes(jobs))) == 2
+    assert len(client.submitted) == 2
+    assert len(set(client.submitted)) == 1
 
 
-def test_a_full_queue_is_waited_for():
+def test_full_queue_is_waited_for():
     full = QueueFull("full", retry_after_s=7)
-    flow = flow_of(FakeDesk(troubles=[full, full]))
-    assert len(list(flow.outcomes(keyed(["a", "b"])))) == 2
-    assert flow.pauses == [7]
+    stream = stream_of(FakeClient(troubles=[full, full]))
+    assert len(list(stream.outcomes(keyed(["a", "b"])))) == 2
+    assert stream.pauses == [7]
 
 
-def test_a_broker_that_is_not_there_is_said_at_once():
-    flow = flow_of(FakeDesk(troubles=[BrokerUnavailable("nobody")]))
+def test_unreachable_broker_is_reported_at_once():
+    stream = stream_of(FakeClient(troubles=[BrokerUnavailable("nobody")]))
     with pytest.raises(BrokerUnavailable):
-        list(flow.outcomes(keyed(["a"])))
-    assert flow.pauses == []
+        list(stream.outcomes(keyed(["a"])))
+    assert stream.pauses == []
 
 
-def test_a_broker_that_goes_away_in_the_middle_is_waited_for():
+def test_broker_that_goes_away_later_is_waited_for():
     gone = BrokerUnavailable("gone")
-    desk = FakeDesk(troubles=[None, gone, gone])
-    flow = flow_of(desk)
-    assert len(list(flow.outcomes(keyed(f"q{number}" for number in range(200))))) == 200
-    assert flow.pauses == [1.0]
+    client = FakeClient(troubles=[None, gone, gone])
+    stream = stream_of(client)
+    assert len(list(stream.outcomes(keyed(f"q{number}" for number in range(200))))) == 200
+    assert stream.pauses == [1.0]
 
 
-def test_a_broker_that_stays_away_ends_the_flow_with_the_ids_accepted():
+def test_broker_that_stays_away_ends_the_stream_with_the_accepted_ids():
     gone = BrokerUnavailable("gone", accepted=["id-of-a"])
-    flow = flow_of(FakeDesk(troubles=[gone, None, *[BrokerUnavailable("gone") for _ in range(20)]]))
+    stream = stream_of(FakeClient(troubles=[gone, None, *[BrokerUnavailable("gone") for _ in range(20)]]))
     with pytest.raises(BrokerUnavailable) as error:
-        flow.submit(keyed(["a", "b"]))
+        stream.submit(keyed(["a", "b"]))
     assert error.value.accepted == ["id-of-a"]
-    assert flow.pauses == list(flows.PAUSES_S)
+    assert stream.pauses == list(streams.PAUSES_S)
 
 
-def test_a_model_that_nobody_serves_refuses_the_job_of_another_but_is_waited_for_with_ours():
+def test_unserved_model_refuses_a_job_not_owned_and_is_waited_for_with_an_owned_one():
     unknown = ModelUnknown("nobody serves it")
-    assert isinstance(dict(flow_of(FakeDesk(troubles=[unknown, unknown])).outcomes(keyed(["a"])))["a"], ModelUnknown)
+    assert isinstance(
+        dict(stream_of(FakeClient(troubles=[unknown, unknown])).outcomes(keyed(["a"])))["a"], ModelUnknown
+    )
     with pytest.raises(ModelUnknown):  # at the first submission: a wrong name, more likely
-        list(flow_of(FakeDesk(troubles=[unknown]), ours=True).outcomes(keyed(["a"])))
+        list(stream_of(FakeClient(troubles=[unknown]), owned=True).outcomes(keyed(["a"])))
 
 
 @given(st.lists(st.integers(1, 9_000), max_size=40))
@@ -207,40 +209,84 @@ def test_batches_keep_the_order_and_their_bounds(sizes):
     assert [key for batch in made for key, _ in batch] == list(range(len(sizes)))
     for batch in made:
         pairs = sum(len(one.chunks) for _, one in batch)
-        assert len(batch) <= flows.JOBS_AT_ONCE
-        assert pairs <= flows.PAIRS_AT_ONCE or len(batch) == 1
+        assert len(batch) <= streams.JOBS_AT_ONCE
+        assert pairs <= streams.PAIRS_AT_ONCE or len(batch) == 1
 
 
-def test_an_error_that_no_pause_mends_ends_the_flow_at_once():
-    flow = flow_of(FakeDesk(troubles=[None, QueueFull("full", retry_after_s=7), SettingsInvalid("wrong")]))
+def test_error_that_is_not_retryable_ends_the_stream_at_once():
+    stream = stream_of(FakeClient(troubles=[None, QueueFull("full", retry_after_s=7), SettingsInvalid("wrong")]))
     with pytest.raises(SettingsInvalid):
-        list(flow.outcomes(keyed(f"q{number}" for number in range(200))))
-    assert flow.pauses == []
+        list(stream.outcomes(keyed(f"q{number}" for number in range(200))))
+    assert stream.pauses == []
 
 
-def test_jobs_of_all_batches_under_way_are_cancelled_when_the_flow_is_abandoned():
-    desk = FakeDesk()
-    outcomes = flow_of(desk, ours=True).outcomes(keyed(f"q{number}" for number in range(2 * flows.JOBS_AT_ONCE)))
+def test_owned_jobs_of_all_batches_in_flight_are_cancelled_on_abandoning():
+    client = FakeClient()
+    outcomes = stream_of(client, owned=True).outcomes(keyed(f"q{number}" for number in range(2 * streams.JOBS_AT_ONCE)))
     ended, _ = next(outcomes)
     outcomes.close()
-    assert set(desk.cancelled) == set(desk.submitted) - {f"id-of-{ended}"}
+    assert set(client.cancelled) == set(client.submitted) - {f"id-of-{ended}"}
 
 
-def test_the_workers_are_looked_after_while_a_full_queue_is_waited_for():
+def test_supervise_is_called_while_a_full_queue_is_waited_for():
     full = QueueFull("full", retry_after_s=7)
     events = []
-    flow = JobStream(FakeDesk(troubles=[full, full]), supervise=lambda: events.append("look"), pause=events.append)
-    flow.submit(keyed(["a"]))
-    assert events == ["look", 7]
+    stream = JobStream(FakeClient(troubles=[full, full]), supervise=lambda: events.append("check"), sleep=events.append)
+    stream.submit(keyed(["a"]))
+    assert events == ["check", 7]
 
 
-def test_a_ledger_that_goes_away_while_jobs_are_forgotten_or_cancelled_takes_no_ranking_along():
+def test_ledger_failing_on_forget_or_cancel_loses_no_ranking():
     def gone(*_):
         raise BrokerUnavailable("gone")
 
-    desk = FakeDesk()
-    desk.forget = desk.cancel = gone
-    assert len(list(flow_of(desk, ours=True).outcomes(keyed(["a", "b"])))) == 2
-    outcomes = flow_of(desk, ours=True).outcomes(keyed(["c", "d"]))
+    client = FakeClient()
+    client.forget = client.cancel = gone
+    assert len(list(stream_of(client, owned=True).outcomes(keyed(["a", "b"])))) == 2
+    outcomes = stream_of(client, owned=True).outcomes(keyed(["c", "d"]))
     next(outcomes)
     outcomes.close()
+
+
+class SlowClient:
+    """A client that has no ranking before a moment of its clock."""
+
+    def __init__(self, ready_at=float("inf")):
+        self.ready_at, self.now, self.waited = ready_at, 100.0, []
+
+    def result(self, job_id, timeout=None):
+        self.waited.append(timeout)
+        self.now += timeout
+        if self.now < self.ready_at:
+            raise JobTimedOut("not yet")
+        return f"ranking of {job_id}"
+
+
+@pytest.fixture
+def wait(monkeypatch):
+    def wait(client, timeout):
+        checks = []
+        monkeypatch.setattr(streams.time, "monotonic", lambda: client.now)
+        try:
+            return streams.wait_for(client, "x", timeout, supervise=lambda: checks.append(client.now)), checks
+        except JobTimedOut as error:
+            return str(error), checks
+
+    return wait
+
+
+@pytest.mark.parametrize(
+    ("timeout", "waited"), [(5, [2.0, 2.0, 1.0]), (2, [2.0]), (4, [2.0, 2.0]), (0.5, [0.5]), (0, [0.0])]
+)
+def test_wait_for_keeps_its_timeout_and_supervises_between_checks(wait, timeout, waited):
+    client = SlowClient()
+    said, checks = wait(client, timeout)
+    assert said == f"job x: no ranking within {timeout} s; it may still come"
+    assert client.waited == waited
+    assert len(checks) == len(waited) - 1
+
+
+def test_wait_for_without_a_timeout_waits_for_the_ranking(wait):
+    client = SlowClient(ready_at=106)
+    assert wait(client, None) == ("ranking of x", [102.0, 104.0])
+    assert client.waited == [2.0, 2.0, 2.0]

@@ -23,35 +23,35 @@ def worker(model, suffix="", aliases=(), queues=True):
         ([], [worker("a", ".a")], ()),
     ],
 )
-def test_what_no_worker_serves_is_named(models, workers, missing):
+def test_unserved_models_are_named(models, workers, missing):
     assert unserved(models, workers) == missing
 
 
-def test_a_change_is_told_once():
+def test_worker_watch_notifies_once_per_change():
     there, told = [], []
     watch = WorkerWatch(lambda: there, told.append)
     for _ in range(3):
-        watch.look([None], ["one"])
+        watch.check([None], ["one"])
     there.append(worker("a"))
     for _ in range(3):
-        watch.look([None], ["one"])
+        watch.check([None], ["one"])
     there.clear()
-    watch.look([None], [f"job-{number}" for number in range(5)])
+    watch.check([None], [f"job-{number}" for number in range(5)])
     assert told == [
-        "no worker is alive; waiting for job one (rerankq worker starts one)",
-        "a worker is there now",
-        "no worker is alive; waiting for jobs job-0, job-1, job-2 and 2 more (rerankq worker starts one)",
+        "no worker is running; waiting for job one (start one with: rerankq worker)",
+        "a worker is running now",
+        "no worker is running; waiting for jobs job-0, job-1, job-2 and 2 more (start one with: rerankq worker)",
     ]
 
 
-def test_a_ledger_that_does_not_answer_is_nothing_to_tell():
+def test_worker_watch_ignores_an_unreachable_ledger():
     def gone():
         raise BrokerUnavailable("gone")
 
-    WorkerWatch(gone, pytest.fail).look([None])
+    WorkerWatch(gone, pytest.fail).check([None])
 
 
-def test_a_short_name_of_the_catalogue_is_served_by_the_model_that_it_stands_for(tmp_path):
+def test_alias_of_the_catalogue_is_served_by_its_model(tmp_path):
     (tmp_path / "models.toml").write_text(
         '[models."org/long"]\nmax_length = 1\nlanguages = []\nsize_mb = 1\nlicence = "x"\nchoose_when = "x"\n'
         'aliases = ["short"]\n'

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rerankq.local import worker_command as celery_worker
+from rerankq.local import worker_command
 from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable
 from rerankq_worker.engine.errors import in_one_line, is_out_of_memory
@@ -214,8 +214,8 @@ def test_what_the_allocator_is_told_are_numbers_that_a_process_environment_takes
 
 
 def test_a_worker_that_the_command_line_starts_gets_them_unless_others_are_set():
-    assert engine.allocator_environment().items() <= celery_worker.tuned({}).items()
-    assert celery_worker.tuned({"MALLOC_TRIM_THRESHOLD_": "1"})["MALLOC_TRIM_THRESHOLD_"] == "1"
+    assert engine.allocator_environment().items() <= worker_command.tuned({}).items()
+    assert worker_command.tuned({"MALLOC_TRIM_THRESHOLD_": "1"})["MALLOC_TRIM_THRESHOLD_"] == "1"
 
 
 def test_torchs_own_memory_error_is_recognised_without_importing_torch():

@@ -1,38 +1,42 @@
-"""The command line, a user of the library: ``rerankq demo`` and its neighbours. Needs the extra ``cli``."""
+"""The command line, a user of the library: ``rerankq demo`` and the other commands. Needs the extra ``cli``."""
 
 from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 
-HOW_TO_GET_IT = "rerankq: the command line needs more than the library: pip install 'rerankq[cli]'"
+HOW_TO_INSTALL = "rerankq: the command line is not installed: pip install 'rerankq[cli]'"
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status after Ctrl-C, as shells report it."""
 
 
 def main() -> None:
-    """Run the command line; where its packages are not installed, say how to install them."""
+    """Run the command line; if its packages are not installed, say how to install them."""
+    # While modules load there is nothing to clean up, and an exception might be swallowed. Commands set their own.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        # A name or a text that the terminal's encoding lacks is shown with escapes, and ends nothing.
+        # Characters that the terminal's encoding lacks are escaped.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        from ..broker.celery_app import forget_celerys_environment  # noqa: PLC0415  # an interrupt while it loads is quiet
-        from .app import app  # noqa: PLC0415  # what it needs may be missing
-    except KeyboardInterrupt:
-        sys.exit(130)
+        from ..broker.celery_app import forget_celerys_environment  # noqa: PLC0415  # slow to load
+        from .app import app  # noqa: PLC0415  # its packages may be missing
     except ModuleNotFoundError as error:
         if error.name not in {"typer", "rich"}:
             raise
-        print(HOW_TO_GET_IT, file=sys.stderr)
+        print(HOW_TO_INSTALL, file=sys.stderr)
         sys.exit(2)
-    # Before any worker or Flower is started: Celery's own options are read before our app is loaded.
+    # Before any worker or Flower is started: Celery reads its own variables before our app is loaded.
     forget_celerys_environment()
     app(prog_name="rerankq")
 
 
 def _fill_closed_streams() -> None:
-    """Keep the places of standard streams that were closed: the next file to be opened would be taken for one."""
+    """Open /dev/null for standard streams that are closed: the next file opened would get their numbers."""
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""Jobs that killed their workers: see them, try them again, drop them."""
+"""``rerankq dead``: list, show, retry and drop the jobs that crashed their workers."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import Client
+from ..client.blocking import Client
 from ..contract import DeadJob
 from ..rescoring.inputs import InputFault
 from .options import FAILED, JobId, Json, connected
-from .show import print_json
+from .render import print_json
 
 app = typer.Typer(
-    no_args_is_help=True, help="Jobs that killed their workers: list | show ID | retry ID... | drop ID..."
+    no_args_is_help=True, help="Jobs that crashed their workers: list | show ID | retry ID... | drop ID..."
 )
 
 DROPPED = "dropped"
 
-JobIds = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="The jobs' ids, as the list prints them.")]
-All = Annotated[bool, typer.Option("--all", help="All that are dead now.")]
+JobIds = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="The jobs' ids, as dead list prints them.")]
+All = Annotated[bool, typer.Option("--all", help="All jobs that are dead now.")]
 
 
 @app.command("list")
 def list_dead(as_json: Json = False) -> None:
-    """List the dead jobs, the longest dead first; no chunk's text. JSON: a line for each."""
+    """List the dead jobs, oldest first, without their texts. With --json: a line of JSON per job."""
     with Client(connected()) as client:
         found = client.dead()
     if as_json:
@@ -41,16 +41,16 @@ def list_dead(as_json: Json = False) -> None:
     elif found:
         Console(highlight=False).print(_table(found, time.time()), soft_wrap=True)
     else:
-        print("no job is dead")
+        print("no dead jobs")
 
 
 @app.command()
 def show(
     job: JobId,
-    payload: Annotated[bool, typer.Option("--payload", help="Print the job itself too, with all its texts.")] = False,
+    payload: Annotated[bool, typer.Option("--payload", help="Also print the job itself, with all its texts.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say why a job is dead and what befell it. A job that is not dead: exit status 1."""
+    """Show why a job is dead, with its history. Exit status 1 if the job is not dead."""
     with Client(connected()) as client:
         found = client.dead_job(job, payload=payload)
     if as_json:
@@ -66,30 +66,30 @@ def show(
 
 @app.command()
 def retry(jobs: JobIds = None, every: All = False, as_json: Json = False) -> None:
-    """Queue dead jobs again; each is taken alone. Prints their states. One that was not dead: exit status 1."""
+    """Queue dead jobs again; each runs alone. Prints their states. Exit status 1 if one was not dead."""
     with Client(connected()) as client:
         ids = _chosen(client, jobs, every=every)
-        _tell(((job, client.retry_dead(job)) for job in ids), as_json=as_json, done="queued")
+        _print_states(((job, client.retry_dead(job)) for job in ids), as_json=as_json, done="queued")
 
 
 @app.command()
 def drop(jobs: JobIds = None, every: All = False, as_json: Json = False) -> None:
-    """Forget dead jobs: their ids are free again. Prints their states. One that was not dead stays: exit status 1."""
+    """Forget dead jobs; their ids can be used again. Prints states. Exit status 1 if one was not dead; it stays."""
     with Client(connected()) as client:
         ids = _chosen(client, jobs, every=every)
         states = ((job, client.drop_dead(job)) for job in ids)
-        told = ((job, DROPPED if state == "dead" else state) for job, state in states)
-        _tell(told, as_json=as_json, done=DROPPED)
+        shown = ((job, DROPPED if state == "dead" else state) for job, state in states)
+        _print_states(shown, as_json=as_json, done=DROPPED)
 
 
 def _chosen(client: Client, jobs: Sequence[str] | None, *, every: bool) -> list[str]:
     if bool(jobs) == every:
-        raise InputFault("expected the jobs' ids, or --all")
+        raise InputFault("expected either the jobs' ids or --all")
     return [job.job_id for job in client.dead()] if every else list(dict.fromkeys(jobs or ()))
 
 
-def _tell(states: Iterable[tuple[str, str]], *, as_json: bool, done: str) -> None:
-    """Print each state as it comes: where one fails midway, what was done before it has been told."""
+def _print_states(states: Iterable[tuple[str, str]], *, as_json: bool, done: str) -> None:
+    """Print each state as it comes: if one fails midway, those before it have been printed."""
     others = False
     for job, state in states:
         others |= state != done
@@ -104,7 +104,7 @@ def _tell(states: Iterable[tuple[str, str]], *, as_json: bool, done: str) -> Non
 def _record(job: DeadJob, *, payload: bool = False) -> dict[str, Any]:
     record = job.model_dump(mode="json", exclude=None if payload else {"payload"})
     if payload and job.payload is not None:
-        with suppress(ValueError):  # what killed a worker need not be JSON
+        with suppress(ValueError):  # a payload that crashed a worker may not be JSON
             record["payload"] = json.loads(job.payload)
     return record
 
@@ -113,7 +113,7 @@ def _table(jobs: Sequence[DeadJob], now: float) -> Table:
     table = Table("id", "died", "deaths", "pairs", "tenant", "job", box=None, pad_edge=False)
     for job in jobs:
         died = f"{max(0.0, now - job.died_at):,.0f} s ago" if job.died_at is not None else ""
-        # As Text: in a plain string rich would obey what stands in brackets.
+        # As Text: in a plain string rich would read brackets as markup.
         table.add_row(*map(Text, (job.job_id, died, str(job.deaths), str(job.pairs), job.tenant, _plain(job.label))))
     return table
 
@@ -123,5 +123,5 @@ def _clock(at: float) -> str:
 
 
 def _plain(text: str) -> str:
-    # A query's words may hold what a terminal obeys.
+    # A query may contain control characters of a terminal.
     return "".join(letter if letter.isprintable() else "�" for letter in text)

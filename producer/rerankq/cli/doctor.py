@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import typer
 
-from ..doctor.checks import Finding, checks
+from ..doctor.checks import checks
 from ..doctor.collect import collect
+from ..doctor.render import lines, records
 from .options import FAILED, Json, connected
-from .show import print_json
+from .render import print_json
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check a live deployment: Redis roles, workers, models, versions, devices. Something wrong: exit status 1."""
+    """Check a live deployment: Redis roles, workers, models, versions, devices. Exit status 1 if a check fails."""
     found = checks(collect(connected()))
     if as_json:
-        print_json([finding._asdict() for finding in found])
+        print_json(records(found))
     else:
-        show_findings(found)
+        for line in lines(found):
+            print(line, flush=True)
     if any(finding.level == "wrong" for finding in found):
         raise typer.Exit(FAILED)
-
-
-def show_findings(found: Sequence[Finding]) -> None:
-    """Print a line for each."""
-    for level, subject, said in found:
-        print(f"{level:5}  {subject}: {said}", flush=True)

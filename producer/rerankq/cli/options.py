@@ -1,4 +1,4 @@
-"""What the commands share: their common options, exit statuses, and how they read settings."""
+"""What the commands share: common options, exit statuses, and reading settings."""
 
 from __future__ import annotations
 
@@ -29,19 +29,17 @@ def _finite(seconds: float | None) -> float | None:
     return seconds
 
 
-Timeout = Annotated[
-    float | None, typer.Option(min=0, callback=_finite, help="Seconds to wait; default: as long as it takes.")
-]
+Timeout = Annotated[float | None, typer.Option(min=0, callback=_finite, help="Seconds to wait. Default: no limit.")]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as submit printed it.")]
 
 
 def settings_with(**given: Any) -> Settings:
-    """Read the environment's settings, and over them the options that were given."""
+    """Read the settings from the environment; options that were given override them."""
     return Settings(**{name: value for name, value in given.items() if value is not None})
 
 
 def connected(**given: Any) -> Settings:
-    """As :func:`settings_with`, where a broker is needed.
+    """Read settings as :func:`settings_with` does, for a command that needs a broker.
 
     Raises:
         InputFault: if none is set.

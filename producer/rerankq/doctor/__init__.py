@@ -1,1 +1,1 @@
-"""Is everything reachable and consistent? ``collect`` asks, ``checks`` judge."""
+"""Is everything reachable and consistent? ``collect`` takes a snapshot, ``checks`` judge it, ``render`` writes it."""

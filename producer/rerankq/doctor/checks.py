@@ -1,4 +1,4 @@
-"""What a deployment's facts mean, held against the promise of ``docs/reliability.md``. Pure functions."""
+"""Checks of a snapshot against what ``docs/reliability.md`` promises. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Literal, NamedTuple
 
 from ..broker.celery_app import INTERACTIVE
 from ..local.embedded import OLDEST
-from .round_trips import Trip
+from .round_trips import RoundTrip
 
-# Seconds without a sign of life, of which a worker gives one a second, that make a person look after it.
+# A worker reports once a second; one that has been silent for so many seconds may be dead.
 SILENT_S = 5.0
 
 Level = Literal["ok", "note", "wrong"]
 
-# Milliseconds of a round trip and seconds between clocks beyond which a person should know.
+# Milliseconds of a round trip, and seconds between clocks, above which there is a note.
 SLOW_MS, SKEW_S = 5.0, 2.0
-# Shares of a limit: from the first on it is worth a note, from the second on it is as good as reached.
+# Shares of a limit: a note from the first on, wrong from the second on.
 FILLING, FULL = 0.75, 0.9
 
 
 class Finding(NamedTuple):
-    """One line: ``note`` is worth knowing, ``wrong`` breaks a promise."""
+    """One result of a check: ``note`` is worth knowing, ``wrong`` breaks a promise."""
 
     level: Level
     subject: str
@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Server:
-    """A Redis with the roles it serves; None stands for what it would not tell. Memory is in bytes."""
+    """A Redis with the roles it serves; None = this user may not ask. Memory is in bytes."""
 
     roles: tuple[str, ...]
     url: str
@@ -40,10 +40,10 @@ class Server:
     run_id: str = ""
     version: str = ""
     replica: bool = False
-    throwaway: bool = False
+    embedded: bool = False
     appendonly: bool = False
     fsync: str | None = None
-    # Behind Sentinel, but it writes with no replica at its side: then it may be one that was replaced already.
+    # Behind Sentinel, it accepts writes without a replica: it may be a master that was replaced already.
     accepts_alone: bool = False
     log_is_written: bool = True
     maxmemory: int = 0
@@ -55,8 +55,8 @@ class Server:
 
 
 @dataclass(frozen=True)
-class WorkerSeen:
-    """A worker that gives signs of life, as it shows itself in the registry."""
+class RegisteredWorker:
+    """A worker in the registry; ``age_s`` is the time since its last report, in seconds."""
 
     id: str
     model: str
@@ -69,56 +69,57 @@ class WorkerSeen:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the ledger holds: pairs waiting by queue and in all, jobs running, leases that are over, dead jobs."""
+class LedgerCounts:
+    """Counts of the ledger: pairs waiting by queue and in all, jobs running, expired leases, dead jobs."""
 
     pairs_waiting: int = 0
     max_pairs: int = 10_000_000
     by_queue: Mapping[str, int] = field(default_factory=dict)
     running: int = 0
-    long_over: int = 0
+    expired: int = 0
     dead: int = 0
     sweeper: bool = True
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that was found out, and how it should be by the settings here.
+    """The state of a deployment, and what our settings expect of it.
 
-    *heard* are the ids of the workers that answered through the broker, None where nobody could be asked. *listed* are
-    the models that the deployment promises, *default* is the one of jobs that name none, *chosen* if it was set.
+    ``answered`` are the ids of the workers that answered through the broker, None if they could not be asked.
+    ``promised_models`` are the models of ``RERANKQ_MODELS``; ``default_model`` is, by our settings, the model of jobs
+    that name none; ``default_is_set`` if they set one.
     """
 
     version: str
     servers: Sequence[Server]
-    workers: Sequence[WorkerSeen] = ()
-    work: Work | None = None
-    listed: Sequence[str] = ()
-    trips: Sequence[Trip] = ()
-    heard: Set[str] | None = None
+    workers: Sequence[RegisteredWorker] = ()
+    counts: LedgerCounts | None = None
+    promised_models: Sequence[str] = ()
+    round_trips: Sequence[RoundTrip] = ()
+    answered: Set[str] | None = None
     channel: str = ""
-    default: str = ""
-    chosen: bool = False
+    default_model: str = ""
+    default_is_set: bool = False
 
 
 def checks(snapshot: Snapshot) -> list[Finding]:
-    """Judge all facts, the servers first.
+    """Run every check, those of the servers first.
 
-    >>> [str(one.level) for one in findings(Facts("0.1.0", [Server(("ledger",), "redis://h", fault="refused")]))]
+    >>> [one.level for one in checks(Snapshot("0.1.0", [Server(("ledger",), "redis://h", fault="refused")]))]
     ['wrong']
     """
-    found = [one for server in one_each(snapshot.servers) for one in _of_server(server)]
-    found += _of_trips(snapshot.trips)
-    if snapshot.work is not None:
+    found = [one for server in merged(snapshot.servers) for one in _of_server(server)]
+    found += _of_trips(snapshot.round_trips)
+    if snapshot.counts is not None:
         found += _of_workers(snapshot)
-        found += _of_work(snapshot.work, workers=len(snapshot.workers))
+        found += _of_counts(snapshot.counts, workers=len(snapshot.workers))
     return found
 
 
-def one_each(servers: Iterable[Server]) -> list[Server]:
-    """Put together what is one server under several names or users.
+def merged(servers: Iterable[Server]) -> list[Server]:
+    """Merge entries that are one server under several names or users.
 
-    >>> [one.roles for one in one_each([Server(("ledger",), "a", run_id="1"), Server(("cache",), "b", run_id="1")])]
+    >>> [one.roles for one in merged([Server(("ledger",), "a", run_id="1"), Server(("cache",), "b", run_id="1")])]
     [('ledger', 'cache')]
     """
     found: dict[str, Server] = {}
@@ -142,14 +143,16 @@ def _of_server(server: Server) -> Iterator[Finding]:
     if tuple(int(part) for part in server.version.split(".")[:2] if part.isdigit()) < OLDEST:
         yield Finding("wrong", subject, f"redis {server.version} is too old: {'.'.join(map(str, OLDEST))} or newer")
     if server.replica:
-        yield Finding("wrong", subject, "is a replica: it takes no writes; name the master")
+        yield Finding("wrong", subject, "is a replica, which accepts no writes; use the master's URL")
     if server.refused:
-        yield Finding("wrong", subject, f"this user may not: {', '.join(server.refused)} (see conf/redis-acl.conf)")
+        yield Finding(
+            "wrong", subject, f"this user lacks permissions: {', '.join(server.refused)} (see conf/redis-acl.conf)"
+        )
     if server.latency_ms > SLOW_MS:
         yield Finding("note", subject, f"slow: {server.latency_ms:.1f} ms a round trip, and a job takes several")
     if abs(server.ahead_s) > SKEW_S:
         way = "ahead of" if server.ahead_s > 0 else "behind"
-        said = f"its clock is {abs(server.ahead_s):.0f} s {way} ours; deadlines and times are told by its clock"
+        said = f"its clock is {abs(server.ahead_s):.0f} s {way} ours; deadlines and times are by its clock"
         yield Finding("note", subject, said)
     if {"ledger", "broker"} & set(server.roles):
         yield from _of_keeping(server, subject)
@@ -157,68 +160,70 @@ def _of_server(server: Server) -> Iterator[Finding]:
 
 
 def _of_keeping(server: Server, subject: str) -> Iterator[Finding]:
-    if "ledger" in server.roles and not server.appendonly and server.throwaway:
-        yield Finding("note", subject, "was brought by `rerankq up` or the demo: its jobs are gone when that ends")
+    if "ledger" in server.roles and not server.appendonly and server.embedded:
+        yield Finding("note", subject, "was started by `rerankq up` or the demo: its jobs are lost when that ends")
         return
     if "ledger" in server.roles and not server.appendonly:
-        yield Finding("wrong", subject, "appendonly is off: a restart of Redis loses every job that was accepted")
+        yield Finding("wrong", subject, "appendonly is off: a restart of Redis loses every accepted job")
         return
     if server.accepts_alone and "ledger" in server.roles:
-        said = "a master that comes back after it was replaced forgets what it accepts until it is told"
-        yield Finding("note", subject, f"min-replicas-to-write is 0: {said}; 1, with two replicas")
+        said = "a replaced master that returns may accept jobs and lose them; set it to 1, with two replicas"
+        yield Finding("note", subject, f"min-replicas-to-write is 0: {said}")
     if not server.log_is_written:
-        yield Finding("wrong", subject, "the append-only file could not be written lately: see the server's log")
+        yield Finding("wrong", subject, "the last write of the append-only file failed; see the server's log")
     match server.fsync if "ledger" in server.roles else "":
         case "always":
-            yield Finding("ok", subject, "appendfsync always: what was accepted survives a crash of the machine")
+            yield Finding("ok", subject, "appendfsync always: accepted jobs survive a crash of the machine")
         case "everysec":
-            yield Finding("ok", subject, "appendfsync everysec: a crash may lose the last one to two seconds")
+            yield Finding("ok", subject, "appendfsync everysec: a crash may lose the last one or two seconds")
         case "no":
-            yield Finding("wrong", subject, "appendfsync no: a crash of the machine may lose half a minute of jobs")
+            yield Finding("wrong", subject, "appendfsync no: a crash of the machine may lose jobs of half a minute")
         case None:
-            yield Finding("note", subject, "appendfsync is not told to this user; it should be everysec or always")
+            yield Finding("note", subject, "this user may not read appendfsync; it should be everysec or always")
 
 
 def _of_memory(server: Server, subject: str) -> Iterator[Finding]:
     keeps, evicts = {"ledger", "broker"} & set(server.roles), server.policy.startswith("allkeys-")
     share = server.memory / server.maxmemory if server.maxmemory else 0.0
     if not server.maxmemory:
-        yield Finding("note", subject, "no maxmemory: set one before the machine's memory is the limit")
+        yield Finding("note", subject, "maxmemory is not set: Redis may use all of the machine's memory")
     elif keeps and server.policy != "noeviction":
         yield Finding(
-            "wrong", subject, f"maxmemory-policy {server.policy}: a full server drops accepted jobs; noeviction"
+            "wrong", subject, f"maxmemory-policy {server.policy}: a full server drops accepted jobs; use noeviction"
         )
     elif keeps and "cache" in server.roles:
-        said = "scores share a server that has a maxmemory and evicts nothing: they fill it until jobs are refused"
+        said = "the cache shares a server that evicts nothing: scores fill it until jobs are refused"
         yield Finding("wrong", subject, f"{said}; give RERANKQ_CACHE_URL a server of its own")
     elif not keeps and not evicts:
-        yield Finding("wrong", subject, f"maxmemory-policy {server.policy}: a full cache takes no score; allkeys-lfu")
+        yield Finding(
+            "wrong", subject, f"maxmemory-policy {server.policy}: a full cache accepts no scores; use allkeys-lfu"
+        )
     elif keeps and share >= FULL:
-        yield Finding("wrong", subject, f"its memory is {share:.0%} full: jobs are refused")
+        yield Finding("wrong", subject, f"memory is {share:.0%} full: jobs are refused")
     elif keeps and share >= FILLING:
-        yield Finding("note", subject, f"its memory is {share:.0%} full; from {FULL:.0%} on jobs are refused")
+        yield Finding("note", subject, f"memory is {share:.0%} full; from {FULL:.0%} on jobs are refused")
     else:
         yield Finding("ok", subject, f"maxmemory {server.maxmemory >> 20} MiB, {server.policy}, {share:.0%} in use")
 
 
-def _of_trips(trips: Sequence[Trip]) -> Iterator[Finding]:
+def _of_trips(trips: Sequence[RoundTrip]) -> Iterator[Finding]:
     for trip in trips:
-        # What a user may not do stands with the server, where its role needs it.
+        # Missing permissions are reported with the server, if its role needs them.
         if trip.fault and not trip.refused:
-            yield Finding("wrong", trip.role, f"{trip.way} does not come through: {trip.fault}")
-    by_role: dict[str, list[Trip]] = defaultdict(list)
+            yield Finding("wrong", trip.role, f"{trip.path} failed: {trip.fault}")
+    by_role: dict[str, list[RoundTrip]] = defaultdict(list)
     for trip in trips:
         by_role[trip.role].append(trip)
-    for role, gone in by_role.items():
-        if not any(trip.fault for trip in gone):
-            yield Finding("ok", role, f"there and back: {', '.join(trip.way for trip in gone)}")
+    for role, of_role in by_role.items():
+        if not any(trip.fault for trip in of_role):
+            yield Finding("ok", role, f"round trips: {', '.join(trip.path for trip in of_role)}")
 
 
 def _of_workers(snapshot: Snapshot) -> Iterator[Finding]:
     living = [worker for worker in snapshot.workers if worker.age_s <= SILENT_S]
     if not living:
-        yield Finding("wrong", "workers", "none gives signs of life: jobs wait")
-    by_queue: dict[str, list[WorkerSeen]] = defaultdict(list)
+        yield Finding("wrong", "workers", "no worker is running; jobs are waiting")
+    by_queue: dict[str, list[RegisteredWorker]] = defaultdict(list)
     for worker in snapshot.workers:
         yield from _of_worker(worker, snapshot)
         if worker.queues and worker in living:
@@ -226,51 +231,53 @@ def _of_workers(snapshot: Snapshot) -> Iterator[Finding]:
     yield from _of_the_default(living, snapshot)
     for queue, serving in by_queue.items():
         if len({worker.fingerprint for worker in serving}) > 1:
-            said = "its workers have different weights or precisions: the same job may be ranked differently"
+            said = "its workers differ in weights or precision: the same job may be ranked differently"
             yield Finding("wrong", queue, said)
     versions = {worker.version for worker in living if worker.version} | {snapshot.version}
     if len(versions) > 1:
-        yield Finding("note", "versions", f"{', '.join(sorted(versions))} side by side; here it is {snapshot.version}")
+        yield Finding("note", "versions", f"{', '.join(sorted(versions))} run side by side; this is {snapshot.version}")
     served = {worker.model for worker in living}
-    for model in snapshot.listed:
+    for model in snapshot.promised_models:
         if model not in served:
-            yield Finding("wrong", "models", f"RERANKQ_MODELS lists {model}, and no worker serves it: its jobs wait")
+            yield Finding(
+                "wrong", "models", f"RERANKQ_MODELS lists {model}, but no worker serves it; its jobs are waiting"
+            )
 
 
-def _of_worker(worker: WorkerSeen, snapshot: Snapshot) -> Iterator[Finding]:
+def _of_worker(worker: RegisteredWorker, snapshot: Snapshot) -> Iterator[Finding]:
     subject = f"worker {worker.id}"
-    said = f"{worker.model} on {worker.device or 'a device it does not tell'}, {worker.age_s:.1f} s ago"
+    said = f"{worker.model} on {worker.device or 'an unknown device'}, {worker.age_s:.1f} s ago"
     if worker.age_s > SILENT_S:
-        yield Finding("note", subject, f"{said}: killed, hung or cut off, if it does not come back")
+        yield Finding("note", subject, f"{said}: if it does not return, it was killed, hangs or is cut off")
         return
     yield Finding("ok", subject, said)
     if worker.channel and worker.channel != snapshot.channel:
-        said = f"is of another deployment on the same ledger: its channels begin with {worker.channel}, ours with"
-        advice = "give each a RERANKQ_LEDGER_URL of its own, or both one RERANKQ_DEPLOYMENT"
+        said = f"belongs to another deployment on the same ledger: its channels begin with {worker.channel}, ours with"
+        advice = "give each its own RERANKQ_LEDGER_URL, or both the same RERANKQ_DEPLOYMENT"
         yield Finding("wrong", subject, f"{said} {snapshot.channel}; {advice}")
-    elif snapshot.heard is not None and worker.channel and worker.id not in snapshot.heard:
-        said = (
-            "does not answer through this broker: it listens to another one (two deployments on one ledger), or hangs"
-        )
+    elif snapshot.answered is not None and worker.channel and worker.id not in snapshot.answered:
+        said = "does not answer through this broker: it uses another one (two deployments on one ledger), or hangs"
         yield Finding("wrong", subject, said)
 
 
-def _of_the_default(living: Sequence[WorkerSeen], snapshot: Snapshot) -> Iterator[Finding]:
+def _of_the_default(living: Sequence[RegisteredWorker], snapshot: Snapshot) -> Iterator[Finding]:
     serving = {worker.model for worker in living if worker.queues and worker.queues[0] == INTERACTIVE}
-    if snapshot.chosen and serving and snapshot.default not in serving:
-        said = f"{snapshot.default} here, and not heeded: jobs that name no model go to {', '.join(sorted(serving))}"
-        yield Finding("note", "RERANKQ_MODEL", said)
+    if snapshot.default_is_set and serving and snapshot.default_model not in serving:
+        said = f"{snapshot.default_model} is set here but has no effect: jobs that name no model go to"
+        yield Finding("note", "RERANKQ_MODEL", f"{said} {', '.join(sorted(serving))}")
 
 
-def _of_work(work: Work, *, workers: int) -> Iterator[Finding]:
-    share = work.pairs_waiting / work.max_pairs
+def _of_counts(counts: LedgerCounts, *, workers: int) -> Iterator[Finding]:
+    share = counts.pairs_waiting / counts.max_pairs
     level: Level = "wrong" if share >= 1 else "note" if share >= FILLING else "ok"
-    queues = ", ".join(f"{queue} {pairs}" for queue, pairs in sorted(work.by_queue.items()))
-    said = f"{work.pairs_waiting} pairs waiting of {work.max_pairs} allowed, {work.running} jobs running"
+    queues = ", ".join(f"{queue} {pairs}" for queue, pairs in sorted(counts.by_queue.items()))
+    said = f"{counts.pairs_waiting} pairs waiting of {counts.max_pairs} allowed, {counts.running} jobs running"
     yield Finding(level, "backlog", said + (f" ({queues})" if queues else ""))
-    if work.long_over:
-        yield Finding("wrong", "leases", f"{work.long_over} jobs lost their worker and nobody has queued them again")
-    if workers and not work.sweeper:
-        yield Finding("wrong", "sweeper", "workers live, and none sweeps: lost jobs and doorbells stay lost")
-    if work.dead:
-        yield Finding("note", "dead jobs", f"{work.dead}: see `rerankq dead list`")
+    if counts.expired:
+        yield Finding("wrong", "leases", f"{counts.expired} jobs lost their worker and were not queued again")
+    if workers and not counts.sweeper:
+        yield Finding(
+            "wrong", "sweeper", "workers are running but none sweeps: lost jobs and doorbells are not recovered"
+        )
+    if counts.dead:
+        yield Finding("note", "dead jobs", f"{counts.dead}: see `rerankq dead list`")

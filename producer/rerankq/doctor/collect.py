@@ -1,4 +1,4 @@
-"""Ask a live deployment what it is: Redis by Redis, the registry of workers, the ledger's counts."""
+"""Collect a snapshot of a live deployment: each Redis, the registry of workers, the ledger's counts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from .. import RerankqError, __version__, catalogue
+from .. import __version__, catalogue
 from ..broker.celery_app import INTERACTIVE, queue_key
-from ..errors import SettingsInvalid
+from ..errors import RerankqError, SettingsInvalid
 from ..ledger import calls, connect
 from ..ledger.keys import completion_channel
 from ..ledger.lease_policy import LeasePolicy
@@ -20,14 +20,14 @@ from ..ledger.runner import Ledger, translated
 from ..local.embedded import FOLDER, OLDEST
 from ..settings import Settings
 from ..urls import AMQP, masked, parts_of, with_database
-from .checks import SILENT_S, Server, Snapshot, Work, WorkerSeen
-from .round_trips import NOBODY, go, heard_through_the_broker
+from .checks import SILENT_S, LedgerCounts, RegisteredWorker, Server, Snapshot
+from .round_trips import PROBE_ID, try_all, workers_that_answer
 
 ROUND_TRIPS = 9
 
 
 def collect(settings: Settings) -> Snapshot:
-    """Find out everything; what cannot be reached stands as a fault, and nothing is changed."""
+    """Collect everything; what cannot be reached is recorded as a fault. Changes nothing."""
     roles = {"broker": settings.broker, "ledger": settings.ledger, "cache": settings.cache}
     amqp = parts_of(settings.broker).scheme in AMQP
     if amqp:
@@ -37,22 +37,22 @@ def collect(settings: Settings) -> Snapshot:
         by_server[with_database(url, 0)].append(role)
     servers = [_server(settings, {role: roles[role] for role in served}) for served in by_server.values()]
     reached = {role for server in servers if not server.fault for role in server.roles}
-    trips = go(settings, reached | {"broker"} if amqp else reached)
-    well = {"broker", "ledger", "cache"} - {trip.role for trip in trips if trip.fault and not trip.refused}
-    answers = "ledger" in reached & well
+    trips = try_all(settings, reached | {"broker"} if amqp else reached)
+    usable = {"broker", "ledger", "cache"} - {trip.role for trip in trips if trip.fault and not trip.refused}
+    answers = "ledger" in reached & usable
     workers = _workers(settings) if answers else ()
     living = [worker for worker in workers if worker.age_s <= SILENT_S]
     return Snapshot(
         version=__version__,
         servers=servers,
-        trips=trips,
+        round_trips=trips,
         workers=workers,
-        heard=heard_through_the_broker(settings, len(living)) if living and "broker" in well else None,
-        work=_work(settings) if answers else None,
-        listed=[catalogue.canonical(name, settings.conf_dir) for name in settings.models],
+        answered=workers_that_answer(settings, len(living)) if living and "broker" in usable else None,
+        counts=_counts(settings) if answers else None,
+        promised_models=[catalogue.canonical(name, settings.conf_dir) for name in settings.models],
         channel=settings.channel,
-        default=catalogue.canonical(settings.default_model or settings.model, settings.conf_dir),
-        chosen=bool({"model", "default_model"} & settings.model_fields_set),
+        default_model=catalogue.canonical(settings.default_model or settings.model, settings.conf_dir),
+        default_is_set=bool({"model", "default_model"} & settings.model_fields_set),
     )
 
 
@@ -69,7 +69,7 @@ def _server(settings: Settings, urls: dict[str, str]) -> Server:
                     run_id=str(info.get("run_id", "")),
                     version=str(info["redis_version"]),
                     replica=info.get("role") in {"slave", "replica"},
-                    throwaway=f"/{FOLDER}" in str(info.get("config_file", "")),
+                    embedded=f"/{FOLDER}" in str(info.get("config_file", "")),
                     appendonly=bool(info.get("aof_enabled")),
                     fsync=_setting(redis, "appendfsync"),
                     accepts_alone=url.startswith("sentinel") and _setting(redis, "min-replicas-to-write") == "0",
@@ -82,7 +82,7 @@ def _server(settings: Settings, urls: dict[str, str]) -> Server:
                     refused=tuple(f"{role}: {what}" for role in roles for what in _refused(role, urls[role], settings)),
                 )
         except SettingsInvalid:
-            # It is there; the round trips tell which role's database is not.
+            # The server is reachable; the round trips show which role's database is not.
             return Server(roles=roles, url=masked(with_database(url, 0)), version=".".join(map(str, OLDEST)))
         except RerankqError as error:
             return Server(roles=roles, url=masked(with_database(url, 0)), fault=str(error.__cause__ or error))
@@ -105,22 +105,22 @@ def _setting(redis: Any, name: str) -> str | None:
         with translated():
             return str(redis.config_get(name)[name])
     except (RerankqError, KeyError):
-        return None  # CONFIG is no right that a user of ours needs
+        return None  # our users need no permission for CONFIG
 
 
 def _refused(role: str, url: str, settings: Settings) -> list[str]:
-    """Try what the role needs, on names that nobody has; answer what this user may not do."""
-    channel = completion_channel(settings.channel, NOBODY)
-    with closing(connect(url)) as redis, closing(redis.pubsub()) as heard:  # type: ignore[no-untyped-call]
+    """Try what the role needs, on keys that nothing else uses; return what this user may not do."""
+    channel = completion_channel(settings.channel, PROBE_ID)
+    with closing(connect(url)) as redis, closing(redis.pubsub()) as subscription:  # type: ignore[no-untyped-call]
         tries: dict[str, dict[str, Callable[[], object]]] = {
             "broker": {"read doorbells": lambda: redis.llen(queue_key(INTERACTIVE))},
             "ledger": {
-                "run scripts": lambda: Ledger(redis).ask(calls.snapshot(NOBODY, LedgerLimits.of(settings))),
-                "write": lambda: Ledger(redis).try_to_write(f"{NOBODY}-writes"),
-                "subscribe": lambda: (heard.subscribe(channel), heard.get_message(timeout=1)),
+                "run scripts": lambda: Ledger(redis).ask(calls.snapshot(PROBE_ID, LedgerLimits.of(settings))),
+                "write": lambda: Ledger(redis).try_to_write(f"{PROBE_ID}-writes"),
+                "subscribe": lambda: (subscription.subscribe(channel), subscription.get_message(timeout=1)),
                 "publish": lambda: redis.publish(channel, ""),
             },
-            # Producers need no scores, so that reading none is no fault: only workers do.
+            # Only workers read scores: a producer without that permission is no fault.
             "cache": {},
         }
         return [what for what, attempt in tries[role].items() if _may_not(attempt)]
@@ -135,10 +135,10 @@ def _may_not(attempt: Callable[[], object]) -> bool:
     return False
 
 
-def _workers(settings: Settings) -> list[WorkerSeen]:
+def _workers(settings: Settings) -> list[RegisteredWorker]:
     with closing(connect(settings.ledger)) as redis:
         return [
-            WorkerSeen(
+            RegisteredWorker(
                 seen.id, seen.model, seen.fingerprint, seen.queues, seen.version, seen.device, seen.age_s, seen.channel
             )
             for seen in Ledger(redis).workers()
@@ -146,15 +146,15 @@ def _workers(settings: Settings) -> list[WorkerSeen]:
         ]
 
 
-def _work(settings: Settings) -> Work:
+def _counts(settings: Settings) -> LedgerCounts:
     with closing(connect(settings.ledger)) as redis:
         found = Ledger(redis).overview(LeasePolicy(settings.lease_s))
-    return Work(
+    return LedgerCounts(
         pairs_waiting=found.pairs_waiting,
         max_pairs=settings.max_queued_pairs,
         by_queue=found.by_queue,
         running=found.running,
-        long_over=found.overdue,
+        expired=found.overdue,
         dead=found.dead,
         sweeper=found.somebody_sweeps,
     )

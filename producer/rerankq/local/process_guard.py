@@ -19,9 +19,9 @@ from pathlib import Path
 
 
 def hold(grace_s: float, folder: Path | None, command: Sequence[str]) -> int:
-    """Run *command* until it ends or standard input does; answer its exit status, 128 + n where signal n ended it."""
+    """Run *command* until it or standard input ends; return its exit status, 128 + n if signal n ended it."""
     try:
-        # Its own child, not a process id found later: an id may have passed to a stranger by then.
+        # Our child, not a process id that was read somewhere: ids are reused.
         program = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL)  # noqa: S603 - the owner chose it
         threading.Thread(target=_stop_at_the_end_of_input, args=(program, grace_s), daemon=True).start()
         status = program.wait()

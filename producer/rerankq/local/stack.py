@@ -1,4 +1,4 @@
-"""Redis, a worker and Flower on this machine: started, watched, started again when they die, and stopped together."""
+"""Redis, a worker and Flower on this machine: supervised, restarted when they die, stopped together."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Self
 
-from .. import Client
+from ..client.blocking import Client
 from ..errors import BrokerUnavailable
 from ..settings import Settings
+from ..stream import OpenClient
 from ..urls import with_database
-from . import worker_command as celery_worker
+from . import worker_command
 from .embedded import EmbeddedRedis
 from .processes import StackFailed, SupervisedProcess
 from .worker_watch import WorkerWatch
 
 
 class Stack:
-    """The parts, for as long as a ``with`` block. One thread: who holds it calls :meth:`tend` now and then.
+    """The processes, for as long as a ``with`` block. Its owner calls :meth:`supervise` periodically, in one thread.
 
     Args:
-        settings: without a ``broker_url`` an embedded Redis is brought.
-        embedded: bring one in any case.
+        settings: without a ``broker_url`` an embedded Redis is started.
+        embedded: start one in any case.
         flower_port: where Flower listens on the loopback; None = no Flower.
-        quiet: keep what the parts say to ourselves unless one cannot be started.
-        tell: hears of deaths.
+        quiet: show the processes' output only if one cannot be started.
+        notify: called with a message when a process dies.
     """
 
     def __init__(
@@ -38,14 +39,14 @@ class Stack:
         embedded: bool = False,
         flower_port: int | None = None,
         quiet: bool = True,
-        tell: Callable[[str], None] = lambda _: None,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.settings = settings
         self.embedded = embedded or not settings.broker_url
         self._flower_port = flower_port
         self._quiet = quiet
-        self._tell = tell
-        self._parts: list[SupervisedProcess] = []
+        self._notify = notify
+        self._processes: list[SupervisedProcess] = []
         self._was_ready = False
         self._open = ExitStack()
         self._redis: EmbeddedRedis | None = None
@@ -56,7 +57,7 @@ class Stack:
                 self._redis = opening.enter_context(EmbeddedRedis())
                 self.settings = settings_for(self._redis.url, self.settings)
             opening.callback(self.stop)
-            self._add("worker", celery_worker.command(name="rerankq"))
+            self._add("worker", worker_command.command(name="rerankq"))
             if self._flower_port is not None:
                 self._add("Flower", flower_command(self._flower_port), flower_environment(os.environ))
             self._open = opening.pop_all()
@@ -66,59 +67,61 @@ class Stack:
         self._open.close()
 
     def stop(self) -> None:
-        """Stop all parts, together; a second Ctrl-C kills them at once."""
+        """Stop all processes together; a second Ctrl-C kills them at once."""
         try:
-            for part in self._parts:
-                part.ask_to_stop()
-            for part in self._parts:
-                part.wait()
+            for process in self._processes:
+                process.ask_to_stop()
+            for process in self._processes:
+                process.wait()
         finally:
-            for part in self._parts:
-                part.close()
+            for process in self._processes:
+                process.close()
 
     def supervise(self) -> None:
-        """Look after the parts: start again what died.
+        """Restart the processes that died.
 
         Raises:
             StackFailed: if the worker died before it was ever ready.
-            BrokerUnavailable: if the embedded Redis is gone, and with it all jobs.
+            BrokerUnavailable: if the embedded Redis has ended, and all jobs with it.
         """
         if self._redis is not None and not self._redis.alive:
             raise BrokerUnavailable("the embedded Redis has ended")
-        for part in self._parts:
-            death = part.supervise(time.monotonic())
+        for process in self._processes:
+            death = process.supervise(time.monotonic())
             if death is None:
                 continue
-            if part.name == "worker" and not self._was_ready:
-                raise StackFailed(f"the worker could not be started (status {death.status})\n{part.said()}".strip())
-            self._tell(str(death))
+            if process.name == "worker" and not self._was_ready:
+                raise StackFailed(
+                    f"the worker could not be started (status {death.status})\n{process.last_output()}".strip()
+                )
+            self._notify(str(death))
 
-    def wait_until_ready(self, client: Client, *, look_s: float = 0.1) -> None:
+    def wait_until_ready(self, client: Client, *, poll_s: float = 0.1) -> None:
         """Wait until a worker has loaded its model and registered; a first start may download it.
 
         Raises:
-            StackFailed: if it dies before that.
+            StackFailed: if the worker dies before that.
         """
         while not any(worker.queues for worker in client.workers()):
             self.supervise()
-            time.sleep(look_s)
+            time.sleep(poll_s)
         self._was_ready = True
 
     def _add(self, name: str, command: Sequence[str], more: Mapping[str, str] | None = None) -> None:
-        environment = {**celery_worker.tuned(os.environ), **celery_worker.environment(self.settings), **(more or {})}
-        part = SupervisedProcess(name, command, environment, quiet=self._quiet)
-        self._parts.append(part)
-        part.start(time.monotonic())
+        environment = {**worker_command.tuned(os.environ), **worker_command.environment(self.settings), **(more or {})}
+        process = SupervisedProcess(name, command, environment, quiet=self._quiet)
+        self._processes.append(process)
+        process.start(time.monotonic())
 
 
 def settings_for(url: str, settings: Settings) -> Settings:
-    """Put all three roles on one Redis."""
+    """Put all three roles on one Redis, each in a database of its own."""
     return settings.model_copy(
         update={"broker_url": url, "ledger_url": with_database(url, 1), "cache_url": with_database(url, 2)}
     )
 
 
-# By the environment, since older Flowers refuse options that they do not know.
+# As variables: older versions of Flower refuse options that they do not know.
 FLOWER_ENVIRONMENT = {
     "FLOWER_READ_ONLY": "true",
     "FLOWER_UNAUTHENTICATED_API": "false",
@@ -128,9 +131,9 @@ FLOWER_ENVIRONMENT = {
 
 
 def flower_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Write Flower's settings: without a password of its own it shows and does not control.
+    """Return Flower's settings; without a password it is read-only.
 
-    On the loopback anybody's page in a browser can reach it.
+    Any page in a browser of this machine can reach the loopback.
 
     >>> flower_environment({"FLOWER_BASIC_AUTH": "me:secret"})["FLOWER_READ_ONLY"]
     'false'
@@ -141,7 +144,7 @@ def flower_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def flower_command(port: int) -> list[str]:
-    """Write the program and arguments that run Flower on the loopback."""
+    """Return the command that runs Flower on the loopback."""
     return [
         sys.executable,
         "-m",
@@ -159,19 +162,14 @@ def flower_is_installed() -> bool:
 
 
 @contextmanager
-def open_client(
-    settings: Settings, model: str | None, tell: Callable[[str], None]
-) -> Iterator[tuple[Client, str | None, Callable[[], None]]]:
-    """Open a client of the deployment that the settings name, or of a stack of one's own where they name none.
-
-    Yields the client, the model to name in jobs (None = the deployment's own) and what to call now and then.
-    """
+def open_client(settings: Settings, model: str | None, notify: Callable[[str], None]) -> Iterator[OpenClient]:
+    """Open a client of the deployment that the settings name, or, if they name none, of a stack started for it."""
     if settings.broker_url:
         with Client(settings) as client:
-            watch = WorkerWatch(client.workers, tell, settings.conf_dir)
-            yield client, model, lambda: watch.look({model})
+            watch = WorkerWatch(client.workers, notify, settings.conf_dir)
+            yield OpenClient(client, model, lambda: watch.check({model}))
         return
     own = settings.model_copy(update={"model": model or settings.model, "default_model": ""})
-    with Stack(own, tell=tell) as stack, Client(stack.settings) as client:
+    with Stack(own, notify=notify) as stack, Client(stack.settings) as client:
         stack.wait_until_ready(client)
-        yield client, None, stack.supervise
+        yield OpenClient(client, None, stack.supervise)

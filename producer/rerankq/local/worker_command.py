@@ -6,14 +6,18 @@ import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-from ..rescoring.inputs import InputFault
+from ..errors import RerankqError
 from ..settings import Settings
 
-HOW_TO_GET_A_WORKER = "a worker needs more than this machine has installed: pip install 'rerankq[worker]'"
+HOW_TO_GET_A_WORKER = "the worker's packages are not installed: pip install 'rerankq[worker]'"
+
+
+class WorkerNotInstalled(RerankqError):
+    """Raised when a worker is to be started and its packages are not installed."""
 
 
 def command(*, name: str, verbose: bool = False) -> list[str]:
-    """Write the program and its arguments; pool, concurrency, queues and events come from the app's own configuration.
+    """Return the command; pool, concurrency, queues and events come from the app's own configuration.
 
     >>> command(name="gpu0")[1:]
     ['-m', 'celery', '-q', '-A', 'rerankq_worker.tasks', 'worker', '-n', 'gpu0@%h', '-l', 'WARNING', \
@@ -27,17 +31,17 @@ def command(*, name: str, verbose: bool = False) -> list[str]:
         "-A",
         "rerankq_worker.tasks",
         "worker",
-        # A stable name: metrics and Flower tell a worker by it across restarts.
+        # A stable name: metrics and Flower identify a worker by it across restarts.
         *("-n", f"{name}@%h"),
         *("-l", "INFO" if verbose else "WARNING"),
-        # Workers have nothing to say to each other: the ledger is what they share.
+        # Workers share the ledger and need no messages to each other.
         "--without-gossip",
         "--without-mingle",
     ]
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """Write variables that make another process read this one's settings of URLs, models and concurrency.
+    """Return the variables by which another process gets our URLs, models and concurrency.
 
     Raises:
         BrokerUnavailable: if no broker is set.
@@ -47,22 +51,22 @@ def environment(settings: Settings) -> dict[str, str]:
         "RERANKQ_LEDGER_URL": settings.ledger,
         "RERANKQ_CACHE_URL": settings.cache,
         "RERANKQ_MODEL": settings.model,
-        # Never empty: what is empty counts as not set, and another value may stand in a file.
+        # Never empty: an empty variable counts as not set, and a .env file may hold another value.
         "RERANKQ_DEFAULT_MODEL": settings.default_model or settings.model,
         "RERANKQ_CONCURRENCY": str(settings.concurrency),
     }
 
 
 def tuned(environment: Mapping[str, str]) -> dict[str, str]:
-    """Add what the allocator and the tokenisers read at start-up only; what is set already stays.
+    """Add the variables that allocator and tokenisers read at start-up; those that are set keep their value.
 
     Raises:
-        InputFault: if the worker's packages are not installed.
+        WorkerNotInstalled: if the worker's packages are not installed.
     """
     if find_spec("rerankq_worker") is None or find_spec("numpy") is None:
-        raise InputFault(HOW_TO_GET_A_WORKER)
-    # Here, not at the top: everything else of the command line runs without the worker's packages.
+        raise WorkerNotInstalled(HOW_TO_GET_A_WORKER)
+    # Here, not at the top: everything else runs without the worker's packages.
     from rerankq_worker.engine import allocator_environment  # noqa: PLC0415
 
-    # Job threads tokenise side by side; tokenisers that fork threads of their own as well fight over the cores.
+    # Job threads tokenise in parallel; tokenisers with threads of their own would compete for the cores.
     return {**allocator_environment(), "TOKENIZERS_PARALLELISM": "false", **environment}

@@ -1,4 +1,4 @@
-"""Whoever waits for jobs is told when there is no worker to do them."""
+"""Warns whoever waits for jobs when no worker serves them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .. import catalogue
 from ..errors import RerankqError
 from ..ledger.registry import WorkerInfo
 
-IDS_SAID = 3
+IDS_NAMED = 3
 
 
 def unserved(
     models: Iterable[str | None], workers: Sequence[WorkerInfo], conf_dir: Path | None = None
 ) -> tuple[str, ...]:
-    """Name what no live worker serves: ``""`` where none takes jobs at all, else of *models* (None = the default).
+    """Return those of *models* that no live worker serves (None = the default model); ``("",)`` if no worker runs.
 
     >>> unserved([None], [])
     ('',)
@@ -39,36 +39,36 @@ def unserved(
 
 
 class WorkerWatch:
-    """Tells once when workers are missing, and once when they are there again.
+    """Notifies once when workers are missing, and once when they are back.
 
     Args:
-        workers: asks for the live ones.
-        tell: hears what a person should know.
-        conf_dir: where the catalogue of models is.
+        workers: returns the live ones.
+        notify: called with a message.
+        conf_dir: the folder of the model catalogue.
     """
 
     def __init__(
-        self, workers: Callable[[], Sequence[WorkerInfo]], tell: Callable[[str], None], conf_dir: Path | None = None
+        self, workers: Callable[[], Sequence[WorkerInfo]], notify: Callable[[str], None], conf_dir: Path | None = None
     ) -> None:
         self._workers = workers
-        self._tell = tell
+        self._notify = notify
         self._conf_dir = conf_dir
         self._missing: tuple[str, ...] = ()
 
-    def look(self, models: Iterable[str | None] = (), job_ids: Sequence[str] = ()) -> None:
-        """Look for workers that serve *models*, for which *job_ids* wait."""
-        with suppress(RerankqError):  # a ledger that does not answer is said by whoever waits
+    def check(self, models: Iterable[str | None] = (), job_ids: Sequence[str] = ()) -> None:
+        """Check that workers serve *models*, for which *job_ids* wait."""
+        with suppress(RerankqError):  # the waiting call reports a ledger that does not answer
             missing = unserved(models, self._workers(), self._conf_dir)
             if missing and missing != self._missing:
-                self._tell(" ".join(_sentences(missing, job_ids)))
+                self._notify(" ".join(_sentences(missing, job_ids)))
             elif self._missing and not missing:
-                self._tell("a worker is there now")
+                self._notify("a worker is running now")
             self._missing = missing
 
 
 def _sentences(missing: tuple[str, ...], job_ids: Sequence[str]) -> Iterator[str]:
-    yield f"no worker {'is alive' if missing == ('',) else 'serves ' + ' and '.join(missing)};"
-    more = f" and {len(job_ids) - IDS_SAID} more" if len(job_ids) > IDS_SAID else ""
-    named = ", ".join(job_ids[:IDS_SAID]) + more
+    yield f"no worker {'is running' if missing == ('',) else 'serves ' + ' and '.join(missing)};"
+    more = f" and {len(job_ids) - IDS_NAMED} more" if len(job_ids) > IDS_NAMED else ""
+    named = ", ".join(job_ids[:IDS_NAMED]) + more
     yield f"waiting for job{'s' if len(job_ids) > 1 else ''} {named}" if job_ids else "jobs are waiting"
-    yield "(rerankq worker starts one)"
+    yield "(start one with: rerankq worker)"

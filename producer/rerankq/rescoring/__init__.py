@@ -1,1 +1,1 @@
-"""Files in, files out: a first-stage run is scored again."""
+"""Re-scoring of a first-stage run, from files to a file, over an open client."""

@@ -1,4 +1,4 @@
-"""A first-stage run with its texts, on disk: a run over millions of documents must not have to fit into memory."""
+"""A first-stage run with its texts, on disk: a run over millions of documents need not fit into memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CREATE TABLE pair (
 CREATE TABLE chunk (id TEXT PRIMARY KEY, line INTEGER NOT NULL, title TEXT, text TEXT) WITHOUT ROWID;
 """
 
-# trec_eval's order, as metrics.trec_order: single precision does not matter for a cut at a depth.
+# The order of trec_eval, as metrics.trec_order; single precision does not matter for a cut at a depth.
 _BEST_FIRST = "score DESC, chunk DESC"
 
 
@@ -35,8 +35,8 @@ class FirstStage(NamedTuple):
 class Collection:
     """The queries of a run, in the run's order, each with its first *depth* documents as chunks.
 
-    Only what the run names is kept, and only that must be right; ``skipped`` counts other lines that are wrong, by
-    file. The database is SQLite's unnamed kind: a file that nobody sees, gone when the process ends, however it ends.
+    Only what the run names is kept, and only that must be valid; ``skipped`` counts other invalid lines, by file. The
+    database is a temporary one of SQLite, without a name: it is gone when the process ends, however it ends.
     """
 
     def __init__(self) -> None:
@@ -52,8 +52,7 @@ class Collection:
         """Read the files; with a *limit*, only as many queries, the run's first.
 
         Raises:
-            InputFault: if one is malformed where it is needed, or the run names a query or a document that is nowhere
-                to be found.
+            InputFault: if a line that is needed is invalid, or the run names a query or a document that is missing.
         """
         collection = cls()
         try:
@@ -67,14 +66,14 @@ class Collection:
             collection._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             collection.close()
-            raise InputFault(f"{run}: no room for its texts in the folder of temporary files: {error}") from None
+            raise InputFault(f"{run}: no space for its texts in the folder of temporary files: {error}") from None
         except BaseException:
             collection.close()
             raise
         return collection
 
     def close(self) -> None:
-        """Drop everything."""
+        """Delete the database."""
         self._db.close()
 
     def __enter__(self) -> Self:
@@ -125,7 +124,7 @@ class Collection:
             if new.rowcount == 0:
                 raise line.fault(f"query {found.query} has document {found.chunk} twice", "document")
         if self._db.execute("SELECT 1 FROM query LIMIT 1").fetchone() is None:
-            raise InputFault(f"{source}: holds no line")
+            raise InputFault(f"{source}: is empty")
         if limit is not None:
             self._db.execute(
                 "DELETE FROM query WHERE place NOT IN (SELECT place FROM query ORDER BY place LIMIT ?)", (limit,)
@@ -143,16 +142,16 @@ class Collection:
         self.grades = inputs.judgements(source, queries=self.counts().keys(), skipped=skipped)
 
     def _read_queries(self, source: str) -> None:
-        for line, query in self._right("query", source, inputs.query_of):
+        for line, query in self._valid("query", source, inputs.query_of):
             self._fill("query", query.id, {"text": query.text}, line)
 
     def _read_corpus(self, source: str) -> None:
-        for line, chunk in self._right("chunk", source, inputs.chunk_of):
+        for line, chunk in self._valid("chunk", source, inputs.chunk_of):
             self._fill("chunk", chunk.id, {"title": chunk.title, "text": chunk.text}, line)
 
-    def _right(self, table: str, source: str, read: Callable[[Line], T]) -> Iterator[tuple[Line, T]]:
-        """Yield what could be read; a wrong line whose id the run does not name, or that has none, is skipped."""
-        right = 0
+    def _valid(self, table: str, source: str, read: Callable[[Line], T]) -> Iterator[tuple[Line, T]]:
+        """Yield the valid lines; an invalid line whose id the run does not name, or that has none, is skipped."""
+        valid = 0
         skipped = self.skipped.setdefault(source, Skipped())
         for line in inputs.lines(source, skipped=skipped):
             try:
@@ -162,11 +161,11 @@ class Collection:
                     raise
                 skipped.add(fault)
             else:
-                right += 1
+                valid += 1
                 yield line, found
-        if not right:
-            # Nothing there is what was expected: a file of another kind.
-            raise skipped.first or InputFault(f"{source}: holds no line")
+        if not valid:
+            # No line is valid: a file of another format.
+            raise skipped.first or InputFault(f"{source}: is empty")
 
     def _names(self, table: str, name: str) -> bool:
         return self._db.execute(f"SELECT 1 FROM {table} WHERE id = ?", (name,)).fetchone() is not None  # noqa: S608
@@ -178,7 +177,7 @@ class Collection:
             (*texts.values(), name),
         )
         if filled.rowcount == 0 and self._names(table, name):
-            raise line.fault(f"{name} stands here a second time", "_id")
+            raise line.fault(f"{name} was given before", "_id")
 
     def _check(self, run: str, queries: str, corpus: str) -> None:
         for table, source, field in (("query", queries, "query"), ("chunk", corpus, "document")):
@@ -187,7 +186,7 @@ class Collection:
                 "WHERE text IS NULL ORDER BY line LIMIT 1"
             ).fetchone()
             if lost is not None:
-                more = f" ({lost[2] - 1} more like it)" if lost[2] > 1 else ""
+                more = f" (and {lost[2] - 1} more)" if lost[2] > 1 else ""
                 skipped = self.skipped[source]
                 among = f"; {skipped}" if skipped.lines else ""
                 raise InputFault(f"{run}:{lost[1]}: {field}: {lost[0]} is not in {source}{more}{among}")

@@ -1,4 +1,4 @@
-"""Read what a person's files hold, line by line; what is wrong is said with file, line and field."""
+"""Input files, read line by line; a fault is reported with file, line and field."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ from ..errors import JobRejected
 STDIN = "-"
 
 MAX_LINE_BYTES = 64 * 2**20
-"""A line longer than this is a file of another kind; refused before it fills the memory."""
+"""Longest line in bytes: a longer one means a file of another format, and would fill the memory."""
 
 COMPRESSED: tuple[tuple[re.Pattern[bytes], Callable[[IO[bytes]], object]], ...] = (
     (re.compile(rb"\x1f\x8b"), lambda file: gzip.GzipFile(fileobj=file)),
-    # A text may begin with "BZh9"; what follows here is the mark of a block, or of an empty file.
+    # A text may begin with "BZh9"; the bytes after it mark a block, or an empty file.
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2File),
     (re.compile(rb"\xfd7zXZ\x00"), lzma.LZMAFile),
 )
-"""How a compressed file begins, whatever its name, and what decompresses it."""
+"""Signatures of compressed files, and what decompresses them; names do not matter."""
 
 UNREADABLE = (
     (re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16; expected UTF-8"),
     (re.compile(rb"\x28\xb5\x2f\xfd"), "compressed with zstd; expected plain text, gzip, bzip2 or xz"),
     (re.compile(rb"PK\x03\x04"), "a zip archive; expected plain text, gzip, bzip2 or xz"),
 )
-"""How files begin that are not read, and what they are."""
+"""Signatures of files that cannot be read, and what they are."""
 
 _LONGEST_SIGNATURE = 10
 
-# ASCII alone, as trec_eval reads: an id may hold a no-break or an ideographic space.
+# Only ASCII separates columns, as for trec_eval: an id may contain a no-break or an ideographic space.
 _BLANKS = " \t\n\v\f\r"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
-# What the columns of judgements are called, in lower case and with hyphens.
+# Names for the columns of judgements, in lower case and with hyphens.
 _QUERY_NAMES = {"query-id", "query", "qid", "q-id", "queryid", "topic", "topic-id"}
 _CHUNK_NAMES = {"corpus-id", "doc-id", "document-id", "document", "doc", "did", "docid", "docno", "pid", "passage-id"}
 _GRADE_NAMES = {"score", "grade", "rel", "relevance", "relevancy", "label", "judgement", "judgment"}
 
 
 class InputFault(Exception):
-    """Raised when the command line or an input file is wrong; the message names the place.
+    """Raised when the command line or an input file is wrong; the message names the option, or the file and line.
 
-    ``about`` is the id of the record that is wrong, where it could be read.
+    ``about`` is the id of the invalid record, if it could be read.
     """
 
     def __init__(self, message: str, *, about: str | None = None) -> None:
@@ -64,9 +64,9 @@ class InputFault(Exception):
 
 
 class Line(NamedTuple):
-    """A line of a file, with the place to name when it is wrong; ``number`` counts from 1.
+    """A line of a file; ``number`` counts from 1.
 
-    A byte that is not UTF-8 stands in ``text`` as a lone surrogate: whether it matters depends on what is used.
+    A byte that is not UTF-8 is a lone surrogate in ``text``: it is an error only in a field that is used.
     """
 
     source: str
@@ -74,7 +74,7 @@ class Line(NamedTuple):
     text: str
 
     def fault(self, reason: str, field: str = "", *, about: str | None = None) -> InputFault:
-        """Say what is wrong here.
+        """Make an error that names this line.
 
         >>> print(Line("q.jsonl", 3, "{}").fault("is missing", "_id"))
         q.jsonl:3: _id: is missing
@@ -87,7 +87,7 @@ class Line(NamedTuple):
         return f"{self.source}:{self.number}"
 
     def checked(self) -> str:
-        """Answer the text where all of it must be right.
+        """Return the text, all of which must be UTF-8.
 
         Raises:
             InputFault: if a byte is not UTF-8.
@@ -104,7 +104,7 @@ class Line(NamedTuple):
         ['q1', 'Q0', 'd1', '1']
 
         Raises:
-            InputFault: if it is not text.
+            InputFault: if it is not UTF-8, or contains a NUL.
         """
         text = self.checked()
         if "\0" in text:
@@ -120,7 +120,7 @@ class Query(NamedTuple):
 
 
 class RunLine(NamedTuple):
-    """What the first stage gave a chunk for a query."""
+    """A chunk's first-stage score for a query."""
 
     query: str
     chunk: str
@@ -129,7 +129,7 @@ class RunLine(NamedTuple):
 
 @dataclass
 class Skipped:
-    """Wrong lines that nothing needs: how many, and what is wrong with the first."""
+    """Invalid lines that were not needed: how many, and the fault of the first."""
 
     lines: int = 0
     first: InputFault | None = None
@@ -162,7 +162,7 @@ def lines(source: str, *, max_bytes: int = MAX_LINE_BYTES, skipped: Skipped | No
                     skipped.add(fault)
                     _skip_to_the_next_line(file, raw)
                     continue
-                # Files that were appended to each other carry byte order marks further down too.
+                # Concatenated files have byte order marks in the middle too.
                 text = raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
                 if text.strip(_BLANKS):
                     yield Line(name, number, text)
@@ -223,7 +223,7 @@ def run_line_of(line: Line) -> RunLine:
 
 
 class JudgementColumns(NamedTuple):
-    """Where a judgement's parts stand."""
+    """Positions of the columns of judgements."""
 
     query: int = 0
     chunk: int = -2
@@ -231,7 +231,7 @@ class JudgementColumns(NamedTuple):
 
 
 def judgement_header(cells: Sequence[str]) -> JudgementColumns | None:
-    """Read where the columns stand from a header; None where it is none.
+    """Read the positions of the columns from a header; None if these cells are no header.
 
     >>> judgement_header(["qid", "pid", "rel"]), judgement_header(["corpus-id", "query-id", "score"])
     (JudgementColumns(query=0, chunk=1, grade=2), JudgementColumns(query=1, chunk=0, grade=2))
@@ -252,16 +252,16 @@ def judgements(
 ) -> dict[str, dict[str, int]]:
     """Read judgements: three columns (query-id, corpus-id, score) with or without a header, or TREC's four.
 
-    Answers each query's documents with their grades; above zero is relevant. Of others than *queries* (None = all)
-    nothing is kept, and wrong lines are *skipped*.
+    Returns the grades by query and document; above zero is relevant. Only *queries* (None = all) are kept; invalid
+    lines of others are *skipped*.
 
     Raises:
-        InputFault: if a line that is needed is wrong, or there is none.
+        InputFault: if a line that is needed is invalid, or no line is valid.
     """
     grades: dict[str, dict[str, int]] = {}
     columns = JudgementColumns()
     first: InputFault | None = None
-    right = False
+    valid = False
     for at, line in enumerate(lines(source)):
         cells = line.columns()
         header = judgement_header(cells) if at == 0 else None
@@ -272,23 +272,23 @@ def judgements(
         try:
             query, chunk, grade = _judgement(line, cells, columns)
             if needed and grades.setdefault(query, {}).setdefault(chunk, grade) != grade:
-                raise line.fault(f"query {query} and document {chunk} are judged twice, and differently", "corpus-id")
-            right = True
+                raise line.fault(f"query {query} and document {chunk} have two different judgements", "corpus-id")
+            valid = True
         except InputFault as fault:
             first = first or fault
             if needed or skipped is None:
                 raise
             skipped.add(fault)
-    if not right:
-        # Nothing there is what was expected: a file of another kind.
-        raise first or InputFault(f"{source}: holds no judgement")
+    if not valid:
+        # No line is valid: a file of another format.
+        raise first or InputFault(f"{source}: contains no judgements")
     return grades
 
 
 def _judgement(line: Line, cells: Sequence[str], columns: JudgementColumns) -> tuple[str, str, int]:
     if len(cells) not in {3, 4}:
         raise line.fault(
-            "expected three columns (query-id corpus-id score) or TREC's four, parted by tabs or spaces, "
+            "expected three columns (query-id corpus-id score) or TREC's four, separated by tabs or spaces, "
             f"found {len(cells)}"
         )
     return cells[columns.query], cells[columns.chunk], _grade(line, cells[columns.grade])
@@ -306,11 +306,11 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
 
 
 class _Rewound(io.RawIOBase):
-    """A stream whose first bytes were read already."""
+    """A stream whose first bytes have been read already."""
 
     def __init__(self, beginning: bytes, rest: IO[bytes]) -> None:
         self._beginning = beginning
-        # What is there is handed on at once: whoever writes a pipe may wait for an answer to it.
+        # Never wait for a full buffer: the writer of a pipe may wait for an answer first.
         self._read = getattr(rest, "read1", rest.read)
 
     def readable(self) -> bool:
@@ -341,13 +341,13 @@ def _skip_to_the_next_line(file: IO[bytes], raw: bytes) -> None:
 
 
 class _Number(str):
-    """A number of JSON as it is written: of any size, and 9.0 stays "9.0"."""
+    """A JSON number as it was written: of any size, and 9.0 stays "9.0"."""
 
     __slots__ = ()
 
 
 class _Record:
-    """An object of JSON with an ``_id``."""
+    """A JSON object with an ``_id``."""
 
     def __init__(self, line: Line) -> None:
         self._line = line
@@ -356,7 +356,7 @@ class _Record:
         found = self.fields.get("_id")
         name = str(found) if isinstance(found, _Number) else self.text("_id")
         if not name or set(name) & {*_BLANKS, "\0"}:
-            raise self.fault("must be one word: a run has its columns parted by spaces", "_id")
+            raise self.fault("must be one word without blanks: they separate the columns of a run", "_id")
         self.id = self._id = name
 
     def fault(self, reason: str, field: str) -> InputFault:
@@ -381,7 +381,7 @@ def _object(line: Line) -> Mapping[str, Any]:
         record = json.loads(line.text, parse_int=_Number, parse_float=_Number, parse_constant=_Number)
     except (json.JSONDecodeError, RecursionError) as error:
         reason = (
-            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         )
         raise line.fault(f"not JSON: {reason}") from None
     if not isinstance(record, dict):
@@ -394,7 +394,7 @@ def _kind(value: object) -> str:
 
 
 def _surrogate(text: str) -> int | None:
-    """Say at which character a text is not Unicode."""
+    """Return the index of the first character that is not valid Unicode; None if there is none."""
     if text.isascii():
         return None
     try:
@@ -404,17 +404,17 @@ def _surrogate(text: str) -> int | None:
     return None
 
 
-def _finite(line: Line, written: str) -> float:
-    if not _NUMBER.fullmatch(written) and not re.fullmatch(r"(?i)[+-]?(inf(inity)?|nan)", written):
-        raise line.fault(f"expected a number, found {written[:40]!r}", "score")
-    score = float(written)
+def _finite(line: Line, text: str) -> float:
+    if not _NUMBER.fullmatch(text) and not re.fullmatch(r"(?i)[+-]?(inf(inity)?|nan)", text):
+        raise line.fault(f"expected a number, found {text[:40]!r}", "score")
+    score = float(text)
     if not math.isfinite(score):
-        raise line.fault(f"expected a finite number, found {written[:40]!r}", "score")
+        raise line.fault(f"expected a finite number, found {text[:40]!r}", "score")
     return score
 
 
-def _grade(line: Line, written: str) -> int:
-    grade = _finite(line, written)
+def _grade(line: Line, text: str) -> int:
+    grade = _finite(line, text)
     if not grade.is_integer():
-        raise line.fault(f"expected a whole number, found {written[:40]!r}", "score")
+        raise line.fault(f"expected a whole number, found {text[:40]!r}", "score")
     return int(grade)

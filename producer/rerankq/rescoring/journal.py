@@ -1,4 +1,4 @@
-"""Work done so far, in a file: a re-scoring that was stopped goes on where it stood."""
+"""The progress of a re-scoring, in a file: one that was interrupted is resumed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .inputs import InputFault
 from .output import WriteFailed
 
 KIND = "rerankq rescore"
-"""How the header's first field begins, whatever its version."""
+"""Prefix of the header's first field; the version follows."""
 
 
 class Answer(NamedTuple):
-    """What is kept of a query's ranking: per document its name, its fused score and its raw logit.
+    """What is kept of a query's ranking: each document's id, fused score and raw logit.
 
     ``model`` and ``weights`` are the model's name and fingerprint; ``missing`` are weighted signals that no chunk had.
     """
@@ -37,23 +37,23 @@ class Answer(NamedTuple):
 class Journal:
     """A file with a header, then one line of JSON per query, appended as queries are done.
 
-    A line that was torn by an interruption is cut off. The file is locked: one process at a time works on an output.
+    A last line that is incomplete is cut off. The file is locked: one process at a time writes an output.
     """
 
     def __init__(self, path: Path, file: io.FileIO) -> None:
         self.path = path
-        # Not buffered: what there was no room for must not be written again when the file is closed.
+        # Unbuffered: a write that failed for want of space must not be repeated when the file is closed.
         self._file = file
         self._places: dict[str, tuple[int, int]] = {}
         self._model = ("", "")
 
     @classmethod
     def open(cls, path: Path, header: Mapping[str, Any], *, restart: bool = False) -> Self:
-        """Begin a journal, or go on with the one that is there.
+        """Start a journal, or resume the one that exists.
 
         Raises:
-            InputFault: if it was begun with another *header* (and not *restart*), is another kind of file, is in use,
-                or cannot be written.
+            InputFault: if it was started with another *header* (and not *restart*), is another kind of file, is in
+                use, or cannot be written.
         """
         try:
             file = io.FileIO(path, "a+")
@@ -62,7 +62,7 @@ class Journal:
         journal = cls(path, file)
         try:
             journal._lock()
-            journal._begin_or_go_on(_line(header), restart=restart)
+            journal._start_or_resume(_line(header), restart=restart)
         except OSError as error:
             file.close()
             raise InputFault(f"{path}: cannot be written: {error.strerror}") from None
@@ -78,17 +78,17 @@ class Journal:
 
     @property
     def model(self) -> tuple[str, str]:
-        """The name and the fingerprint of the model that made the answers; empty while there are none."""
+        """The name and the fingerprint of the model that made the answers; empty if there are none."""
         return self._model
 
     def append(self, answer: Answer) -> None:
         """Write a query's answer.
 
         Raises:
-            InputFault: if other weights made it than those before.
-            WriteFailed: if there is no room for it; what was there before stays.
+            InputFault: if the model's weights differ from those of earlier answers.
+            WriteFailed: if it cannot be written; earlier answers are kept.
         """
-        self._admit(answer)
+        self._check_weights(answer)
         raw = _line(answer._asdict())
         place = self._file.seek(0, os.SEEK_END)
         try:
@@ -105,11 +105,11 @@ class Journal:
         return _answer(os.pread(self._file.fileno(), size, place))
 
     def remove(self) -> None:
-        """Remove the file: the work is done."""
+        """Remove the file: all queries are done."""
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file; it stays if there is anything in it."""
+        """Close the file, and remove it if it holds no answer."""
         if not self._places:
             self.remove()
         self._file.close()
@@ -124,14 +124,14 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputFault(f"{self.path}: another process is at work on this output") from None
+            raise InputFault(f"{self.path}: another process is writing this output") from None
 
-    def _begin_or_go_on(self, header: bytes, *, restart: bool) -> None:
+    def _start_or_resume(self, header: bytes, *, restart: bool) -> None:
         self._file.seek(0)
         with open(self._file.fileno(), "rb", closefd=False) as file:
             found = file.readline()
             torn = not found.endswith(b"\n") and header.startswith(found)
-            if torn or (_is_header(found) and (restart or not file.readline().endswith(b"\n"))):  # nothing is done
+            if torn or (_is_header(found) and (restart or not file.readline().endswith(b"\n"))):  # it holds no answer
                 self._file.truncate(0)
                 self._write(header)
             elif found != header:
@@ -156,17 +156,17 @@ class Journal:
         while raw:
             raw = raw[self._file.write(raw) or 0 :]
 
-    def _admit(self, answer: Answer) -> None:
+    def _check_weights(self, answer: Answer) -> None:
         if self._places and answer.weights != self._model[1]:
             raise InputFault(
                 f"{self.path}: the model's weights have changed ({self._model[1]} before, {answer.weights} now); "
-                "add --restart to begin again"
+                "add --restart to start again"
             )
         self._model = answer.model, answer.weights
 
 
-def is_begun(path: Path, header: Mapping[str, Any]) -> bool:
-    """Whether work with this *header* was begun there, and something is done."""
+def has_answers(path: Path, header: Mapping[str, Any]) -> bool:
+    """Whether the file has this *header* and at least one answer."""
     try:
         with path.open("rb") as file:
             return file.readline() == _line(header) and file.readline().endswith(b"\n")
@@ -193,9 +193,9 @@ def _is_header(raw: bytes) -> bool:
 
 def _difference(found: bytes, header: bytes) -> str:
     if not _is_header(found):
-        return "this is not the file of a re-scoring that was stopped; move it away"
+        return "not the journal of a re-scoring; move it away"
     before, now = json.loads(found), json.loads(header)
     changed = [
         f"{key} ({before.get(key)} before, {value} now)" for key, value in now.items() if before.get(key) != value
     ]
-    return f"begun with another {', another '.join(changed)}; add --restart to begin again"
+    return f"started with another {', another '.join(changed)}; add --restart to start again"

@@ -1,4 +1,4 @@
-"""How good an order is, measured as trec_eval measures it."""
+"""Ranking metrics, computed as trec_eval does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ndcg(order: Sequence[str], grades: Mapping[str, int], *, depth: int = 10) ->
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Average values; None of nothing.
+    """Average values; None if there are none.
 
     >>> mean([0.5, 1.0]), mean([])
     (0.75, None)

@@ -1,4 +1,4 @@
-"""Where a re-scored run is written: decided before the work begins, written when it is done."""
+"""The output of a re-scored run: checked before the work starts, written when it is done."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ STDOUT = "-"
 _STDOUT_FILENO = 1
 
 SINGLE_MAX = 3.4028234663852886e38
-"""The largest number of single precision."""
+"""The largest finite number of single precision."""
 
-# Below the smallest normal number some readers take everything for zero.
+# Some readers treat subnormal numbers as zero.
 _DENORMALS = 0x007FFFFF
 
 
 class WriteFailed(RerankqError):
-    """Raised when a file can no longer be written, for want of room most likely; what is done is kept."""
+    """Raised when a file can no longer be written, most likely for want of space; the progress is kept."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run goes: into the file ``path``, or through a stream that is open already or has to be opened.
+    """The target of a run: the file ``path``, or a stream, which may be open already.
 
     Attributes:
-        name: as the person gave it.
-        path: the file, behind all links; the device or named pipe; None = ``descriptor``.
-        descriptor: our own open file that the name stands for.
-        stream: written through as it is, not replaced by a file.
-        exists: there is a file, which would be overwritten.
+        name: as given on the command line.
+        path: the file, with links resolved; the device or named pipe; None = ``descriptor``.
+        descriptor: the open file descriptor that the name refers to.
+        stream: written as it is, not replaced by a new file.
+        exists: a file exists that would be overwritten.
     """
 
     name: str
@@ -54,35 +54,35 @@ class Output:
 
     @property
     def is_stdout(self) -> bool:
-        """Whether the run goes to standard output, so that nothing else may."""
+        """Whether the run goes to standard output, where nothing else may be printed then."""
         return self.descriptor == _STDOUT_FILENO
 
     def journal(self, work: str) -> Path:
-        """Where the work done so far is kept: beside a file; in a private folder under the name *work* for a stream.
+        """Return the journal's path: beside a file; for a stream in a private folder, under the name *work*.
 
         Raises:
-            InputFault: if there is no such place.
+            InputFault: if there is no private folder.
         """
         if self.path is not None and not self.stream:
             return self.path.with_name(f"{self.path.name}.part")
         try:
             return _private_folder() / f"{work}.part"
         except OSError as error:
-            raise InputFault(f"--output: no folder for the work done so far: {error.strerror}") from None
+            raise InputFault(f"--output: no folder for the journal: {error.strerror}") from None
 
     @contextmanager
-    def opened(self, tell: Callable[[str], None]) -> Iterator[Callable[[Iterable[str]], None]]:
-        """Open a stream, so that its faults come before the work; yield what writes the lines of the run.
+    def opened(self, notify: Callable[[str], None]) -> Iterator[Callable[[Iterable[str]], None]]:
+        """Open a stream before the work starts; yield a function that writes the lines of the run.
 
         Raises:
             InputFault: if it cannot be opened.
-            WriteFailed: by what is yielded, if it cannot be written.
+            WriteFailed: from that function, if they cannot be written.
         """
         if self.path is not None and not self.stream:
             yield partial(self._write, partial(_write_file, self.path))
             return
         if self.path is not None and self.path.is_fifo():
-            tell(f"{self.name}: waiting for a reader")
+            notify(f"{self.name}: waiting for a reader")
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_NOCTTY) if self.path else os.dup(self.descriptor or 0)
         except OSError as error:
@@ -91,7 +91,7 @@ class Output:
         try:
             yield partial(self._write, partial(_write_stream, file))
         finally:
-            with suppress(OSError):  # what could not be written was said
+            with suppress(OSError):  # the failed write was reported
                 file.close()
 
     def _write(self, write: Callable[[Iterable[str]], None], lines: Iterable[str]) -> None:
@@ -99,26 +99,26 @@ class Output:
             write(lines)
         except OSError as error:
             if self.is_stdout and isinstance(error, BrokenPipeError):
-                raise  # whoever reads has enough
+                raise  # the reader has closed the pipe
             raise WriteFailed(f"{self.name}: cannot be written: {error.strerror}") from None
 
 
-def decide(name: str, inputs: Mapping[str, str | None]) -> Output:
-    """Decide where ``--output NAME`` is written; *inputs* are the other files by their options.
+def resolve(name: str, inputs: Mapping[str, str | None]) -> Output:
+    """Find out what ``--output NAME`` refers to; *inputs* are the other files by their options.
 
-    ``-`` and what stands for an open file of our own (``/dev/stdout``), devices and named pipes are written through,
-    symbolic links are followed.
+    ``-``, names of open file descriptors (``/dev/stdout``), devices and named pipes are streams; symbolic links are
+    followed.
 
     Raises:
         InputFault: if it cannot be written, or is one of the inputs.
     """
     try:
-        return _decide(name, {option: path for option, path in inputs.items() if path is not None})
+        return _resolve(name, {option: path for option, path in inputs.items() if path is not None})
     except OSError as error:
         raise InputFault(f"--output: {name} cannot be written: {error.strerror}") from None
 
 
-def _decide(name: str, inputs: Mapping[str, str]) -> Output:
+def _resolve(name: str, inputs: Mapping[str, str]) -> Output:
     descriptor = _STDOUT_FILENO if name == STDOUT else _own_descriptor(name)
     if descriptor is not None:
         return _through_descriptor(name, descriptor, inputs)
@@ -152,8 +152,8 @@ def _into_file(name: str, path: Path, found: os.stat_result | None, inputs: Mapp
     kept = _stat(journal)
     if kept is not None:
         if not stat.S_ISREG(kept.st_mode):
-            raise InputFault(f"--output: {journal}, where the work done so far would be kept, is not a file")
-        _refuse_inputs(f"--output: {journal}, where the work done so far would be kept,", kept, inputs)
+            raise InputFault(f"--output: {journal}, the journal, is not a regular file")
+        _refuse_inputs(f"--output: {journal}, the journal,", kept, inputs)
     return output
 
 
@@ -184,10 +184,10 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _own_descriptor(name: str) -> int | None:
-    """Say which of our own open files a name such as /dev/stdout stands for."""
+    """Return the file descriptor that a name such as /dev/stdout refers to; None if it is no such name."""
     folders = {os.path.realpath(folder) for folder in ("/dev/fd", "/proc/self/fd")}
     path = Path(name)
-    for _ in range(40):  # as many links as the kernel follows
+    for _ in range(40):  # the kernel follows as many links
         if path.name.isdecimal() and os.path.realpath(path.parent) in folders:
             return int(path.name)
         if not path.is_symlink():
@@ -200,9 +200,9 @@ def _private_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"rerankq-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
-    # Anybody may write to the folder of temporary files, and so may have been there first.
+    # Every user may write to the folder of temporary files, and may have created ours before.
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise InputFault(f"--output: {folder}, where the work done so far would be kept, is not our own folder")
+        raise InputFault(f"--output: {folder}, for the journal, is not a folder that belongs to this user")
     return folder
 
 
@@ -212,7 +212,7 @@ def _write_stream(file: IO[str], lines: Iterable[str]) -> None:
 
 
 def _write_file(path: Path, lines: Iterable[str]) -> None:
-    """Replace a file as a whole; one that has several names is written in place, so that all of them have it."""
+    """Replace a file atomically; a file with several hard links is written in place, so that they stay one file."""
     before = _stat(path)
     if before is not None and before.st_nlink > 1:
         with path.open("r+", encoding="utf-8", newline="\n") as file:
@@ -226,7 +226,7 @@ def _write_file(path: Path, lines: Iterable[str]) -> None:
             os.fsync(file.fileno())
         if before is not None:
             unfinished.chmod(stat.S_IMODE(before.st_mode))
-            with suppress(OSError):  # only root gives files away
+            with suppress(OSError):  # only root may
                 os.chown(unfinished, before.st_uid, before.st_gid)
         unfinished.replace(path)
     finally:
@@ -234,7 +234,7 @@ def _write_file(path: Path, lines: Iterable[str]) -> None:
 
 
 def run_lines(query: str, ranked: Sequence[tuple[str, float]]) -> Iterator[str]:
-    """Write a query's documents, best first, with their scores as TREC's six columns.
+    """Format a query's documents, best first, as lines of a TREC run.
 
     >>> print(*run_lines("q1", [("d2", 0.5), ("d1", 0.5)]), sep="", end="")
     q1 Q0 d2 1 0.5 rerankq
@@ -246,11 +246,11 @@ def run_lines(query: str, ranked: Sequence[tuple[str, float]]) -> Iterator[str]:
 
 
 def descending(scores: Sequence[float]) -> list[str]:
-    """Write scores so that each is below the one before it, in single precision too.
+    """Format scores so that each is below the one before it, in single precision too.
 
-    Readers sort by score, trec_eval in single precision, and by name where scores are equal: only so does the order
-    that was written come back. A score that is below its neighbour already is written as it is; others as the next
-    lower number of single precision. What is not finite is written as the nearest that is.
+    Readers sort by score (trec_eval in single precision) and by id where scores are equal, so equal scores would change
+    the order. A score that is lower than the one before is written as it is; others as the next lower number of single
+    precision. A score that is not finite becomes the nearest finite one.
 
     >>> descending([2.0, 0.7, 0.7, 0.1]), descending([0.0, 0.0])
     (['2.0', '0.7', '0.699999928', '0.1'], ['0.0', '-1.17549435e-38'])
@@ -259,7 +259,7 @@ def descending(scores: Sequence[float]) -> list[str]:
     highest = _key(SINGLE_MAX)
     above = highest + 1
     for place, score in enumerate(scores):
-        # Room for those that are still to come.
+        # Leave numbers for the scores that follow.
         lowest = len(scores) - 1 - place - highest
         key = min(max(_key(score), lowest), above - 1)
         written.append(repr(score) if key == _key(score) and abs(score) <= SINGLE_MAX else f"{_single(key):.9g}")
@@ -268,7 +268,7 @@ def descending(scores: Sequence[float]) -> list[str]:
 
 
 def _key(score: float) -> int:
-    """Count from zero to a normal value of single precision, upwards or downwards."""
+    """Map a score to an integer in the same order: its position among the normal numbers of single precision."""
     if isnan(score):
         return -_key(SINGLE_MAX)
     bits: int = struct.unpack("<i", struct.pack("<f", max(-SINGLE_MAX, min(SINGLE_MAX, score))))[0]

@@ -1,4 +1,4 @@
-"""Re-score a first-stage run: a job per query, rankings into a new run, its quality where judgements are given."""
+"""Re-score a first-stage run: a job per query, rankings into a new run, nDCG if there are judgements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,13 +15,12 @@ from typing import Any, Protocol
 from .. import catalogue
 from ..contract import Ranking, RerankJob, Signal
 from ..errors import JobRejected, RerankqError
-from ..local.stack import open_client
 from ..settings import Settings
-from ..stream import JobClient, JobStream, nothing
+from ..stream import JobStream, OpenClient
 from . import inputs, metrics, output
 from .collection import Collection, FirstStage
 from .inputs import InputFault
-from .journal import KIND, Answer, Journal, is_begun
+from .journal import KIND, Answer, Journal, has_answers
 from .output import Output
 
 FIRST_STAGE = "first stage"
@@ -29,10 +28,17 @@ MODEL_ALONE = "model alone"
 
 NDCG_DEPTH = 10
 
+# Opens a client when it is entered; local.stack.open_client, with its arguments, is one.
+OpenedClient = Callable[[], AbstractContextManager[OpenClient]]
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What to re-score, and how. ``limit`` queries, the run's first; ``force`` overwrites an output that exists."""
+    """What to re-score, and how: the options of the command.
+
+    ``depth`` documents per query; the run's first ``limit`` queries; ``restart`` discards earlier progress; ``force``
+    overwrites an output that exists.
+    """
 
     queries: str
     corpus: str
@@ -48,17 +54,17 @@ class Plan:
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        """The files to read, by their options."""
+        """The input files, by their options."""
         return {"queries": self.queries, "corpus": self.corpus, "run": self.run, "qrels": self.qrels}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came of it. ``pairs`` and times are of this start of the program; ``resumed`` queries were done before.
+    """The result. ``pairs`` and ``seconds`` are of this run of the program; ``resumed`` queries were done before.
 
-    ``model`` and ``weights`` are the name and the fingerprint of the model that scored. ``missing`` counts, by signal,
-    the queries of which no chunk has a signal that the fusion weighs. ``skipped_lines``
-    counts, by file, invalid lines that nothing needed.
+    ``model`` and ``weights`` are the model's name and fingerprint. ``missing`` counts, by signal, the queries of which
+    no chunk has a signal that the fusion weighs. ``skipped_lines`` counts, by file, invalid lines that were not
+    needed.
     """
 
     output: str
@@ -79,21 +85,21 @@ class Report:
 
     @property
     def pairs_per_s(self) -> float:
-        """Pairs ranked a second, the cached ones among them."""
+        """Pairs ranked per second, cached ones included."""
         return self.pairs / self.seconds if self.seconds > 0 else 0.0
 
 
-class Bar(Protocol):
-    """Shows a person how far the work is (``say`` what is done now), and tells what must not go by unseen."""
+class Progress(Protocol):
+    """Shows progress: ``describe`` the step, ``notify`` of what a person must see, count pairs."""
 
-    def say(self, what: str) -> None: ...  # noqa: D102
-    def tell(self, what: str) -> None: ...  # noqa: D102
-    def begin(self, pairs: int | None, done: int = 0) -> None: ...  # noqa: D102
+    def describe(self, step: str) -> None: ...  # noqa: D102
+    def notify(self, message: str) -> None: ...  # noqa: D102
+    def start(self, pairs: int | None, done: int = 0) -> None: ...  # noqa: D102
     def advance(self, pairs: int) -> None: ...  # noqa: D102
 
 
 def check(plan: Plan, settings: Settings) -> Output:
-    """Find the mistakes that need no file to be read; answer where the run goes.
+    """Check the options before any file is read; return the output.
 
     Raises:
         InputFault: naming the option.
@@ -105,10 +111,10 @@ def check(plan: Plan, settings: Settings) -> Output:
     except JobRejected as error:
         raise InputFault(f"--{error}") from None
     for option, path in plan.inputs.items():
-        # Read more than once, so that a stopped run can tell whether they are still the same.
+        # Read more than once: a resumed re-scoring checks that the files are the same.
         if path is not None and not Path(path).is_file():
             raise InputFault(f"--{option}: {path} is not a file{_why_not(path)}")
-    return output.decide(plan.output, plan.inputs)
+    return output.resolve(plan.output, plan.inputs)
 
 
 def _why_not(path: str) -> str:
@@ -118,7 +124,7 @@ def _why_not(path: str) -> str:
 
 
 def header(plan: Plan, settings: Settings) -> dict[str, Any]:
-    """Everything that changes the output: a journal that was begun with another header is another piece of work."""
+    """Return everything that changes the output: a journal with another header cannot be resumed."""
     return {
         "journal": f"{KIND} 2",
         "queries": digest(plan.queries),
@@ -147,12 +153,12 @@ def digest(path: str) -> str:
 def jobs(
     collection: Collection, journal: Journal, *, fusion: str, model: str | None
 ) -> Iterator[tuple[str, RerankJob]]:
-    """Yield a job per query that is not done yet, one at a time: texts are read as they are needed."""
-    # Ids of our own: equal queries stay apart, and what we forget or cancel is nobody else's.
-    ours = f"rescore-{secrets.token_hex(8)}"
-    for place, query in enumerate(collection.counts()):
+    """Yield a job for each query that is not done; texts are read when they are needed."""
+    # Random ids: equal queries stay apart, and we forget and cancel no job of others.
+    prefix = f"rescore-{secrets.token_hex(8)}"
+    for number, query in enumerate(collection.counts()):
         if query not in journal.queries:
-            yield query, job_of(collection.first_stage(query), f"{ours}-{place}", fusion=fusion, model=model)
+            yield query, job_of(collection.first_stage(query), f"{prefix}-{number}", fusion=fusion, model=model)
 
 
 def job_of(first: FirstStage, job_id: str, *, fusion: str, model: str | None) -> RerankJob:
@@ -168,7 +174,7 @@ def job_of(first: FirstStage, job_id: str, *, fusion: str, model: str | None) ->
 
 
 def answer_of(query: str, ranking: Ranking, weights: Mapping[Signal, float]) -> Answer:
-    """Keep of a ranking, made with these *weights* of signals, what the output, the measures and the report need."""
+    """Keep what output, metrics and report need of a ranking made with these *weights* of signals."""
     usage = ranking.usage
     return Answer(
         query=query,
@@ -183,7 +189,7 @@ def answer_of(query: str, ranking: Ranking, weights: Mapping[Signal, float]) -> 
 
 
 def signals_nowhere(ranking: Ranking, weights: Mapping[Signal, float]) -> tuple[str, ...]:
-    """Name the signals that the fusion weighs, the job asked for, and no chunk has (tags are asked for by its own)."""
+    """Return the weighted signals that the job asked for and no chunk has."""
     return tuple(
         signal
         for signal, weight in weights.items()
@@ -193,7 +199,7 @@ def signals_nowhere(ranking: Ranking, weights: Mapping[Signal, float]) -> tuple[
 
 @dataclass
 class Tally:
-    """What a start of the program has done."""
+    """Counts of this run of the program."""
 
     pairs: int = 0
     cached_pairs: int = 0
@@ -211,33 +217,29 @@ class Tally:
 def score(
     collection: Collection,
     journal: Journal,
-    open_client: JobClient,
+    connected: OpenClient,
     *,
     fusion: str,
     weights: Mapping[Signal, float],
-    model: str | None,
-    supervise: Callable[[], None] = nothing,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Tally:
-    """Rank what is missing into the journal.
+    """Rank the queries that the journal does not have.
 
     Args:
         collection: the first stage.
-        journal: the work done so far.
-        desk: the client.
+        journal: the answers so far.
+        connected: the client, and the model to name in jobs.
         fusion: the profile's name.
-        weights: of its signals.
-        model: the model to name in jobs; None = the deployment's own.
-        tend: called now and then.
-        advance: hears of every query that ended, by its number of pairs.
+        weights: the weights of its signals.
+        advance: called with the number of pairs of each query that ended.
     """
     counts = collection.counts()
     tally = Tally()
     started = time.monotonic()
-    outcomes = JobStream[str](open_client, supervise=supervise, ours=True).outcomes(
-        jobs(collection, journal, fusion=fusion, model=model)
+    outcomes = JobStream[str](connected.client, supervise=connected.supervise, owned=True).outcomes(
+        jobs(collection, journal, fusion=fusion, model=connected.model)
     )
-    # Not left to the garbage collector: closing cancels what is still queued.
+    # Not left to the garbage collector: closing cancels the jobs that are still queued.
     with closing(outcomes):  # type: ignore[type-var]  # it is a generator
         for query, outcome in outcomes:
             if isinstance(outcome, RerankqError):
@@ -252,26 +254,26 @@ def score(
 
 
 def run_of(collection: Collection, journal: Journal) -> Iterator[str]:
-    """Write the lines of the run, queries in the first stage's order."""
+    """Yield the lines of the run, queries in the order of the first stage."""
     for query in collection.counts():
         if query in journal.queries:
             yield from output.run_lines(query, [(chunk, score) for chunk, score, _ in journal.answer(query).rows])
 
 
 def measure(collection: Collection, journal: Journal, *, fusion: str) -> tuple[dict[str, float | None], int]:
-    """nDCG@10 of the first stage, the model alone and the fusion, over the ranked queries that have judgements.
+    """Compute nDCG@10 of the first stage, the model alone and the fusion; also return the number of queries.
 
-    As BEIR and trec_eval do, queries without judgements are not averaged. The first stage is the run cut at the depth;
-    all three are means over the same queries. None where the model scored nothing. Also answers how many queries.
+    All three are means over the ranked queries that have judgements, as BEIR and trec_eval do; the first stage is the
+    run cut at the depth. None if the model scored nothing for one of these queries.
     """
-    # By place, not by name: nothing stops a profile from being called "model alone".
+    # By position, not by name: a profile may be named "model alone".
     values: tuple[list[float], list[float], list[float]] = ([], [], [])
     grades = collection.grades
     judged = [query for query in collection.counts() if query in grades and query in journal.queries]
     for query in judged:
         rows = journal.answer(query).rows
         logits = {name: logit for name, _, logit in rows if logit is not None}
-        # The run's scores are written so that whoever reads it finds the ranking's own order.
+        # The run's scores are written so that every reader sorts it in this order.
         ranked = [name for name, _, _ in rows]
         orders = (metrics.trec_order(collection.scores(query)), metrics.trec_order(logits), ranked)
         for kept, order in zip(values, orders, strict=True):
@@ -282,26 +284,28 @@ def measure(collection: Collection, journal: Journal, *, fusion: str) -> tuple[d
     return dict(zip((FIRST_STAGE, MODEL_ALONE, f"fusion {fusion}"), means, strict=True)), len(judged)
 
 
-def rescore(plan: Plan, goal: Output, settings: Settings, bar: Bar) -> Report:
-    """Re-score a run from files to where :func:`check` said. What an earlier start did is not done again.
+def rescore(plan: Plan, target: Output, settings: Settings, progress: Progress, client: OpenedClient) -> Report:
+    """Re-score a run from files to *target*, as :func:`check` returned it; resume if it was interrupted.
+
+    *client* is opened only if there are queries to rank.
 
     Raises:
-        InputFault: if an option or a file is wrong; nothing was begun.
-        RerankqError: if the work cannot go on; what is done is kept.
+        InputFault: if an option or a file is wrong; nothing was started.
+        RerankqError: if the work cannot continue; the progress is kept.
     """
-    bar.say("reading")
+    progress.describe("reading")
     work = header(plan, settings)
-    journal_at = goal.journal(hashlib.blake2b(repr((plan.output, work)).encode(), digest_size=8).hexdigest())
-    if goal.exists and not plan.force and (plan.restart or not is_begun(journal_at, work)):
+    journal_path = target.journal(hashlib.blake2b(repr((plan.output, work)).encode(), digest_size=8).hexdigest())
+    if target.exists and not plan.force and (plan.restart or not has_answers(journal_path, work)):
         raise InputFault(f"--output: {plan.output} exists; add --force to overwrite it")
     with (
-        Journal.open(journal_at, work, restart=plan.restart) as journal,
-        _read(plan, bar.tell) as collection,
-        goal.opened(bar.tell) as write,
-        _kept(journal, bar.tell),
+        Journal.open(journal_path, work, restart=plan.restart) as journal,
+        _read(plan, progress.notify) as collection,
+        target.opened(progress.notify) as write,
+        _progress_kept(journal, progress.notify),
     ):
         resumed = len(journal.queries)
-        tally = _finish(plan, settings, collection, journal, bar)
+        tally = _rank(plan, collection, journal, progress, settings=settings, client=client)
         write(run_of(collection, journal))
         report = _report(plan, collection, journal, tally, resumed)
         if not tally.failed:
@@ -309,26 +313,26 @@ def rescore(plan: Plan, goal: Output, settings: Settings, bar: Bar) -> Report:
         return report
 
 
-def _read(plan: Plan, tell: Callable[[str], None]) -> Collection:
+def _read(plan: Plan, notify: Callable[[str], None]) -> Collection:
     collection = Collection.read(
         queries=plan.queries, corpus=plan.corpus, run=plan.run, qrels=plan.qrels, depth=plan.depth, limit=plan.limit
     )
     for source, skipped in collection.skipped.items():
         if skipped.lines:
-            tell(f"{source}: {skipped}")
+            notify(f"{source}: {skipped}")
     if plan.qrels and not collection.grades:
-        tell(f"{plan.qrels}: none of the run's queries is judged there")
+        notify(f"{plan.qrels}: has no judgement for any query of the run")
     return collection
 
 
 @contextmanager
-def _kept(journal: Journal, tell: Callable[[str], None]) -> Iterator[None]:
-    """Where the work is stopped, say where what is done is kept."""
+def _progress_kept(journal: Journal, notify: Callable[[str], None]) -> Iterator[None]:
+    """On an interruption, say where the progress is kept."""
     try:
         yield
     except (KeyboardInterrupt, RerankqError):
         if journal.queries:
-            tell(f"stopped; what is done is kept in {journal.path}, and the same command goes on from there")
+            notify(f"stopped; the progress is kept in {journal.path}, and the same command resumes")
         raise
 
 
@@ -354,21 +358,27 @@ def _report(plan: Plan, collection: Collection, journal: Journal, tally: Tally, 
     )
 
 
-def _finish(plan: Plan, settings: Settings, collection: Collection, journal: Journal, bar: Bar) -> Tally:
+def _rank(
+    plan: Plan,
+    collection: Collection,
+    journal: Journal,
+    progress: Progress,
+    *,
+    settings: Settings,
+    client: OpenedClient,
+) -> Tally:
     counts = collection.counts()
     done = sum(pairs for query, pairs in counts.items() if query in journal.queries)
     if done == sum(counts.values()):
         return Tally()
-    bar.say("connecting" if settings.broker_url else "loading the model")
-    with open_client(settings, plan.model, bar.tell) as (client, model, supervise):
-        bar.begin(sum(counts.values()), done)
+    progress.describe("connecting" if settings.broker_url else "loading the model")
+    with client() as connected:
+        progress.start(sum(counts.values()), done)
         return score(
             collection,
             journal,
-            client,
+            connected,
             fusion=plan.fusion,
             weights=catalogue.resolve(plan.fusion, settings.conf_dir).weights,
-            model=model,
-            supervise=supervise,
-            advance=bar.advance,
+            advance=progress.advance,
         )

@@ -16,7 +16,7 @@ import psutil
 import redis
 from gear.workers import POISONABLE, TASKS, python_path
 
-from rerankq.local import worker_command as celery_worker
+from rerankq.local import worker_command
 from rerankq.local.embedded import find_binary, free_port
 from rerankq.local.processes import SupervisedProcess
 from rerankq.settings import Settings
@@ -111,7 +111,7 @@ class RedisServer:
                     if connection.ping():
                         return
                 time.sleep(0.02)
-        raise RuntimeError(f"redis-server did not start: {self._part.said()}")
+        raise RuntimeError(f"redis-server did not start: {self._part.last_output()}")
 
 
 class WatchedRedis:
@@ -178,7 +178,7 @@ class WatchedRedis:
                     if sum(one["master-link-status"] == "ok" for one in replicas) == len(self._servers) - 1:
                         return
                 time.sleep(0.02)
-        raise RuntimeError(f"the sentinel found no replicas: {self._sentinel.said()}")
+        raise RuntimeError(f"the sentinel found no replicas: {self._sentinel.last_output()}")
 
 
 class Worker:
@@ -186,12 +186,12 @@ class Worker:
 
     def __init__(self, name: str, url: str, environment: Mapping[str, str]) -> None:
         # Killed by the chunk that reads "poison"; otherwise the worker that everybody runs.
-        command = ["poisonable" if word == TASKS else word for word in celery_worker.command(name=name)]
+        command = ["poisonable" if word == TASKS else word for word in worker_command.command(name=name)]
         # With the run's model: an environment that names another as the default would send its jobs to other queues.
         settings = Settings(_env_file=None, broker_url=url, model=environment["RERANKQ_MODEL"])
         variables = {
-            **celery_worker.tuned(os.environ),
-            **celery_worker.environment(settings),
+            **worker_command.tuned(os.environ),
+            **worker_command.environment(settings),
             "PYTHONPATH": python_path(POISONABLE),
             **environment,
         }
@@ -224,7 +224,7 @@ class Worker:
         if death is None:
             return False
         if death.status != BY_SIGKILL:
-            self.died_by_itself.append(f"{death}: {self._part.said(3)}")
+            self.died_by_itself.append(f"{death}: {self._part.last_output(3)}")
         self._again_at = now + RESTART_S
         self.hung = False
         return True
@@ -264,7 +264,7 @@ class Worker:
         self._part.close()
 
     def said(self) -> str:
-        return self._part.said(40)
+        return self._part.last_output(40)
 
 
 def program_of(part: SupervisedProcess) -> psutil.Process:
@@ -310,13 +310,13 @@ class Producers:
             if death is None:
                 count += 1
             elif death.status:
-                raise RuntimeError(f"{death}\n{part.said()}")
+                raise RuntimeError(f"{death}\n{part.last_output()}")
             else:
                 part.kill()
         return count
 
     def said(self) -> str:
-        return "\n".join(filter(None, (part.said(5) for part in self._parts)))
+        return "\n".join(filter(None, (part.last_output(5) for part in self._parts)))
 
     def journals(self) -> Iterator[Path]:
         yield from sorted(self._folder.glob("producer-*.journal"))

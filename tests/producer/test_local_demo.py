@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 
 from rerankq import RankedChunk
-from rerankq.cli import demo, show
+from rerankq.cli import render
+from rerankq.local import demo
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def done():
     return demo.Demo(comparisons, len(sample.chunks), 6, 216, 0, 1.0, 216, 216, 0.1, 2.0)
 
 
-def test_the_sample_holds_an_answer_to_every_question_and_no_text_twice():
+def test_sample_answers_every_question_and_repeats_no_text():
     sample = demo.read_sample()
     names = [chunk.id for chunk in sample.chunks]
     assert len(set(names)) == len(names)
@@ -29,12 +30,12 @@ def test_the_sample_holds_an_answer_to_every_question_and_no_text_twice():
     assert {question.answer for question in sample.questions} <= set(names)
 
 
-def test_texts_without_a_word_of_the_query_score_nothing():
+def test_texts_without_a_query_word_score_zero():
     assert demo.bm25("moon", ["bread rises", ""]) == [0.0, 0.0]
     assert demo.bm25("moon", []) == []
 
 
-def test_more_occurrences_and_shorter_texts_score_higher():
+def test_bm25_prefers_more_occurrences_and_shorter_texts():
     once, twice, longer = demo.bm25("moon", ["moon a b", "moon moon b", "moon a b c d"])
     assert twice > once > longer
 
@@ -50,12 +51,12 @@ def test_moves_are_counted_from_the_keyword_order(done):
     last = len(one.before)
     assert demo.move_of(one, one.after[0]) == last - 1
     assert demo.move_of(one, one.after[-1]) == 1 - last
-    before, after = demo.place_of_answer(one)
+    before, after = demo.rank_of_answer(one)
     assert before + after == last + 1
 
 
-def test_a_person_sees_every_question_with_the_scores(done, capsys):
-    show.show_demo(done)
+def test_printed_demo_has_every_question_with_its_scores(done, capsys):
+    render.print_demo(done)
     shown = capsys.readouterr().out
     assert all(one.query in shown for one in done.comparisons)
     assert "fused" in shown
@@ -63,13 +64,13 @@ def test_a_person_sees_every_question_with_the_scores(done, capsys):
     assert f"of {len(done.comparisons)} after" in " ".join(shown.split())
 
 
-def test_the_record_says_the_same_as_the_tables(done):
+def test_record_of_the_demo_equals_its_tables(done):
     record = demo.as_record(done)
     assert record["answers_first"] == {"before": done.first_before, "after": done.first_after}
     assert [one["before"] for one in record["comparisons"]] == [one.before for one in done.comparisons]
 
 
-def test_answers_that_come_first_are_counted_before_and_after(done):
+def test_answers_at_rank_1_are_counted_before_and_after(done):
     one = replace(done.comparisons[0], before=["a", "b"], answer="a")
     ranked = [RankedChunk(id=name, index=0, rank=rank, score=1) for rank, name in enumerate("ba", start=1)]
     worse, better = replace(one, after=ranked), replace(one, after=ranked, answer="b")

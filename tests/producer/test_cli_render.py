@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rerankq.cli import show
+from rerankq.cli import render
 from rerankq.rescoring.rescore import Report
 
 REPORT = Report(
@@ -16,39 +16,39 @@ REPORT = Report(
 
 
 @pytest.mark.parametrize(("encoding", "written"), [("utf-8", '{"a": "ä"}\n'), ("ascii", '{"a": "\\u00e4"}\n')])
-def test_json_is_json_in_whatever_encoding_it_goes_out(encoding, written):
+def test_printed_json_is_valid_in_any_encoding(encoding, written):
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    show.print_json({"a": "ä"}, file)
+    render.print_json({"a": "ä"}, file)
     file.seek(0)
     assert file.read() == written
     assert json.loads(written) == {"a": "ä"}
 
 
-def test_a_report_tells_what_was_written_at_what_cost_and_what_is_missing(capsys):
-    show.show_report(REPORT)
+def test_report_has_output_cost_and_missing_signals(capsys):
+    render.print_report(REPORT)
     order, first, second, over, *sentences = capsys.readouterr().out.splitlines()
     assert (order.split(), first.split(), second.split()) == (["order", "nDCG@10"], ["[red]a", "–"], ["b", "0.1235"])
     assert over == "over 3 judged queries of 5"
     assert sentences == [
-        "4 queries in [red]o, 2 of them from before: 1,234 pairs, 5 cached, 6 truncated, 2.0 s, 617 pairs/s",
+        "4 queries in [red]o, 2 of them from an earlier start: 1,234 pairs, 5 cached, 6 truncated, 2.0 s, 617 pairs/s",
         "scored by m (weights w), fusion f",
-        "signals that no chunk has, so that their weight counts for nothing: vector, tag (in 2 queries)",
+        "weighted signals that no chunk has, which add nothing to the score: vector, tag (in 2 queries)",
         "invalid lines skipped in c: 7",
     ]
 
 
 @pytest.mark.parametrize(("count", "last"), [(10, "rerankq: query q9: x"), (12, "rerankq: … and 2 more")])
-def test_of_many_failed_queries_the_first_are_named_and_the_others_counted(capsys, count, last):
-    show.show_failed({f"q{number}": "x" for number in range(count)})
+def test_failed_queries_beyond_ten_are_counted_but_not_named(capsys, count, last):
+    render.print_failed({f"q{number}": "x" for number in range(count)})
     told = capsys.readouterr().err.splitlines()
     assert (len(told), told[-1]) == (min(count, 11), last)
 
 
-def test_each_line_that_is_told_says_whose_it_is(capsys):
-    show.note("one\ntwo")
+def test_message_lines_begin_with_the_command_name(capsys):
+    render.print_message("one\ntwo")
     assert capsys.readouterr().err == "rerankq: one\nrerankq: two\n"
 
 
 @pytest.mark.parametrize(("places", "mark"), [(2, "^2"), (-2, "v2"), (0, "=")])
-def test_a_move_is_shown_with_its_direction(places, mark):
-    assert show._move(places, show.PLAIN).plain == mark
+def test_move_is_shown_with_its_direction(places, mark):
+    assert render._move(places, render.PLAIN).plain == mark

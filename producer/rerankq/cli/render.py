@@ -1,4 +1,4 @@
-"""What a person sees: tables on standard output, progress on standard error."""
+"""Output for a person: tables on standard output, messages and progress on standard error."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..contract import JobStatus
+from ..local.demo import Comparison, Demo, move_of, rank_of_answer
 from ..local.stack import Stack, flower_environment
 from ..rescoring.rescore import Report
 from ..urls import masked
-from .demo import Comparison, Demo, move_of, place_of_answer
 
 
 def print_json(value: Any, file: TextIO | None = None) -> None:
-    """Print one line of JSON at once: whoever reads it may be waiting for it. Default: to standard output."""
+    """Print one line of JSON and flush it: a reader may be waiting. Default: to standard output."""
     text = json.dumps(value, ensure_ascii=False)
     out = file or sys.stdout
     try:
@@ -33,27 +33,27 @@ def print_json(value: Any, file: TextIO | None = None) -> None:
     print(text, file=out, flush=True)
 
 
-def say(text: str) -> None:
-    """Tell a person something that is no result."""
+def print_line(text: str) -> None:
+    """Print what is no result, on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
-def note(text: str) -> None:
-    """Tell a person something about the command itself."""
-    say("\n".join(f"rerankq: {line}" for line in text.splitlines()))
+def print_message(text: str) -> None:
+    """Print a message of the command, each line with its name, on standard error."""
+    print_line("\n".join(f"rerankq: {line}" for line in text.splitlines()))
 
 
 class PairRate(ProgressColumn):
     """Pairs a second."""
 
     def render(self, task: Task) -> Text:
-        """Say the rate."""
+        """Write the rate."""
         rate = task.finished_speed or task.speed
         return Text(f"{rate:,.0f} pairs/s" if rate else "")
 
 
-class PairBar:
-    """A progress bar of pairs on standard error, and nothing where that is no terminal."""
+class PairProgress:
+    """A progress bar of pairs on standard error; nothing if that is not a terminal."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -65,7 +65,7 @@ class PairBar:
             console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
             transient=True,
-            # Standard output is for results, whatever is shown beside them.
+            # Standard output is for results alone.
             redirect_stdout=False,
         )
         self._task = self._progress.add_task("", total=None)
@@ -80,8 +80,8 @@ class PairBar:
         self._progress.stop()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Make room for a result where both go to a terminal."""
+    def paused(self) -> Iterator[None]:
+        """Hide the bar while a result is printed, if both go to a terminal."""
         if not sys.stdout.isatty():
             yield
             return
@@ -89,16 +89,16 @@ class PairBar:
         yield
         self._progress.start()
 
-    def say(self, what: str) -> None:
-        """Say what happens now."""
-        self._progress.update(self._task, description=what)
+    def describe(self, step: str) -> None:
+        """Show what is being done now."""
+        self._progress.update(self._task, description=step)
 
-    def tell(self, what: str) -> None:
-        """Tell something that stays, terminal or not."""
-        note(what)
+    def notify(self, message: str) -> None:
+        """Print a message that stays, terminal or not."""
+        print_message(message)
 
-    def begin(self, pairs: int | None, done: int = 0) -> None:
-        """Begin to count at *done*, up to *pairs*; None = nobody knows."""
+    def start(self, pairs: int | None, done: int = 0) -> None:
+        """Start counting at *done*, up to *pairs*; None = unknown."""
         self._progress.reset(self._task, total=pairs, completed=done, description="pairs")
 
     def advance(self, pairs: int) -> None:
@@ -106,8 +106,8 @@ class PairBar:
         self._progress.advance(self._task, pairs)
 
 
-def show_report(report: Report, file: TextIO | None = None) -> None:
-    """Print what a re-scoring came to, on standard output by default."""
+def print_report(report: Report, file: TextIO | None = None) -> None:
+    """Print the report of a re-scoring, on standard output by default."""
     console = Console(file=file, highlight=False, soft_wrap=True)
     if report.ndcg:
         table = Table("order", "nDCG@10", box=None, pad_edge=False)
@@ -116,16 +116,16 @@ def show_report(report: Report, file: TextIO | None = None) -> None:
             table.add_row(Text(name), "–" if value is None else f"{value:.4f}")
         console.print(table)
         console.print(f"over {report.judged_queries} judged queries of {report.queries}")
-    for said in report_sentences(report):
-        # As Text: in a plain string rich would obey what stands in brackets.
-        console.print(Text(said))
+    for sentence in report_sentences(report):
+        # As Text: in a plain string rich would read brackets as markup.
+        console.print(Text(sentence))
 
 
 def report_sentences(report: Report) -> Iterator[str]:
-    """Say what was written, at what cost, and who scored."""
+    """Say what was written, at what cost, and by which model."""
     yield (
         f"{report.queries - len(report.failed)} queries in {report.output}"
-        + (f", {report.resumed} of them from before" if report.resumed else "")
+        + (f", {report.resumed} of them from an earlier start" if report.resumed else "")
         + f": {report.pairs:,} pairs, {report.cached_pairs:,} cached, {report.truncated_pairs:,} truncated, "
         f"{report.seconds:.1f} s, {report.pairs_per_s:,.0f} pairs/s"
     )
@@ -136,21 +136,21 @@ def report_sentences(report: Report) -> Iterator[str]:
             signal if queries == report.queries else f"{signal} (in {queries} queries)"
             for signal, queries in report.missing.items()
         )
-        yield f"signals that no chunk has, so that their weight counts for nothing: {named}"
+        yield f"weighted signals that no chunk has, which add nothing to the score: {named}"
     for source, lines in report.skipped_lines.items():
         yield f"invalid lines skipped in {source}: {lines}"
 
 
-def show_failed(failed: Mapping[str, str], *, most: int = 10) -> None:
-    """Say which queries failed, and why."""
+def print_failed(failed: Mapping[str, str], *, most: int = 10) -> None:
+    """Print which queries failed, and why, the first *most* of them."""
     for query, reason in list(failed.items())[:most]:
-        say(f"rerankq: query {query}: {reason}")
+        print_message(f"query {query}: {reason}")
     if len(failed) > most:
-        say(f"rerankq: … and {len(failed) - most} more")
+        print_message(f"… and {len(failed) - most} more")
 
 
-def show_status(status: JobStatus, now: float) -> None:
-    """Print where a job stands."""
+def print_status(status: JobStatus, now: float) -> None:
+    """Print a job's state, progress and times."""
     if status.state == "unknown":
         print("unknown: never submitted, forgotten, or past its time to live")
         return
@@ -162,13 +162,13 @@ def show_status(status: JobStatus, now: float) -> None:
         print(status.error)
 
 
-def show_stack(stack: Stack, flower: str | None) -> None:
-    """Print where the parts of a stack are."""
+def print_stack(stack: Stack, flower: str | None) -> None:
+    """Print how the parts of a stack are reached."""
     url = stack.settings.broker
     read_only = flower_environment(os.environ)["FLOWER_READ_ONLY"] == "true"
-    control = " (shows only; FLOWER_BASIC_AUTH=user:password lets you revoke jobs)" if read_only else ""
-    # The password of a Redis that was here before is nobody's to print.
-    print(f"Redis    {url} (embedded: gone when this ends)" if stack.embedded else f"Redis    {masked(url)} (yours)")
+    control = " (read-only; set FLOWER_BASIC_AUTH=user:password to revoke jobs)" if read_only else ""
+    # Never the password of a Redis that is not ours.
+    print(f"Redis    {url} (embedded: removed when this ends)" if stack.embedded else f"Redis    {masked(url)} (yours)")
     print(f"worker   {stack.settings.model}")
     print(f"Flower   {f'{flower}{control}' if flower else 'not installed: pip install flower'}")
     if stack.embedded:
@@ -179,8 +179,8 @@ FANCY = {"up": "↑", "down": "↓", "same": "=", "answer": "✔ ", "to": "→"}
 PLAIN = {"up": "^", "down": "v", "same": "=", "answer": "* ", "to": "->"}
 
 
-def show_demo(demo: Demo, *, top: int = 3) -> None:
-    """Print the order before and after, side by side."""
+def print_demo(demo: Demo, *, top: int = 3) -> None:
+    """Print the chunks before and after reranking, side by side."""
     console = Console(highlight=False)
     marks = FANCY if console.encoding.startswith("utf") else PLAIN
     console.print(
@@ -198,7 +198,7 @@ def show_demo(demo: Demo, *, top: int = 3) -> None:
 
 
 def _comparison(comparison: Comparison, marks: Mapping[str, str], top: int) -> Table:
-    before, after = place_of_answer(comparison)
+    before, after = rank_of_answer(comparison)
     title = Text(f"\n{comparison.query}  ", style="bold").append(
         f"answer: {before} {marks['to']} {after}", style="green"
     )
