@@ -546,3 +546,4 @@ def test_figures_count_what_the_engine_did(worker: Any):
     figures = worker.figures()
     assert (figures["worker"], figures["model"], figures["pairs"]) == (worker.id, "stub:0", 2)
     assert (figures["joined_pairs"], figures["failed_pairs"], figures["out_of_memory"]) == (0, 0, 0)
+    assert 0 <= figures["last_progress_s"] < WAIT_S

@@ -1,4 +1,4 @@
-"""The score cache: raw logits by model, query and chunk. Broken or full, it slows jobs down and never fails them."""
+"""The score cache: raw logits by model, query and chunk. Unreachable or full, it slows jobs down and fails none."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ logger = logging.getLogger("rerankq")
 Logits = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
-# Seconds to leave the cache alone after it did not answer: a broken cache must not cost every job a timeout.
+# Circuit breaker: so many seconds without a request after one failed, or every job would pay a timeout.
 CIRCUIT_OPEN_S = 5.0
-# A pair that was cut has a second field beside its logit, whose four bytes have no room for it: a truncation is never
+# A truncated pair has a second field beside its logit, whose four bytes cannot hold the flag: a truncation is never
 # silent, not even from the cache. In the same hash, so that no eviction or expiry takes one without the other.
 TRUNCATED = b"cut"
-# The server does not serve, or a client that was told to decode replies could not: scores are no text.
-_BROKEN = (RedisError, OSError, UnicodeError)
+# The server is unreachable or answers with an error, or a client that decodes responses met a logit that is not UTF-8.
+_FAILURES = (RedisError, OSError, UnicodeError)
 
 
 class CachedScores(NamedTuple):
-    """What the cache knows of a job's chunks.
+    """Cached scores of a job's chunks, as arrays of shape ``(chunks,)``.
 
-    ``logits`` (n,) is valid where ``mask`` (n,) is true; ``truncated`` (n,) says which of those pairs were cut.
+    ``logits`` is valid where ``mask`` is true; ``truncated`` says which of those pairs were truncated.
     """
 
     logits: Logits
@@ -45,7 +45,7 @@ class CachedScores(NamedTuple):
 
     @classmethod
     def nothing(cls, chunks: int) -> CachedScores:
-        """Know nothing of so many chunks."""
+        """Answer for so many chunks that none is cached."""
         flags = np.zeros(chunks, np.bool_)
         return cls(np.full(chunks, np.nan, np.float32), flags, flags.copy())
 
@@ -53,7 +53,7 @@ class CachedScores(NamedTuple):
 def score_fingerprint(engine: str, *, max_length: int, query_max_tokens: int, long_chunks: str, rule: str) -> str:
     """Name everything beside the texts that changes a logit.
 
-    *engine* stands for weights, precision and template, *rule* for how pairs are cut that do not fit.
+    *engine* is the fingerprint of weights, precision and template, *rule* names the rule of truncation.
     """
     parts = f"{engine}|{max_length}|{query_max_tokens}|{long_chunks}|{rule}"
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
@@ -66,40 +66,39 @@ class ScoreCache:
         self._redis = client
         self._ttl_s = ttl_s
         self._clock = clock
-        self._rests_until = -math.inf
-        self._quiet_until = -math.inf
+        self._open_until = -math.inf
+        self._next_warning = -math.inf
 
     def read(self, fingerprint: str, query: bytes, chunks: Sequence[bytes]) -> CachedScores:
         """Read the logits of a query's chunks, given by their hashes."""
         nothing = CachedScores.nothing(len(chunks))
-        if not chunks or self._resting():
+        if not chunks or self._circuit_open():
             return nothing
         fields = [*chunks, *(chunk + TRUNCATED for chunk in chunks)]
         try:
             values = cast("list[Any]", self._redis.hmget(_key(fingerprint, query), fields))
-        except _BROKEN as error:
-            self._refused(error)
+        except _FAILURES as error:
+            self._note_failure(error)
             return nothing
-        values, cut = values[: len(chunks)], values[len(chunks) :]
-        # Anything that is not four bytes was not written by us, or was made into text on its way.
+        values, flags = values[: len(chunks)], values[len(chunks) :]
+        # Anything but four bytes was not written by us, or was decoded to text by the client.
         mask = np.fromiter((isinstance(value, bytes) and len(value) == 4 for value in values), np.bool_, len(chunks))
         nothing.logits[mask] = np.frombuffer(b"".join(itertools.compress(values, mask)), "<f4")
         mask &= np.isfinite(nothing.logits)
-        return CachedScores(
-            nothing.logits, mask, np.fromiter((flag is not None for flag in cut), np.bool_, len(cut)) & mask
-        )
+        truncated = np.fromiter((flag is not None for flag in flags), np.bool_, len(flags))
+        return CachedScores(nothing.logits, mask, truncated & mask)
 
     def write(self, fingerprint: str, query: bytes, chunks: Sequence[bytes], logits: Logits, truncated: Flags) -> None:
-        """Remember logits, and which pairs were cut; logits that are not finite are not worth remembering."""
-        worth = np.isfinite(logits)
-        if not worth.any() or self._resting():
+        """Store logits, and which pairs were truncated; logits that are not finite are left out."""
+        finite = np.isfinite(logits)
+        if not finite.any() or self._circuit_open():
             return
         fields = {
-            chunk: logit.tobytes() for chunk, logit, ok in zip(chunks, logits.astype("<f4"), worth, strict=True) if ok
+            chunk: logit.tobytes() for chunk, logit, ok in zip(chunks, logits.astype("<f4"), finite, strict=True) if ok
         }
-        fields |= {chunk + TRUNCATED: b"" for chunk in itertools.compress(chunks, truncated & worth)}
-        # A mark of an earlier writer says nothing about this score.
-        whole = [chunk + TRUNCATED for chunk in itertools.compress(chunks, worth & ~np.asarray(truncated, np.bool_))]
+        fields |= {chunk + TRUNCATED: b"" for chunk in itertools.compress(chunks, truncated & finite)}
+        # A flag that an earlier writer left does not belong to this score.
+        whole = [chunk + TRUNCATED for chunk in itertools.compress(chunks, finite & ~np.asarray(truncated, np.bool_))]
         key = _key(fingerprint, query)
         try:
             pipe = self._redis.pipeline(transaction=False)
@@ -108,22 +107,23 @@ class ScoreCache:
                 pipe.hdel(key, *whole)
             pipe.expire(key, self._ttl_s)
             pipe.execute()
-        except _BROKEN as error:
-            self._refused(error)
+        except _FAILURES as error:
+            self._note_failure(error)
 
-    def _resting(self) -> bool:
-        return self._clock() < self._rests_until
+    def _circuit_open(self) -> bool:
+        return self._clock() < self._open_until
 
-    def _refused(self, error: Exception) -> None:
+    def _note_failure(self, error: Exception) -> None:
         now = self._clock()
         if isinstance(error, ResponseError):
-            # The server is there and answers: a full cache still gives what it has, and a spoilt key is but one key.
-            if now >= self._quiet_until:
-                self._quiet_until = now + CIRCUIT_OPEN_S
-                logger.warning("the score cache refuses: %s", error)
+            # The server answers, so the circuit stays closed: a full cache still serves reads, and a key of another
+            # type is one key.
+            if now >= self._next_warning:
+                self._next_warning = now + CIRCUIT_OPEN_S
+                logger.warning("the score cache answered with an error: %s", error)
             return
-        self._rests_until = now + CIRCUIT_OPEN_S
-        logger.warning("the score cache does not serve, computing without it for %.0f s: %s", CIRCUIT_OPEN_S, error)
+        self._open_until = now + CIRCUIT_OPEN_S
+        logger.warning("the score cache is unreachable, computing without it for %.0f s: %s", CIRCUIT_OPEN_S, error)
 
 
 def _key(fingerprint: str, query: bytes) -> str:

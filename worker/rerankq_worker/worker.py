@@ -405,6 +405,7 @@ class Worker:
             "padding": round(stats.padding, 4),
             "out_of_memory": stats.out_of_memory,
             "busy_s": round(stats.busy_s, 1),
+            "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
             "waiting_pairs": stats.waiting_pairs,
         }
 

@@ -128,7 +128,8 @@ class PairLimits:
     """The rule of truncation: a pair that fits is whole; else its query is cut to ``query``, its chunk to the rest.
 
     ``total`` are the tokens that query and chunk may have together, ``query`` those that a query keeps at most in a
-    pair that does not fit. Whoever changes the rule changes ``RULE``: scores are cached by it.
+    pair that does not fit. Every tokeniser asks here. Whoever changes the rule changes ``RULE``: scores are cached by
+    it.
     """
 
     query: int
@@ -162,10 +163,19 @@ class PairLimits:
         >>> limits.kept(50, 11), limits.kept(50, 12), limits.kept(20, 99)
         ((50, 11), (30, 12), (20, 41))
         """
-        if query + chunk <= self.total:
+        if chunk <= self.beside(query):
             return query, chunk
         query = min(query, self.query)
-        return query, min(chunk, self.total - query)
+        return query, min(chunk, self.beside(query))
+
+    def beside(self, query: int) -> int:
+        """Tell how many tokens of a chunk fit beside so many of a query; below 0 where those alone are too many.
+
+        >>> limits = PairLimits(query=30, total=61)
+        >>> limits.beside(50), limits.beside(70)
+        (11, -9)
+        """
+        return self.total - query
 
 
 def checked_length(asked: int | None, limit: int) -> int:

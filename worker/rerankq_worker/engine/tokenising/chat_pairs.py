@@ -33,7 +33,7 @@ class ChatPairs:
         self.template = repr(rendering)
         self._between, opening = self._parted()
         self._after = self._ids(rendering.after)
-        self._special_tokens = len(self._ids(rendering.before + self._between)) + len(self._after)
+        self._frame = len(self._ids(rendering.before + self._between))
         self._whole = WholeChats(tokenizer, rendering, max_length=max_length)
         self._seams = Seams(tokenizer, left=self._between, opening=opening, right=rendering.after)
         self._chunks = ChunkReader(tokenizer, longest=max_length + 1, opening=opening, known_bytes=known_bytes)
@@ -49,13 +49,15 @@ class ChatPairs:
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order; chunks that are remembered cost a hundredth of the others."""
         length = checked_length(max_length, self.max_length)
-        limits = PairLimits.within(length, special_tokens=self._special_tokens, query_max_tokens=query_max_tokens)
+        limits = PairLimits.within(
+            length, special_tokens=self._frame + len(self._after), query_max_tokens=query_max_tokens
+        )
         shown = [self._rendering.shown(chunk) for chunk in chunks] if self._rendering.trims else chunks
         pairs = join(
-            self._heads(query, limits, length - len(self._after)),
+            self._heads(query, limits),
             self._chunks.read(shown, length + 1, hashes=hashes),
             self._after,
-            length=length,
+            limits,
             dtype=self._chunks.dtype,
         )
         astray = self._seams.astray(self._rendering.shown(query), shown)
@@ -67,21 +69,22 @@ class ChatPairs:
                 pairs[at] = pair
         return pairs
 
-    def _heads(self, query: str, limits: PairLimits, most: int) -> Heads:
-        """Encode everything before the chunk, in at most ``most`` tokens."""
+    def _heads(self, query: str, limits: PairLimits) -> Heads:
+        """Encode everything before the chunk: with the whole query, and with no more of it than its limit."""
         text = sound(self._rendering.shown(query))
         shown = first_tokens(self._tokenizer, text, limits.total)
         whole = self._head(shown).ids if len(shown) == len(text) else None
-        return Heads(whole if whole is not None and len(whole) <= most else None, self._cut(shown, limits, most - 1))
+        fits = whole is not None and limits.beside(len(whole) - self._frame) >= 0
+        return Heads(whole if fits else None, self._cut(shown, limits), self._frame)
 
-    def _cut(self, shown: str, limits: PairLimits, most: int) -> list[int]:
-        """Encode everything before the chunk, with no more of the query than its limit."""
+    def _cut(self, shown: str, limits: PairLimits) -> list[int]:
         begin = len(self._rendering.before)
         while True:
             encoding = self._head(shown)
             end = begin + len(shown)
             starts = [start for start, stop in encoding.offsets if stop > begin and start < end]
-            excess = max(len(starts) - limits.query, len(encoding) - most)
+            # One token at least is the chunk's.
+            excess = max(len(starts) - limits.query, 1 - limits.beside(len(encoding) - self._frame))
             if excess <= 0 or not shown:
                 return list(encoding.ids)
             shown = shown[: max(0, starts[max(0, len(starts) - excess)] - begin)]

@@ -44,10 +44,9 @@ class Tokeniser(Protocol):
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, as model input of at most ``max_length`` tokens.
 
-        A pair that fits is whole. In one that does not, the query is cut to ``query_max_tokens`` or half of the room
-        beside special tokens and prompt, whichever is less, the chunk to what is left. ``hashes``, one per chunk, are
-        those of the chunks' texts if they are known already. Of a very long text no more is read than gives the tokens
-        that are kept, and never more than a million characters: what stands behind them counts as cut.
+        What does not fit is cut by PairLimits; a prompt takes nothing of what a query may have. ``hashes``, one per
+        chunk, are those of the chunks' texts if they are known already. Of a very long text no more is read than gives
+        the tokens that are kept, and never more than a million characters: what stands behind them counts as cut.
 
         Raises PairFailed for a pair of no tokens.
         """
@@ -89,7 +88,6 @@ class PairTokeniser:
         self._tokenizer = as_it_is(tokenizer)
         self.max_length = max_length
         self.template = _derive_template(tokenizer, query_prompt)
-        # A prompt takes nothing of what a query may have.
         self._prompt_tokens = len(tokenizer.encode(query_prompt, add_special_tokens=False))
         # One more than a pair has room for tells that there are more.
         longest = max(1, max_length - self.template.special_tokens) + 1
@@ -116,11 +114,12 @@ class PairTokeniser:
         whole, cut = (
             [*marks.before, *asked.ids(tokens), *marks.between] for tokens in (most, self._prompt_tokens + limits.query)
         )
+        frame = fixed - len(marks.after)
         return join(
-            Heads(whole if asked.fits(most) else None, cut, two_segments=marks.two_segments),
+            Heads(whole if asked.fits(most) else None, cut, frame, two_segments=marks.two_segments),
             self._chunks.read(chunks, limits.total + 1, hashes=hashes),
             marks.after,
-            length=length,
+            limits,
             dtype=self._chunks.dtype,
         )
 
@@ -141,22 +140,23 @@ class PairTokeniser:
 class Heads:
     """What stands before a chunk: with the query whole, for pairs that fit, and cut, for all others.
 
-    ``whole`` is None where the query is too long for any pair to fit.
+    ``whole`` is None where the query is too long for any pair to fit. ``frame`` ids of either are not the query's.
     """
 
     whole: Sequence[int] | None
     cut: Sequence[int]
+    frame: int
     two_segments: bool = False
 
 
 def join(
-    heads: Heads, chunks: Sequence[TokenPrefix], tail: Sequence[int], *, length: int, dtype: np.dtype[Any]
+    heads: Heads, chunks: Sequence[TokenPrefix], tail: Sequence[int], limits: PairLimits, *, dtype: np.dtype[Any]
 ) -> list[TokenisedPair]:
-    """Put each chunk between head and tail, as pairs of at most ``length`` ids; they are slices of one array."""
+    """Put each chunk between head and tail, cut to their limits; the pairs are slices of one array."""
     width = dtype.itemsize
     whole, cut, ending = (np.array(ids, dtype).tobytes() for ids in (heads.whole or (), heads.cut, tail))
-    fitting = length * width - len(whole) - len(ending) if heads.whole is not None else -1
-    left = length * width - len(cut) - len(ending)
+    fitting = -1 if heads.whole is None else width * limits.beside(len(heads.whole) - heads.frame)
+    left = width * limits.beside(len(heads.cut) - heads.frame)
     pieces, shapes = [], []
     for first in chunks:
         fits = first.whole and len(first.ids) <= fitting

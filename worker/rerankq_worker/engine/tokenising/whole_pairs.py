@@ -57,9 +57,9 @@ class WholePairs:
         cut = _cut(asked.encoding, min(kept, asked.sure))
         pairs = []
         for read in encode_heads(self._tokenizer, chunks, limits.total + 1):
-            fits = asked.whole and read.fits(most - asked.sure)
+            fits = asked.whole and read.fits(limits.beside(asked.sure - self._prompt_tokens))
             head = asked.encoding if fits else cut
-            left = min(read.sure, length - self._special_tokens - len(head))
+            left = min(read.sure, limits.beside(len(head) - self._prompt_tokens))
             whole = self._tokenizer.post_process(head, _cut(read.encoding, left))
             pairs.append(TokenisedPair(np.array(whole.ids, np.int32), len(whole) - sum(whole.type_ids), not fits))
         return pairs
