@@ -176,6 +176,27 @@ def test_missing_packages_are_named_with_how_to_install_them():
     assert done.stderr == f"{cli.HOW_TO_INSTALL}\n"
 
 
+def test_command_line_starts_before_any_library_is_loaded():
+    script = "import sys, rerankq.cli; print({'pydantic', 'redis', 'celery', 'typer', 'asyncio'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n", "Ctrl-C before main() runs ends in a traceback"
+
+
+@pytest.mark.parametrize("module", ["celery", "pydantic", "typer"])
+def test_interrupt_while_a_library_loads_is_quiet_with_status_130(module):
+    script = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from rerankq.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_every_command_has_help_and_loads_no_torch():
     script = (
         "import sys\nfrom rerankq.cli.app import app\n"

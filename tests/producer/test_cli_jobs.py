@@ -89,6 +89,28 @@ def test_ids_accepted_before_the_ledger_failed_are_printed(run, monkeypatch):
     assert (done.exit_code, done.stdout) == (1, "one\ntwo\n")
 
 
+def test_alias_of_ones_own_catalogue_has_its_worker_under_wait(run, worker, monkeypatch, tmp_path):
+    (tmp_path / "models.toml").write_text(
+        '[models."org/long"]\nmax_length = 1\nlanguages = []\nsize_mb = 1\nlicence = "x"\nchoose_when = "x"\n'
+        'aliases = ["short"]\n'
+    )
+    worker.register("org/long")
+
+    class Watch(submit.WorkerWatch):
+        def check(self, models, job_ids):
+            super().check(models, job_ids)
+            if job_ids:
+                assert set(models) == {"short"}
+                worker.finish(*job_ids)
+
+    monkeypatch.setattr(submit, "WorkerWatch", Watch)
+    monkeypatch.setattr("rerankq.stream.SUPERVISE_EVERY_S", 0.05)
+    job = '{"id": "good", "query": "a", "chunks": ["b"], "model": "short"}'
+    done = run("submit", "-", "--wait", given=job, RERANKQ_CONF_DIR=str(tmp_path))
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["job_id"] == "good"
+
+
 def test_line_limit_allows_six_bytes_per_character(run):
     limit = {"RERANKQ_MAX_JOB_BYTES": "1000"}
     escaped = json.dumps({"id": "one", "query": "語" * 200, "chunks": ["b"]})

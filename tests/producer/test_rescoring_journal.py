@@ -123,6 +123,16 @@ def test_answer_without_space_is_refused_and_earlier_ones_are_kept(path):
         assert journal.queries == {"q1", "q2"}
 
 
+def test_journal_that_cannot_be_started_for_want_of_space_is_an_input_fault(path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(InputFault, match=r"out.part: cannot be written: File too large"):
+            Journal.open(path, HEADER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_two_processes_cannot_write_one_output(path):
     with Journal.open(path, HEADER), pytest.raises(InputFault, match="another process"):
         Journal.open(path, HEADER)
