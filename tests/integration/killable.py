@@ -17,7 +17,7 @@ from rerankq_worker.engine import Batcher, text_hash
 
 app = tasks.app
 MARKS = Path(os.environ["KILLED_MARKS"])
-STAGES = ("heard", "waiting", "tokenising", "batched", "scoring", "unstored", "stored", "completed")
+STAGES = ("received", "waiting", "tokenising", "batched", "scoring", "unstored", "stored", "completed")
 HASHES = {text_hash(f"killed-{stage}"): f"killed-{stage}" for stage in STAGES}
 # The tokens of the jobs that kill, by which the batches know them.
 marked: dict[bytes, str] = {}
@@ -65,7 +65,7 @@ def load(inner: Callable, *args: Any, **options: Any) -> Any:
 
 def ask(inner: Callable, ledger: Ledger, call: Call) -> Any:
     if call.script == "claim":
-        reach("heard", call.args[0])
+        reach("received", call.args[0])
     answer = inner(ledger, call)
     if call.script == "claim":
         reach("waiting", call.args[0])

@@ -24,7 +24,7 @@ class Outcome(NamedTuple):
 
 
 STAGES = {
-    "heard": Outcome(attempts=1, cached_pairs=0),
+    "received": Outcome(attempts=1, cached_pairs=0),
     "waiting": Outcome(attempts=2, cached_pairs=0),
     "tokenising": Outcome(attempts=2, cached_pairs=0),
     "batched": Outcome(attempts=2, cached_pairs=0),

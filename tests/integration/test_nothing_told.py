@@ -18,22 +18,22 @@ MARK = "Sphinx-of-black-quartz"
 
 @contextmanager
 def events_of(settings: Settings) -> Iterator[list[dict]]:
-    """Hear every event while the block lasts, as Flower does."""
-    heard: list[dict] = []
+    """Receive every event while the block lasts, as Flower does."""
+    events: list[dict] = []
     app = make_app(settings)
     with app.connection_for_read() as connection:
-        receiver = app.events.Receiver(connection, handlers={"*": heard.append})
+        receiver = app.events.Receiver(connection, handlers={"*": events.append})
         listener = threading.Thread(target=receiver.capture, kwargs={"limit": None, "timeout": None, "wakeup": True})
         listener.start()
         try:
-            yield heard
+            yield events
         finally:
             receiver.should_stop = True
             listener.join()
             app.close()
 
 
-def test_no_text_of_a_chunk_and_no_password_is_told_by_a_worker_that_logs_everything(
+def test_a_worker_that_logs_everything_logs_no_text_of_a_chunk_and_no_password(
     settings: Settings, start_worker: Callable, wait_until: Callable, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("DEBUG")

@@ -67,7 +67,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker_with_one_line(redis_url: 
         ({"RERANKQ_BROKER_URL": "redis://x", "RERANKQ_CONCURRENCY": "1", "RERANKQ_LEASE_S": "0"}, "RERANKQ_LEASE_S: "),
     ],
 )
-def test_settings_that_cannot_work_are_said_without_a_traceback(tmp_path: Path, env: dict[str, str], words: str):
+def test_invalid_settings_end_the_worker_without_a_traceback(tmp_path: Path, env: dict[str, str], words: str):
     status, said = refusal(tmp_path, **env)
     assert status == 1
     assert words in said
@@ -102,7 +102,7 @@ def test_a_listed_model_is_accepted_while_no_worker_for_it_is_alive(redis_url: s
         assert client.status(ids[1]).state == "queued", "nobody serves the default"
 
 
-def test_bells_that_make_no_sense_cost_no_slot_and_hurt_nobody(client: Client, start_worker: Callable, celery: Any):
+def test_malformed_messages_are_dropped_and_use_no_slot(client: Client, start_worker: Callable, celery: Any):
     worker = start_worker(RERANKQ_CONCURRENCY="3")
     for _ in range(8):
         for task, args, kwargs in [
@@ -123,7 +123,7 @@ def test_bells_that_make_no_sense_cost_no_slot_and_hurt_nobody(client: Client, s
     assert worker.process.poll() is None
 
 
-def test_every_job_shows_in_the_events_and_no_bell_is_written_down_on_redis(
+def test_every_job_shows_in_the_events_and_no_doorbell_is_recorded_on_redis(
     client: Client, start_worker: Callable, celery: Any, redis_url: str
 ):
     start_worker()

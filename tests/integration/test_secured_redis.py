@@ -130,7 +130,7 @@ def test_no_role_can_do_more(urls: dict[str, str]):
                     connection.execute_command(*command)
 
 
-def test_without_a_user_or_with_a_wrong_password_nothing_is_told(urls: dict[str, str]):
+def test_a_missing_user_or_a_wrong_password_is_refused_without_details(urls: dict[str, str]):
     for url in (
         urls["worker"].replace("rerankq-worker:secret-of-worker@", ""),
         urls["worker"].replace("secret-of", "wrong"),
@@ -179,7 +179,7 @@ def test_jobs_are_ranked_over_tls_from_end_to_end(tls: str, start_worker: Callab
         assert all(isinstance(answer, Ranking) for _, answer in client.as_completed(ids, timeout=60))
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(tls: str):
+def test_an_untrusted_certificate_is_refused(tls: str):
     stranger = tls.partition("?")[0] + "?ssl_cert_reqs=required"
     with Client(settings_of(stranger)) as client, pytest.raises(BrokerUnavailable, match="certificate"):
         client.status("x")

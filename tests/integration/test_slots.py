@@ -50,7 +50,7 @@ def test_an_interactive_job_is_claimed_at_once_while_bulk_saturates_the_worker(
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_with_few_slots_an_interactive_job_is_the_next_to_be_taken(client: Client, start_worker: Callable, slots: int):
+def test_an_interactive_job_is_the_next_to_be_taken_with_few_slots(client: Client, start_worker: Callable, slots: int):
     # A tenth of a second for each bulk job.
     start_worker(RERANKQ_MODEL="stub:2e-3", RERANKQ_CONCURRENCY=str(slots))
     bulk = client.submit_many([job(f"bulk-{number}", chunks=10, priority="bulk") for number in range(60)])
@@ -96,7 +96,7 @@ def test_a_small_tenant_waits_for_a_window_of_a_large_one_and_not_for_its_backlo
     assert len(before) < settings.doorbell_window + 100
 
 
-def test_a_job_that_was_handed_back_overtakes_the_bells_that_are_out(
+def test_a_job_that_was_handed_back_overtakes_the_doorbells_that_are_out(
     client: Client, start_worker: Callable, wait_until: Callable
 ):
     # One slot for bulk; the first job takes some seconds of the device, each other a tenth or more.
@@ -115,7 +115,7 @@ def test_a_job_that_was_handed_back_overtakes_the_bells_that_are_out(
     assert sum(client.status(one).state == "done" for one in ids) < 30
 
 
-def test_bells_lost_while_the_ledger_was_away_are_rung_again(
+def test_doorbells_lost_while_the_ledger_was_away_are_sent_again(
     start_worker: Callable, restartable_redis: Any, redis_url: str, wait_until: Callable
 ):
     urls = {"ledger_url": restartable_redis.url, "cache_url": redis_url, "lease_s": 2}

@@ -38,7 +38,7 @@ def statuses(*workers: Any) -> list[int]:
     return [worker.process.wait(max(0.1, ends - time.monotonic())) for worker in workers]
 
 
-def test_workers_end_in_time_though_redis_hangs_whatever_they_do_and_whichever_way_they_are_told(
+def test_workers_end_in_time_though_redis_hangs_whatever_they_do_and_however_they_are_stopped(
     start_worker: Callable, restartable_redis: Any, wait_until: Callable
 ):
     url = restartable_redis.url

@@ -9,7 +9,7 @@ from rerankq import Client, JobDead, Ranking, RerankJob
 from rerankq.settings import Settings
 
 
-def test_of_two_poison_jobs_both_are_found_and_no_neighbour_is_blamed(
+def test_two_poison_jobs_are_both_found_and_no_neighbour_is_blamed(
     client: Client, start_worker: Callable, settings: Settings, wait_until: Callable
 ):
     worker = start_worker("poisonable", RERANKQ_MAX_ATTEMPTS="1", RERANKQ_LEASE_S="1", RERANKQ_MODEL="stub:1e-4")

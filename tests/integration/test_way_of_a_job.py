@@ -66,7 +66,7 @@ def logits_of(ranking: Ranking) -> np.ndarray:
     return np.array([chunk.model_logit for chunk in sorted(ranking.chunks, key=lambda chunk: chunk.index)])
 
 
-def test_the_answer_comes_first_and_its_score_is_made_of_its_signals(client: Client):
+def test_the_chunk_that_answers_is_ranked_first_and_its_score_is_made_of_its_signals(client: Client):
     ranking = client.rerank("why do tides rise?", TIDES, timeout=60)
     best = ranking.chunks[0]
     assert [best.index, best.id, best.rank] == [1, "1", 1]
@@ -77,7 +77,7 @@ def test_the_answer_comes_first_and_its_score_is_made_of_its_signals(client: Cli
     assert ranking.usage.tokens > 0
 
 
-def test_a_second_asking_is_answered_from_the_ledger_and_other_jobs_from_the_cache(client: Client):
+def test_an_equal_job_is_answered_from_the_ledger_and_other_jobs_from_the_cache(client: Client):
     chunks = ["Rivers carry stones.", "Stones carry rivers."]
     first = client.rerank("what do rivers carry?", chunks, timeout=60)
     assert client.rerank("what do rivers carry?", chunks, timeout=60) == first
@@ -229,7 +229,7 @@ def test_an_ended_job_can_be_forgotten(client: Client):
         client.result(one, timeout=5)
 
 
-def test_cancelled_and_expired_jobs_say_so(client: Client, deployment: tuple[Settings, Any]):
+def test_cancelled_and_expired_jobs_raise_how_they_ended(client: Client, deployment: tuple[Settings, Any]):
     deployment[1].send(signal.SIGSTOP)  # so that nothing is claimed meanwhile
     try:
         cancelled = client.submit({"query": "cancel me", "chunks": TIDES})
@@ -245,16 +245,16 @@ def test_cancelled_and_expired_jobs_say_so(client: Client, deployment: tuple[Set
         deployment[1].send(signal.SIGCONT)
 
 
-def test_what_flower_is_told_names_the_query_and_never_a_chunk(client: Client, deployment: tuple[Settings, Any]):
-    heard: list[dict[str, Any]] = []
+def test_flower_is_told_the_query_and_never_a_chunk(client: Client, deployment: tuple[Settings, Any]):
+    events: list[dict[str, Any]] = []
 
-    def hear(event: dict[str, Any]) -> None:
-        heard.append(event)
+    def receive(event: dict[str, Any]) -> None:
+        events.append(event)
         receiver.should_stop = event["type"] == "task-succeeded"
 
     app = make_app(deployment[0])
     with app.connection() as connection:
-        receiver = app.events.Receiver(connection, handlers={"*": hear})
+        receiver = app.events.Receiver(connection, handlers={"*": receive})
 
         def listen() -> None:
             with contextlib.suppress(TimeoutError):
@@ -265,8 +265,8 @@ def test_what_flower_is_told_names_the_query_and_never_a_chunk(client: Client, d
         threading.Event().wait(1.5)
         client.rerank("what does Flower show?", ["a secret chunk text", *TIDES], timeout=60)
         listening.join()
-    told = {event["type"]: event for event in heard if event["type"].startswith("task-")}
+    told = {event["type"]: event for event in events if event["type"].startswith("task-")}
     assert told["task-received"]["args"] == '"what does Flower show?" 4 chunks, bundled'
     assert "ranked" in told["task-succeeded"]["result"]
-    assert "secret" not in str(heard)
+    assert "secret" not in str(events)
     app.close()

@@ -17,7 +17,7 @@ anything = st.recursive(
 )
 
 
-def test_what_the_client_sends_is_a_doorbell():
+def test_the_messages_of_the_client_are_doorbells():
     kept = headers_of(HEADERS, [["an-id"], {}, REST])
     assert kept == {
         "task": "rerankq.rerank", "id": "a", "root_id": "a", "lang": "py", "argsrepr": "an-id", "kwargsrepr": "{}",
@@ -29,13 +29,13 @@ def test_what_the_client_sends_is_a_doorbell():
 
 
 @pytest.mark.parametrize("job_id", ["a" * LONGEST_ID, "a b", "月"])
-def test_an_id_as_long_as_ids_may_be_is_let_in(job_id: str):
+def test_ids_of_128_characters_are_accepted(job_id: str):
     assert headers_of(HEADERS | {"id": job_id}, [[job_id], {}, REST])["id"] == job_id
     assert LONGEST_ID == 128, "as the contract says"
 
 
 @pytest.mark.parametrize("shown", ["x" * LONGEST_SHOWN, "x" * (LONGEST_SHOWN + 1), "x" * 60_000])
-def test_what_flower_shows_of_a_doorbell_is_cut(shown: str):
+def test_the_label_of_a_doorbell_is_cut_to_512_characters(shown: str):
     assert headers_of(HEADERS | {"argsrepr": shown}, [["a"], {}, REST])["argsrepr"] == "x" * LONGEST_SHOWN
 
 
@@ -60,7 +60,7 @@ def test_headers_that_celery_would_obey_are_left_out(name: str):
         (HEADERS, [["a"], {}, REST | {"chain": [{"task": "rerankq.rerank"}]}]),
     ],
 )
-def test_what_is_almost_one_is_none(headers: object, payload: object):
+def test_near_miss_messages_are_rejected(headers: object, payload: object):
     with pytest.raises(NoDoorbell):
         headers_of(headers, payload)
 
@@ -69,7 +69,7 @@ def test_what_is_almost_one_is_none(headers: object, payload: object):
 @given(
     headers=anything | st.builds(lambda more: HEADERS | more, st.dictionaries(st.text(), anything)), payload=anything
 )
-def test_whatever_it_is_it_is_a_doorbell_or_said_to_be_none(headers: object, payload: object):
+def test_any_message_is_a_doorbell_or_is_rejected_as_none(headers: object, payload: object):
     with suppress(NoDoorbell):  # and nothing else is raised
         headers_of(headers, payload)
         assert isinstance(payload[0][0], str), "it is one after all"

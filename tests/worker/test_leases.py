@@ -73,7 +73,7 @@ def world(redis_url_each_version: str) -> Iterator[World]:
     world.ledger.redis.close()
 
 
-def test_a_renewed_lease_is_whole_again_and_tells_how_far_the_work_is(world: World):
+def test_a_renewed_lease_is_full_again_and_records_the_progress(world: World):
     _, work = world.held("a")
     world.shorten("a", 1)
     work.pairs_done = 3
@@ -83,7 +83,7 @@ def test_a_renewed_lease_is_whole_again_and_tells_how_far_the_work_is(world: Wor
     assert not work.cancelled.is_set()
 
 
-def test_what_was_released_is_renewed_no_more(world: World):
+def test_a_released_lease_is_not_renewed(world: World):
     claim, work = world.held("a")
     world.leases.release("a", claim.fence)
     world.shorten("a", 1)
@@ -93,7 +93,7 @@ def test_what_was_released_is_renewed_no_more(world: World):
     assert not work.cancelled.is_set()
 
 
-def test_work_on_a_job_that_somebody_else_has_is_stopped_and_its_neighbour_goes_on(world: World):
+def test_work_on_a_job_whose_lease_was_lost_is_stopped_and_its_neighbour_goes_on(world: World):
     claim, lost = world.held("lost")
     _, kept = world.held("kept")
     world.ledger.ask(calls.hand_back([("lost", claim.fence)]))
@@ -145,12 +145,12 @@ def test_a_job_cancelled_and_at_once_submitted_again_is_worked_on_once(world: Wo
     _, old = world.held("a")
     world.ledger.ask(calls.cancel("a", world.limits))
     claim, new = world.held("a")
-    assert old.cancelled.is_set(), "whether or not the cancellation was heard"
+    assert old.cancelled.is_set(), "whether or not the cancellation was received"
     assert not new.cancelled.is_set()
     assert world.leases.stop() == [("a", claim.fence)]
 
 
-def test_cancelling_reaches_held_work_and_no_other(world: World):
+def test_cancelling_stops_held_work_and_no_other(world: World):
     claim, one = world.held("one")
     _, other = world.held("other")
     world.leases.cancel([("one", claim.fence), ("never held", 1)])
@@ -168,7 +168,7 @@ def test_a_late_cancellation_leaves_a_newer_claim_of_the_same_id_alone(world: Wo
     assert not new.cancelled.is_set()
 
 
-def test_stopping_answers_what_is_still_held_so_that_it_can_be_handed_back(world: World):
+def test_stopping_answers_the_claims_that_are_still_held(world: World):
     first, _ = world.held("a")
     second, _ = world.held("b")
     world.leases.start()
@@ -198,7 +198,7 @@ def renewed(world: World, name: str) -> threading.Event:
     return seen
 
 
-def test_the_timer_renews(lively: World):
+def test_the_timer_renews_leases(lively: World):
     lively.held("a")
     seen = renewed(lively, "a")
     lively.leases.start()
@@ -217,7 +217,7 @@ def test_the_timer_renews_so_often_that_one_renewal_may_fail(redis_url: str, mon
     world.ledger.redis.close()
 
 
-def test_a_hanging_device_renews_nothing_and_is_given_up_once_its_leases_have_lapsed(lively: World):
+def test_leases_of_a_hanging_device_lapse_and_then_it_is_given_up(lively: World):
     lively.held("a")
     lively.device_hangs = True
     lively.leases.start()
@@ -225,7 +225,7 @@ def test_a_hanging_device_renews_nothing_and_is_given_up_once_its_leases_have_la
     assert lively.lease_of("a") < 0, "not before the leases have lapsed"
 
 
-def test_a_device_that_comes_round_is_forgiven(lively: World, monkeypatch: pytest.MonkeyPatch):
+def test_a_device_that_goes_on_after_a_while_has_its_leases_renewed(lively: World, monkeypatch: pytest.MonkeyPatch):
     clock = [0.0]
     monkeypatch.setattr(leases_module.time, "monotonic", lambda: clock[0])
     lively.device_hangs = True
@@ -238,14 +238,14 @@ def test_a_device_that_comes_round_is_forgiven(lively: World, monkeypatch: pytes
     assert not lively.gave_up.is_set(), "it hangs since just now, not since the first time"
 
 
-def test_after_a_pause_of_our_own_the_device_has_time_to_go_on(lively: World, monkeypatch: pytest.MonkeyPatch):
+def test_a_device_has_a_minute_more_after_a_pause_of_its_process(lively: World, monkeypatch: pytest.MonkeyPatch):
     clock = [0.0]
     monkeypatch.setattr(leases_module.time, "monotonic", lambda: clock[0])
     lively.device_hangs = True
     for seconds in (lively.limits.lease_s / 3 + 1, lively.limits.lease_s + BREAK_S):
-        lively.leases._woke_up(slept_for=seconds)
+        lively.leases._note_pause(slept_for=seconds)
         assert lively.leases._hangs(), "a busy machine is no pause"
-    lively.leases._woke_up(slept_for=3_600)
+    lively.leases._note_pause(slept_for=3_600)
     assert not lively.leases._hangs()
     assert not lively.leases.hung
     clock[0] += PATIENCE_S - 1
@@ -255,7 +255,7 @@ def test_after_a_pause_of_our_own_the_device_has_time_to_go_on(lively: World, mo
     assert lively.leases.hung
 
 
-def test_the_timer_outlives_a_ledger_that_is_away_and_any_bug(
+def test_the_timer_survives_an_outage_of_the_ledger_and_any_bug(
     lively: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     lively.held("a")
@@ -274,7 +274,7 @@ def test_the_timer_outlives_a_ledger_that_is_away_and_any_bug(
     assert errors == []
     lively.leases.stop()
     said = [re.split("[:,]", one.getMessage())[0] for one in caplog.records if one.levelname == "WARNING"]
-    assert said == ["leases not renewed", "leases are renewed again"], "an outage is said once"
+    assert said == ["cannot renew leases", "leases are renewed again"], "an outage is logged once"
 
 
 def test_leases_survive_a_server_that_was_started_again_empty():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rerankq_worker.locks import PASSED_AT_MOST, Holders, SharedExclusiveLock, Waiter, admitted
 
-PATIENCE_S = 20  # a test that hangs ends here; none that works waits so long
+WAIT_S = 20  # a test that hangs ends here; none that works waits so long
 
 waiters = st.builds(Waiter, st.booleans(), st.booleans(), st.integers(0, PASSED_AT_MOST + 1))
 sharers = st.builds(Holders, st.integers(0, 2), st.integers(0, 2))
@@ -44,12 +44,12 @@ def oracle(line: list[Waiter], holders: Holders, after_exclusive: bool) -> list[
 
 
 @given(st.lists(waiters, max_size=8), sharers | st.just(Holders(exclusive=True)), st.booleans())
-def test_who_goes_in_is_as_the_rules_say(line: list[Waiter], holders: Holders, after: bool):
+def test_admitted_waiters_equal_the_rules_one_after_the_other(line: list[Waiter], holders: Holders, after: bool):
     assert admitted(line, holders, after_exclusive=after) == oracle(line, holders, after)
 
 
 @given(st.lists(waiters, min_size=1, max_size=8), st.booleans())
-def test_whenever_nobody_is_in_somebody_goes_in(line: list[Waiter], after: bool):
+def test_a_free_lock_admits_a_waiter(line: list[Waiter], after: bool):
     going = [line[place] for place in admitted(line, Holders(), after_exclusive=after)]
     assert going
     assert len(going) == 1 or not any(waiter.exclusive for waiter in going)
@@ -60,17 +60,17 @@ STEPS = st.lists(st.none() | st.tuples(st.booleans(), st.booleans()), max_size=6
 
 
 @given(STEPS, st.randoms(use_true_random=False))
-def test_an_interactive_job_waits_for_one_that_is_alone_at_most_and_nobody_for_ever(steps, chooser):
+def test_an_interactive_job_waits_for_one_exclusive_holder_at_most_and_no_job_for_ever(steps, chooser):
     lock, inside = SharedExclusiveLock(), {}
     # For each that waits to share: how many went in alone meanwhile.
     went_before: dict[int, int] = {}
 
-    def look_who_went_in(waiting_before: dict[int, Waiter]) -> None:
-        now_in = {at: waiter for at, waiter in waiting_before.items() if at not in lock._line}
+    def record_who_went_in(waiting_before: dict[int, Waiter]) -> None:
+        now_in = {at: waiter for at, waiter in waiting_before.items() if at not in lock._waiting}
         if any(waiter.exclusive for waiter in now_in.values()):
             assert not inside
             assert len(now_in) == 1
-            for at, waiter in lock._line.items():
+            for at, waiter in lock._waiting.items():
                 went_before[at] = went_before.get(at, 0) + (not waiter.exclusive)
         inside.update(now_in)
 
@@ -78,18 +78,18 @@ def test_an_interactive_job_waits_for_one_that_is_alone_at_most_and_nobody_for_e
         with lock._changed:
             if step is not None:
                 waiter = Waiter(*step)
-                before = {**lock._line, lock._arrivals: waiter}
-                lock._line[lock._arrivals] = waiter
+                before = {**lock._waiting, lock._arrivals: waiter}
+                lock._waiting[lock._arrivals] = waiter
                 lock._arrivals += 1
                 lock._admit()
             elif inside:
                 at = chooser.choice(sorted(inside))
-                before = dict(lock._line)
+                before = dict(lock._waiting)
                 lock._leave(at, inside.pop(at))
             else:
                 continue
-            look_who_went_in(before)
-    assert not lock._line
+            record_who_went_in(before)
+    assert not lock._waiting
     assert not inside
     assert max(went_before.values(), default=0) <= 1
 
@@ -120,7 +120,7 @@ def test_an_interactive_suspect_goes_before_bulk_ones_and_a_bulk_one_is_not_pass
     assert order.index("bulk 1") == PASSED_AT_MOST + 1
 
 
-def test_others_go_between_two_suspects():
+def test_shared_jobs_go_between_two_suspects():
     suspects = [(f"suspect {at}", Waiter(True, False)) for at in range(3)]
     others = [("bulk", Waiter(False, False)), ("soon", Waiter(False, True))]
     assert turns(*suspects, *others) == ["bulk", "soon", "suspect 0", "suspect 1", "suspect 2"]
@@ -130,9 +130,9 @@ def lined_up(*waiters: Waiter, inside: Waiter) -> SharedExclusiveLock:
     """A lock with one inside (its number is 0), for which these wait (1, 2 and so on)."""
     lock = SharedExclusiveLock()
     with lock._changed:
-        lock._line[0] = inside
+        lock._waiting[0] = inside
         lock._admit()
-        lock._line |= dict(enumerate(waiters, 1))
+        lock._waiting |= dict(enumerate(waiters, 1))
     return lock
 
 
@@ -141,38 +141,38 @@ def test_a_suspect_that_gives_up_waiting_gives_bulk_no_turn_before_the_next_susp
     lock = lined_up(suspect, suspect, bulk, inside=bulk)
     with lock._changed:
         lock._leave(1, suspect)
-        assert list(lock._line) == [2, 3]
+        assert list(lock._waiting) == [2, 3]
         lock._leave(0, bulk)
-    assert list(lock._line) == [3]
+    assert list(lock._waiting) == [3]
     assert lock._holders == Holders(exclusive=True)
 
 
-def test_a_suspect_is_passed_by_those_that_came_after_it_alone():
+def test_a_suspect_is_overtaken_only_by_those_that_came_after_it():
     bulk, soon = Waiter(exclusive=True, interactive=False), Waiter(exclusive=True, interactive=True)
     lock = lined_up(bulk, soon, bulk, inside=Waiter(exclusive=False, interactive=True))
     with lock._changed:
         lock._leave(0, Waiter(exclusive=False, interactive=True))
-    assert {number: waiter.passed for number, waiter in lock._line.items()} == {1: 1, 3: 0}
+    assert {number: waiter.passed for number, waiter in lock._waiting.items()} == {1: 1, 3: 0}
 
 
-def test_a_suspect_that_gives_up_lets_in_those_that_waited_for_it_alone():
+def test_a_suspect_that_gives_up_admits_those_that_waited_for_it_only():
     bulk, suspect = Waiter(exclusive=False, interactive=False), Waiter(exclusive=True, interactive=False)
     lock = lined_up(suspect, bulk, inside=bulk)
     with lock._changed:
         lock._leave(1, suspect)
-    assert not lock._line
+    assert not lock._waiting
     assert lock._holders == Holders(bulk=2)
 
 
 @pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("alone", [True, False])
-def test_the_lock_knows_who_is_interactive_and_who_is_alone(alone: bool, interactive: bool):
+def test_the_lock_records_who_is_interactive_and_who_is_exclusive(alone: bool, interactive: bool):
     lock = SharedExclusiveLock()
     lock._holders = Holders(exclusive=True)
     seen: list[Waiter] = []
 
     def give_up() -> None:
-        seen.extend(lock._line.values())
+        seen.extend(lock._waiting.values())
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
@@ -212,7 +212,7 @@ def started(work: Callable[[], object]) -> threading.Thread:
 
 def in_line(lock: SharedExclusiveLock, count: int) -> None:
     with lock._changed:
-        assert lock._changed.wait_for(lambda: len(lock._line) == count, PATIENCE_S)
+        assert lock._changed.wait_for(lambda: len(lock._waiting) == count, WAIT_S)
 
 
 def entered(lock: SharedExclusiveLock, *, alone: bool = False, interactive: bool = False, **options) -> None:
@@ -227,14 +227,14 @@ def test_jobs_share_the_device():
 
     def work(number: int) -> None:
         with lock.shared(interactive=bool(number % 2)):
-            met.wait(PATIENCE_S)  # broken unless all three are in at once
+            met.wait(WAIT_S)  # broken unless all three are in at once
 
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(work, range(3)))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whoever_is_alone_is_alone_in_any_order_of_things(seed: int):
+def test_an_exclusive_holder_is_alone_in_any_order_of_events(seed: int):
     lock, device = SharedExclusiveLock(), Device()
 
     def work(number: int) -> None:
@@ -249,7 +249,7 @@ def test_whoever_is_alone_is_alone_in_any_order_of_things(seed: int):
 
     threads = [started(lambda number=number: work(number)) for number in range(8)]
     for thread in threads:
-        thread.join(PATIENCE_S)
+        thread.join(WAIT_S)
         assert not thread.is_alive(), "nobody waits for ever"
     assert not device.wrong
     assert device.shared == device.alone == 0
@@ -262,29 +262,29 @@ def test_interactive_jobs_go_in_beside_bulk_for_which_a_suspect_waits_and_bulk_d
     def hold() -> None:
         with lock.shared(interactive=False):
             is_in.set()
-            leave.wait(PATIENCE_S)
+            leave.wait(WAIT_S)
 
     def work(name: str, **how: bool) -> None:
         with lock.exclusive(interactive=False) if how.get("alone") else lock.shared(interactive=how["interactive"]):
             order.append(name)
 
     threads = [started(hold)]
-    assert is_in.wait(PATIENCE_S)
+    assert is_in.wait(WAIT_S)
     threads.append(started(lambda: work("suspect", alone=True)))
     in_line(lock, 1)
     threads.append(started(lambda: work("bulk", interactive=False)))
     in_line(lock, 2)
     soon = started(lambda: work("soon", interactive=True))
-    soon.join(PATIENCE_S)
+    soon.join(WAIT_S)
     assert order == ["soon"]
     leave.set()
     for thread in threads:
-        thread.join(PATIENCE_S)
+        thread.join(WAIT_S)
     assert order == ["soon", "suspect", "bulk"]
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_an_error_inside_lets_the_next_one_in(alone: bool):
+def test_an_error_of_a_holder_releases_the_lock(alone: bool):
     lock = SharedExclusiveLock()
     for _ in range(3):
         with (
@@ -294,18 +294,18 @@ def test_an_error_inside_lets_the_next_one_in(alone: bool):
             raise ZeroDivisionError
     for then in (True, False):
         done = started(lambda then=then: entered(lock, alone=then))
-        done.join(PATIENCE_S)
+        done.join(WAIT_S)
         assert not done.is_alive()
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_who_is_not_to_go_on_leaves_the_line_and_holds_up_nobody(alone: bool):
+def test_a_waiter_that_gives_up_stops_waiting_and_blocks_no_other(alone: bool):
     lock, leave, cancelled, is_in = SharedExclusiveLock(), threading.Event(), threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock.exclusive(interactive=False):
             is_in.set()
-            leave.wait(PATIENCE_S)
+            leave.wait(WAIT_S)
 
     def go_on() -> None:
         if cancelled.is_set():
@@ -316,19 +316,19 @@ def test_who_is_not_to_go_on_leaves_the_line_and_holds_up_nobody(alone: bool):
             entered(lock, alone=alone, go_on=go_on)
 
     holder = started(hold)
-    assert is_in.wait(PATIENCE_S)
+    assert is_in.wait(WAIT_S)
     waiting = started(wait_and_give_up)
     in_line(lock, 1)
     cancelled.set()
-    waiting.join(PATIENCE_S)
+    waiting.join(WAIT_S)
     assert not waiting.is_alive(), "it does not wait for its turn"
     leave.set()
-    holder.join(PATIENCE_S)
+    holder.join(WAIT_S)
     for then in (True, False):
         entered(lock, alone=then)
 
 
-def test_who_is_let_in_at_the_moment_of_giving_up_holds_up_nobody():
+def test_a_waiter_that_is_admitted_while_it_gives_up_blocks_no_other():
     lock = SharedExclusiveLock()
 
     def give_up() -> None:

@@ -35,7 +35,7 @@ def test_a_process_that_runs_or_is_paused_has_not_ended_and_one_that_was_killed_
     assert has_ended(mark)
 
 
-def test_another_process_under_the_same_number_is_not_the_one_that_ended():
+def test_a_new_process_with_the_number_of_an_ended_one_is_told_from_it():
     mark = mark_of(os.getpid())
     assert not has_ended(mark)
     assert has_ended(mark + "0")
@@ -62,7 +62,7 @@ def test_a_mark_ends_with_the_time_at_which_its_process_started(child: subproces
 
 
 @pytest.mark.parametrize("mark", ["", "/", "7/1", "x/pid:[1]/-1/2", "a/b/c/d", "\0/1/1"])
-def test_of_processes_elsewhere_and_of_no_mark_at_all_nothing_is_certain(mark: str):
+def test_processes_elsewhere_and_empty_marks_never_count_as_ended(mark: str):
     assert not has_ended(mark)
     here = mark_of(os.getpid()).rpartition("/")[0].rpartition("/")[0]
     assert not has_ended(f"{here}/{10**30}/1")

@@ -38,7 +38,7 @@ def test_a_worker_that_is_not_told_to_stop_is_left_alone():
     assert scene.thread.is_alive()
 
 
-def test_the_time_to_end_is_that_to_drain_and_then_that_to_hand_back(monkeypatch: pytest.MonkeyPatch):
+def test_the_watchdog_waits_for_the_drain_and_then_for_the_handing_back(monkeypatch: pytest.MonkeyPatch):
     waits, statuses = [], []
     watchdog = ShutdownWatchdog(7, lambda _: None, grace_s=3, exit_process=statuses.append)
     monkeypatch.setattr(watchdog._hurry, "wait", lambda seconds: waits.append(("until in a hurry", seconds)))
@@ -52,7 +52,7 @@ def test_the_time_to_end_is_that_to_drain_and_then_that_to_hand_back(monkeypatch
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_worker_that_drains_for_too_long_ends_with_a_status_of_its_own(number: int):
     scene = Scene()
-    scene.watchdog.hear(number)
+    scene.watchdog.receive(number)
     assert scene.left.wait(WAIT_S)
     assert (scene.statuses, scene.begun) == ([STOP_TIMED_OUT], [False])
 
@@ -61,7 +61,7 @@ def test_a_worker_that_drains_for_too_long_ends_with_a_status_of_its_own(number:
 def test_a_worker_in_a_hurry_is_not_given_the_time_to_drain(numbers: list[int]):
     scene = Scene(drain_s=10 * WAIT_S)
     for number in numbers:
-        scene.watchdog.hear(number)
+        scene.watchdog.receive(number)
     assert scene.left.wait(WAIT_S)
     assert scene.begun[-1] is True
 
@@ -69,24 +69,24 @@ def test_a_worker_in_a_hurry_is_not_given_the_time_to_drain(numbers: list[int]):
 def test_the_same_signal_again_does_not_lengthen_or_shorten_the_time():
     scene = Scene(drain_s=0.2)
     for _ in range(3):
-        scene.watchdog.hear(signal.SIGTERM)
+        scene.watchdog.receive(signal.SIGTERM)
     assert not scene.watchdog._hurry.is_set()
     assert scene.left.wait(WAIT_S)
     assert scene.statuses == [STOP_TIMED_OUT]
 
 
-def test_signals_that_ask_for_something_else_are_none_of_its_business():
+def test_other_signals_are_ignored_by_the_watchdog():
     scene = Scene()
     for number in (signal.SIGUSR1, signal.SIGCHLD, signal.SIGUSR2):
-        scene.watchdog.hear(number)
+        scene.watchdog.receive(number)
     assert not scene.left.wait(0.05)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGQUIT, 131)])
-def test_a_worker_that_still_starts_has_nothing_to_hand_back_and_ends_at_once(monkeypatch: Any, number, status):
+def test_a_worker_that_still_starts_exits_at_once(monkeypatch: Any, number, status):
     monkeypatch.setattr(signal, "getsignal", lambda _: shutdown._starting)
     scene = Scene(drain_s=10 * WAIT_S)
-    scene.watchdog.hear(number)
+    scene.watchdog.receive(number)
     assert (scene.statuses, scene.begun) == ([status], [])
 
 
@@ -111,14 +111,14 @@ def stuck_log() -> Iterator[StuckLog]:
 
 
 def test_a_log_that_nobody_reads_does_not_keep_a_worker_alive(stuck_log: StuckLog, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shutdown, "LAST_WORD_S", 0.01)
+    monkeypatch.setattr(shutdown, "LAST_MESSAGE_S", 0.01)
     scene = Scene()
     scene.watchdog.arm()
     assert scene.left.wait(WAIT_S)
     assert not stuck_log.free.is_set()
 
 
-def test_a_signal_that_fails_to_begin_a_stop_is_counted_all_the_same():
+def test_the_watchdog_counts_from_a_signal_whose_callback_failed():
     def stumble(_: bool) -> None:
         raise ZeroDivisionError
 
@@ -126,7 +126,7 @@ def test_a_signal_that_fails_to_begin_a_stop_is_counted_all_the_same():
     watchdog = ShutdownWatchdog(0, stumble, grace_s=0, exit_process=lambda _: left.set())
     threading.Thread(target=watchdog._watch, daemon=True).start()
     with pytest.raises(ZeroDivisionError):
-        watchdog.hear(signal.SIGTERM)
+        watchdog.receive(signal.SIGTERM)
     assert left.wait(WAIT_S)
 
 
@@ -149,14 +149,14 @@ def test_steps_run_side_by_side_and_one_that_hangs_is_left_behind():
     ("numbers", "timers"),
     [([signal.SIGTERM], [3]), ([], [3]), ([signal.SIGHUP], []), ([signal.SIGTERM, signal.SIGHUP], [])],
 )
-def test_the_interpreter_has_the_time_to_hand_back_for_its_own_end_unless_it_starts_again(
+def test_the_interpreter_has_grace_for_its_own_end_unless_it_restarts(
     monkeypatch: pytest.MonkeyPatch, numbers: list[int], timers: list[float]
 ):
     set_to: list[float] = []
     monkeypatch.setattr(signal, "setitimer", lambda _, seconds: set_to.append(seconds))
     watchdog = ShutdownWatchdog(0, lambda _: None, grace_s=3, exit_process=lambda _: None)
     for number in numbers:
-        watchdog.hear(number)
+        watchdog.receive(number)
     watchdog.finish()
     assert set_to == timers
 

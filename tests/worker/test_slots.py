@@ -22,7 +22,7 @@ class Clock:
 
 
 class Twin:
-    """Every ring in a list."""
+    """Every doorbell in a list."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -40,7 +40,7 @@ class Twin:
 
 
 @given(total=st.integers(1, 6), steps=STEPS)
-def test_slots_equal_a_list_of_all_rings(total: int, steps: list[tuple[str, bool | None]]):
+def test_slots_equal_a_plain_list_of_all_doorbells(total: int, steps: list[tuple[str, bool | None]]):
     slots, twin = Slots(total), Twin(total)
     for job, bulk in steps:
         before = [twin.available(kind) for kind in (False, True)]
@@ -66,7 +66,7 @@ def test_bulk_that_asks_first_leaves_slots_for_interactive_jobs(total: int):
     assert slots.available(bulk=False)
 
 
-def test_a_job_that_never_came_in_gives_nothing_back():
+def test_a_job_that_was_never_received_gives_no_slot_back():
     slots = Slots(4)
     slots.take("a", bulk=True)
     assert not slots.give_back("revoked before it was received")
@@ -76,7 +76,7 @@ def test_a_job_that_never_came_in_gives_nothing_back():
     assert slots.taken == 0
 
 
-def test_no_slot_is_lost_or_won_by_many_threads():
+def test_slots_are_counted_rightly_by_many_threads():
     slots, start = Slots(8), threading.Barrier(8)
 
     def work(number: int) -> None:
@@ -104,7 +104,7 @@ def ended(slots: SuspectSlots, name: str) -> str | None:
     return None if doorbell is None else doorbell.id
 
 
-def test_one_suspect_of_each_class_is_taken_at_a_time_and_the_others_in_turn_interactive_ones_first():
+def test_suspects_are_taken_one_of_each_class_at_a_time_interactive_ones_first():
     slots = SuspectSlots(4)
     assert [slots.take(suspect(name)) for name in "abAcBC"] == [True, False, True, False, False, False]
     assert slots.next_doorbell() is None
@@ -118,7 +118,7 @@ def test_one_suspect_of_each_class_is_taken_at_a_time_and_the_others_in_turn_int
 
 
 @pytest.mark.parametrize("total", [2, 3])
-def test_with_few_slots_one_suspect_is_taken_in_all_and_bulk_waits_for_interactive_ones(total: int):
+def test_suspects_with_few_slots_are_taken_one_in_all_and_bulk_waits_for_interactive_ones(total: int):
     slots = SuspectSlots(total)
     assert [slots.take(suspect(name)) for name in "abA"] == [True, False, False]
     assert ended(slots, "a") == "A"
@@ -129,7 +129,7 @@ def test_with_few_slots_one_suspect_is_taken_in_all_and_bulk_waits_for_interacti
     assert ended(slots, "B") == "C"
 
 
-def test_with_one_slot_an_interactive_suspect_is_taken_behind_those_that_wait():
+def test_an_interactive_suspect_with_one_slot_is_taken_behind_the_jobs_that_wait():
     clock = Clock()
     slots = SuspectSlots(1, clock=clock)
     assert not slots.take(suspect("A"))
@@ -150,7 +150,7 @@ def test_with_one_slot_an_interactive_suspect_is_taken_behind_those_that_wait():
 def test_no_suspect_is_lost_and_none_is_taken_twice(total: int, names: list[str]):
     slots, inside, waiting = SuspectSlots(total, clock=Clock()), [], set()
 
-    def heard(name: str) -> None:
+    def receive(name: str) -> None:
         if slots.take(suspect(name)):
             waiting.discard(name)
             inside.append(name)
@@ -162,7 +162,7 @@ def test_no_suspect_is_lost_and_none_is_taken_twice(total: int, names: list[str]
         doorbell = slots.next_doorbell()
         if doorbell is not None:
             assert doorbell.id in waiting
-            heard(doorbell.id)
+            receive(doorbell.id)
 
     for name in names:
         if name in inside:
@@ -170,21 +170,21 @@ def test_no_suspect_is_lost_and_none_is_taken_twice(total: int, names: list[str]
             slots.give_back(suspect(name))
             follow()
         else:
-            heard(name)
+            receive(name)
         assert len(inside) <= (2 if total >= 4 else 1)
         assert not waiting or inside, "nobody waits while nobody is in"
     assert {doorbell.id for doorbell in slots.forget()} == waiting
 
 
-def test_so_many_suspects_are_kept_in_mind_and_no_more():
+def test_remembered_suspects_are_10000_at_most():
     slots = SuspectSlots(4)
-    for number in range(SuspectSlots.MOST_KEPT + 3):
+    for number in range(SuspectSlots.MOST_REMEMBERED + 3):
         slots.take(suspect(f"a{number}"))
-    assert len(slots.forget()) == SuspectSlots.MOST_KEPT == 10_000
+    assert len(slots.forget()) == SuspectSlots.MOST_REMEMBERED == 10_000
     assert slots.forget() == []
 
 
-def test_a_suspect_that_is_taken_by_a_second_doorbell_is_not_kept_in_mind():
+def test_a_suspect_that_is_taken_by_a_second_doorbell_is_not_remembered():
     slots = SuspectSlots(4)
     assert [slots.take(suspect(name)) for name in "ab"] == [True, False]
     slots.give_back(suspect("a"))

@@ -98,10 +98,10 @@ class World:
     def lapse(self, name: str) -> None:
         self.ledger.redis.zadd("rerankq:running", {name: self.now() - 1})
 
-    def age_bell(self, name: str, seconds: float, queue: str = QUEUES[0]) -> None:
+    def age_doorbell(self, name: str, seconds: float, queue: str = QUEUES[0]) -> None:
         self.ledger.redis.zadd(f"rerankq:sent:{queue}", {name: self.now() - seconds})
 
-    def names_rung(self) -> list[str]:
+    def names_sent(self) -> list[str]:
         return [doorbell.id for doorbell in self.sent]
 
 
@@ -112,13 +112,13 @@ def world(redis_url_each_version: str) -> Iterator[World]:
     world.ledger.redis.close()
 
 
-def test_a_lapsed_job_is_queued_again_and_rung_for(world: World):
+def test_a_job_whose_lease_lapsed_is_queued_again_and_its_doorbell_sent(world: World):
     world.submit("a")
     world.claim("a")
     world.lapse("a")
     assert world.sweeper.sweep().lapsed == 1
     assert world.state("a") == "queued"
-    assert world.names_rung() == ["a"]
+    assert world.names_sent() == ["a"]
     assert world.claim("a", "w3").suspect
 
 
@@ -134,7 +134,7 @@ def breaks(how: str, world: World) -> None:
 
 
 @pytest.mark.parametrize("how", ["a pause of its own", "another server", "a clock set forward"])
-def test_after_a_break_nothing_is_judged_for_one_lease(world: World, how: str):
+def test_leases_are_not_judged_for_one_lease_after_a_break(world: World, how: str):
     world.submit("a")
     world.claim("a")
     world.sweeper.sweep()
@@ -148,7 +148,7 @@ def test_after_a_break_nothing_is_judged_for_one_lease(world: World, how: str):
     assert world.sweeper.sweep().lapsed == 1
 
 
-def test_a_young_server_is_not_judged_by_until_a_lease_has_passed_since_it_started(world: World):
+def test_leases_are_not_judged_until_the_server_has_run_for_one_lease(world: World):
     world.submit("a")
     world.claim("a")
     world.lapse("a")
@@ -159,7 +159,7 @@ def test_a_young_server_is_not_judged_by_until_a_lease_has_passed_since_it_start
     assert world.sweeper.sweep().lapsed == 1
 
 
-def test_a_server_whose_clock_was_set_back_before_it_was_first_seen_is_not_young_for_as_long(world: World):
+def test_a_server_whose_clock_was_set_back_counts_as_new_for_one_lease_only(world: World):
     world.submit("a")
     world.claim("a")
     world.lapse("a")
@@ -174,7 +174,7 @@ def test_a_server_whose_clock_was_set_back_before_it_was_first_seen_is_not_young
         max_size=20,
     ),
 )
-def test_a_watch_is_as_long_as_the_unbroken_end_of_what_it_saw(lease_s: float, told: list):
+def test_a_watch_is_as_long_as_its_unbroken_end(lease_s: float, told: list):
     watch, now, ledger, seen = Watch(LeasePolicy(lease_s)), 0.0, 1e9, []
     for passed, answers_in, step, run in told:
         asked, now, ledger = now + passed, now + passed + answers_in, ledger + passed + answers_in + step
@@ -205,7 +205,7 @@ def test_a_watch_is_broken_by_what_keeps_a_living_worker_from_renewing(passed: f
     assert watch.watched_s(passed) == pytest.approx(0.0 if broke else 100.0 + passed)
 
 
-def test_a_worker_that_cannot_work_gives_no_sign_of_life_and_judges_nobody(world: World):
+def test_a_worker_that_cannot_work_sends_no_heartbeat_and_judges_no_lease(world: World):
     world.submit("a")
     world.claim("a")
     world.lapse("a")
@@ -216,7 +216,7 @@ def test_a_worker_that_cannot_work_gives_no_sign_of_life_and_judges_nobody(world
     assert world.sweeper.sweep().lapsed == 1
 
 
-def test_a_neighbour_whose_process_has_ended_is_taken_out_of_the_registry_once_it_is_silent(world: World):
+def test_a_silent_worker_whose_process_has_ended_is_signed_off_by_its_neighbour(world: World):
     world.ended = {"its mark"}
     said = json.dumps({"model": "stub", "fingerprint": "f", "queues": list(QUEUES), "process": "its mark"})
     for name, age, info in (("silent", 4, said), ("just now", 1, said), ("elsewhere", 4, said.replace("its", "no"))):
@@ -225,7 +225,7 @@ def test_a_neighbour_whose_process_has_ended_is_taken_out_of_the_registry_once_i
     assert {worker.id for worker in world.ledger.workers()} == {"w1", "just now", "elsewhere"}
 
 
-def test_only_one_of_two_sweepers_judges(world: World):
+def test_two_sweepers_judge_a_lease_once(world: World):
     world.submit("a")
     world.claim("a")
     world.sweeper.sweep()
@@ -234,37 +234,37 @@ def test_only_one_of_two_sweepers_judges(world: World):
     assert world.sweeper.sweep().lapsed == 1
 
 
-def test_a_bell_that_the_broker_does_not_hold_is_rung_again_however_busy_everybody_is(world: World):
+def test_a_doorbell_that_the_broker_lost_is_sent_again_however_busy_the_workers_are(world: World):
     world.submit("a")
     assert world.sweeper.sweep().doorbells == 0
-    assert world.asked == [], "it was rung just now"
-    world.age_bell("a", 4)
+    assert world.asked == [], "its doorbell was sent just now"
+    world.age_doorbell("a", 4)
     assert world.sweeper.sweep().doorbells == 0, "first the broker is asked"
     assert world.asked == [QUEUES[0]]
     assert world.sweeper.sweep().doorbells == 1
-    assert world.names_rung() == ["a"]
-    assert world.sweeper.sweep().doorbells == 0, "it was rung just now"
+    assert world.names_sent() == ["a"]
+    assert world.sweeper.sweep().doorbells == 0, "its doorbell was sent just now"
 
 
-def test_a_bell_that_the_broker_holds_is_not_rung_again_however_long_it_waits(world: World):
+def test_a_doorbell_that_the_broker_holds_is_not_sent_again_however_long_it_waits(world: World):
     world.submit("a")
-    world.age_bell("a", 1_000)
+    world.age_doorbell("a", 1_000)
     world.in_broker = {QUEUES[0]: 1}
     for _ in range(3):
         assert world.sweeper.sweep().doorbells == 0
 
 
-def test_a_backlog_longer_than_a_round_is_rung_on_round_by_round(redis_url: str):
+def test_a_backlog_longer_than_a_round_is_sent_round_by_round(redis_url: str):
     world = World(redis_url, doorbell_window=1)
     names = [f"j{number}" for number in range(2 * SEND_AT_ONCE + 50)]
     world.submit(*names)
     world.limits = world.limits._replace(doorbell_window=2 * SEND_AT_ONCE + 10)
     world.another("w1").sweep()
-    assert world.names_rung() == names[1 : 2 * SEND_AT_ONCE + 10]
+    assert world.names_sent() == names[1 : 2 * SEND_AT_ONCE + 10]
     world.ledger.redis.close()
 
 
-def test_tenants_are_rung_for_in_turn(redis_url: str):
+def test_doorbells_of_tenants_are_sent_in_turn(redis_url: str):
     world = World(redis_url, doorbell_window=4)
     world.submit(*[f"flood-{number}" for number in range(40)], tenant="flood")
     world.submit(*[f"small-{number}" for number in range(3)], tenant="small")
@@ -276,7 +276,7 @@ def test_tenants_are_rung_for_in_turn(redis_url: str):
     world.ledger.redis.close()
 
 
-def test_a_sign_of_life_says_what_this_worker_is_and_by_what_its_end_is_known(world: World):
+def test_a_heartbeat_carries_the_description_and_the_process_of_its_worker(world: World):
     world.sweeper.beat()
     (worker,) = world.ledger.workers()
     assert (worker.id, worker.model, worker.fingerprint, worker.queues) == ("w1", "stub", "f", QUEUES)
@@ -310,7 +310,9 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sweeper, int], threading
     return count
 
 
-def test_the_loop_outlives_a_ledger_that_is_away_and_any_bug(world: World, turns: Callable, monkeypatch, caplog):
+def test_the_sweeping_loop_survives_an_outage_of_the_ledger_and_any_bug(
+    world: World, turns: Callable, monkeypatch, caplog
+):
     errors: list[Exception] = [*[ConnectionError("gone")] * 5, ZeroDivisionError()]
     evalsha = world.ledger.redis.evalsha
 
@@ -326,8 +328,8 @@ def test_the_loop_outlives_a_ledger_that_is_away_and_any_bug(world: World, turns
     assert done.wait(WAIT_S)
     sweeper.stop()
     said = [record.message for record in caplog.records if "sweep" in record.message]
-    assert len([one for one in said if one.startswith("no sweeps for now")]) == 1, "an outage is said once"
-    assert any("back" in one for one in said)
+    assert len([one for one in said if one.startswith("cannot sweep the ledger")]) == 1, "an outage is logged once"
+    assert any("reached again" in one for one in said)
 
 
 def test_an_outage_postpones_judging(world: World, turns: Callable, monkeypatch: pytest.MonkeyPatch):
@@ -351,7 +353,7 @@ def test_an_outage_postpones_judging(world: World, turns: Callable, monkeypatch:
     assert world.state("a") == "running", "leases lapsed in an outage though their workers live"
 
 
-def test_ringing_on_is_done_as_soon_as_a_claim_says_that_there_is_room(world: World):
+def test_doorbells_are_sent_as_soon_as_a_claim_says_that_the_window_has_a_gap(world: World):
     sweeper = world.another("w1", clock=time.monotonic)
     rang = threading.Event()
     swept = threading.Event()
@@ -370,17 +372,19 @@ def test_ringing_on_is_done_as_soon_as_a_claim_says_that_there_is_room(world: Wo
     sweeper.sweep = sweep_once
     running(sweeper)
     assert swept.wait(WAIT_S)
-    sweeper.sweep = lambda: None  # what is rung from now on is not rung by a sweep
+    sweeper.sweep = lambda: None  # doorbells of now on are not sent by a sweep
     world.submit("a")
     world.ledger.redis.zrem(f"rerankq:sent:{QUEUES[0]}", "a")
     world.ledger.redis.zadd(f"rerankq:waiting:{QUEUES[0]}", {"a": 1})
     sweeper.refill_window()
     assert rang.wait(WAIT_S)
     sweeper.stop()
-    assert world.names_rung() == ["a"]
+    assert world.names_sent() == ["a"]
 
 
-def test_who_stops_signs_off_and_a_lost_ledger_does_not_hold_it_up(world: World, monkeypatch: pytest.MonkeyPatch):
+def test_a_stopping_sweeper_signs_off_and_does_not_wait_for_a_lost_ledger(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
     running(world.sweeper)
     world.sweeper.stop()
     assert world.ledger.workers() == []
@@ -397,7 +401,7 @@ def test_who_stops_signs_off_and_a_lost_ledger_does_not_hold_it_up(world: World,
 # -- cancellations ----------------------------------------------------------------------------------------------------
 
 
-class Heard:
+class Received:
     def __init__(self) -> None:
         self.claims: list[tuple[str, int]] = []
         self.changed = threading.Condition()
@@ -411,52 +415,52 @@ class Heard:
             raise self.errors.pop()
 
     def wait_for(self, world: World, name: str) -> None:
-        """Say it until it is heard: pub/sub forgets what nobody listened to."""
+        """Publish it until it is received: pub/sub forgets what had no subscriber."""
         channel = f"{world.limits.channel}:cancel"
         for _ in range(WAIT_S * 20):
             world.ledger.redis.publish(channel, f"{name} 7")
             with self.changed:
                 if self.changed.wait_for(lambda: (name, 7) in self.claims, 0.05):
                     return
-        pytest.fail("never heard")
+        pytest.fail("never received")
 
 
 @pytest.fixture
-def heard(world: World) -> Iterator[Heard]:
-    heard = Heard()
-    listener = CancelListener(world.ledger, world.limits, heard)
+def received(world: World) -> Iterator[Received]:
+    received = Received()
+    listener = CancelListener(world.ledger, world.limits, received)
     listener.start()
-    yield heard
+    yield received
     listener.stop()
     assert not listener._thread.is_alive()
 
 
-def test_a_cancelled_running_job_is_heard_of(world: World, heard: Heard):
-    heard.wait_for(world, "ready")
+def test_the_cancellation_of_a_running_job_is_received(world: World, received: Received):
+    received.wait_for(world, "ready")
     world.submit("a")
     claim = world.claim("a")
     world.ledger.ask(calls.cancel("a", world.limits))
-    with heard.changed:
-        assert heard.changed.wait_for(lambda: ("a", claim.fence) in heard.claims, WAIT_S)
+    with received.changed:
+        assert received.changed.wait_for(lambda: ("a", claim.fence) in received.claims, WAIT_S)
 
 
-def test_nonsense_on_the_channel_is_passed_over(world: World, heard: Heard, caplog: pytest.LogCaptureFixture):
-    heard.wait_for(world, "before")
+def test_malformed_cancellations_are_skipped(world: World, received: Received, caplog: pytest.LogCaptureFixture):
+    received.wait_for(world, "before")
     for said in (b"", b"a", b"a b", b"a 1 2", b"\xff\xfe 1", b"x" * 100_000):
         world.ledger.redis.publish(f"{world.limits.channel}:cancel", said)
-    heard.wait_for(world, "after")
-    assert {name for name, _ in heard.claims} == {"before", "after"}
+    received.wait_for(world, "after")
+    assert {name for name, _ in received.claims} == {"before", "after"}
     assert max(map(len, caplog.messages)) < 1_000
 
 
-def test_listening_goes_on_after_the_connection_was_cut(world: World, heard: Heard):
-    heard.wait_for(world, "before")
+def test_the_listener_goes_on_after_its_connection_was_cut(world: World, received: Received):
+    received.wait_for(world, "before")
     for client in world.ledger.redis.client_list(_type="pubsub"):
         world.ledger.redis.client_kill_filter(_id=client["id"])
-    heard.wait_for(world, "after")
+    received.wait_for(world, "after")
 
 
-def test_listening_goes_on_after_a_bug_in_whoever_is_told(world: World, heard: Heard):
-    heard.errors = [ZeroDivisionError()]
-    heard.wait_for(world, "stumbled")
-    heard.wait_for(world, "after")
+def test_the_listener_goes_on_after_a_bug_in_its_callback(world: World, received: Received):
+    received.errors = [ZeroDivisionError()]
+    received.wait_for(world, "stumbled")
+    received.wait_for(world, "after")

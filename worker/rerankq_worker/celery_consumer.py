@@ -1,8 +1,8 @@
 """What a worker overrides of Celery and kombu, all of it, each with its reason.
 
-Tested with Celery 5.6.0 to 5.6.3 and 5.7.0, and kombu 5.7.0. ``tests/worker/test_celery_overrides.py`` fails where a
-library's own code, for which something stands here, is another one than in those. What the producer's side overrides
-is in ``rerankq.broker``.
+Tested with Celery 5.7.0 and 5.6.0 (whose parts are those of 5.6.3, and whose own sender of events may lose some of
+them under load), and kombu 5.7.0. ``tests/worker/test_celery_overrides.py`` fails where a library's own code, for which
+something stands here, is another one than in those. What the producer's side overrides is in ``rerankq.broker``.
 
 ==========================================  ===========================================================================
 overridden                                  reason
@@ -11,7 +11,7 @@ overridden                                  reason
 ``Consumer.shutdown``                       the events of the last jobs are sent, too
 ``Consumer.on_connection_error_after_...``  Celery 5.7.0 ends when a broker restarts while jobs run
 ``Consumer.cancel_active_requests``         SIGQUIT hands jobs back; Celery's way raises with a pool of threads
-``Consumer.ensure_connected``               a broker that is away is tried every 3 s at least
+``Consumer.ensure_connected``               a broker that cannot be reached is tried at least every 3 s
 ``Consumer.create_task_handler``            a malformed message is dropped, and neither ends the worker nor keeps a slot
 ``pool.on_apply``                           a slot is free when its thread has ended, however it ended
 ``channel.qos.can_consume``                 messages are received only while there is a free slot

@@ -1,4 +1,4 @@
-"""What a doorbell looks like. Whoever reaches the broker can put anything into a queue; nothing else is let in."""
+"""Validate doorbells: any client of the broker can put anything into a queue, and all else is refused."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class NoDoorbell(Exception):
 
 
 def headers_of(headers: object, payload: object) -> dict[str, Any]:
-    """Take from a doorbell's headers what Celery may read; what else they hold would be obeyed, or break it.
+    """Take from a doorbell's headers what Celery may read; it would obey the others, or fail.
 
-    A doorbell is our task, with a job's id as its only argument, and brings nothing to be done afterwards.
+    A doorbell is our task, with a job's id as its only argument, without callbacks, chains or groups.
 
     >>> headers_of({"task": "rerankq.rerank", "id": "a", "eta": "2099-01-01"}, [["a"], {}, {"chain": None}])["id"]
     'a'
@@ -30,28 +30,28 @@ def headers_of(headers: object, payload: object) -> dict[str, Any]:
     rerankq_worker.doorbell.NoDoorbell: expected [arguments, keyword arguments, rest]
 
     Raises:
-        NoDoorbell: if it is none.
+        NoDoorbell: if the message is no doorbell.
     """
-    said = headers if isinstance(headers, Mapping) else {}
-    _expect(said.get("task") == TASK, "it names another task, or none")
-    ring, shown = said.get("id"), said.get("argsrepr")
-    _expect(_is_id(ring), "its own id is none")
+    given = headers if isinstance(headers, Mapping) else {}
+    _expect(given.get("task") == TASK, "expected the task rerankq.rerank")
+    message_id, shown = given.get("id"), given.get("argsrepr")
+    _expect(_is_id(message_id), "expected an id of at most 128 printable characters")
     if not (isinstance(payload, list) and len(payload) == 3):
         raise NoDoorbell("expected [arguments, keyword arguments, rest]")
     arguments, named, rest = payload
     _expect(isinstance(arguments, list) and len(arguments) == 1 and _is_id(arguments[0]), "expected one job's id")
     _expect(named == {}, "expected no keyword arguments")
-    _expect(isinstance(rest, Mapping) and not any(rest.values()), "it brings more to be done")
+    _expect(isinstance(rest, Mapping) and not any(rest.values()), "expected no callbacks, chains or groups")
     # What Flower shows of it.
     shown = shown[:LONGEST_SHOWN] if isinstance(shown, str) else arguments[0]
-    return {"task": TASK, "id": ring, "root_id": ring, "lang": "py", "argsrepr": shown, "kwargsrepr": "{}"}
+    return {"task": TASK, "id": message_id, "root_id": message_id, "lang": "py", "argsrepr": shown, "kwargsrepr": "{}"}
 
 
 def sized(message: bytes | str) -> None:
-    """Let in what may be a doorbell by its size.
+    """Check the size of a message.
 
     Raises:
-        NoDoorbell: if it is none.
+        NoDoorbell: if it is too large for a doorbell.
     """
     _expect(len(message) <= LARGEST, f"it is larger than {LARGEST} bytes")
 

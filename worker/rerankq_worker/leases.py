@@ -70,7 +70,7 @@ class Leases:
             earlier[1].cancel()
 
     def release(self, job_id: str, fence: int) -> None:
-        """Let go of it; a later claim of the same job (another fence) stays."""
+        """Renew this claim no more; a later claim of the same job (another fence) stays."""
         with self._lock:
             if self._held.get(job_id, (None,))[0] == fence:
                 del self._held[job_id]
@@ -84,7 +84,7 @@ class Leases:
                 claim[1].cancel()
 
     def renew(self) -> None:
-        """Renew once; work on jobs that are no longer ours stops."""
+        """Renew once; work on jobs whose lease was lost stops."""
         with self._lock:
             held = [(job_id, fence, work.pairs_done) for job_id, (fence, work) in self._held.items()]
         if held:
@@ -97,7 +97,7 @@ class Leases:
             slept_at = time.monotonic()
             if self._stopped.wait(self._limits.lease_policy.renew_every_s):
                 return
-            self._woke_up(slept_for=time.monotonic() - slept_at)
+            self._note_pause(slept_for=time.monotonic() - slept_at)
             if self._hangs():
                 continue
             try:
@@ -106,14 +106,14 @@ class Leases:
                     logger.warning("leases are renewed again, after %.0f s", lasted_s)
             except RerankqError as error:
                 if self._outage.fails(time.monotonic()):
-                    logger.warning("leases not renewed: %s", error)
+                    logger.warning("cannot renew leases: %s", error)
             except Exception:
                 # This thread must outlive any bug in it: without it every lease lapses.
-                logger.exception("leases not renewed")
+                logger.exception("cannot renew leases")
 
-    def _woke_up(self, *, slept_for: float) -> None:
+    def _note_pause(self, *, slept_for: float) -> None:
         if self._limits.lease_policy.was_paused(slept_for):
-            # We were paused, and what the device does with us: the time of its batch ran on alone.
+            # This process was paused, and its device with it: only the clock of its batch ran on.
             self._trusted_until = time.monotonic() + PATIENCE_S
 
     def _hangs(self) -> bool:

@@ -1,4 +1,4 @@
-"""Who may be on the device: many jobs that share it, or one suspect alone. Fair to both."""
+"""A fair lock: many jobs share the device, or one suspect has it alone."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Others that want to be alone, and are more urgent, go before one that does for so many times; then it goes first.
+# How often more urgent requests for exclusive use, that came later, may overtake one; then it goes first.
 PASSED_AT_MOST = 3
-# Seconds between looks whether one that waits shall go on waiting.
-LOOK_EVERY_S = 0.5
+# Seconds between checks whether a waiter shall go on waiting.
+CHECK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
 class Waiter:
-    """One that waits to be let in; ``passed``: so many others went in alone before it that had come after it."""
+    """One that waits for the lock; ``passed``: how many exclusive waiters that came after it went before it."""
 
     exclusive: bool
     interactive: bool
@@ -24,23 +24,23 @@ class Waiter:
 
 @dataclass(frozen=True)
 class Holders:
-    """Who is in: so many share it, or one is alone."""
+    """Who holds the lock: how many share it, or one alone."""
 
     interactive: int = 0
     bulk: int = 0
     exclusive: bool = False
 
 
-def admitted(line: Sequence[Waiter], holders: Holders, *, after_exclusive: bool = False) -> list[int]:
-    """Say who of those in *line*, in order of arrival, goes in now, by their places.
+def admitted(waiting: Sequence[Waiter], holders: Holders, *, after_exclusive: bool = False) -> list[int]:
+    """Say which of *waiting*, in order of arrival, get the lock now, by their positions.
 
-    Turns alternate. Whenever one that was alone leaves (*after_exclusive*), everybody goes in who waits to share.
-    Otherwise the first of those that wait to be alone has its turn: interactive before bulk, but nobody is passed more
-    than ``PASSED_AT_MOST`` times. It goes in once nobody is in. Until then bulk waits behind it; interactive goes in
-    beside bulk that is still in, for which it must wait anyway.
+    Turns alternate. Whenever an exclusive holder leaves (*after_exclusive*), all get it that wait to share it.
+    Otherwise the first exclusive waiter has its turn: interactive before bulk, but none is passed more than
+    ``PASSED_AT_MOST`` times. It gets the lock once nobody holds it. Until then bulk waits behind it; interactive goes
+    in beside bulk that still holds it, for which the exclusive one must wait anyway.
 
-    So an interactive job waits for one that is alone, at most, and for interactive jobs that were in before; one that
-    wants to be alone waits for those who are in, or were waiting, when its turn comes, and for no bulk that comes
+    So an interactive job waits for one exclusive holder at most, and for interactive jobs that held the lock before; an
+    exclusive waiter waits for those that held the lock, or were waiting, when its turn came, and for no bulk that comes
     later.
 
     >>> alone, bulk, soon = Waiter(True, False), Waiter(False, False), Waiter(False, True)
@@ -51,37 +51,37 @@ def admitted(line: Sequence[Waiter], holders: Holders, *, after_exclusive: bool 
     """
     if holders.exclusive:
         return []
-    alone = [place for place, waiter in enumerate(line) if waiter.exclusive]
-    sharing = [place for place, waiter in enumerate(line) if not waiter.exclusive]
-    if not alone or (after_exclusive and sharing):
+    exclusive = [at for at, waiter in enumerate(waiting) if waiter.exclusive]
+    sharing = [at for at, waiter in enumerate(waiting) if not waiter.exclusive]
+    if not exclusive or (after_exclusive and sharing):
         return sharing
     if holders.bulk:
-        return [place for place in sharing if line[place].interactive]
-    return [] if holders.interactive else [_next_alone(line, alone)]
+        return [at for at in sharing if waiting[at].interactive]
+    return [] if holders.interactive else [_next_exclusive(waiting, exclusive)]
 
 
-def _next_alone(line: Sequence[Waiter], alone: Sequence[int]) -> int:
-    return min(alone, key=lambda place: (not line[place].interactive and line[place].passed < PASSED_AT_MOST, place))
+def _next_exclusive(waiting: Sequence[Waiter], exclusive: Sequence[int]) -> int:
+    return min(exclusive, key=lambda at: (not waiting[at].interactive and waiting[at].passed < PASSED_AT_MOST, at))
 
 
 class SharedExclusiveLock:
-    """A lock that many may share, or one hold alone; whose turn it is, ``admitted`` decides."""
+    """A lock that many may share, or one holds alone; ``admitted`` decides whose turn it is."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._line: dict[int, Waiter] = {}
+        self._waiting: dict[int, Waiter] = {}
         self._arrivals = 0
         self._holders = Holders()
 
     @contextmanager
     def shared(self, *, interactive: bool, go_on: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Share the device. *go_on()* is asked now and then while waiting: what it raises ends that."""
+        """Hold the lock beside others. *go_on()* is called now and then while waiting: what it raises ends the wait."""
         with self._held(Waiter(exclusive=False, interactive=interactive), go_on):
             yield
 
     @contextmanager
     def exclusive(self, *, interactive: bool, go_on: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Have the device to oneself; the rest as for :meth:`shared`."""
+        """Hold the lock alone; the rest as for :meth:`shared`."""
         with self._held(Waiter(exclusive=True, interactive=interactive), go_on):
             yield
 
@@ -90,14 +90,14 @@ class SharedExclusiveLock:
         with self._changed:
             me = self._arrivals
             self._arrivals += 1
-            self._line[me] = waiter
+            self._waiting[me] = waiter
             self._admit()
             try:
-                while me in self._line:
-                    self._changed.wait(LOOK_EVERY_S)
+                while me in self._waiting:
+                    self._changed.wait(CHECK_EVERY_S)
                     go_on()
             except BaseException:
-                # In the line or, let in meanwhile, inside: out of it either way.
+                # It may wait, or hold the lock by now: neither shall last.
                 self._leave(me, waiter)
                 raise
         try:
@@ -107,20 +107,20 @@ class SharedExclusiveLock:
                 self._leave(me, waiter)
 
     def _leave(self, me: int, waiter: Waiter) -> None:
-        waited = self._line.pop(me, None) is not None
+        waited = self._waiting.pop(me, None) is not None
         if not waited:
             self._holders = _counted(self._holders, waiter, -1)
         self._admit(after_exclusive=waiter.exclusive and not waited)
 
     def _admit(self, *, after_exclusive: bool = False) -> None:
-        places = admitted(list(self._line.values()), self._holders, after_exclusive=after_exclusive)
-        arrivals = list(self._line)
-        for arrival in [arrivals[place] for place in places]:
-            waiter = self._line.pop(arrival)
+        positions = admitted(list(self._waiting.values()), self._holders, after_exclusive=after_exclusive)
+        arrivals = list(self._waiting)
+        for arrival in [arrivals[at] for at in positions]:
+            waiter = self._waiting.pop(arrival)
             self._holders = _counted(self._holders, waiter, 1)
             if waiter.exclusive:
-                self._line = {at: _passed(other) if at < arrival else other for at, other in self._line.items()}
-        if places:
+                self._waiting = {at: _passed(other) if at < arrival else other for at, other in self._waiting.items()}
+        if positions:
             self._changed.notify_all()
 
 

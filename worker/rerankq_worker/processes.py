@@ -1,4 +1,4 @@
-"""Whether a process of this machine has ended, told by a mark that it left elsewhere."""
+"""Whether a process of this machine has ended, by the mark that it wrote into the registry."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ PROC = Path("/proc")
 
 
 def mark_of(pid: int) -> str:
-    """Name a running process of this machine for all time: boot, process namespace, number, start.
+    """Identify a running process of this machine for ever: boot, process namespace, number, start.
 
-    Empty where the system does not tell: on other systems than Linux.
+    Empty where the system does not say: on other systems than Linux.
     """
     with suppress(OSError):
         return f"{_here()}/{pid}/{_stat(pid)[1]}"
@@ -20,7 +20,7 @@ def mark_of(pid: int) -> str:
 
 
 def has_ended(mark: str) -> bool:
-    """Whether it is certain that the process of this mark has ended; of other machines and containers nothing is.
+    """Whether it is certain that the process of this mark has ended; never for other machines and containers.
 
     >>> has_ended(mark_of(os.getpid())), has_ended("another machine/pid:[1]/7/1"), has_ended("")
     (False, False, False)

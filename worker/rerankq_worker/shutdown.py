@@ -15,8 +15,8 @@ logger = logging.getLogger("rerankq")
 GRACE_S = 5.0
 # Exit status of a worker that was told to stop and could not close in time: sysexits.h's EX_TEMPFAIL.
 STOP_TIMED_OUT = 75
-# Seconds that a last word in the log may take: whoever reads it may hang too.
-LAST_WORD_S = 1.0
+# Seconds that a last message to the log may take: the program that reads it may hang too.
+LAST_MESSAGE_S = 1.0
 
 _TOLD_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
@@ -42,7 +42,7 @@ class ShutdownWatchdog:
     ``GRACE_S`` is all there is. *begin(hurry)* is called each time: True means to hand back now. A signal that comes
     while the worker still starts ends it at once, with status 128 + the signal's number: nothing was taken yet.
 
-    It hears of signals through Python's wakeup descriptor, in a thread of its own. Celery's handlers need the main
+    It receives signals through Python's wakeup descriptor, in a thread of its own. Celery's handlers need the main
     thread, which may be waiting for a broker that hangs, or be inside a library that loads a model.
     """
 
@@ -64,12 +64,12 @@ class ShutdownWatchdog:
         self._restarts = False
 
     def install(self) -> None:
-        """Begin to hear of signals. Belongs to the main thread, before anything that may take long."""
+        """Begin to receive signals. Belongs to the main thread, before anything that may take long."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            # Without a handler the first process of a container would not even hear of SIGTERM.
+            # Without a handler the first process of a container would not even receive SIGTERM.
             # What is ignored stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _starting)
@@ -88,12 +88,12 @@ class ShutdownWatchdog:
         if not self._restarts:
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
-    def hear(self, number: int) -> None:
+    def receive(self, number: int) -> None:
         """Act on a signal."""
         if number not in _TOLD_TO_STOP:
             return
         if signal.getsignal(number) is _starting:
-            self._leave(128 + number, f"told to stop ({signal.Signals(number).name}) while starting")
+            self._exit_with(128 + number, f"told to stop ({signal.Signals(number).name}) while starting")
             return
         self._interrupts += number == signal.SIGINT
         self._restarts |= number == signal.SIGHUP
@@ -105,7 +105,7 @@ class ShutdownWatchdog:
         while True:
             for number in os.read(reader, 64):
                 try:
-                    self.hear(number)
+                    self.receive(number)
                 except Exception:
                     # This thread must outlive any bug in it: it is what ends a worker that hangs.
                     logger.exception("signal %d was not acted on", number)
@@ -115,10 +115,12 @@ class ShutdownWatchdog:
         # Two waits, not one until a time: a process that was paused meanwhile still gets its time to hand back.
         self._hurry.wait(self._drain_s)
         time.sleep(self._grace_s)
-        self._leave(STOP_TIMED_OUT, "told to stop and not closed in time: what it still holds is left to its leases")
+        self._exit_with(
+            STOP_TIMED_OUT, "told to stop and not closed in time: what it still holds is left to its leases"
+        )
 
-    def _leave(self, status: int, why: str) -> None:
-        within(LAST_WORD_S, lambda: logger.critical("%s; leaving with status %d", why, status))
+    def _exit_with(self, status: int, why: str) -> None:
+        within(LAST_MESSAGE_S, lambda: logger.critical("%s; exiting with status %d", why, status))
         self._exit(status)
 
 

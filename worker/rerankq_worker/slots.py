@@ -1,4 +1,4 @@
-"""A worker's slots: how many jobs are in flight, and whether bulk, or a suspect, may have another. No I/O."""
+"""A worker's slots: how many jobs are in flight, and whether bulk, or a suspect, may have one more. No I/O."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rerankq.ledger import Deferred, Doorbell
 
 
 def kept_for_interactive(total: int) -> int:
-    """Slots of *total* that bulk never takes, so that an interactive job finds one at once.
+    """Count the slots of *total* that bulk never takes, so that an interactive job finds one free.
 
     With one slot none can be kept: there an interactive job is the next one taken.
 
@@ -22,9 +22,9 @@ def kept_for_interactive(total: int) -> int:
 
 
 class Slots:
-    """Counts jobs in flight, and says whether there is room for another.
+    """Counts jobs in flight, and says whether a slot is free for another.
 
-    The same job may be in flight twice, where its doorbell rang twice: each ring has a slot of its own.
+    The same job may be in flight twice, after a second doorbell: each doorbell has a slot of its own.
 
     >>> slots = Slots(4)
     >>> slots.take("a", bulk=True), slots.take("b", bulk=True), slots.available(bulk=True), slots.available(bulk=False)
@@ -52,29 +52,29 @@ class Slots:
         return self._taken
 
     def available(self, *, bulk: bool) -> bool:
-        """Whether another job of this kind may come in."""
+        """Whether another job of this class may be received."""
         return self._taken < self._total and not (bulk and self._bulk >= self._bulk_share)
 
     def take(self, job_id: str, *, bulk: bool) -> None:
-        """Count a job that came in. It did come in, so it counts even where there was no room."""
+        """Count a job that was received; it counts even where no slot was free."""
         with self._lock:
             self._in_flight.setdefault(job_id, []).append(bulk)
             self._taken += 1
             self._bulk += bulk
 
     def give_back(self, job_id: str) -> bool:
-        """Count a job that went out; answers True if there was no room before it went, and now there is.
+        """Count a job as ended; answers True if a class of jobs has a free slot now that had none before.
 
-        A job that never came in changes nothing.
+        A job that was never received changes nothing.
         """
         with self._lock:
-            rings = self._in_flight.get(job_id)
-            if not rings:
+            doorbells = self._in_flight.get(job_id)
+            if not doorbells:
                 return False
             before = self.available(bulk=False), self.available(bulk=True)
             self._taken -= 1
-            self._bulk -= rings.pop()
-            if not rings:
+            self._bulk -= doorbells.pop()
+            if not doorbells:
                 del self._in_flight[job_id]
             return before != (self.available(bulk=False), self.available(bulk=True))
 
@@ -82,15 +82,15 @@ class Slots:
 class SuspectSlots:
     """Which suspects a worker takes: one of each class at a time, one at all where it has fewer than four slots.
 
-    They run alone, so more would only wait, in slots and threads that others need. Those that come meanwhile are kept
-    in mind, and :meth:`next_doorbell` tells whose turn is next: interactive ones first, else by their coming.
+    They run alone, so more would only wait, in slots and threads that others need. Those that arrive meanwhile are
+    remembered, and :meth:`next_doorbell` tells whose turn is next: interactive ones first, else in order of arrival.
 
-    With a single slot nobody else can be taken beside them. There an interactive suspect is taken by a doorbell of its
-    own that is sent behind all that wait, so that those go first.
+    With a single slot no other job can run beside them. There an interactive suspect is taken by a doorbell of its own,
+    sent behind all that wait, so that those go first.
     """
 
-    # Beyond so many the ledger's sweeps alone remember.
-    MOST_KEPT = 10_000
+    # Suspects beyond this number are left to the sweeps of the ledger.
+    MOST_REMEMBERED = 10_000
     # Seconds for which a single slot waits for the suspect whose turn it is; another worker may have it.
     INVITED_S = 10.0
 
@@ -99,19 +99,19 @@ class SuspectSlots:
         self._clock = clock
         self._lock = threading.Lock()
         self._taken: set[Priority] = set()
-        self._kept: dict[str, Deferred] = {}
+        self._remembered: dict[str, Deferred] = {}
         self._invited: tuple[str, float] | None = None
 
     def take(self, suspect: Deferred) -> bool:
-        """Take a suspect if it is its turn; else keep it in mind."""
+        """Take a suspect if it is its turn; else remember it."""
         with self._lock:
-            turn = self._available(suspect.priority) and self._goes_first(suspect)
+            turn = self._has_slot(suspect.priority) and self._goes_first(suspect)
             if turn:
-                self._kept.pop(suspect.doorbell.id, None)
+                self._remembered.pop(suspect.doorbell.id, None)
                 self._taken.add(suspect.priority)
                 self._invited = None
-            elif len(self._kept) < self.MOST_KEPT:
-                self._kept[suspect.doorbell.id] = suspect
+            elif len(self._remembered) < self.MOST_REMEMBERED:
+                self._remembered[suspect.doorbell.id] = suspect
             return turn
 
     def give_back(self, suspect: Deferred) -> None:
@@ -120,15 +120,15 @@ class SuspectSlots:
             self._taken.discard(suspect.priority)
 
     def next_doorbell(self) -> Doorbell | None:
-        """Give the doorbell to send for whose turn it is now, if anybody's whose own was spent."""
+        """Give the doorbell of the remembered suspect whose turn it is now, if any; its first one was used up."""
         with self._lock:
             if self._is_invited():
                 return None
             priorities: tuple[Priority, Priority] = ("interactive", "bulk")
             for priority in priorities:
                 found = self._first(priority)
-                if found is not None and self._available(priority):
-                    del self._kept[found.doorbell.id]
+                if found is not None and self._has_slot(priority):
+                    del self._remembered[found.doorbell.id]
                     if self._total > 1 or priority == "bulk":
                         return found.doorbell
                     self._invited = found.doorbell.id, self._clock() + self.INVITED_S
@@ -136,10 +136,10 @@ class SuspectSlots:
             return None
 
     def forget(self) -> list[Doorbell]:
-        """Forget who is kept in mind; answers their doorbells, that others may be told."""
+        """Forget the remembered suspects; answers their doorbells, for other workers."""
         with self._lock:
-            kept, self._kept = self._kept, {}
-            return [suspect.doorbell for suspect in kept.values()]
+            remembered, self._remembered = self._remembered, {}
+            return [suspect.doorbell for suspect in remembered.values()]
 
     def _goes_first(self, suspect: Deferred) -> bool:
         if self._total > 1:
@@ -148,11 +148,11 @@ class SuspectSlots:
             return self._invited is not None and self._invited[0] == suspect.doorbell.id
         return not self._is_invited() and self._first("interactive") is None
 
-    def _available(self, priority: Priority) -> bool:
+    def _has_slot(self, priority: Priority) -> bool:
         return priority not in self._taken if self._total >= 4 else not self._taken
 
     def _is_invited(self) -> bool:
         return self._invited is not None and self._clock() < self._invited[1]
 
     def _first(self, priority: Priority) -> Deferred | None:
-        return next((one for one in self._kept.values() if one.priority == priority), None)
+        return next((one for one in self._remembered.values() if one.priority == priority), None)

@@ -1,4 +1,4 @@
-"""What every worker does beside ranking: signs of life, sweeps of the ledger, ringing on, hearing cancellations."""
+"""What every worker does beside ranking: heartbeats, sweeps, sending doorbells, receiving cancellations."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from .processes import has_ended, mark_of
 logger = logging.getLogger("rerankq")
 
 SWEEP_EVERY_S = BEAT_S
-# Bells of one round: rung on faster than a worker can answer them, in batches that the broker takes in one go.
+# Doorbells of one round: more than a worker answers meanwhile, and few enough for one batch to the broker.
 SEND_AT_ONCE = 256
 # Seconds that stopping waits for what is under way: the ledger may hang.
 JOIN_S = 3.0
 
 
 class Sender(Protocol):
-    """Whoever rings bells."""
+    """Sends doorbells."""
 
     def send(self, doorbells: Sequence[Doorbell]) -> None: ...  # noqa: D102
 
 
 class Counts(Protocol):
-    """Whoever counts the messages that the broker holds, without holding up who asks."""
+    """Counts the messages that the broker holds, without blocking the caller."""
 
     def ask(self, queues: Sequence[str], at: float) -> None: ...  # noqa: D102
     def take(self) -> Counted: ...  # noqa: D102
 
 
 class Sweeper:
-    """Beats and sweeps every second, and rings on whenever a claim says that there is room.
+    """Sends a heartbeat and sweeps every second, and sends doorbells whenever a claim says that the window has a gap.
 
     *describe* says what the registry shall show of this worker; *can_work* whether it can work: a worker whose device
-    hangs or died gives no sign of life. *counts* is asked for the messages of queues whose doorbells are overdue.
+    hangs or died sends no heartbeat. *counts* is asked for the messages of queues whose doorbells are overdue.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Sweeper:
     ) -> None:
         self._ledger = ledger
         self._limits = limits
-        self._bells = doorbells
+        self._doorbells = doorbells
         self._counts = counts
         self._worker = worker
         self._queues = queues
@@ -91,21 +91,21 @@ class Sweeper:
         try:
             self._ledger.ask(calls.sign_off([self._worker]))
         except RerankqError as error:
-            logger.info("could not sign off: %s", error)
+            logger.info("cannot sign off: %s", error)
 
     def refill_window(self) -> None:
-        """Ring on soon: there is room."""
+        """Send the doorbells that the window has a gap for, soon; returns at once."""
         self._wake.set()
 
     def sweep(self) -> Swept:
-        """Give a sign of life, sweep once, and ring on; nothing of it where this worker cannot work."""
+        """Send a heartbeat, sweep once, and send doorbells; nothing of it where this worker cannot work."""
         if not self._can_work():
             return Swept()
         asked = self._clock()
         ledger_now = self.beat()
         now = self._clock()
         self._watch = self._watch.saw(asked, now, ledger_now=ledger_now, server=self._ledger.server())
-        self._bury()
+        self._sign_off_ended()
         swept = self._ledger.ask(
             calls.sweep(self._worker, self._limits, watched_s=self._watch.watched_s(now), counted=self._counts.take())
         )
@@ -115,7 +115,7 @@ class Sweeper:
             )
         if swept.overdue:
             self._counts.ask(swept.overdue, ledger_now)
-        self._ring_on()
+        self._send_doorbells()
         return swept
 
     def beat(self) -> float:
@@ -129,16 +129,16 @@ class Sweeper:
         }
         return self._ledger.ask(calls.beat(self._worker, json.dumps(info), forget_after_s=forget_after_s))
 
-    def _bury(self) -> None:
-        """Say of workers on this machine that have ended: a successor need not wait for their silence."""
+    def _sign_off_ended(self) -> None:
+        """Sign off workers on this machine whose processes have ended: their jobs need not wait for their silence."""
         silent = [one for one in self._ledger.workers() if one.age_s > BREAK_S]
         if ended := [one.id for one in silent if self._ended(one.process)]:
-            logger.warning("ended without a word: %s", ", ".join(ended))
+            logger.warning("workers ended without signing off: %s", ", ".join(ended))
             self._ledger.ask(calls.sign_off(ended))
 
-    def _ring_on(self) -> None:
+    def _send_doorbells(self) -> None:
         while doorbells := self._ledger.ask(calls.refill_window(self._queues, self._limits, most=SEND_AT_ONCE)):
-            self._bells.send(doorbells)
+            self._doorbells.send(doorbells)
             if len(doorbells) < SEND_AT_ONCE:
                 return
 
@@ -150,30 +150,30 @@ class Sweeper:
                     next_sweep = self._clock() + SWEEP_EVERY_S
                     self.sweep()
                 else:
-                    self._ring_on()
-                self._is_away(None)
+                    self._send_doorbells()
+                self._log_outage(None)
             except RerankqError as error:
                 self._watch = self._watch.lost(self._clock())
-                self._is_away(error)
+                self._log_outage(error)
                 self._wake.wait(SWEEP_EVERY_S)
             except Exception:
                 # Without this thread lost doorbells stay lost: it must outlive any bug in it.
-                logger.exception("no sweep")
+                logger.exception("the sweep failed")
                 self._wake.wait(SWEEP_EVERY_S)
             self._wake.wait(max(0.0, next_sweep - self._clock()))
             self._wake.clear()
 
-    def _is_away(self, error: RerankqError | None) -> None:
-        # Said once, not every second for as long as an outage lasts.
+    def _log_outage(self, error: RerankqError | None) -> None:
+        # Logged once, not every second for as long as an outage lasts.
         if error is not None and not self._away:
-            logger.warning("no sweeps for now: %s", error)
+            logger.warning("cannot sweep the ledger: %s", error)
         elif error is None and self._away:
-            logger.warning("the ledger is back, sweeping again")
+            logger.warning("the ledger can be reached again, sweeping")
         self._away = error is not None
 
 
 class CancelListener:
-    """Hears cancellations on the deployment's channel and hands on which claims, each ``(id, fence)``, they end."""
+    """Receives cancellations on the deployment's channel; *cancel* gets the claims, ``(id, fence)``, that they end."""
 
     def __init__(self, ledger: Ledger, limits: LedgerLimits, cancel: Callable[[list[tuple[str, int]]], None]) -> None:
         self._ledger = ledger
@@ -201,23 +201,23 @@ class CancelListener:
                 while not self._stopped.is_set():
                     message = pubsub.get_message(timeout=1.0)
                     if message is not None:
-                        self._hear(message["data"])
+                        self._receive(message["data"])
             except (RedisError, OSError) as error:
-                logger.info("the channel of cancellations is away: %s", error)
+                logger.info("cannot listen for cancellations: %s", error)
                 self._stopped.wait(1.0)
             except Exception:
                 # This thread must outlive any bug in it: without it running jobs are cancelled only in the ledger.
-                logger.exception("a cancellation was not heard")
+                logger.exception("a cancellation was not acted on")
                 self._stopped.wait(1.0)
             finally:
                 pubsub.close()
 
-    def _hear(self, said: bytes) -> None:
+    def _receive(self, message: bytes) -> None:
         try:
-            job_id, fence = said.decode().split()
+            job_id, fence = message.decode().split()
             claim = job_id, int(fence)
         except ValueError:
-            # Anybody who can write to the channel can say anything there.
-            logger.warning("not understood on the channel of cancellations: %.100r", said)
+            # Any client of the ledger can publish anything there.
+            logger.warning("malformed cancellation: %.100r", message)
         else:
             self._cancel([claim])
