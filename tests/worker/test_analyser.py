@@ -73,7 +73,7 @@ def test_shortcuts_of_normalisation_change_no_token(text):
     assert analyse(text) == analyse(normal)
 
 
-FLOODS = [
+REPETITIVE = [
     "a",
     "a-",
     "1,000",
@@ -99,10 +99,10 @@ def cpu_seconds(text):
     return time.thread_time() - started
 
 
-@pytest.mark.parametrize("flood", FLOODS)
-def test_analysis_of_repetitive_text_takes_linear_time(flood):
+@pytest.mark.parametrize("unit", REPETITIVE)
+def test_analysis_of_repetitive_text_takes_linear_time(unit):
     # Eight times the text may take eight times as long, and far from sixty-four; the constant forgives tiny timings.
-    short, long = flood * 25_000, flood * 200_000
+    short, long = unit * 25_000, unit * 200_000
     assert cpu_seconds(long) < 30 * min(cpu_seconds(short) for _ in range(3)) + 0.5
 
 

@@ -1,4 +1,4 @@
-"""The score cache against a dict: what was written is read, in one round trip; whatever is broken is only slow."""
+"""The score cache against a dict, one round trip each way; failures of its server slow jobs down and fail none."""
 
 import logging
 import os
@@ -52,7 +52,7 @@ def scores(redis_url: str) -> Iterator[ScoreCache]:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What any connection of this process sends, one entry for each time that it writes to its socket."""
+    """What connections of this process send: an entry for each write to a socket."""
     packets: list[object] = []
     send = redis.connection.AbstractConnection.send_packed_command
 
@@ -175,7 +175,7 @@ def test_a_full_cache_still_serves_reads_and_accepts_writes_once_it_has_memory(
             assert scores.read("fp", QUERY, HASHES[:2]).mask.tolist() == [True, False]
     finally:
         server.config_set("maxmemory", 0)
-    assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == 1, "a flood of jobs, one warning"
+    assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == 1, "many jobs, one warning"
     scores.write("fp", QUERY, HASHES[1:2], floats(2), flags(1))
     assert scores.read("fp", QUERY, HASHES[:2]).truncated.tolist() == [False, True]
 
@@ -207,10 +207,10 @@ def test_the_circuit_stays_open_for_a_while_after_a_refused_connection(
         for _ in range(50):
             assert not scores.read("fp", QUERY, HASHES).mask.any()
             scores.write("fp", QUERY, HASHES[:1], floats(1), flags(0))
-        assert len(caplog.records) == 1, "tried once"
+        assert len(caplog.records) == 1, "one connection attempt"
         clock.now += CIRCUIT_OPEN_S
         scores.read("fp", QUERY, HASHES)
-        assert len(caplog.records) == 2, "and again after the rest"
+        assert len(caplog.records) == 2, "and one more when the circuit closes"
 
 
 def test_a_server_that_hangs_costs_one_timeout_and_is_used_again_when_it_is_back():
@@ -225,7 +225,7 @@ def test_a_server_that_hangs_costs_one_timeout_and_is_used_again_when_it_is_back
                 assert not scores.read("fp", QUERY, HASHES[:1]).mask.any()
             finally:
                 os.kill(number, signal.SIGCONT)
-            assert not scores.read("fp", QUERY, HASHES[:1]).mask.any(), "it rests"
+            assert not scores.read("fp", QUERY, HASHES[:1]).mask.any(), "the circuit is open"
             clock.now += CIRCUIT_OPEN_S
             assert scores.read("fp", QUERY, HASHES[:1]).mask.all()
 

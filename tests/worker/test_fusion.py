@@ -33,21 +33,21 @@ PLAIN = dict.fromkeys(SIGNALS, "none")
 
 
 def slow_fused(signals, spec):
-    """The rules of fusion, chunk by chunk, as one would say them aloud. Signals hold numbers or None."""
+    """The rules of fusion, chunk by chunk, in plain loops. Signals hold numbers or None."""
     chunks = len(next(iter(signals.values())))
-    in_play = [n for n, row in signals.items() if spec.weights.get(n, 0) > 0 and any(v is not None for v in row)]
-    nowhere = [n for n in SIGNALS if spec.weights.get(n, 0) > 0 and n not in in_play]
+    active = [n for n, row in signals.items() if spec.weights.get(n, 0) > 0 and any(v is not None for v in row)]
+    absent = [n for n in SIGNALS if spec.weights.get(n, 0) > 0 and n not in active]
     scores, missing = [], []
     for chunk in range(chunks):
-        lacking = [name for name in in_play if signals[name][chunk] is None]
-        has = [name for name in in_play if name not in lacking]
+        lacking = [name for name in active if signals[name][chunk] is None]
+        has = [name for name in active if name not in lacking]
         if spec.method == "rrf":
             score = 0.0
             for name in has:
                 higher = [v for v in signals[name] if v is not None and v > signals[name][chunk]]
                 score += spec.weights[name] / (spec.rrf_k + 1 + len(higher))
         else:
-            sharing = [name for name in in_play if spec.normalise[name] != "raw"]
+            sharing = [name for name in active if spec.normalise[name] != "raw"]
             there = [name for name in sharing if name in has]
             lost = sum(spec.weights[name] for name in sharing if name in lacking)
             held = sum(spec.weights[name] for name in there)
@@ -58,7 +58,7 @@ def slow_fused(signals, spec):
                 if name not in sharing:
                     score += spec.weights[name] * signals[name][chunk]
         scores.append(score)
-        missing.append(lacking + nowhere)
+        missing.append(lacking + absent)
     return scores, missing
 
 
@@ -236,13 +236,13 @@ def test_minmax_stretches_a_span_that_is_larger_than_any_float():
     np.testing.assert_allclose(fusion.normalise_minmax([-largest, largest, 0.0, largest / 2]), [0.0, 1.0, 0.5, 0.75])
 
 
-def slow_places(row):
+def slow_ranks(row):
     return [math.nan if v is None else 1 + sum(w > v for w in row if w is not None) for v in row]
 
 
 @given(st.lists(st.one_of(st.none(), st.sampled_from([0.0, 1.0, 2.0, 3.5])), max_size=8))
 def test_competition_ranks_equal_their_slow_twin(row):
-    np.testing.assert_array_equal(competition_ranks(row), slow_places(row))
+    np.testing.assert_array_equal(competition_ranks(row), slow_ranks(row))
 
 
 def test_a_chunk_gets_nothing_from_a_ranking_that_lacks_it():

@@ -1,4 +1,4 @@
-"""Jobs of which some chunks are known: a real tokeniser reads the others as if it had seen none of them."""
+"""Jobs with some chunks cached: a real tokeniser reads the others as in a cold run."""
 
 from collections.abc import Iterator
 
@@ -53,4 +53,4 @@ def test_scores_after_a_partial_cache_hit_equal_a_cold_run(client: redis.Redis, 
     assert logits_of_the_last(client, some, whole) == cold
     client.flushdb()
     refreshed = logits_of_the_last(client, some, whole, job(CHUNKS, "refresh"))
-    assert refreshed == cold, "what the engine remembers of a chunk is not another's"
+    assert refreshed == cold, "token ids remembered for one chunk are never another's"

@@ -1,4 +1,4 @@
-"""The story of one job, with the stub engine: a ranking is what plain scoring and plain fusion say, known or not."""
+"""One job from its texts to its ranking, on the stub engine: cached or not, as plain scoring and plain fusion give it."""
 
 import random
 import threading
@@ -27,7 +27,7 @@ TEXTS = ["the moon pulls the sea", "bread rises", "", "tides of fashion", "the m
 
 
 class ScriptedEngine(StubEngine):
-    """The stub, with a gate to hold the device at, counting what it computes; it cannot score the word *broken*."""
+    """The stub, which waits for its gate, counts what it computes, and cannot score the word *broken*."""
 
     def __init__(self, *, held: bool = False, **options) -> None:
         super().__init__(seconds_per_token=0, **options)
@@ -80,7 +80,7 @@ def world(redis_url: str) -> Iterator[World]:
 
 @pytest.fixture
 def held(redis_url: str) -> Iterator[World]:
-    """The device stands still until its gate is opened."""
+    """Its engine computes nothing until the gate is opened."""
     world = World(redis_url, held=True)
     yield world
     world.close()
@@ -120,7 +120,7 @@ def assert_plain(ranking: Ranking, job: RerankJob) -> None:
 
 
 def written_one_by_one(ranking: Ranking, job: RerankJob) -> str:
-    """The ranking's JSON, had each of its chunks been made by itself of what the plain twin says."""
+    """The ranking's JSON, if each chunk were validated by itself from the plain twin's numbers."""
     order, blended, logits = plain(job)
     scored = {chunk.index: chunk for chunk in ranking.chunks}
     chunks = []
@@ -241,8 +241,8 @@ def test_the_tokens_of_a_pair_that_two_jobs_wait_for_are_counted_once(held: Worl
     assert sorted(tokens) == [0, sum(pair.length for pair in pairs)]
 
 
-class Told(StubEngine):
-    """Gives each chunk the logit that it is told."""
+class GivenLogits(StubEngine):
+    """Gives each chunk the logit that the test says."""
 
     def __init__(self, logits: dict[str, float]) -> None:
         super().__init__(seconds_per_token=0)
@@ -259,9 +259,9 @@ class Told(StubEngine):
 def test_chunks_that_differ_in_their_logits_alone_are_ordered_by_them_however_saturated(
     world: World, profile: str, logits: tuple[float, ...]
 ):
-    told = Told({f"chunk{at}": logit for at, logit in enumerate(logits)})
-    with Batcher(told) as batcher:
-        reranker = Reranker(LocalScorer(told, batcher, ScoreCache(world.client, ttl_s=60)), Analyser(), name="told")
+    engine = GivenLogits({f"chunk{at}": logit for at, logit in enumerate(logits)})
+    with Batcher(engine) as batcher:
+        reranker = Reranker(LocalScorer(engine, batcher, ScoreCache(world.client, ttl_s=60)), Analyser(), name="given")
         wanted = RerankJob(
             query="q", chunks=[f"chunk{at}" for at in range(4)], fusion=profiles()[profile], cache="bypass"
         )
@@ -287,9 +287,9 @@ def test_tags_are_missing_only_where_the_query_has_some(world: World, profile: s
 
 
 def test_a_nan_logit_fails_its_job(world: World):
-    told = Told({"fine": 1.0, "odd": float("nan")})
-    with Batcher(told) as batcher:
-        reranker = Reranker(LocalScorer(told, batcher, ScoreCache(world.client, ttl_s=60)), Analyser(), name="told")
+    engine = GivenLogits({"fine": 1.0, "odd": float("nan")})
+    with Batcher(engine) as batcher:
+        reranker = Reranker(LocalScorer(engine, batcher, ScoreCache(world.client, ttl_s=60)), Analyser(), name="given")
         with pytest.raises(PairFailed, match="finite"):
             reranker.rank(
                 "id", RerankJob(query="q", chunks=["fine", "odd"], fusion=MODEL), Work(), priority="bulk", waited_s=0
@@ -338,15 +338,15 @@ def test_refresh_reads_nothing_and_writes_and_bypass_does_neither(world: World):
     assert world.client.keys("*") == []
     world.rank(job())
     (key,) = world.client.keys("*")
-    lie = np.float32(99).tobytes()
-    world.client.hset(key, text_hash(TEXTS[0]), lie)
-    assert world.rank(job()).chunks[0].model_logit == 99, "a planted score is believed"
+    planted = np.float32(99).tobytes()
+    world.client.hset(key, text_hash(TEXTS[0]), planted)
+    assert world.rank(job()).chunks[0].model_logit == 99, "a planted score is used"
     for asked in (job(cache="bypass"), job(cache="refresh")):
         ranking = world.rank(asked)
         assert_plain(ranking, asked)
         assert ranking.usage.cached_pairs == 0
     assert_plain(world.rank(job()), job())
-    assert world.client.hget(key, text_hash(TEXTS[0])) != lie, "refresh wrote the truth"
+    assert world.client.hget(key, text_hash(TEXTS[0])) != planted, "refresh wrote the computed score"
 
 
 @pytest.mark.parametrize(("way", "computed"), [("use", 1), ("refresh", 3), ("bypass", 3)])

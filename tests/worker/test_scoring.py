@@ -77,7 +77,7 @@ class RemoteScorer(LengthScorer):
         work.follow(self.call)
         self.meanwhile()
         self.call.done_pairs = len(texts)
-        work.go_on()
+        work.raise_if_cancelled()
         return Scored.nothing(len(texts))
 
 

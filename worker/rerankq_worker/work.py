@@ -38,11 +38,11 @@ class Work:
             for part in self._parts:
                 part.cancel()
 
-    def go_on(self) -> None:
-        """Return, unless it was cancelled.
+    def raise_if_cancelled(self) -> None:
+        """Raise where a thread that works on the job can stop.
 
         Raises:
-            JobCancelled: if it was.
+            JobCancelled: if it was cancelled.
         """
         if self._cancelled:
             raise JobCancelled("cancelled while running")
@@ -55,7 +55,7 @@ class Work:
         """
         with self._lock:
             self._known += pairs
-        self.go_on()
+        self.raise_if_cancelled()
 
     def follow(self, part: Part) -> None:
         """Count the pairs of a part from now on, and stop it with the job.
@@ -67,4 +67,4 @@ class Work:
             self._parts.append(part)
             if self._cancelled:
                 part.cancel()
-        self.go_on()
+        self.raise_if_cancelled()

@@ -355,11 +355,11 @@ class Worker:
             raise EngineClosed("this worker is stopping")
         interactive = claim.priority == "interactive"
         if not claim.suspect:
-            with self.device.shared(interactive=interactive, go_on=work.go_on):
+            with self.device.shared(interactive=interactive, go_on=work.raise_if_cancelled):
                 yield
             return
-        with self.device.exclusive(interactive=interactive, go_on=work.go_on):
-            work.go_on()
+        with self.device.exclusive(interactive=interactive, go_on=work.raise_if_cancelled):
+            work.raise_if_cancelled()
             if not self._report(calls.isolate(claim.id, claim.fence, self.id)):
                 raise JobCancelled("the lease was lost")
             yield
