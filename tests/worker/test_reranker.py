@@ -1,4 +1,4 @@
-"""One job from its texts to its ranking, on the stub engine: cached or not, as plain scoring and plain fusion give it."""
+"""One job from its texts to its ranking, on the stub engine: cached or not, as plain scoring and fusion give it."""
 
 import random
 import threading

@@ -16,6 +16,7 @@ from rerankq_worker.scoring import LocalScorer, Scored, ScoreOptions, Scorer
 from rerankq_worker.work import Work
 
 MODEL = Fusion(weights={"model": 1})
+UNCACHED = ScoreOptions(cache="bypass")
 
 
 class LengthScorer:
@@ -90,8 +91,8 @@ def rank(scorer: Scorer, texts: list[str], work: Work | None = None, **fields) -
 def local():
     engine = StubEngine(seconds_per_token=0)
     with Batcher(engine) as batcher:
-        # No server listens there: the cache knows nothing and remembers nothing.
-        yield LocalScorer(engine, batcher, ScoreCache(redis.Redis(port=1), ttl_s=1))
+        # Jobs here bypass the cache, so no server is asked.
+        yield LocalScorer(engine, batcher, ScoreCache(redis.Redis(), ttl_s=1))
 
 
 def test_a_reranker_takes_any_scorer():
@@ -118,19 +119,17 @@ def test_a_fusion_without_the_model_asks_no_scorer():
 
 def test_windows_of_a_text_are_pairs_of_the_scorer_below(local: LocalScorer):
     texts = ["one line", "two\nlines of one text", "a third\nof\nthree"]
-    by_line = {
-        line: local.score("q", [line], ScoreOptions(), Work()).logits[0] for line in "\n".join(texts).split("\n")
-    }
-    ranking = rank(BestWindowScorer(local), texts)
+    by_line = {line: local.score("q", [line], UNCACHED, Work()).logits[0] for line in "\n".join(texts).split("\n")}
+    ranking = rank(BestWindowScorer(local), texts, cache="bypass")
     for chunk in ranking.chunks:
         assert chunk.model_logit == max(by_line[line] for line in texts[chunk.index].split("\n"))
 
 
 def test_two_scorers_make_a_cascade_that_counts_in_one_work(local: LocalScorer):
     texts, work, large = ["aaa", "a", "aaaa", "aa"], Work(), LengthScorer()
-    first = local.score("q", texts, ScoreOptions(), work)
+    first = local.score("q", texts, UNCACHED, work)
     kept = np.argsort(-first.logits)[:2]
-    second = large.score("q", [texts[at] for at in kept], ScoreOptions(), work)
+    second = large.score("q", [texts[at] for at in kept], UNCACHED, work)
     assert second.logits.tolist() == [len(texts[at]) for at in kept]
     assert work.pairs_done == 6
 
