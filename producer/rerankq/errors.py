@@ -1,7 +1,7 @@
 """What can go wrong, as types.
 
 RerankqError
-├── SettingsInvalid      a setting is wrong; says all that are, by their environment variables
+├── SettingsInvalid      settings are wrong; names all their environment variables
 ├── BrokerUnavailable    Redis cannot be reached; retry later
 │   └── ClientClosed     the client was closed; make a new one
 ├── ClientUnusable       the client cannot work where it is used
@@ -12,7 +12,7 @@ RerankqError
 ├── JobFailed            the worker tried and could not
 ├── JobExpired           not started before its deadline
 ├── JobCancelled         somebody cancelled it
-├── JobDead              it killed its worker again and again, and was set aside
+├── JobDead              it crashed its worker again and again, and was set aside
 ├── JobTimedOut          no answer yet; the job may still finish
 └── JobUnknown           no such job, or forgotten since
 """
@@ -38,7 +38,7 @@ class RerankqError(Exception):
 
 
 class SettingsInvalid(RerankqError):
-    """Raised when settings cannot be as they are; a line of the message for each, with its environment variable."""
+    """Raised when settings are wrong; one line of the message for each, with its environment variable."""
 
 
 class BrokerUnavailable(RerankqError):
@@ -55,11 +55,11 @@ class ClientClosed(BrokerUnavailable):
 
 
 class ClientUnusable(RerankqError):
-    """Raised when a client cannot work where it is used, or the thread that serves it has ended; says why."""
+    """Raised when a client cannot work where it is used, or its thread has ended; says why."""
 
 
 class JobRejected(RerankqError, ValueError):
-    """Raised when a job, or a part of it, is not well formed; ``field`` names the place."""
+    """Raised when a job, or a part of it, is not well formed; ``field`` names the field."""
 
     http_status = 422
 
@@ -103,13 +103,13 @@ class JobExpired(RerankqError):
 
 
 class JobCancelled(RerankqError):
-    """Raised when the job was cancelled, by any of those who submitted this content."""
+    """Raised when the job was cancelled, by anybody who submitted the same content."""
 
     http_status = 409
 
 
 class JobDead(RerankqError):
-    """Raised when the job killed its worker while alone on the device, as often as is allowed."""
+    """Raised when the job crashed its worker while it ran alone, as often as is allowed."""
 
 
 class JobTimedOut(RerankqError):

@@ -1,4 +1,4 @@
-"""What names a job: its payload as it is stored, the digest of it, its id, its label."""
+"""The names of a job: its payload as it is stored, the payload's digest, its id, its label."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def digest(*parts: str | bytes) -> str:
 def job_id(job: RerankJob, content: str) -> str:
     """Name a job: the caller's id, else (cache not ``use``) a random one, else its content's with the model's name.
 
-    No weights are part of it: whoever submits before the first worker comes, or while weights are renewed, gets the
-    same.
+    It does not depend on weights: submitted before the first worker runs, or while weights are replaced, a job has
+    the same id.
     """
     if job.id is not None:
         return job.id
@@ -62,12 +62,12 @@ def job_id(job: RerankJob, content: str) -> str:
 
 
 def label_of(job: RerankJob, *, model: str) -> str:
-    """Say a job in a few words for Flower and logs: no chunk's text, and short enough for Flower to show it whole.
+    """Describe a job shortly for Flower and logs: no chunk's text, and short enough for Flower to show it whole.
 
     >>> label_of(RerankJob(query="why do tides rise and fall twice a day?", chunks=["x"]), model="m")
     '"why do tides rise and…" 1 chunk, m'
     """
-    words = " ".join(job.query.split())
-    first = words if len(words) <= 24 else f"{words[:24].rsplit(' ', 1)[0]}…"
+    query = " ".join(job.query.split())
+    first = query if len(query) <= 24 else f"{query[:24].rsplit(' ', 1)[0]}…"
     count = len(job.chunks)
     return f"{json.dumps(first, ensure_ascii=False)} {count} chunk{'s' if count != 1 else ''}, {model}"

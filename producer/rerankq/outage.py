@@ -1,8 +1,8 @@
-"""How often an outage is said: once when it begins, at growing intervals, once when it is over."""
+"""How often an outage is logged: when it begins, at growing intervals, and when it is over."""
 
 from __future__ import annotations
 
-# Seconds from the first word to the second, and between words at most; each interval is twice the one before.
+# Seconds from the first message to the second, and between messages at most; each interval is twice the one before.
 FIRST_INTERVAL_S = 10.0
 LONGEST_INTERVAL_S = 3_600.0
 
@@ -19,7 +19,7 @@ class Outage:
 
     def __init__(self) -> None:
         self._began_at: float | None = None
-        self._say_at = 0.0
+        self._log_at = 0.0
         self._interval_s = FIRST_INTERVAL_S
 
     @property
@@ -28,12 +28,12 @@ class Outage:
         return self._began_at is not None
 
     def fails(self, now: float) -> bool:
-        """Note a failure; answer whether it is to be said."""
+        """Note a failure; answer whether it is to be logged."""
         if self._began_at is None:
-            self._began_at, self._say_at, self._interval_s = now, now, FIRST_INTERVAL_S
-        if now < self._say_at:
+            self._began_at, self._log_at, self._interval_s = now, now, FIRST_INTERVAL_S
+        if now < self._log_at:
             return False
-        self._say_at = now + self._interval_s
+        self._log_at = now + self._interval_s
         self._interval_s = min(2 * self._interval_s, LONGEST_INTERVAL_S)
         return True
 

@@ -31,7 +31,7 @@ HOW_TO_SET_A_URL = (
 
 PREFIX = "RERANKQ_"
 ENV_FILE = ".env"
-# Settings of what does not exist yet: taken without a word, so that a deployment can be written ahead.
+# Settings of features that do not exist yet: accepted silently, so that a deployment can name them already.
 TO_COME = frozenset({"API_KEYS", "PORT"})
 
 # Options of a URL that name a file or a folder.
@@ -43,7 +43,7 @@ Reader = Literal["worker", "producer", "both"]
 
 
 def _setting(default: Any, read_by: Reader, description: str, *, unit: str = "", **limits: Any) -> Any:
-    """Declare a setting, what its number counts, and who reads it: set elsewhere, it changes nothing.
+    """Declare a setting, its unit, and which program reads it: set for another one, it changes nothing.
 
     ``docs/settings.md`` is made from this.
     """
@@ -51,7 +51,7 @@ def _setting(default: Any, read_by: Reader, description: str, *, unit: str = "",
 
 
 def read_by(name: str) -> Reader:
-    """Say who reads a setting."""
+    """Name the program that reads a setting."""
     extra: Any = Settings.model_fields[name].json_schema_extra
     reader: Reader = extra["read_by"]
     return reader
@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_file=ENV_FILE,
-        # Notepad and its like begin a file with a mark.
+        # Notepad and other editors begin a file with a byte order mark.
         env_file_encoding="utf-8-sig",
         extra="ignore",
         frozen=True,
@@ -208,13 +208,13 @@ class Settings(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_it_was_meant(cls, value: object) -> object:
-        # A secret that is a file ends with a line's end; quotation marks are removed by ``.env``'s reader alone.
+    def _stripped(cls, value: object) -> object:
+        # A secret read from a file ends with a line break; only the reader of ``.env`` removes quotation marks.
         if not isinstance(value, str):
             return value
         bare = value.strip()
         if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "\"'":
-            msg = "is in quotation marks, which are taken for a part of it here: write it without"
+            msg = "is in quotation marks, which would be part of the value: write it without them"
             raise ValueError(msg)
         return bare
 
@@ -234,7 +234,7 @@ class Settings(BaseSettings):
         address = urls.read(value, urls.REDIS | urls.AMQP if info.field_name == "broker_url" else urls.REDIS)
         for option in FILES:
             if not Path(address.options.get(option, ".")).exists():
-                msg = f"option {option} names what does not exist here"
+                msg = f"option {option} names a file that does not exist here"
                 raise ValueError(msg)
         return value
 
@@ -250,21 +250,21 @@ class Settings(BaseSettings):
     @classmethod
     def _a_folder(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_dir():
-            msg = "is no folder"
+            msg = "is not a folder"
             raise ValueError(msg)
         return value
 
     @field_validator("ledger_url")
     @classmethod
     def _a_ledger_somewhere(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None and _carries_bells_alone(info.data.get("broker_url")):
-            msg = "is not set, and the broker is not a Redis that could serve this role too"
+        if value is None and _cannot_keep_jobs(info.data.get("broker_url")):
+            msg = "is not set, and jobs cannot be kept in a broker that is not a Redis"
             raise ValueError(msg)
         return value
 
     @model_validator(mode="wrap")
     @classmethod
-    def _say_all_mistakes(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _report_all_mistakes(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(data)
         except ValidationError as error:
@@ -287,7 +287,7 @@ class Settings(BaseSettings):
         """The score cache's URL; beside the ledger where the broker is not a Redis."""
         if self.cache_url:
             return self.cache_url
-        return _beside(self.ledger, 1) if _carries_bells_alone(self.broker) else _beside(self.broker, 2)
+        return _beside(self.ledger, 1) if _cannot_keep_jobs(self.broker) else _beside(self.broker, 2)
 
     @property
     def channel(self) -> str:
@@ -295,8 +295,8 @@ class Settings(BaseSettings):
         return f"rerankq:{self.deployment or urls.database_of(self.ledger)}"
 
 
-def _carries_bells_alone(url: str | None) -> bool:
-    """Whether a broker cannot be a ledger too."""
+def _cannot_keep_jobs(url: str | None) -> bool:
+    """Whether a broker cannot be the ledger too."""
     return url is not None and urls.parts_of(url).scheme in urls.AMQP
 
 
@@ -316,13 +316,13 @@ def _mistakes(error: ValidationError) -> Iterator[str]:
         field = ".".join(str(part) for part in mistake["loc"][:1]).upper()
         said = mistake["msg"].removeprefix("Value error, ")
         found.setdefault(f"{PREFIX}{field}: " if field else "", []).append(said)
-    # What may be one thing or another has a mistake for each.
+    # A field of several types has a mistake for each.
     for name, said_of_it in found.items():
         yield name + ", or ".join(said_of_it)
 
 
 def _read_ahead(path: str | os.PathLike[str] | None) -> tuple[list[str], list[str]]:
-    """Read a file of settings before the library does; answer what is wrong with it, and the names that it sets."""
+    """Read a file of settings before the library does; answer its mistakes, and the names that it sets."""
     if path is None:
         return [], []
     file = Path(path).expanduser()
@@ -347,7 +347,7 @@ def _read_ahead(path: str | os.PathLike[str] | None) -> tuple[list[str], list[st
 
 
 def _bytes_of(file: Path) -> bytes:
-    """Read a file whole; nothing where there is none, and where it can be read but once (a pipe)."""
+    """Read a file whole; empty if there is none, or if it can be read only once (a pipe)."""
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
@@ -367,24 +367,24 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _unknown(names: Iterable[str]) -> Iterator[str]:
-    """Say of each name of ours that is no setting which one may be meant.
+    """Warn of each variable with our prefix that is no setting, with the one that may be meant.
 
     >>> list(_unknown(["RERANKQ_LEASE", "RERANKQ_LEASE_S", "RERANKQ_PORT", "HOME"]))
-    ['RERANKQ_LEASE is no setting and changes nothing; did you mean RERANKQ_LEASE_S?']
+    ['RERANKQ_LEASE is not a setting and has no effect; did you mean RERANKQ_LEASE_S?']
     """
     known = [name.upper() for name in Settings.model_fields]
     for name in dict.fromkeys(name.upper() for name in names):
         ours = name.removeprefix(PREFIX)
         if ours != name and ours not in {*known, *TO_COME}:
             near = difflib.get_close_matches(ours, known, 1)
-            yield f"{name} is no setting and changes nothing" + (f"; did you mean {PREFIX}{near[0]}?" if near else "")
+            yield f"{name} is not a setting and has no effect" + (f"; did you mean {PREFIX}{near[0]}?" if near else "")
 
 
 _warned: set[str] = set()
 
 
 def _warn_of(mistakes: Iterable[str]) -> None:
-    """Say each once in a process, however often settings are read."""
+    """Log each once in a process, however often settings are read."""
     for said in mistakes:
         if said not in _warned:
             _warned.add(said)

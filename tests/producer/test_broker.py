@@ -82,13 +82,13 @@ def test_bells_that_cannot_be_rung_are_told_once_and_given_up(caplog: pytest.Log
     doorbells.send(bells_for(5))
     assert not doorbells.flush(0.05), "ringing does not wait for the broker"
     with doorbells._wanted:
-        doorbells._wanted.wait_for(lambda: doorbells._ringing, 10)
+        doorbells._wanted.wait_for(lambda: doorbells._sending, 10)
         # As closing does, but with the thread still ours to look at.
         thread, doorbells._closed = doorbells._thread, True
         doorbells._wanted.notify_all()
     thread.join(20)
     assert not thread.is_alive()
-    assert caplog.text.count("5 doorbells not rung, the sweeper will") == 1
+    assert caplog.text.count("5 doorbells not sent, a sweeper will") == 1
     doorbells.close()
 
 
@@ -106,7 +106,7 @@ def test_a_broker_that_is_away_for_long_is_said_once_and_so_is_its_end(
     doorbells.send(bells_for(1))
     assert doorbells.flush(30)
     said = [record.getMessage() for record in caplog.records]
-    assert [words.split(",")[0] for words in said] == ["200 doorbells not rung", "the broker takes doorbells again"]
+    assert [words.split(",")[0] for words in said] == ["200 doorbells not sent", "the broker takes doorbells again"]
 
 
 def test_a_submission_does_not_fail_where_no_thread_can_be_started(
@@ -125,7 +125,7 @@ def test_a_submission_does_not_fail_where_no_thread_can_be_started(
     assert doorbells.flush(30)
 
 
-def test_closing_twice_or_without_a_bell_does_nothing_and_ringing_after_it_works(
+def test_closing_twice_or_without_a_bell_does_nothing_and_sending_after_it_works(
     doorbells: DoorbellSender, messages: Callable
 ):
     doorbells.send([])
@@ -160,7 +160,7 @@ def test_many_threads_ring_at_once(doorbells: DoorbellSender, messages: Callable
 def counts(settings: Settings) -> Iterator[MessageCounts]:
     counts = MessageCounts(make_app(settings))
     yield counts
-    counts._hang_up()
+    counts._close()
 
 
 def counted(counts: MessageCounts, *queues: str) -> Counted:

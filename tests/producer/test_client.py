@@ -427,7 +427,7 @@ def test_a_broker_that_is_down_never_fails_a_submission(redis_url: str, worker):
     job_id = client.submit(job(1))
     assert worker.state(job_id) == "queued"
     started = time.monotonic()
-    client._inner._bells.close(timeout_s=0.1)
+    client._inner._doorbells.close(timeout_s=0.1)
     client.close()
     assert time.monotonic() - started < 30
 
@@ -738,11 +738,11 @@ def test_what_ended_while_the_client_was_suspended_is_answered_after_its_timeout
 
 @pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_thread, "LOOK_S", 0.05)
-    monkeypatch.setattr(loop_thread, "BLOCKED_LOOKS", 40)
+    monkeypatch.setattr(loop_thread, "CHECK_S", 0.05)
+    monkeypatch.setattr(loop_thread, "BLOCKED_CHECKS", 40)
     monkeypatch.setattr("rerankq.client.blocking.SPARE_S", 0.1)
-    monkeypatch.setattr("rerankq.client.asynchronous.LAST_LOOK_S", 0.1)
-    monkeypatch.setattr("rerankq.client.blocking.LAST_LOOK_S", 0.1)
+    monkeypatch.setattr("rerankq.client.asynchronous.LAST_READ_S", 0.1)
+    monkeypatch.setattr("rerankq.client.blocking.LAST_READ_S", 0.1)
 
 
 WAITS: dict[str, Callable[[Client], object]] = {

@@ -92,7 +92,7 @@ def test_all_methods_await(settings: Settings, worker):
 
 
 def test_a_ledger_that_hangs_does_not_hold_up_whoever_waits_with_a_timeout(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rerankq.client.asynchronous.LAST_LOOK_S", 0.05)
+    monkeypatch.setattr("rerankq.client.asynchronous.LAST_READ_S", 0.05)
 
     async def work(client: AsyncClient) -> None:
         with pytest.raises(rerankq.JobTimedOut):
@@ -611,7 +611,7 @@ def test_every_call_has_a_limit_whatever_the_ledger_does_and_so_has_closing(monk
 
 
 def test_a_rerank_keeps_its_timeout_though_the_ledger_hangs(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rerankq.client.asynchronous.LAST_LOOK_S", 0.05)
+    monkeypatch.setattr("rerankq.client.asynchronous.LAST_READ_S", 0.05)
 
     async def work(client: AsyncClient) -> None:
         with pytest.raises(rerankq.JobTimedOut):
@@ -741,7 +741,13 @@ class Mute:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a test can wait for."""
-    for name, seconds in {"OPEN_S": 0.2, "SEND_S": 0.2, "SILENCE_S": 0.2, "LOOK_S": 0.05, "ASK_S": 0.05}.items():
+    for name, seconds in {
+        "OPEN_S": 0.2,
+        "SEND_S": 0.2,
+        "SILENCE_S": 0.2,
+        "CHECK_S": 0.05,
+        "PING_AFTER_S": 0.05,
+    }.items():
         monkeypatch.setattr(waiting, name, seconds)
     monkeypatch.setattr(waiting, "TRY_AGAIN_S", 0.05)
 
@@ -842,7 +848,7 @@ def test_closing_does_not_wait_for_a_peer_that_hangs(
     settings: Settings, worker, monkeypatch: pytest.MonkeyPatch, stage: str
 ):
     if stage in {"subscribed", "leaving"}:
-        monkeypatch.setattr(waiting, "ASK_S", 0.0)
+        monkeypatch.setattr(waiting, "PING_AFTER_S", 0.0)
 
     async def main() -> None:
         client = AsyncClient(settings)
@@ -902,7 +908,7 @@ def test_an_outage_is_said_once_and_so_is_its_end(restartable_redis, make_worker
         run(work, settings)
     said = [record.getMessage() for record in caplog.records if "rung" not in record.getMessage()]
     assert len(said) == 2, said
-    assert "20 jobs are waited for, trying again" in said[0]
+    assert "20 jobs wait for a ledger that does not answer" in said[0]
     assert "the ledger answers again" in said[1]
 
 

@@ -98,19 +98,19 @@ def test_a_connection_that_answers_is_kept_however_long_no_job_ends():
         answering = Connection()
         assert await wait([answering], 100) == [answering]
         every_s = 100 / answering.said.count("PING")
-        assert waiting.ASK_S <= every_s <= waiting.ASK_S + 2 * waiting.LOOK_S
+        assert waiting.PING_AFTER_S <= every_s <= waiting.PING_AFTER_S + 2 * waiting.CHECK_S
 
     run(work)
 
 
 def test_a_connection_that_answers_late_is_kept_until_it_is_silent_for_too_long():
     async def work() -> None:
-        late = Connection(waiting.SILENCE_S - 2 * waiting.LOOK_S)
+        late = Connection(waiting.SILENCE_S - 2 * waiting.CHECK_S)
         assert await wait([late], 100) == [late]
         dead, good = Connection(None), Connection()
-        at_least_s = waiting.ASK_S + waiting.SILENCE_S
-        assert await wait([dead, good], at_least_s - waiting.LOOK_S) == [dead]
-        assert await wait([dead, good], at_least_s + 4 * waiting.LOOK_S) == [dead, good]
+        at_least_s = waiting.PING_AFTER_S + waiting.SILENCE_S
+        assert await wait([dead, good], at_least_s - waiting.CHECK_S) == [dead]
+        assert await wait([dead, good], at_least_s + 4 * waiting.CHECK_S) == [dead, good]
         assert "SUBSCRIBE" in good.said, "and hears of what is waited for"
 
     run(work)
@@ -119,7 +119,7 @@ def test_a_connection_that_answers_late_is_kept_until_it_is_silent_for_too_long(
 def test_a_process_that_was_suspended_does_not_take_its_own_silence_for_the_servers():
     async def work() -> None:
         loop = asyncio.get_running_loop()
-        connection = Connection(2 * waiting.LOOK_S)
+        connection = Connection(2 * waiting.CHECK_S)
 
         async def suspended_every_few_seconds() -> None:
             for _ in range(20):

@@ -196,7 +196,9 @@ def test_quotation_marks_that_nobody_removed_are_named(mark: str, monkeypatch: p
 @pytest.mark.parametrize("option", ["ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"])
 def test_a_file_that_a_url_names_and_that_is_not_there_is_said_with_its_option(option: str):
     url = f"rediss://:secret@host/0?{option}=here.pem"
-    with pytest.raises(SettingsInvalid, match=f"^RERANKQ_BROKER_URL: option {option} names what does not exist here$"):
+    with pytest.raises(
+        SettingsInvalid, match=f"^RERANKQ_BROKER_URL: option {option} names a file that does not exist here$"
+    ):
         Settings(broker_url=url)
     Path("here.pem").touch()
     assert Settings(broker_url=url).broker_url == url
@@ -255,9 +257,9 @@ def test_a_name_that_is_almost_a_settings_is_warned_of_once_wherever_it_stands(
     for _ in range(3):
         Settings()
     assert [record.getMessage() for record in caplog.records] == [
-        "RERANKQ_LEASE is no setting and changes nothing; did you mean RERANKQ_LEASE_S?",
-        "RERANKQ_BROCKER_URL is no setting and changes nothing; did you mean RERANKQ_BROKER_URL?",
-        "RERANKQ_QWXZ is no setting and changes nothing",
+        "RERANKQ_LEASE is not a setting and has no effect; did you mean RERANKQ_LEASE_S?",
+        "RERANKQ_BROCKER_URL is not a setting and has no effect; did you mean RERANKQ_BROKER_URL?",
+        "RERANKQ_QWXZ is not a setting and has no effect",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Celery, as a messenger: doorbells that name jobs. A message may be lost or doubled; the ledger is the truth."""
+"""The message broker: the Celery app, and doorbells that name jobs. A message may be lost or arrive twice."""
 
 from typing import Any
 

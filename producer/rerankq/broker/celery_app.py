@@ -1,4 +1,4 @@
-"""The Celery app that our settings alone steer, and how it reaches its broker."""
+"""The Celery app, configured by our settings only, and its connections to the broker."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ logger = logging.getLogger("rerankq")
 TASK = "rerankq.rerank"
 INTERACTIVE = "rerankq.interactive"
 BULK = "rerankq.bulk"
-# The priority of doorbells that overtake the others, and of those. kombu keeps a list in Redis for each; a worker looks
-# into the first one first. Brokers of other kinds take all as they come.
+# The priority of doorbells that overtake the others, and of the others. kombu keeps a list in Redis for each, and a
+# worker reads the first one first. Brokers of other kinds ignore it.
 AHEAD, IN_LINE = 5, 0
 # What kombu puts before each of its keys in Redis.
 KEY_PREFIX = "rerankq:"
-# What a broker replies of a queue that it does not hold.
+# A broker's reply code for an unknown queue.
 NOT_FOUND = "404"
-# Seconds between RabbitMQ's signs of life; a worker that hears none twice connects anew. Otherwise it would be deaf for
-# minutes where the network loses its connection and closes nothing.
+# Seconds between RabbitMQ's heartbeats; a worker that misses two connects again. Otherwise it would receive nothing for
+# minutes if the network loses its connection without closing it.
 AMQP_HEARTBEAT_S = 10
 
 
 def queue(name: str, *, no_ack: bool = False) -> Queue:
-    """Make a queue of ours, routed by its name; *no_ack* for whoever listens to it without acknowledging."""
+    """Make a queue of ours, routed by its name; *no_ack* for consumers that do not acknowledge."""
     return Queue(name, exchange=Exchange("rerankq", type="direct"), routing_key=name, no_ack=no_ack)
 
 
@@ -47,7 +47,7 @@ def queue_key(name: str) -> str:
     return f"{KEY_PREFIX}{name}"
 
 
-class NothingRead(AppLoader):  # type: ignore[misc]  # Celery ships no types
+class NoConfiguration(AppLoader):  # type: ignore[misc]  # Celery ships no types
     """Reads no configuration: not the module that ``CELERY_CONFIG_MODULE`` names either."""
 
     def read_configuration(self, env: str = "") -> dict[str, Any]:  # noqa: ARG002  # Celery's name
@@ -56,10 +56,10 @@ class NothingRead(AppLoader):  # type: ignore[misc]  # Celery ships no types
 
 
 class App(Celery):  # type: ignore[misc]  # Celery ships no types
-    """A Celery app that our settings alone steer.
+    """A Celery app that is configured by our settings only.
 
-    Celery prefers what the environment says (``CELERY_BROKER_URL`` and its kin) to what an app was given. Whoever
-    imports us may have set those for an app of its own.
+    Celery prefers environment variables (``CELERY_BROKER_URL`` and the like) to an app's own configuration. A program
+    that imports us may have set those for an app of its own.
     """
 
     # Django's would close that program's connections to its database after our tasks.
@@ -69,7 +69,7 @@ class App(Celery):  # type: ignore[misc]  # Celery ships no types
         self.address = urls.read(url)
         self._to = _kombu_connection(url, self.address)
         # The URL in the configuration is one to be shown: `celery inspect conf` does.
-        super().__init__("rerankq", broker=_shown(url, self.address), set_as_current=False, loader=NothingRead)
+        super().__init__("rerankq", broker=_shown(url, self.address), set_as_current=False, loader=NoConfiguration)
 
     def connection_for_read(self, url: str | None = None, **options: Any) -> Connection:
         """Make a connection to our broker, unless a URL says otherwise."""
@@ -92,11 +92,11 @@ class App(Celery):  # type: ignore[misc]  # Celery ships no types
 
 
 def _kombu_connection(url: str, address: Address) -> dict[str, Any]:
-    """Say which transport leads to an address, and what kombu is told of it."""
+    """Choose the transport for an address, and the options that kombu gets."""
     if address.scheme in urls.AMQP:
         vhost = urls.quoted(address.vhost)
         return {"url": f"{address.scheme}://{urls.encoded(address)}/{vhost}"}
-    # Here, not at the top: who only imports this package may never connect.
+    # Here, not at the top: a program that imports this package may never connect.
     from .transport import transport_to  # noqa: PLC0415
 
     return {"url": urls.masked(url), "transport": transport_to(url)}
@@ -125,7 +125,7 @@ def make_app(settings: Settings) -> Celery:
         task_default_queue=INTERACTIVE,
         task_default_exchange="rerankq",
         task_default_routing_key=INTERACTIVE,
-        # kombu's fair default would let a bulk backlog delay interactive bells.
+        # kombu's fair default would let a bulk backlog delay interactive doorbells.
         task_queues=[queue(INTERACTIVE), queue(BULK)],
         worker_send_task_events=True,
         event_queue_prefix="rerankq.events",
@@ -139,12 +139,12 @@ def make_app(settings: Settings) -> Celery:
 
 
 def _tls(address: Address) -> dict[str, Any]:
-    """Write how TLS is spoken: for RabbitMQ's library, or for Flower's own connections to Redis."""
+    """Write the options of TLS: for RabbitMQ's library, or for Flower's own connections to Redis."""
     given = {name: value for name, value in address.options.items() if name.startswith("ssl_")}
     if address.scheme != "amqps":
         return {"ssl_cert_reqs": "required", **given}
     required = ssl.VerifyMode[f"CERT_{given.pop('ssl_cert_reqs', 'required').upper()}"]
-    # py-amqp verifies a server's name where it is told one, and not otherwise.
+    # py-amqp verifies a server's name only if it is given one.
     named = given.pop("ssl_check_hostname", True) and required != ssl.CERT_NONE
     options = {name.removeprefix("ssl_"): value for name, value in given.items()}
     return {"cert_reqs": required, **({"server_hostname": address.hosts[0][0]} if named else {}), **options}
@@ -178,7 +178,7 @@ def _transport_options(address: Address) -> dict[str, Any]:
 
 
 def forget_celerys_environment() -> None:
-    """Drop what Celery's command line would take for its options; for programs, whose environment is theirs alone.
+    """Drop the variables that Celery's command line takes for its options; for programs of ours only.
 
     Every option of every command has a variable: ``CELERY_WORKER_POOL`` would run prefork, whatever the app says.
     """
@@ -187,13 +187,13 @@ def forget_celerys_environment() -> None:
 
 
 def round_trip(settings: Settings, timeout_s: float) -> None:
-    """Send a message to a queue of one's own, over kombu's connections, take it back, and remove the queue.
+    """Send a message to a temporary queue over kombu's connections, receive it, and remove the queue.
 
     Raises:
-        BrokerUnavailable, or whatever the broker's library raises: if it does not come back.
+        BrokerUnavailable, or an error of the broker's library: if it does not come back.
     """
     # A name that the rights of producers in conf/redis-acl.conf cover.
-    name, word = f"{BULK}.doctor-{uuid.uuid4().hex}", uuid.uuid4().hex
+    name, text = f"{BULK}.doctor-{uuid.uuid4().hex}", uuid.uuid4().hex
     # RabbitMQ has an exchange without a name that leads to every queue.
     exchange = Exchange("" if urls.parts_of(settings.broker).scheme in urls.AMQP else "rerankq")
     own = Queue(name, exchange, routing_key=name, durable=False, auto_delete=True, no_ack=True)
@@ -201,13 +201,13 @@ def round_trip(settings: Settings, timeout_s: float) -> None:
         connection.ensure_connection(max_retries=1, interval_start=0)
         queue = connection.SimpleQueue(own)
         try:
-            queue.put(word)
-            if queue.get(timeout=timeout_s).payload != word:
-                raise BrokerUnavailable("another message came back than was sent")
+            queue.put(text)
+            if queue.get(timeout=timeout_s).payload != text:
+                raise BrokerUnavailable("the message that came back is not the one that was sent")
         except Empty:
             raise BrokerUnavailable(f"the message did not come back within {timeout_s:g} s") from None
         finally:
-            # The consumer first: RabbitMQ tells one whose queue is deleted, and kombu raises that.
+            # The consumer first: RabbitMQ notifies a consumer whose queue is deleted, and kombu raises that.
             queue.close()
             queue.queue.delete()
 
@@ -215,7 +215,7 @@ def round_trip(settings: Settings, timeout_s: float) -> None:
 def _connection_with_limits(app: Celery) -> Connection:
     connection = app.connection_for_write()
     if connection.transport.driver_type == "amqp":
-        # py-amqp waits for an answer without end; Redis's own limits come with its connections.
+        # py-amqp waits for answers without limit; Redis's limits come with its connections.
         limits = {"read_timeout": BROKER_ANSWER_S, "write_timeout": BROKER_ANSWER_S}
         connection.transport_options = {**connection.transport_options, **limits}
     return connection

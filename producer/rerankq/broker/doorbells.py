@@ -20,9 +20,9 @@ from .celery_app import AHEAD, IN_LINE, NOT_FOUND, TASK, _connection_with_limits
 
 
 class DoorbellSender:
-    """Ring doorbells from a thread of its own: no caller waits for the broker, and doorbells travel in batches.
+    """Sends doorbells from its own thread: no caller waits for the broker, and doorbells are sent in batches.
 
-    A doorbell that cannot be rung is only late: the job is in the ledger, and a worker's sweeper rings for it.
+    A doorbell that cannot be sent is only late: the job is in the ledger, and a worker's sweeper sends another.
     """
 
     def __init__(self, app: Celery) -> None:
@@ -31,38 +31,38 @@ class DoorbellSender:
         _ALL.add(self)
 
     def _begin(self) -> None:
-        self._bells: deque[Doorbell] = deque()
+        self._waiting: deque[Doorbell] = deque()
         self._publishing = threading.Lock()
         self._wanted = threading.Condition()
-        self._ringing = 0
+        self._sending = 0
         self._closed = False
         self._outage = Outage()
         self._thread: threading.Thread | None = None
 
     def send(self, doorbells: Iterable[Doorbell]) -> None:
-        """Ring soon; after :meth:`close` too, by a new thread."""
+        """Send soon; after :meth:`close` too, by a new thread."""
         with self._wanted:
-            self._bells.extend(doorbells)
-            if self._bells and (self._thread is None or not self._thread.is_alive()):
+            self._waiting.extend(doorbells)
+            if self._waiting and (self._thread is None or not self._thread.is_alive()):
                 self._closed = False
-                # A script that submits and ends must still ring.
+                # A script that submits and ends must still send its doorbells.
                 atexit.register(self.close)
                 self._thread = threading.Thread(target=self._run, name="rerankq-doorbells", daemon=True)
                 try:
                     self._thread.start()
                 except RuntimeError as error:  # the interpreter ends, or the system has no more threads
-                    logger.warning("%d doorbells not rung, the sweeper will: %s", len(self._bells), error)
-                    self._bells.clear()
+                    logger.warning("%d doorbells not sent, a sweeper will: %s", len(self._waiting), error)
+                    self._waiting.clear()
                     self._thread = None
             self._wanted.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all doorbells are out; answers whether they are."""
+        """Wait until all doorbells are sent; answers whether they are."""
         with self._wanted:
-            return self._wanted.wait_for(lambda: not self._bells and not self._ringing, timeout_s)
+            return self._wanted.wait_for(lambda: not self._waiting and not self._sending, timeout_s)
 
     def close(self, timeout_s: float = 5) -> None:
-        """Ring what is left, for at most *timeout_s*, and stop."""
+        """Send those that are left, for at most *timeout_s*, and stop."""
         atexit.unregister(self.close)
         thread = self._thread
         if thread is not None:
@@ -89,10 +89,10 @@ class DoorbellSender:
                     connection = _connection_with_limits(self._app)
                     if pause_s is None or self._closing(pause_s):
                         if self._outage.fails(time.monotonic()):
-                            logger.warning("%d doorbells not rung, the sweeper will: %s", len(batch), error)
+                            logger.warning("%d doorbells not sent, a sweeper will: %s", len(batch), error)
                         break
             with self._wanted:
-                self._ringing = 0
+                self._sending = 0
                 self._wanted.notify_all()
         connection.release()
 
@@ -102,13 +102,13 @@ class DoorbellSender:
 
     def _next(self) -> list[Doorbell]:
         with self._wanted:
-            self._wanted.wait_for(lambda: self._bells or self._closed)
-            batch = [self._bells.popleft() for _ in range(min(len(self._bells), 200))]
-            self._ringing = len(batch)
+            self._wanted.wait_for(lambda: self._waiting or self._closed)
+            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), 200))]
+            self._sending = len(batch)
             return batch
 
     def _publish(self, batch: list[Doorbell], connection: Connection) -> None:
-        # A doubled doorbell does no harm, so a batch that failed midway is simply rung again.
+        # A doorbell that arrives twice does no harm, so a batch that failed midway is simply sent again.
         with connection.Producer(auto_declare=False) as producer, producer.batch():
             for doorbell in batch:
                 self._app.send_task(
@@ -124,7 +124,7 @@ class DoorbellSender:
                     retry=False,
                 )
             if connection.transport.driver_type == "amqp":
-                # Answered once all before it has arrived: what a network swallows looks as if it were sent.
+                # Answered once all before it has arrived: without it, messages lost on the network count as sent.
                 producer.channel.basic_qos(0, 0, False)
 
 
@@ -146,7 +146,7 @@ class MessageCounts:
             self._counting.start()
 
     def take(self) -> Counted:
-        """Take what was counted since this was asked last; no messages of no queue where nothing was."""
+        """Take what was counted since the last call; empty if nothing was."""
         found, self._found = self._found, Counted()
         return found
 
@@ -155,7 +155,7 @@ class MessageCounts:
             self._found = Counted(at, {name: self._messages(name) for name in queues})
         except Exception as error:  # noqa: BLE001  # whatever the broker's library raises, they are counted another time
             logger.info("messages not counted: %s", error)
-            self._hang_up()
+            self._close()
 
     def _messages(self, name: str) -> int:
         if self._connection is None:
@@ -168,11 +168,11 @@ class MessageCounts:
         except self._connection.channel_errors as error:
             if str(getattr(error, "reply_code", "")) != NOT_FOUND:
                 raise
-            # RabbitMQ closes a channel on which a queue is asked for that is not there.
-            self._hang_up()
+            # RabbitMQ closes a channel on which an unknown queue is declared passively.
+            self._close()
             return 0
 
-    def _hang_up(self) -> None:
+    def _close(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(Exception):
@@ -187,7 +187,7 @@ _held: list[threading.Lock] = []
 
 
 def _before_fork() -> None:
-    """Let no ringing be under way: a child would inherit the locks of the moment, the import system's among them."""
+    """Wait until no batch is being sent: a child would inherit its locks, the import system's among them."""
     _held.extend(
         doorbells._publishing for doorbells in list(_ALL) if doorbells._publishing.acquire(timeout=FORK_WAITS_S)
     )
@@ -199,7 +199,7 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Begin anew: the thread stayed with the parent, which rings the doorbells that came along."""
+    """Begin anew: the thread runs in the parent, which sends the doorbells that were copied here."""
     _held.clear()
     for doorbells in list(_ALL):
         doorbells._begin()

@@ -1,4 +1,4 @@
-"""kombu's way to Redis, over connections that we open: kombu reads no URL of ours, and none of its options."""
+"""kombu's transport for Redis over connections that we open: kombu reads neither our URLs nor their options."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ logger = logging.getLogger("rerankq")
 
 
 class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
-    """Looks for no messages that were not acknowledged: our queues write none down."""
+    """Restores no unacknowledged messages: our queues do not store any."""
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
         """Do nothing. kombu takes a lock for it, which a full server refuses, and a worker could not connect."""
 
 
 class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no types
-    """A channel whose two pools lead where the broker's URL says, and that can listen to a server that is full.
+    """A channel whose two pools follow the broker's URL, and that can consume from a server whose memory is full.
 
-    Listening takes no memory, so that jobs drain though nothing can be written. But kombu writes down who listens to
-    what, for those who send; and it counts and tidies in transactions, of which a full server refuses every command.
+    Consuming takes no memory, so jobs drain although nothing can be written. But kombu stores the bindings of
+    consumers, for those who publish, and it counts and deletes in transactions, which a full server refuses.
     """
 
     QoS = QoS
@@ -42,7 +42,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no type
     def _get_pool(self, asynchronous: bool = False) -> redis.ConnectionPool:
         kind, options = connections.broker(self.connection.url)
         self.keyprefix_fanout: str = self.keyprefix_fanout.format(db=options["db"])
-        return redis.ConnectionPool(connection_class=_told(kind, self) if asynchronous else kind, **options)
+        return redis.ConnectionPool(connection_class=_registered_with(kind, self) if asynchronous else kind, **options)
 
     def _queue_bind(self, *binding: Any) -> None:
         with _though_full() if self.connection.only_listens else nullcontext():
@@ -65,36 +65,36 @@ def _though_full() -> Iterator[None]:
     try:
         yield
     except redis.ResponseError as error:
-        # From inside a script, Redis 6.2 says so in words alone.
+        # From inside a script, Redis 6.2 gives no error type, only the text.
         if not isinstance(error, redis.OutOfMemoryError) and "OOM" not in str(error):
             raise
         logger.warning("the broker's memory is full: %s", error)
 
 
-def _told(kind: type[redis.Connection], channel: Channel) -> type[redis.Connection]:
-    """Make connections whose end takes their sockets out of the channel's event loop, as kombu's own do."""
+def _registered_with(kind: type[redis.Connection], channel: Channel) -> type[redis.Connection]:
+    """Make connections that leave the channel's event loop when they are closed, as kombu's own do."""
 
-    class Told(kind):  # type: ignore[valid-type, misc]  # a class that is a value
+    class Registered(kind):  # type: ignore[valid-type, misc]  # a class that is a value
         def disconnect(self, *args: Any, **options: Any) -> None:
             super().disconnect(*args, **options)
             if channel._registered:
                 channel._on_connection_disconnect(self)
 
-    return Told
+    return Registered
 
 
 class Transport(kombu_redis.Transport):  # type: ignore[misc]  # kombu ships no types
     """kombu's transport for one URL of ours. Made by :func:`transport_to`."""
 
     Channel = Channel
-    # So that kombu leaves the URL that it is shown as it is.
+    # So that kombu does not change the URL that it is given.
     can_parse_url = True
-    # Whoever sends must not go on without having written down where to: kombu would drop what it sends.
+    # A publisher must not go on without stored bindings: kombu would drop its messages.
     only_listens = False
     url: ClassVar[str] = ""
 
     def as_uri(self, _: str, include_password: bool = False, mask: str = "**") -> str:  # noqa: ARG002  # kombu's names
-        """Write the URL to be shown; with its password for Flower, whose own connections count messages."""
+        """Write the URL to show; with its password for Flower, whose own connections count messages."""
         return as_flower_reads(urls.read(self.url, urls.REDIS)) if include_password else urls.masked(self.url)
 
 
@@ -103,7 +103,7 @@ _numbers = itertools.count(1)
 
 @functools.cache
 def transport_to(url: str) -> str:
-    """Name the transport for a URL, to kombu; the name holds nothing of the URL, since workers tell it to Flower."""
+    """Register the transport for a URL with kombu; its name holds nothing of the URL, since Flower shows it."""
     kind = type("Transport", (Transport,), {"url": url, "__module__": __name__})
     name = f"rerankq-{next(_numbers)}"
     TRANSPORT_ALIASES[name] = lambda: kind
@@ -111,7 +111,7 @@ def transport_to(url: str) -> str:
 
 
 def as_flower_reads(address: Address) -> str:
-    """Write an address the way that Flower 2 takes it apart; of several sentinels it knows one.
+    """Write an address as Flower 2 parses it; of several sentinels it knows one.
 
     >>> as_flower_reads(urls.read("unix://:s;ecret@/run/redis.sock?db=3"))
     'redis+socket://:s%3Becret@/run/redis.sock?virtual_host=3'

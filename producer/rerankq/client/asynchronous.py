@@ -37,16 +37,16 @@ from .loop_connections import Connections
 from .routing import Route, resolve_route
 from .submission import SUBMIT_AT_ONCE, Job, Submission, T, prepare, refuse_too_large
 
-# Seconds that a look at a job may take once its caller's time is over.
-LAST_LOOK_S = 1.0
+# Seconds that reading a job may take once its caller's time is over.
+LAST_READ_S = 1.0
 # States of a job of which nothing more is to come.
-OVER = ENDED | {"unknown"}
-# Seconds for which what the registry said is believed.
+FINAL = ENDED | {"unknown"}
+# Seconds for which the registry is not read again.
 REGISTRY_TTL_S = 1.0
 
 
 def outcome(snapshot: JobSnapshot) -> Ranking | RerankqError:
-    """Say what became of an ended job: its ranking, or the error that tells why there is none."""
+    """Answer an ended job's ranking, or the error that says why there is none."""
     status = snapshot.status
     if snapshot.ranking is not None:
         return snapshot.ranking
@@ -68,7 +68,7 @@ def _or_raise(found: Ranking | RerankqError) -> Ranking:
 def _ending(future: asyncio.Future[JobSnapshot]) -> Ranking | RerankqError:
     try:
         return outcome(future.result())
-    except JobFailed as error:  # this job's alone; an outage is everyone's, and goes through
+    except JobFailed as error:  # of this job only; an outage concerns all, and passes through
         return error
 
 
@@ -94,7 +94,7 @@ def seconds_of(timeout: float | None) -> float | None:
 
 
 def known_id(job_id: object) -> str:
-    """See that a job's id is one that the ledger could know.
+    """Check that a job's id is one that the ledger could know.
 
     Raises:
         JobUnknown: if it is not.
@@ -141,7 +141,7 @@ class AsyncClient:
     def __init__(self, settings: Settings | str | None = None, *, url: str | None = None) -> None:
         self.settings = settings_of(settings, url)
         self.limits = LedgerLimits.of(self.settings)
-        self._bells = DoorbellSender(make_app(self.settings))
+        self._doorbells = DoorbellSender(make_app(self.settings))
         self._closed = False
         self._asked_at = -math.inf
         self._workers: list[WorkerInfo] = []
@@ -152,7 +152,7 @@ class AsyncClient:
     def _begin(self) -> None:
         self._by_loop: dict[asyncio.AbstractEventLoop, Connections] = {}
         self._changing = threading.RLock()
-        # Collected without having been closed: its connections are of no use to anybody.
+        # Garbage-collected without having been closed: nobody can use its connections.
         weakref.finalize(self, _close_all_of, self._by_loop).atexit = False
 
     async def submit(self, job: Job) -> str:
@@ -175,8 +175,8 @@ class AsyncClient:
         return await submission.end()
 
     def submission(self) -> Submission:
-        """Begin a bulk submission whose jobs come bit by bit."""
-        self._see_that_it_is_open()
+        """Begin a bulk submission whose jobs are added step by step."""
+        self._require_open()
         return Submission(self._prepare, self._begin_to_submit)
 
     async def result(self, job_id: str, timeout: float | None = None) -> Ranking:  # noqa: ASYNC109  # the contract's name
@@ -191,7 +191,7 @@ class AsyncClient:
             async with asyncio.timeout(limit_s):
                 return _or_raise(outcome(await future))
         except TimeoutError:
-            if (found := (await self._look_once_more([job_id])).get(job_id)) is not None:
+            if (found := (await self._read_once_more([job_id])).get(job_id)) is not None:
                 return _or_raise(found)
             raise JobTimedOut(f"job {job_id}: no ranking within {limit_s:g} s; it may still come") from None
         finally:
@@ -205,7 +205,7 @@ class AsyncClient:
         Raises:
             JobTimedOut: if some have not ended by then.
         """
-        self._see_that_it_is_open()
+        self._require_open()
         if isinstance(job_ids, str | bytes):
             raise JobRejected("expected several ids, not one string", field="job_ids")
         return self._as_completed(list(dict.fromkeys(job_ids)), seconds_of(timeout))
@@ -232,9 +232,9 @@ class AsyncClient:
                 except TimeoutError:
                     break
                 yield one, _ending(futures.pop(one))
-            over = await self._over(list(futures)) if futures else []
-            for at in range(0, len(over), READ_AT_ONCE):
-                for one, found in (await self._look_once_more(over[at : at + READ_AT_ONCE])).items():
+            ended_ids = await self._pick_ended(list(futures)) if futures else []
+            for at in range(0, len(ended_ids), READ_AT_ONCE):
+                for one, found in (await self._read_once_more(ended_ids[at : at + READ_AT_ONCE])).items():
                     here.completions.drop(one, futures.pop(one))
                     yield one, found
             if futures:
@@ -243,37 +243,37 @@ class AsyncClient:
             for one, future in futures.items():
                 here.completions.drop(one, future)
 
-    async def _over(self, job_ids: list[str]) -> list[str]:
+    async def _pick_ended(self, job_ids: list[str]) -> list[str]:
         """Pick the jobs that have ended, without their rankings: most of what is left at a timeout has not."""
         if len(job_ids) <= READ_AT_ONCE:
             return job_ids
-        looks = await self._within_moments([calls.snapshot(one, self.limits) for one in job_ids])
+        snapshots = await self._ask_briefly([calls.snapshot(one, self.limits) for one in job_ids])
         return [
             snapshot.status.job_id
-            for snapshot in looks
-            if isinstance(snapshot, JobSnapshot) and snapshot.status.state in OVER
+            for snapshot in snapshots
+            if isinstance(snapshot, JobSnapshot) and snapshot.status.state in FINAL
         ]
 
-    async def _look_once_more(self, job_ids: list[str]) -> dict[str, Ranking | RerankqError]:
-        """Find those that have ended: however short a timeout is, and however long this process was suspended."""
-        looks = await self._within_moments([calls.snapshot(one, self.limits, with_ranking=True) for one in job_ids])
+    async def _read_once_more(self, job_ids: list[str]) -> dict[str, Ranking | RerankqError]:
+        """Find the jobs that have ended: however short a timeout is, and however long this process was suspended."""
+        snapshots = await self._ask_briefly([calls.snapshot(one, self.limits, with_ranking=True) for one in job_ids])
         found: dict[str, Ranking | RerankqError] = {}
-        for one, snapshot in zip(job_ids, looks, strict=False):
+        for one, snapshot in zip(job_ids, snapshots, strict=False):
             if isinstance(snapshot, JobFailed):  # its ranking cannot be read
                 found[one] = snapshot
-            elif isinstance(snapshot, JobSnapshot) and snapshot.status.state in OVER:
+            elif isinstance(snapshot, JobSnapshot) and snapshot.status.state in FINAL:
                 found[one] = outcome(snapshot)
         return found
 
-    async def _within_moments(self, wanted: Sequence[calls.Call[JobSnapshot]]) -> list[JobSnapshot | RerankqError]:
-        """Ask without waiting in line; nothing where the ledger hangs."""
+    async def _ask_briefly(self, wanted: Sequence[calls.Call[JobSnapshot]]) -> list[JobSnapshot | RerankqError]:
+        """Ask without waiting for other calls; answer nothing if the ledger hangs."""
         with suppress(TimeoutError, RerankqError):
-            async with asyncio.timeout(LAST_LOOK_S):
+            async with asyncio.timeout(LAST_READ_S):
                 return await self._here().ledger.ask_all(wanted)
         return []
 
     async def status(self, job_id: str) -> JobStatus:
-        """Say where a job stands; a job that is not there has the state ``unknown``."""
+        """Read the state of a job; a job that is not there has the state ``unknown``."""
         return (await self._ask(calls.snapshot(known_id(job_id), self.limits))).status
 
     async def cancel(self, job_id: str) -> State:
@@ -308,7 +308,7 @@ class AsyncClient:
         return found
 
     async def dead_job(self, job_id: str, *, payload: bool = False) -> DeadJob:
-        """Say why a dead job is dead; with its texts, if *payload*.
+        """Show why a job is dead, with its history; with its texts, if *payload*.
 
         Raises:
             JobUnknown: if it is not a dead job.
@@ -324,7 +324,7 @@ class AsyncClient:
         A job that is not dead stays as it is: submit it again.
         """
         answer = await self._ask(calls.retry(known_id(job_id), self.limits))
-        self._bells.send([answer.doorbell] if answer.doorbell else [])
+        self._doorbells.send([answer.doorbell] if answer.doorbell else [])
         return answer.state
 
     async def drop_dead(self, job_id: str) -> State:
@@ -344,25 +344,25 @@ class AsyncClient:
         if limit_s is None:
             return await self.result(await self.submit(job))
         try:
-            async with asyncio.timeout(max(limit_s, LAST_LOOK_S)):
+            async with asyncio.timeout(max(limit_s, LAST_READ_S)):
                 job_id = await self.submit(job)
         except TimeoutError:
-            raise JobTimedOut(f"the ledger has not said within {limit_s:g} s that it has the job") from None
+            raise JobTimedOut(f"the ledger has not confirmed the job within {limit_s:g} s") from None
         return await self.result(job_id, limit_s - (time.monotonic() - began_at))
 
     async def workers(self) -> list[WorkerInfo]:
-        """List the workers that give signs of life."""
+        """List the workers that are alive."""
         async with self._here().turn():
             found = await self._here().ledger.workers()
         return [worker for worker in found if worker.age_s <= self.limits.lease_policy.alive_for_s]
 
     async def aclose(self) -> None:
-        """Ring what is left to ring and close the connections; whoever still waits gets a ClientClosed."""
+        """Send the doorbells that are left and close the connections; whoever still waits gets a ClientClosed."""
         await self._disconnect()
-        await asyncio.to_thread(self._bells.close)
+        await asyncio.to_thread(self._doorbells.close)
 
     async def __aenter__(self) -> Self:
-        self._see_that_it_is_open()
+        self._require_open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -376,20 +376,20 @@ class AsyncClient:
         if here is not None:
             await here.close()
 
-    def _see_that_it_is_open(self) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise ClientClosed("the client is closed; make a new one")
 
     def _here(self) -> Connections:
-        self._see_that_it_is_open()
+        self._require_open()
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            raise ClientUnusable("AsyncClient works in event loops of asyncio alone") from None
+            raise ClientUnusable("AsyncClient works in event loops of asyncio only") from None
         found = self._by_loop.get(loop)
         if found is None:
             with self._changing:
-                # Loops that were closed without a word to those who had something open in them.
+                # Event loops that were closed while we had connections open in them.
                 ended = {each: self._by_loop.pop(each) for each in list(self._by_loop) if each.is_closed()}
                 _close_all_of(ended)
                 found = self._by_loop[loop] = Connections(self.settings, self.limits)
@@ -428,7 +428,7 @@ class AsyncClient:
             accepted.append(new_job.id)
             if isinstance(answer, calls.Acceptance) and answer.send:
                 doorbells.append(Doorbell(new_job.id, new_job.queue, new_job.label))
-        self._bells.send(doorbells)
+        self._doorbells.send(doorbells)
         if fault is not None:
             fault.accepted = accepted
             raise fault
@@ -438,7 +438,7 @@ class AsyncClient:
         if isinstance(answer, RerankqError):
             return answer
         if answer.state == "conflict":
-            return JobRejected(f"{new_job.id!r} already stands for other content", field="id")
+            return JobRejected(f"{new_job.id!r} is already the id of a job with other content", field="id")
         if answer.state == "memory_full":
             return QueueFull(f"the ledger's memory would be {answer.memory_percent}% full", retry_after_s=5)
         if answer.state == "full":
@@ -454,14 +454,14 @@ class AsyncClient:
         await self._refresh_registry(not_before=time.monotonic() - REGISTRY_TTL_S)
         name = None if job.model is None else catalogue.canonical(job.model, self.settings.conf_dir)
         try:
-            return self._find(name)
+            return self._find_route(name)
         except ModelUnknown:
-            # A worker may have registered this very moment.
+            # A worker may have registered just now.
             await self._refresh_registry(not_before=time.monotonic())
-            return self._find(name)
+            return self._find_route(name)
 
-    def _find(self, model: str | None) -> Route:
-        routes = self._routes  # another thread's event loop may put another one there
+    def _find_route(self, model: str | None) -> Route:
+        routes = self._routes  # another thread's event loop may replace it
         if model not in routes:
             routes[model] = resolve_route(
                 model,
@@ -473,7 +473,7 @@ class AsyncClient:
         return routes[model]
 
     async def _refresh_registry(self, *, not_before: float) -> None:
-        """Read the registry, unless somebody did so after *not_before* already."""
+        """Read the registry, unless it was read after *not_before*."""
         here = self._here()
         if self._asked_at >= not_before:
             return
@@ -490,7 +490,7 @@ _ASYNC: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
 
 def _submitted(under_way: set[asyncio.Task[list[str]]], task: asyncio.Task[list[str]]) -> None:
     under_way.discard(task)
-    # Looked at: if its caller was cancelled, nobody else does.
+    # Retrieved: if its caller was cancelled, nobody else does.
     if not task.cancelled():
         task.exception()
 

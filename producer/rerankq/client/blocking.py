@@ -1,4 +1,4 @@
-"""The client with methods that block: one thread a process runs the client for asyncio."""
+"""The client with blocking methods: one thread per process runs the client for asyncio."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ..errors import (
 )
 from ..ledger.registry import WorkerInfo
 from ..settings import Settings
-from .asynchronous import _ASYNC, LAST_LOOK_S, AsyncClient, seconds_of, settings_of
-from .loop_thread import SHARED, NotServed, keep_for_ever
+from .asynchronous import _ASYNC, LAST_READ_S, AsyncClient, seconds_of, settings_of
+from .loop_thread import SHARED, NotServed
 from .submission import SUBMIT_AT_ONCE, Job, T
 
 # Seconds that the client's thread may take beyond what it was given, and to close a client.
@@ -35,7 +35,7 @@ CLOSED_WITHIN_S = 12.0
 class Client:
     """As :class:`AsyncClient`, with methods that block; safe to share between threads, and between greenlets.
 
-    Its work is done by one thread for all clients of the process. A timeout is kept whatever becomes of that thread.
+    Its work is done by one thread for all clients of the process. A timeout is kept whatever happens to that thread.
 
     Raises (every method): BrokerUnavailable if Redis does not answer; ClientClosed once it is closed; ClientUnusable
     where it cannot work.
@@ -71,7 +71,7 @@ class Client:
             JobRejected, JobTooLarge, QueueFull, ModelUnknown, BrokerUnavailable: ``accepted`` on the error holds the
                 ids accepted until then.
         """
-        self._see_that_it_is_open()
+        self._require_open()
         submission = self._inner.submission()
         source = iter(jobs)
         try:
@@ -103,7 +103,7 @@ class Client:
         Raises:
             JobTimedOut: if some have not ended by then.
         """
-        self._see_that_it_is_open()
+        self._require_open()
         limit_s = seconds_of(timeout)
         return self._endings(self._inner.as_completed(job_ids, limit_s), limit_s)
 
@@ -119,15 +119,15 @@ class Client:
                 except StopAsyncIteration:
                     return
                 except NotServed:
-                    raise JobTimedOut(f"not served within {limit_s:g} s; the client's thread hangs") from None
+                    raise JobTimedOut(f"no answer within {limit_s:g} s; the client's thread hangs") from None
         finally:
-            # Not waited for: the garbage collector may bring us here, on the very thread that would have to do it.
+            # Not waited for: the garbage collector may run this on the very thread that would have to do it.
             if not self._closed:
                 with suppress(RerankqError):
                     SHARED.serving(self).soon(endings.aclose())
 
     def status(self, job_id: str) -> JobStatus:
-        """Say where a job stands; a job that is not there has the state ``unknown``."""
+        """Read the state of a job; a job that is not there has the state ``unknown``."""
         return self._run(self._inner.status(job_id))
 
     def cancel(self, job_id: str) -> State:
@@ -147,7 +147,7 @@ class Client:
         return self._run(self._inner.dead())
 
     def dead_job(self, job_id: str, *, payload: bool = False) -> DeadJob:
-        """Say why a dead job is dead; with its texts, if *payload*.
+        """Show why a job is dead, with its history; with its texts, if *payload*.
 
         Raises:
             JobUnknown: if it is not a dead job.
@@ -180,18 +180,18 @@ class Client:
             raise JobTimedOut(f"no ranking within {limit_s:g} s; the client's thread hangs") from None
 
     def workers(self) -> list[WorkerInfo]:
-        """List the workers that give signs of life."""
+        """List the workers that are alive."""
         return self._run(self._inner.workers())
 
     def close(self) -> None:
-        """Ring what is left to ring and close the connections; whoever still waits gets a ClientClosed."""
+        """Send the doorbells that are left and close the connections; whoever still waits gets a ClientClosed."""
         closed, self._closed = self._closed, True
         if not closed:
             with suppress(NotServed, RerankqError):
                 self._wind_up()
             SHARED.leave(self)
-        # Not by the event loop: when the process ends, it can no longer hand work to other threads.
-        self._inner._bells.close()
+        # Not by the event loop: when the process ends, it can no longer give work to other threads.
+        self._inner._doorbells.close()
 
     def _wind_up(self) -> None:
         thread = SHARED.current
@@ -205,7 +205,7 @@ class Client:
             future.cancel()
 
     def __enter__(self) -> Self:
-        self._see_that_it_is_open()
+        self._require_open()
         return self
 
     def __exit__(
@@ -213,13 +213,13 @@ class Client:
     ) -> None:
         self.close()
 
-    def _see_that_it_is_open(self) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise ClientClosed("the client is closed; make a new one")
 
     def _run(self, work: Awaitable[T], timeout_s: float | None = None) -> T:
         try:
-            self._see_that_it_is_open()
+            self._require_open()
             thread = SHARED.serving(self)
         except RerankqError:
             if isinstance(work, Coroutine):
@@ -230,10 +230,10 @@ class Client:
         try:
             return thread.wait(future, timeout_s)
         except CancelledError:
-            self._see_that_it_is_open()
+            self._require_open()
             raise ClientUnusable("the thread that serves this client has ended") from None
         except BaseException:
-            # Ctrl-C, most likely: the work must not go on behind the caller's back.
+            # Ctrl-C, most likely: the work must not go on unknown to the caller.
             with suppress(RuntimeError):
                 future.cancel()
             raise
@@ -242,8 +242,8 @@ class Client:
 
 
 def _longest(limit_s: float | None) -> float | None:
-    """Seconds for which the client's thread is waited for where it has *limit_s* itself, and a last look after."""
-    return None if limit_s is None else limit_s + 2 * LAST_LOOK_S + SPARE_S
+    """Seconds for which the client's thread is waited for: its own *limit_s*, a last reading, and some to spare."""
+    return None if limit_s is None else limit_s + 2 * LAST_READ_S + SPARE_S
 
 
 # Clients to be closed at the end of the process, and to begin anew in a forked child.
@@ -257,10 +257,9 @@ def _close_all() -> None:
 
 
 def _begin_anew() -> None:
-    """Leave to the parent what is the parent's: thread, event loops and connections."""
+    """Leave the parent its thread, event loops and connections."""
     SHARED.begin_anew()
     for inner in list(_ASYNC):
-        keep_for_ever(inner._by_loop)
         inner._begin()
     for client in list(_OPEN):
         client._under_way = set()

@@ -1,4 +1,4 @@
-"""What a client has open for one event loop: connections belong to the loop that made them, and end with it."""
+"""A client's connections for one event loop: they belong to the loop that made them, and end with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..ledger.runner import AsyncLedger
 from ..settings import Settings
 from .completions import CompletionListener
 
-# Calls of one client at once: fewer than connections, so that those who wait for jobs always find one.
+# Calls of one client at once: fewer than connections, so that waiting for jobs always finds one.
 CALLS_AT_ONCE = 12
 # Seconds that an answer of the ledger may take, whatever hangs.
 ANSWER_WITHIN_S = 30.0
@@ -25,10 +25,10 @@ CLOSE_S = 3.0
 
 
 class Connections:
-    """What a client has open for one event loop.
+    """A client's connections for one event loop, and the limits on their use.
 
-    As many calls at once as leave a connection for those who wait, and none may take longer than ``ANSWER_WITHIN_S``;
-    where the ledger hangs, those in line give up after that time too.
+    There are fewer calls at once than connections, so that waiting for jobs always finds one. No call may take longer
+    than ``ANSWER_WITHIN_S``; if the ledger hangs, calls that wait for others fail after that time too.
     """
 
     def __init__(self, settings: Settings, limits: LedgerLimits) -> None:
@@ -59,7 +59,7 @@ class Connections:
             if self._closed:
                 raise ClientClosed("the client was closed meanwhile")
             if self._hangs and self.loop.time() - came_at > ANSWER_WITHIN_S:
-                raise BrokerUnavailable(f"the ledger has not answered others for {ANSWER_WITHIN_S:g} s")
+                raise BrokerUnavailable(f"the ledger has not answered other calls for {ANSWER_WITHIN_S:g} s")
             limit = asyncio.timeout(ANSWER_WITHIN_S)
             self._limits.add(limit)
             try:
@@ -78,7 +78,7 @@ class Connections:
                 self._limits.discard(limit)
 
     async def close(self) -> None:
-        """Wait a little for submissions under way, tell the others, and close; whatever hangs."""
+        """Wait a little for submissions under way, end the other calls, and close, whatever hangs."""
         if self.under_way:
             await asyncio.wait(self.under_way, timeout=CLOSE_S)
         self._closed = True

@@ -1,15 +1,15 @@
 """One event loop in a thread of its own, which serves every blocking client of this process.
 
-One, not one a client: where gevent or eventlet make greenlets of threads, all are one thread to asyncio, which runs one
-event loop in it.
+One per process, not one per client: where gevent or eventlet replace threads by greenlets, all of them are one thread
+to asyncio, which runs one event loop in it.
 """
 
 from __future__ import annotations
 
 import _thread
 import asyncio
-import ctypes
 import os
+import selectors
 import sys
 import threading
 import time
@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..errors import ClientUnusable
 
@@ -26,30 +26,32 @@ T = TypeVar("T")
 # Seconds for the thread to begin in, and to end in.
 START_S = 5.0
 STOP_S = 3.0
-# Seconds between looks at whether the thread still serves, for whoever waits for it.
-LOOK_S = 1.0
-# Looks in a row at which its event loop had not made a turn, that make it one that is blocked.
-BLOCKED_LOOKS = 30
+# Seconds between checks of whether the thread still serves, by those who wait for it.
+CHECK_S = 1.0
+# Checks in a row without an iteration of its event loop after which the loop counts as blocked.
+BLOCKED_CHECKS = 30
 
 
 class LoopThread:
     """An event loop that runs in a daemon thread until :meth:`stop`."""
 
     def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        # Names of hosts are looked up there. Not waited for at the end: a name server that hangs takes its time.
-        self._lookups = ThreadPoolExecutor(thread_name_prefix="rerankq-lookups")
-        self.loop.set_default_executor(self._lookups)
+        # poll() keeps no state in the kernel. An epoll is shared with a forked child, whose finalisers would take this
+        # process's sockets out of it.
+        self.loop = asyncio.SelectorEventLoop(selectors.PollSelector())
+        # Host names are resolved there. Not waited for at the end: a name server that hangs takes its time.
+        self._resolvers = ThreadPoolExecutor(thread_name_prefix="rerankq-resolvers")
+        self.loop.set_default_executor(self._resolvers)
         self._made_with = _thread.start_new_thread
         self._process = os.getpid()
         self._begun = False
         self._running = threading.Event()
         self._fault: BaseException | None = None
-        self._turns, self._asked = 0, False
+        self._iterations, self._asked = 0, False
         self._thread = threading.Thread(target=self._serve, name="rerankq-client", daemon=True)
 
     def start(self) -> None:
-        """Begin, and wait until it runs; again and again is no harm.
+        """Begin, and wait until it runs; may be called again.
 
         Raises:
             ClientUnusable: if it cannot run here.
@@ -63,13 +65,13 @@ class LoopThread:
         if not self._running.wait(0 if self._fault else START_S) or self._fault is not None:
             why = self._fault or f"it has not begun within {START_S:g} s"
             raise ClientUnusable(
-                f"the event loop of the blocking client cannot run here: {why}. Where gevent or eventlet make threads "
-                "of one, use AsyncClient beside other event loops of asyncio"
+                f"the event loop of the blocking client cannot run here: {why}. Where gevent or eventlet replace "
+                "threads by greenlets, use AsyncClient beside other event loops of asyncio"
             )
 
     @property
     def serves(self) -> bool:
-        """Whether it can serve: this is its process, its kind of threads is still in use, and it has not ended."""
+        """Whether it can serve: in this process, with the threads that were in use when it began, and not ended."""
         same = self._process == os.getpid() and self._made_with is _thread.start_new_thread
         return same and self._fault is None and (self._thread.is_alive() or not self._running.is_set())
 
@@ -92,16 +94,16 @@ class LoopThread:
             raise _ended() from None
 
     def wait(self, future: Future[T], timeout_s: float | None) -> T:
-        """Wait for work that was begun, also where nobody does it any more.
+        """Wait for work that was begun; also notices if the thread no longer does it.
 
         Raises:
             ClientUnusable: if the thread has ended, or its event loop is blocked.
             NotServed: if there is no answer within *timeout_s*.
         """
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
-        looks, turns = 0, self._turns
+        checks, iterations = 0, self._iterations
         while True:
-            left_s = LOOK_S if ends_at is None else min(LOOK_S, max(0.0, ends_at - time.monotonic()))
+            left_s = CHECK_S if ends_at is None else min(CHECK_S, max(0.0, ends_at - time.monotonic()))
             with suppress(TimeoutError):
                 return future.result(left_s)
             if future.done():
@@ -110,14 +112,14 @@ class LoopThread:
                 raise NotServed
             if not self._thread.is_alive() or self._process != os.getpid() or sys.is_finalizing():
                 raise _ended()
-            # By looks, not by a clock: if all of this process was suspended, nothing is blocked.
-            looks, turns = (looks + 1, turns) if turns == self._turns else (0, self._turns)
-            if looks >= BLOCKED_LOOKS:
-                raise ClientUnusable(f"the client's event loop has been blocked for {looks * LOOK_S:g} s")
+            # By checks, not by a clock: if all of this process was suspended, nothing is blocked.
+            checks, iterations = (checks + 1, iterations) if iterations == self._iterations else (0, self._iterations)
+            if checks >= BLOCKED_CHECKS:
+                raise ClientUnusable(f"the client's event loop has been blocked for {checks * CHECK_S:g} s")
             if not self._asked:
                 self._asked = True
                 with suppress(RuntimeError):
-                    self.loop.call_soon_threadsafe(self._turn)
+                    self.loop.call_soon_threadsafe(self._count_iteration)
 
     def stop(self) -> None:
         """End, within ``STOP_S``; what is still under way is cancelled."""
@@ -128,14 +130,14 @@ class LoopThread:
         if self.is_current:
             return
         self._thread.join(STOP_S)
-        # Not by itself: a thread cannot wait for what it waits for.
-        ending = threading.Thread(target=self._lookups.shutdown, name="rerankq-lookups-end", daemon=True)
+        # In another thread, which can be waited for with a limit; shutdown itself has none.
+        ending = threading.Thread(target=self._resolvers.shutdown, name="rerankq-resolvers-end", daemon=True)
         with suppress(RuntimeError):  # the interpreter ends: it waits for these threads itself
             ending.start()
             ending.join(STOP_S)
 
-    def _turn(self) -> None:
-        self._turns += 1
+    def _count_iteration(self) -> None:
+        self._iterations += 1
         self._asked = False
 
     def _serve(self) -> None:
@@ -157,11 +159,6 @@ class LoopThread:
 
 class NotServed(Exception):
     """Raised when there is no answer in time; whoever asked knows which error that is."""
-
-
-def keep_for_ever(kept: Any) -> None:
-    """Hold a reference that nobody will ever give back."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 def _ended() -> ClientUnusable:
@@ -192,7 +189,7 @@ class Shared:
         self._forget()
 
     def _forget(self) -> None:
-        # Reentrant: a signal's handler may come in here in the midst of it.
+        # Reentrant: a signal's handler may interrupt it and come here.
         self._guard = threading.RLock()
         self._users: weakref.WeakSet[object] = weakref.WeakSet()
 
@@ -203,7 +200,7 @@ class Shared:
         return thread if thread is not None and thread.serves else None
 
     def serving(self, user: object) -> LoopThread:
-        """Give the thread that serves *user*, begun where there is none.
+        """Give the thread that serves *user*; start one if there is none.
 
         Raises:
             ClientUnusable: if none can run here, or the caller is run by it.
@@ -213,9 +210,9 @@ class Shared:
         with self._guard:
             thread = self._current
             if thread is not None and thread.is_current:
-                raise ClientUnusable("a blocking client cannot be used by what its own thread runs")
+                raise ClientUnusable("a blocking client cannot be used by code that runs in its own thread")
             if thread is None or not thread.serves:
-                # Before it runs: who comes in here meanwhile, a signal's handler or a greenlet, is to find this one.
+                # Before it runs: a signal's handler or a greenlet that comes here meanwhile must find this one.
                 thread = self._current = LoopThread()
             thread.start()
             self._users.add(user)
@@ -232,11 +229,7 @@ class Shared:
         thread.stop()
 
     def begin_anew(self) -> None:
-        """Forget the thread: it stayed with the parent of this forked process."""
-        if self._current is not None:
-            # To the very end, on purpose. Finalisers would take the parent's sockets out of the event loop's epoll,
-            # which both processes share, and the parent would wait for ever.
-            keep_for_ever(self._current.loop)
+        """Forget the thread: it runs in the parent of this forked process."""
         self._current = None
         self._forget()
 

@@ -1,4 +1,4 @@
-"""Where a job belongs: which model answers it, on which queue. Pure functions of what the registry says."""
+"""Routing: which model ranks a job, on which queue. Pure functions of the registry's entries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def queue_name(priority: Priority, suffix: str) -> str:
 
 
 def suffix_of(model: str, default_model: str) -> str:
-    """Say what a model's queues append to the plain names; nothing for the deployment's default.
+    """Name the suffix of a model's queues; empty for the deployment's default.
 
     A readable part and a hash of the whole name, so that two models never share a queue, however alike they are named.
 
@@ -59,7 +59,7 @@ def former_queues(model: str, default_model: str) -> dict[str, str]:
 
 
 def _earlier_suffix_of(model: str) -> str:
-    """Say what version 0.1 appended at first: not one-to-one, so jobs found there may be of another model."""
+    """Name the suffix of the first version: not one-to-one, so jobs found there may be of another model."""
     safe = _readable(model).strip("-")
     if len(safe) > 80 or not _last_part(model).isascii():
         safe = f"{safe[:70]}-{digest(_last_part(model))[:8]}".lstrip("-")
@@ -77,7 +77,7 @@ def _readable(model: str) -> str:
 def resolve_route(
     model: str | None, workers: Iterable[WorkerInfo], *, listed: Sequence[str], default: str, live_s: float
 ) -> Route:
-    """Find who answers a job that names *model* (None = the deployment's default).
+    """Find the model and the queues of a job that names *model* (None = the deployment's default).
 
     Raises:
         ModelUnknown: if no worker with a sign of life in the last *live_s* seconds serves it and it is not *listed*;
@@ -87,7 +87,7 @@ def resolve_route(
     known = sorted(workers, key=lambda worker: (worker.age_s > live_s, worker.fingerprint, worker.model, worker.suffix))
     live = [worker for worker in known if worker.age_s <= live_s]
     if model is None:
-        # A worker that is gone for the moment still tells which model will answer.
+        # The entry of a worker that is gone still says which model will rank the job.
         serving = [worker for worker in known if not worker.suffix and worker.queues]
         weights = _weights([worker for worker in live if not worker.suffix and worker.queues])
         return Route(serving[0].model if serving else default, weights, "")

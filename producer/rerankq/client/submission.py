@@ -1,4 +1,4 @@
-"""What a submitted job goes through before the ledger takes it: checked, written, sent in bulk."""
+"""Submitting: jobs are checked, written as the ledger takes them, and sent in bulk."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SUBMIT_BYTES = 4_000_000
 
 
 def refuse_too_large(data: Job, settings: Settings) -> None:
-    """Refuse what is over a limit by its looks, before the work of reading it is done.
+    """Refuse a job that is clearly over a limit, before the work of reading it is done.
 
     Raises:
         JobTooLarge: if it cannot be a job within ``MAX_CHUNKS`` and ``MAX_JOB_BYTES``.
-        JobRejected: if it is nothing that a job could be read from.
+        JobRejected: if it is of a type that no job can be read from.
     """
     if not isinstance(data, RerankJob | Mapping | str | bytes):
         raise JobRejected(f"expected a RerankJob, a mapping or JSON, not {type(data).__name__}", field="job")
@@ -53,7 +53,7 @@ def prepare(job: RerankJob, route: Route, settings: Settings) -> NewJob:
 
     Raises:
         JobTooLarge: over ``MAX_CHUNKS`` or ``MAX_JOB_BYTES``.
-        JobRejected: if it names an unknown fusion profile, or asks for what no worker can do yet.
+        JobRejected: if it names an unknown fusion profile, or asks for something that no worker can do yet.
     """
     refuse_too_large(job, settings)
     if job.long_chunks == "window":
@@ -97,7 +97,7 @@ class Submission:
 
     @property
     def accepted(self) -> list[str]:
-        """The ids of the jobs that the ledger has said to have accepted, in order."""
+        """The ids of the jobs that the ledger has accepted, in order."""
         return list(self._accepted)
 
     async def add(self, jobs: Iterable[Job]) -> None:
@@ -140,5 +140,5 @@ class Submission:
     async def _sent(self) -> None:
         sending, self._sending = self._sending, None
         if sending is not None:
-            # Whoever is cancelled leaves it under way: what the ledger has accepted must still be rung for.
+            # It goes on if the caller is cancelled: doorbells must still be sent for what the ledger has accepted.
             self._accepted += await asyncio.shield(sending)

@@ -1,11 +1,11 @@
-"""Every connection to Redis, for every role, is opened here: where it leads, how long it waits, when it is dropped.
+"""Every connection to Redis, for every role, is opened here: to which server, with which limits, when it is closed.
 
 Three rules hold for all of them, synchronous or not, whatever kind of URL they come from:
 
-- a connection on which an answer is late, or came by halves, is closed, so that the next question cannot read the
-  answer of the last one;
+- a connection on which an answer is late or incomplete is closed, so that the next command cannot read the answer of
+  the last one;
 - opening one, its handshake included, has a limit of its own;
-- behind Sentinel it leads to whom the sentinels call the master, and is closed as soon as that is another.
+- behind Sentinel it leads to the master that the sentinels name, and is closed as soon as that is another server.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ CONNECT_S = 3.0
 ANSWER_S = 10.0
 # Seconds for an answer of the cache: a broken cache must not cost every job a timeout.
 CACHE_ANSWER_S = 0.5
-# Seconds for an answer of the broker. A worker that is told to stop waits for one.
+# Seconds for an answer of the broker. A worker that stops waits for one.
 BROKER_ANSWER_S = 5.0
-# Seconds without a word after which the other end is asked for one. kombu gives a BRPOP up this much after its second.
+# Seconds without an answer after which the server is pinged. kombu gives up a BRPOP this long after its one second.
 BROKER_HEALTH_S = 3
 HEALTH_S = 30
 SUBSCRIPTION_HEALTH_S = 5
-# Questions of that kind without an answer that make a subscription a dead one.
+# Pings without an answer after which a subscription counts as dead.
 UNANSWERED = 2
-# A lost connection is tried again so often, soon: every script may run twice. A slow answer is not waited for twice.
+# So often a command is sent again, soon, after a lost connection: every script may run twice. Not after a slow answer.
 TRIES = 3
-# Connections of one pool; callers beyond them queue for one.
+# Connections of one pool; further callers wait for one.
 CONNECTIONS = 64
 
 
@@ -71,15 +71,15 @@ class Pooled(redis.Redis):
 
 
 class Subscription(redis.client.PubSub):
-    """Hears messages; raises a lost connection when the server left several health checks in a row unanswered."""
+    """Receives messages; raises a lost connection when the server left several health checks in a row unanswered."""
 
     def check_health(self) -> None:
-        """Ask for a sign of life if it is time to, unless too many are owed."""
+        """Ping the server if it is time to, unless too many pings are unanswered."""
         if self.health_check_response_counter >= UNANSWERED:
             self.health_check_response_counter = 0
             if self.connection is not None:
                 self.connection.disconnect()
-            raise LostConnection("the server went silent")
+            raise LostConnection("the server does not answer")
         super().check_health()
 
 
@@ -116,14 +116,14 @@ def cache(url: str) -> redis.Redis:
 
 
 def broker(url: str) -> tuple[type[redis.Connection], dict[str, Any]]:
-    """Say how kombu connects to a Redis that carries doorbells: the connections' class and the pool's options.
+    """Choose how kombu connects to Redis: the connections' class and the pool's options.
 
-    Nothing is tried again unseen: kombu sends doorbells in batches, and refuses to where they might be sent twice.
+    Nothing is retried silently: kombu sends doorbells in batches, and must not send a batch twice without knowing.
     """
     address = urls.read(url, urls.REDIS)
     defaults = {"client_name": "rerankq", "health_check_interval": BROKER_HEALTH_S, "max_connections": 10}
     options = _options("broker", address, defaults, BROKER_ANSWER_S, ("max_connections",))
-    # Each channel holds two for itself.
+    # Each channel keeps two.
     options |= {"retry_on_timeout": False, "max_connections": max(10, options["max_connections"])}
     return _kind(address, SYNC), options
 
@@ -140,14 +140,14 @@ def _pooled(role: str, url: str, defaults: Mapping[str, Any], musts: Mapping[str
     return client
 
 
-# Options of a pool, and of none of its connections.
+# Options of a pool only, not of its connections.
 POOLED = ("timeout", "max_connections")
 
 
 def _options(
     role: str, address: Address, defaults: Mapping[str, Any], answer_s: float, pooled: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Write redis-py's options: first the role's, over them the URL's, over those what is no choice."""
+    """Write redis-py's options: the role's defaults, overridden by the URL's, overridden by the fixed ones."""
     given = {name: value for name, value in address.options.items() if name in pooled or name not in POOLED}
     options: dict[str, Any] = {"socket_connect_timeout": CONNECT_S, "socket_timeout": answer_s, **defaults, **given}
     options |= {"role": role, "db": address.database, "username": address.username, "password": address.password}
@@ -164,7 +164,7 @@ def _options(
 
 
 def _keepalive() -> dict[int, int]:
-    """Give a peer that vanished without a word up after half a minute, or 10 s where something was sent to it."""
+    """Give up a peer that vanished after half a minute, or after 10 s if something was sent to it."""
     wanted = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 10_000}
     return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
 
@@ -176,8 +176,8 @@ def _backoff() -> ExponentialWithJitterBackoff:
 # The connections themselves -------------------------------------------------------------------------------------------
 
 
-class _Careful:
-    """What every connection of ours does beside redis-py's."""
+class _WithRole:
+    """Every connection of ours: knows which role's URL it is opened for."""
 
     def __init__(self, *, role: str, **options: Any) -> None:
         super().__init__(**options)
@@ -191,8 +191,8 @@ class _Careful:
         return NoSuchDatabase(f"{setting}: {said}: name one that it has, or raise `databases` in its redis.conf")
 
 
-class _Connection(_Careful):
-    """Of the synchronous ones."""
+class _Connection(_WithRole):
+    """A synchronous connection."""
 
     _sock: Any
 
@@ -213,7 +213,7 @@ class _Connection(_Careful):
         return opened
 
     def read_response(self, *args: Any, **options: Any) -> Any:
-        """Read an answer; whatever keeps it from being read whole closes the connection.
+        """Read an answer; if it cannot be read whole, the connection is closed.
 
         redis-py leaves a subscription's connection open then, and waits for the rest of a message for ever.
         """
@@ -223,8 +223,8 @@ class _Connection(_Careful):
         return super().read_response(*args, **options)  # type: ignore[misc]
 
 
-class _AsyncConnection(_Careful):
-    """Of those of asyncio."""
+class _AsyncConnection(_WithRole):
+    """A connection of asyncio."""
 
     async def connect_check_health(self, *args: Any, **options: Any) -> None:
         """Connect, with a limit for all of it."""

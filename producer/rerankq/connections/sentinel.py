@@ -1,4 +1,4 @@
-"""Who is the master, by what its sentinels say; and that no connection outlives its being so."""
+"""Which server is the master, as its sentinels say; its connections are closed when it is replaced."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from redis.retry import Retry
 
 from ..urls import Address
 
-# Seconds between looks at who is the master, and looks without a connection to it after which nobody looks any more.
-LOOK_EVERY_S = 1.0
-IDLE_LOOKS = 5
+# Seconds between checks of which server is the master, and checks without a connection to it after which they end.
+CHECK_EVERY_S = 1.0
+IDLE_CHECKS = 5
 # Seconds for a sentinel to answer in, before the next one is asked; redis-py would try a dead one again and again.
-PATIENCE: dict[str, Any] = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0, "retry": Retry(NoBackoff(), 0)}
+LIMITS: dict[str, Any] = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0, "retry": Retry(NoBackoff(), 0)}
 
 
 class Master:
     """A master by its name, as its sentinels know it; and the connections to it, which are closed when it is replaced.
 
     A server that hangs closes nothing by itself, so a connection to a master that was replaced for hanging would wait
-    for its timeout, or for ever. Once a second somebody looks who the master is, as long as there is a connection.
+    for its timeout, or for ever. So the sentinels are asked every second, as long as there is a connection.
     """
 
     _known: ClassVar[dict[tuple[Any, ...], Master]] = {}
@@ -59,7 +59,7 @@ class Master:
     def address(self) -> tuple[str, int]:
         """Ask the sentinels, one after the other, over connections that do not stay."""
         asked: Any = redis.sentinel.Sentinel(  # type: ignore[no-untyped-call]  # of redis-py
-            list(self._sentinels), sentinel_kwargs={**PATIENCE, **self._options}
+            list(self._sentinels), sentinel_kwargs={**LIMITS, **self._options}
         )
         try:
             with self._in_short():
@@ -73,7 +73,8 @@ class Master:
     async def address_async(self) -> tuple[str, int]:
         """As :meth:`address`, awaited."""
         asked: Any = redis.asyncio.sentinel.Sentinel(  # type: ignore[no-untyped-call]  # of redis-py
-            list(self._sentinels), sentinel_kwargs={**PATIENCE, **self._options, "retry": AsyncRetry(NoBackoff(), 0)}
+            list(self._sentinels),
+            sentinel_kwargs={**LIMITS, **self._options, "retry": AsyncRetry(NoBackoff(), 0)},
         )
         try:
             with self._in_short():
@@ -85,7 +86,7 @@ class Master:
                 await sentinel.aclose()
 
     def watch(self, connection: Any) -> None:
-        """Close this connection when the master is another one than where it leads."""
+        """Close this connection when the master is another server."""
         with self._lock:
             self._connections.add(connection)
             if self._watching is None or not self._watching.is_alive():
@@ -93,7 +94,7 @@ class Master:
                 self._watching.start()
 
     def drop_left_behind(self, master: tuple[str, int]) -> int:
-        """Close the connections that lead elsewhere; answers how many did. Whoever reads from one notices at once."""
+        """Close the connections to other servers; answers how many there were. Their readers notice at once."""
         with self._lock:
             connections = [one for one in self._connections if not _leads_to(one, master)]
         return sum(_shut_down(one) for one in connections)
@@ -101,13 +102,13 @@ class Master:
     def _watch(self) -> None:
         idle = 0
         while True:
-            time.sleep(LOOK_EVERY_S)
-            # Without a master nobody has anywhere to go.
+            time.sleep(CHECK_EVERY_S)
+            # Without a master there is nothing to compare with.
             with contextlib.suppress(Exception):
                 self.drop_left_behind(self.address())
             with self._lock:
                 idle = 0 if any(_socket_of(one) is not None for one in self._connections) else idle + 1
-                if idle >= IDLE_LOOKS:
+                if idle >= IDLE_CHECKS:
                     self._watching = None
                     return
 
@@ -118,7 +119,7 @@ class Master:
 
     @contextmanager
     def _in_short(self) -> Iterator[None]:
-        # redis-py's words hold every option of every connection.
+        # redis-py's message holds every option of every connection.
         try:
             yield
         except (redis.sentinel.MasterNotFoundError, redis.asyncio.sentinel.MasterNotFoundError):
@@ -153,7 +154,7 @@ def _shut_down(connection: Any) -> bool:
     if opened is None:
         return False
     try:
-        # Not TLS's own way of it, which would take the socket out of its reader's hands.
+        # Not by TLS's own method, which would detach the socket from its reader.
         if isinstance(opened, socket.socket):
             socket.socket.shutdown(opened, socket.SHUT_RDWR)
         else:
@@ -164,7 +165,7 @@ def _shut_down(connection: Any) -> bool:
 
 
 def _after_fork_in_child() -> None:
-    """Leave connections and watchers to the parent."""
+    """Leave connections and watching threads to the parent."""
     Master._lock = threading.Lock()
     for master in Master._known.values():
         master._connections, master._watching = weakref.WeakSet(), None
