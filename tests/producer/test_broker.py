@@ -1,4 +1,4 @@
-"""Doorbells: rung from a thread of their own, in batches; late at worst, never in anybody's way."""
+"""Doorbells are sent from a thread of their own, in batches; at worst they are late, and they block nobody."""
 
 import json
 import socket
@@ -19,7 +19,7 @@ from rerankq.ledger import Counted, Doorbell
 from rerankq.settings import Settings
 
 
-def bells_for(count: int, queue: str = BULK) -> list[Doorbell]:
+def doorbells_for(count: int, queue: str = BULK) -> list[Doorbell]:
     return [Doorbell(f"job-{number}", queue, f'"question {number}" 2 chunks, m') for number in range(count)]
 
 
@@ -36,31 +36,31 @@ def messages(redis_url: str) -> Iterator[Callable[[str], list[dict]]]:
         yield lambda queue: [json.loads(raw) for raw in reversed(connection.lrange(f"rerankq:{queue}", 0, -1))]
 
 
-def test_bells_arrive_in_order_as_messages_that_name_jobs(doorbells: DoorbellSender, messages: Callable):
-    doorbells.send(bells_for(1_000))
+def test_doorbells_arrive_in_order_as_messages_that_name_jobs(doorbells: DoorbellSender, messages: Callable):
+    doorbells.send(doorbells_for(1_000))
     assert doorbells.flush(30)
     heard = messages(BULK)
-    assert [message["headers"]["id"] for message in heard] == [doorbell.id for doorbell in bells_for(1_000)]
+    assert [message["headers"]["id"] for message in heard] == [doorbell.id for doorbell in doorbells_for(1_000)]
     headers = heard[7]["headers"]
     assert (headers["task"], headers["argsrepr"], headers["kwargsrepr"]) == (TASK, '"question 7" 2 chunks, m', "{}")
     assert headers["ignore_result"]
 
 
-def test_each_queue_gets_its_own(doorbells: DoorbellSender, messages: Callable):
+def test_each_queue_gets_its_own_doorbells(doorbells: DoorbellSender, messages: Callable):
     other = "rerankq.interactive.other-model"
-    doorbells.send([*bells_for(2), *bells_for(3, INTERACTIVE), *bells_for(1, other)])
+    doorbells.send([*doorbells_for(2), *doorbells_for(3, INTERACTIVE), *doorbells_for(1, other)])
     assert doorbells.flush(30)
     assert [len(messages(queue)) for queue in (BULK, INTERACTIVE, other)] == [2, 3, 1]
 
 
-def test_everything_in_the_broker_begins_with_our_name(doorbells: DoorbellSender, redis_url: str):
-    doorbells.send(bells_for(3))
+def test_every_key_in_the_broker_begins_with_our_name(doorbells: DoorbellSender, redis_url: str):
+    doorbells.send(doorbells_for(3))
     assert doorbells.flush(30)
     with redis.Redis.from_url(redis_url) as connection:
         assert all(key.startswith(b"rerankq") for key in connection.keys("*"))
 
 
-def test_a_broker_that_comes_back_hears_what_was_rung_meanwhile(
+def test_doorbells_sent_during_an_outage_arrive_after_it(
     doorbells: DoorbellSender, messages: Callable, monkeypatch: pytest.MonkeyPatch
 ):
     publish, failures = doorbells._publish, [OSError("away"), ConnectionResetError("away again")]
@@ -71,16 +71,16 @@ def test_a_broker_that_comes_back_hears_what_was_rung_meanwhile(
         publish(*args)
 
     monkeypatch.setattr(doorbells, "_publish", fails_first)
-    doorbells.send(bells_for(5))
+    doorbells.send(doorbells_for(5))
     assert doorbells.flush(30)
     assert len(messages(BULK)) == 5
     assert not failures
 
 
-def test_bells_that_cannot_be_rung_are_told_once_and_given_up(caplog: pytest.LogCaptureFixture):
+def test_doorbells_that_cannot_be_sent_are_logged_once_and_given_up(caplog: pytest.LogCaptureFixture):
     doorbells = DoorbellSender(make_app(Settings(broker_url="redis://127.0.0.1:1/0")))
-    doorbells.send(bells_for(5))
-    assert not doorbells.flush(0.05), "ringing does not wait for the broker"
+    doorbells.send(doorbells_for(5))
+    assert not doorbells.flush(0.05), "sending does not wait for the broker"
     with doorbells._wanted:
         doorbells._wanted.wait_for(lambda: doorbells._sending, 10)
         # As closing does, but with the thread still ours to look at.
@@ -92,7 +92,7 @@ def test_bells_that_cannot_be_rung_are_told_once_and_given_up(caplog: pytest.Log
     doorbells.close()
 
 
-def test_a_broker_that_is_away_for_long_is_said_once_and_so_is_its_end(
+def test_a_long_outage_of_the_broker_is_logged_once_and_so_is_its_end(
     doorbells: DoorbellSender, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     def away(*_: object) -> None:
@@ -101,9 +101,9 @@ def test_a_broker_that_is_away_for_long_is_said_once_and_so_is_its_end(
     with monkeypatch.context() as patched:
         patched.setattr(doorbells, "_publish", away)
         patched.setattr(doorbells, "_closing", lambda pause_s: True)  # no second try
-        doorbells.send(bells_for(1_000))
+        doorbells.send(doorbells_for(1_000))
         assert doorbells.flush(30)
-    doorbells.send(bells_for(1))
+    doorbells.send(doorbells_for(1))
     assert doorbells.flush(30)
     said = [record.getMessage() for record in caplog.records]
     assert [words.split(",")[0] for words in said] == ["200 doorbells not sent", "the broker takes doorbells again"]
@@ -119,20 +119,18 @@ def test_a_submission_does_not_fail_where_no_thread_can_be_started(
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refused)
-        doorbells.send(bells_for(3))
+        doorbells.send(doorbells_for(3))
     assert doorbells.flush(1)
-    doorbells.send(bells_for(1))
+    doorbells.send(doorbells_for(1))
     assert doorbells.flush(30)
 
 
-def test_closing_twice_or_without_a_bell_does_nothing_and_sending_after_it_works(
-    doorbells: DoorbellSender, messages: Callable
-):
+def test_a_sender_may_be_closed_twice_and_sends_after_closing(doorbells: DoorbellSender, messages: Callable):
     doorbells.send([])
     doorbells.close()
     doorbells.close()
     assert doorbells._thread is None
-    doorbells.send(bells_for(1))
+    doorbells.send(doorbells_for(1))
     doorbells.close()
     assert len(messages(BULK)) == 1
 
@@ -141,19 +139,19 @@ def test_a_thread_that_died_is_replaced(doorbells: DoorbellSender, messages: Cal
     doorbells._thread = threading.Thread(target=str)
     doorbells._thread.start()
     doorbells._thread.join()
-    doorbells.send(bells_for(2))
+    doorbells.send(doorbells_for(2))
     assert doorbells.flush(30)
     assert len(messages(BULK)) == 2
 
 
-def test_many_threads_ring_at_once(doorbells: DoorbellSender, messages: Callable):
-    ringers = [threading.Thread(target=doorbells.send, args=([doorbell],)) for doorbell in bells_for(64)]
-    for ringer in ringers:
-        ringer.start()
-    for ringer in ringers:
-        ringer.join()
+def test_many_threads_send_doorbells_at_once(doorbells: DoorbellSender, messages: Callable):
+    senders = [threading.Thread(target=doorbells.send, args=([doorbell],)) for doorbell in doorbells_for(64)]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join()
     assert doorbells.flush(30)
-    assert {message["headers"]["id"] for message in messages(BULK)} == {doorbell.id for doorbell in bells_for(64)}
+    assert {message["headers"]["id"] for message in messages(BULK)} == {doorbell.id for doorbell in doorbells_for(64)}
 
 
 @pytest.fixture
@@ -171,13 +169,13 @@ def counted(counts: MessageCounts, *queues: str) -> Counted:
 
 def test_messages_are_counted_by_queue_whether_they_overtake_or_not(doorbells: DoorbellSender, counts: MessageCounts):
     assert counted(counts, BULK, INTERACTIVE) == Counted(7.0, {BULK: 0, INTERACTIVE: 0}), "none has been declared yet"
-    doorbells.send([*bells_for(5), *bells_for(2, INTERACTIVE), Doorbell("lost", BULK, "label", ahead=True)])
+    doorbells.send([*doorbells_for(5), *doorbells_for(2, INTERACTIVE), Doorbell("lost", BULK, "label", ahead=True)])
     assert doorbells.flush(30)
     assert counted(counts, BULK, INTERACTIVE) == Counted(7.0, {BULK: 6, INTERACTIVE: 2})
     assert counts.take().messages == {}, "what was counted is taken once"
 
 
-def test_a_broker_that_does_not_answer_is_no_empty_one_and_holds_nobody_up(redis_url: str):
+def test_a_broker_that_does_not_answer_counts_as_unknown_and_blocks_nobody(redis_url: str):
     away = MessageCounts(make_app(Settings(broker_url="redis://127.0.0.1:1/0", ledger_url=redis_url)))
     assert counted(away, BULK) == Counted()
     with socket.socket() as deaf:
@@ -193,20 +191,20 @@ def test_a_broker_that_does_not_answer_is_no_empty_one_and_holds_nobody_up(redis
     assert not first.is_alive()
 
 
-def test_a_queue_that_is_no_list_is_not_counted_as_empty(counts: MessageCounts, redis_url: str):
+def test_a_key_of_another_type_is_not_counted_as_an_empty_queue(counts: MessageCounts, redis_url: str):
     with redis.Redis.from_url(redis_url) as connection:
         connection.set(f"rerankq:{BULK}", "of other hands")
     assert counted(counts, BULK) == Counted()
 
 
-def test_a_broker_that_is_no_redis_gets_no_options_of_redis():
+def test_rabbitmq_gets_no_options_of_redis():
     app = make_app(Settings(broker_url="amqp://guest@host//", ledger_url="redis://host"))
     assert app.conf.broker_transport_options == {}
     redis_options = make_app(Settings(broker_url="redis://host")).conf.broker_transport_options
     assert redis_options["global_keyprefix"] == "rerankq:"
 
 
-def test_rabbitmq_is_found_silent_within_seconds_unless_the_url_says_otherwise():
+def test_rabbitmqs_heartbeat_is_seconds_unless_the_url_sets_it():
     def heartbeat(url: str) -> object:
         return make_app(Settings(broker_url=url, ledger_url="redis://host")).conf.broker_heartbeat
 
@@ -238,7 +236,7 @@ class AmqpConnection:
         pass
 
 
-def test_bells_that_a_network_swallowed_on_the_way_to_rabbitmq_are_rung_again():
+def test_doorbells_lost_on_the_way_to_rabbitmq_are_sent_again():
     ways = [AmqpConnection(swallows=False), AmqpConnection(swallows=True)]
     sent: list[tuple[object, str]] = []
     doorbells = DoorbellSender(
@@ -249,14 +247,14 @@ def test_bells_that_a_network_swallowed_on_the_way_to_rabbitmq_are_rung_again():
         )
     )
     swallowing = ways[-1]
-    doorbells.send(bells_for(2))
+    doorbells.send(doorbells_for(2))
     assert doorbells.flush(30)
     doorbells.close()
     assert [name for way, name in sent if way is swallowing] == ["job-0", "job-1"]
     assert [name for way, name in sent if way is not swallowing] == ["job-0", "job-1"]
 
 
-def test_celery_keeps_no_results_and_takes_json_alone(settings: Settings):
+def test_celery_keeps_no_results_and_accepts_only_json(settings: Settings):
     conf = make_app(settings).conf
     assert conf.task_ignore_result
     assert conf.result_backend is None
@@ -276,7 +274,7 @@ def test_doorbells_that_are_out_for_publishing_are_sent_when_the_interpreter_end
 ):
     at_the_end: list[Callable] = []
     monkeypatch.setattr(broker.atexit, "register", at_the_end.append)
-    doorbells.send(bells_for(3))
+    doorbells.send(doorbells_for(3))
     (ended,) = at_the_end
     ended()
     assert len(messages(BULK)) == 3

@@ -121,7 +121,7 @@ def test_waiting_ends_after_its_timeout_and_the_job_goes_on(client: Client, work
     assert client.result(job_id, timeout=20).job_id == job_id
 
 
-def test_what_is_done_already_is_answered_by_a_generous_reading_even_without_time_to_wait(client: Client, worker):
+def test_a_done_job_is_answered_even_with_a_timeout_of_zero(client: Client, worker):
     job_id = client.submit(job(1))
     worker.finish(job_id)
     assert client.result(job_id, timeout=20).job_id == job_id
@@ -170,7 +170,7 @@ def test_as_completed_says_when_time_is_over_and_keeps_what_came_before(client: 
         next(coming)
 
 
-def test_one_who_stops_listening_midway_leaves_no_subscription(client: Client, worker, wait_until: Callable):
+def test_an_abandoned_as_completed_leaves_no_subscription(client: Client, worker, wait_until: Callable):
     ids = client.submit_many(jobs(20))
     worker.finish(ids[3])
     coming = client.as_completed(ids)
@@ -239,7 +239,7 @@ def test_a_full_backlog_says_when_a_job_will_fit_in_within_a_minute(
         assert caught.value.retry_after_s == after_s
 
 
-def test_of_several_jobs_that_are_refused_at_once_the_first_is_named(client: Client):
+def test_a_submission_with_several_refused_jobs_names_the_first(client: Client):
     client.submit_many([job(1, id="one"), job(2, id="two")])
     with pytest.raises(rerankq.JobRejected, match="'one'"):
         client.submit_many([job(3, id="one"), job(4, id="two")])
@@ -407,7 +407,7 @@ def test_a_client_without_a_url_says_how_to_set_one(monkeypatch: pytest.MonkeyPa
         Client()
 
 
-def test_a_ledger_that_is_not_there_is_said_at_once_by_all_that_ask_it():
+def test_every_method_raises_at_once_if_the_ledger_is_not_there():
     with Client(Settings(broker_url="redis://127.0.0.1:1/0")) as client:
         for ask in (
             lambda: client.submit(job(1)),
@@ -432,7 +432,7 @@ def test_a_broker_that_is_down_never_fails_a_submission(redis_url: str, worker):
     assert time.monotonic() - started < 30
 
 
-def test_a_doorbell_names_the_job_and_says_little_else(client: Client, worker, wait_until: Callable, redis_url: str):
+def test_a_doorbell_names_the_job_and_holds_little_else(client: Client, worker, wait_until: Callable, redis_url: str):
     job_id = client.submit(RerankJob(query="what is secret?", chunks=["the secret itself"]))
     broker = redis.Redis.from_url(redis_url)
     wait_until(lambda: broker.llen("rerankq:rerankq.interactive"))
@@ -504,12 +504,12 @@ def test_a_closed_client_says_so_in_every_method(settings: Settings, worker, cal
     assert threads_of_ours() <= before
 
 
-def test_no_public_method_is_missing_from_that():
+def test_every_public_method_is_tried_on_a_closed_client():
     public = {name for name in vars(Client) if not name.startswith("_")} - {"close"}
     assert public <= {call.split()[0] for call in CALLS}
 
 
-def test_closing_tells_those_who_wait(settings: Settings, wait_until: Callable, worker):
+def test_closing_ends_the_waiting_of_other_threads(settings: Settings, wait_until: Callable, worker):
     client = Client(settings)
     job_id = client.submit(job(1))
     with ThreadPoolExecutor() as pool:
@@ -522,7 +522,7 @@ def test_closing_tells_those_who_wait(settings: Settings, wait_until: Callable, 
                 one.result(20)
 
 
-def test_what_is_left_of_as_completed_after_closing_does_no_harm(settings: Settings, worker):
+def test_as_completed_may_be_dropped_after_closing(settings: Settings, worker):
     with Client(settings) as client:
         ids = client.submit_many(jobs(3))
         worker.finish(ids[0])
@@ -569,7 +569,7 @@ def run_script(redis_url: str, more: str = "") -> subprocess.CompletedProcess[st
     )
 
 
-def test_a_script_that_submits_and_ends_has_rung(redis_url: str, worker):
+def test_a_script_that_submits_and_ends_has_sent_its_doorbells(redis_url: str, worker):
     ended = run_script(redis_url)
     assert (ended.returncode, ended.stderr) == (0, "")
     with redis.Redis.from_url(redis_url) as broker:
@@ -612,7 +612,7 @@ def test_importing_is_light():
 
 
 @pytest.mark.parametrize("nonsense", [3, None, [], object(), {"query", "chunks"}])
-def test_what_cannot_be_a_job_is_rejected_in_words(client: Client, nonsense: object):
+def test_submit_rejects_values_that_cannot_be_a_job(client: Client, nonsense: object):
     with pytest.raises(JobRejected, match="expected a RerankJob, a mapping or JSON, not"):
         client.submit(nonsense)
 
@@ -625,7 +625,7 @@ def test_an_ended_job_is_answered_however_short_the_timeout(client: Client, work
     assert len(client.result(job_id, timeout=0).chunks) == 2
 
 
-def test_an_id_that_is_none_is_unknown_at_once(client: Client):
+def test_an_invalid_id_is_unknown_at_once(client: Client):
     with pytest.raises(rerankq.JobUnknown, match="None"):
         client.result(None)
 
@@ -655,7 +655,7 @@ def test_a_client_takes_a_url_beside_settings(redis_url: str, worker):
         ({"url": "redis://h", "settings": "redis://h"}, "not both"),
     ],
 )
-def test_what_is_neither_settings_nor_a_url_is_refused_in_words(kind: type, given: dict[str, object], says: str):
+def test_a_client_refuses_values_that_are_neither_settings_nor_a_url(kind: type, given: dict[str, object], says: str):
     with pytest.raises(rerankq.SettingsInvalid, match=says):
         kind(**given)
 
@@ -664,7 +664,7 @@ def test_what_is_neither_settings_nor_a_url_is_refused_in_words(kind: type, give
 
 
 @pytest.mark.parametrize("timeout", [float("nan"), "5", True, [], object()])
-def test_a_timeout_that_is_no_number_is_refused(client: Client, timeout: object):
+def test_a_timeout_that_is_not_a_number_is_refused(client: Client, timeout: object):
     for wait in (
         lambda: client.result("a", timeout=timeout),
         lambda: client.as_completed(["a"], timeout=timeout),
@@ -684,7 +684,7 @@ def test_a_timeout_may_be_as_long_as_you_like(client: Client, worker, timeout: f
     assert client.rerank("question 1", ["answer 1", "another"], timeout=timeout).job_id == job_id
 
 
-def test_a_timeout_below_zero_is_one_of_nothing(client: Client, worker):
+def test_a_timeout_below_zero_counts_as_zero(client: Client, worker):
     job_id = client.submit(job(1))
     with pytest.raises(rerankq.JobTimedOut):
         client.result(job_id, timeout=-5)
@@ -695,7 +695,7 @@ def test_a_timeout_below_zero_is_one_of_nothing(client: Client, worker):
 
 
 @pytest.mark.parametrize("odd", ["", "\ud800", 7, None, b"a"])
-def test_what_cannot_be_an_id_is_an_unknown_job_to_every_method(client: Client, odd: object):
+def test_every_method_takes_an_invalid_id_for_an_unknown_job(client: Client, odd: object):
     for call in (
         client.result,
         client.status,
@@ -711,12 +711,12 @@ def test_what_cannot_be_an_id_is_an_unknown_job_to_every_method(client: Client, 
     assert (found, type(error)) == (odd, rerankq.JobUnknown)
 
 
-def test_one_string_is_no_list_of_ids(client: Client):
+def test_as_completed_refuses_a_single_string(client: Client):
     with pytest.raises(JobRejected, match="several ids"):
         client.as_completed("abc")
 
 
-def test_what_ended_while_the_client_was_suspended_is_answered_after_its_timeout(client: Client, worker):
+def test_a_job_that_ended_while_the_client_was_suspended_is_answered_after_its_timeout(client: Client, worker):
     """As after a SIGSTOP: by the time that the client looks, both its time is over and its jobs are done."""
     ids = client.submit_many(jobs(150))
     coming = client.as_completed([*ids, client.submit(job(999))], timeout=0.5)
@@ -771,7 +771,7 @@ def test_a_timeout_is_kept_though_the_event_loop_is_blocked(client: Client, call
 
 
 @pytest.mark.usefixtures("quick_looks")
-def test_whoever_waits_is_told_that_the_thread_died_and_the_next_call_has_a_new_one(client: Client, worker):
+def test_waiting_raises_if_the_thread_dies_and_the_next_call_has_a_new_one(client: Client, worker):
     job_id = client.submit(job(1))
 
     def die() -> None:
@@ -837,7 +837,7 @@ def test_a_client_works_in_a_signals_handler_that_interrupts_its_own_call(client
     assert done == ["queued", "queued"]
 
 
-def test_a_child_that_is_forked_while_its_parent_waits_is_told(redis_url: str, worker):
+def test_a_child_forked_while_its_parent_waits_does_not_wait_for_ever(redis_url: str, worker):
     more = """
     import os, signal
     def fork(*_):
@@ -859,7 +859,7 @@ def test_a_child_that_is_forked_while_its_parent_waits_is_told(redis_url: str, w
     assert ended.returncode == 0, ended.stderr
 
 
-def test_a_client_works_at_the_end_of_the_process_and_says_when_it_is_too_late(redis_url: str, worker):
+def test_a_client_works_at_the_end_of_the_process_and_raises_when_it_is_too_late(redis_url: str, worker):
     code = """
     import atexit, sys
     def late():
@@ -936,7 +936,7 @@ def test_greenlets_work_and_their_timeouts_are_kept(redis_url: str, library: str
     assert ended.stdout == "good\n", ended.stdout + ended.stderr
 
 
-def test_a_client_beside_another_event_loop_of_greenlets_says_so_at_once(redis_url: str):
+def test_a_client_beside_another_event_loop_of_greenlets_raises_at_once(redis_url: str):
     pytest.importorskip("gevent")
     code = """
     from gevent.monkey import patch_all

@@ -126,7 +126,7 @@ MOMENTS = ["before expecting", "before subscribing", "after subscribing", "befor
 
 @pytest.mark.usefixtures("only_pushed")
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_no_ending_slips_between_subscribing_and_reading(
+def test_no_ending_is_missed_between_subscribing_and_reading(
     settings: Settings, worker, monkeypatch: pytest.MonkeyPatch, moment: str
 ):
     ids: list[str] = []
@@ -161,7 +161,7 @@ def test_no_ending_slips_between_subscribing_and_reading(
 @pytest.mark.usefixtures("only_pushed")
 @runs(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(delays=st.lists(st.integers(0, 40), min_size=1, max_size=40), kills=st.lists(st.integers(0, 40), max_size=3))
-def test_whenever_jobs_end_and_connections_break_every_waiter_is_told(
+def test_every_waiter_is_answered_whenever_jobs_end_and_connections_break(
     settings: Settings, worker, delays: list[int], kills: list[int]
 ):
     """Delays are in event-loop turns."""
@@ -202,7 +202,7 @@ def test_thousands_wait_on_one_connection(settings: Settings, worker):
 
 
 @pytest.mark.usefixtures("only_pushed")
-def test_waiters_of_one_job_are_all_told_and_come_and_go_as_they_like(settings: Settings, worker):
+def test_all_waiters_of_one_job_are_answered_and_may_come_and_go(settings: Settings, worker):
     async def work(client: AsyncClient) -> None:
         (job_id,) = await client.submit_many(jobs(1))
         results = [asyncio.create_task(client.result(job_id)) for _ in range(10)]
@@ -224,7 +224,7 @@ def test_waiters_of_one_job_are_all_told_and_come_and_go_as_they_like(settings: 
 
 
 @pytest.mark.usefixtures("only_pushed")
-def test_a_killed_subscription_is_taken_up_again(settings: Settings, worker):
+def test_a_killed_subscription_is_opened_again(settings: Settings, worker):
     async def work(client: AsyncClient) -> None:
         ids = await client.submit_many(jobs(30))
         results = [asyncio.create_task(client.result(job_id)) for job_id in ids]
@@ -246,7 +246,7 @@ def test_a_killed_subscription_is_taken_up_again(settings: Settings, worker):
     run(work, settings)
 
 
-def test_waiters_sit_out_a_restart_of_the_server(restartable_redis, make_worker):
+def test_waiting_survives_a_restart_of_the_server(restartable_redis, make_worker):
     settings = Settings(broker_url=restartable_redis.url)
 
     async def work(client: AsyncClient) -> None:
@@ -269,7 +269,7 @@ def test_waiters_sit_out_a_restart_of_the_server(restartable_redis, make_worker)
     run(work, settings)
 
 
-def test_a_deadline_passes_without_a_word_of_any_worker(settings: Settings, worker, monkeypatch: pytest.MonkeyPatch):
+def test_a_deadline_passes_without_any_message_of_a_worker(settings: Settings, worker, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(waiting, "READ_AGAIN_S", 0.05)
 
     async def work(client: AsyncClient) -> None:
@@ -332,7 +332,7 @@ def test_a_ranking_that_cannot_be_read_fails_its_own_job_alone(settings: Setting
     run(work, settings)
 
 
-def test_a_bug_in_reading_is_told_to_those_who_wait(settings: Settings, monkeypatch: pytest.MonkeyPatch):
+def test_a_bug_in_reading_raises_for_all_waiters(settings: Settings, monkeypatch: pytest.MonkeyPatch):
     async def broken(self: CompletionListener) -> None:
         raise ZeroDivisionError
 
@@ -342,7 +342,7 @@ def test_a_bug_in_reading_is_told_to_those_who_wait(settings: Settings, monkeypa
             patched.setattr(CompletionListener, "_read_batches", broken)
             with pytest.raises(rerankq.BrokerUnavailable, match="ZeroDivisionError"):
                 await client.result(job_id)
-        with pytest.raises(rerankq.JobTimedOut):  # the next one finds ears that work
+        with pytest.raises(rerankq.JobTimedOut):  # the next one finds a listener that works
             await client.result(job_id, timeout=0.1)
 
     run(work, settings)
@@ -482,7 +482,7 @@ def test_a_client_serves_one_event_loop_after_another_and_leaves_nothing_open_in
     gc.collect()
 
 
-def test_a_client_that_is_waited_with_when_its_event_loop_ends_serves_the_next(named: Settings, worker):
+def test_a_client_in_use_when_its_event_loop_ends_serves_the_next(named: Settings, worker):
     client = AsyncClient(named)
 
     async def way(number: int) -> str:
@@ -502,7 +502,7 @@ def test_a_client_that_is_waited_with_when_its_event_loop_ends_serves_the_next(n
     gc.collect()
 
 
-def test_a_client_that_nobody_holds_any_more_is_closed(named: Settings, worker):
+def test_a_garbage_collected_client_is_closed(named: Settings, worker):
     async def main() -> None:
         client = AsyncClient(named)
         await client.status("a")
@@ -531,7 +531,7 @@ def test_two_event_loops_share_a_client_at_once(named: Settings, worker):
     gc.collect()
 
 
-def test_closing_in_one_event_loop_tells_those_who_wait_in_another(named: Settings, worker):
+def test_closing_in_one_event_loop_ends_the_waiting_in_another(named: Settings, worker):
     client = AsyncClient(named)
     waits = threading.Event()
 
@@ -622,7 +622,7 @@ def test_a_rerank_keeps_its_timeout_though_the_ledger_hangs(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("turns", [0, 1, 5, 20, 60, 150])
-def test_a_cancelled_bulk_submission_stops_and_what_was_accepted_is_rung_for(settings: Settings, worker, turns: int):
+def test_a_cancelled_submission_stops_and_sends_doorbells_for_accepted_jobs(settings: Settings, worker, turns: int):
     large = [RerankJob(query=f"question {number}", chunks=["x" * 20_000]) for number in range(2_000)]
 
     async def work(client: AsyncClient) -> None:
@@ -653,7 +653,7 @@ def test_as_completed_stopped_midway_leaves_nothing_subscribed(settings: Setting
     run(work, settings)
 
 
-def test_a_ledger_that_was_never_reached_is_said_at_once():
+def test_waiting_raises_at_once_if_the_ledger_was_never_reached():
     async def work(client: AsyncClient) -> None:
         started = time.monotonic()
         with pytest.raises(rerankq.BrokerUnavailable, match="does not answer"):
@@ -665,7 +665,7 @@ def test_a_ledger_that_was_never_reached_is_said_at_once():
     run(work, Settings(broker_url="redis://127.0.0.1:1/0"))
 
 
-def test_ears_close_while_the_server_is_away(settings: Settings):
+def test_the_listener_closes_while_the_server_is_away(settings: Settings):
     async def main() -> None:
         away = "redis://127.0.0.1:1/0"
         completions = CompletionListener(
@@ -765,7 +765,7 @@ STAGES = {
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("stage", STAGES)
-def test_jobs_are_read_while_the_peer_that_tells_of_endings_hangs(
+def test_jobs_are_read_while_the_connection_for_completions_hangs(
     settings: Settings, worker, monkeypatch: pytest.MonkeyPatch, stage: str
 ):
     monkeypatch.setattr(waiting, "READ_AGAIN_S", 0.1)
@@ -793,7 +793,7 @@ def test_jobs_are_read_while_the_peer_that_tells_of_endings_hangs(
 
 @pytest.mark.usefixtures("only_pushed", "soon")
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_connection_that_hangs_is_replaced_by_one_that_tells_of_endings(
+def test_a_completion_connection_that_hangs_is_replaced(
     settings: Settings, worker, monkeypatch: pytest.MonkeyPatch, stage: str
 ):
     async def work(client: AsyncClient) -> None:
@@ -820,7 +820,7 @@ def test_a_connection_that_hangs_is_replaced_by_one_that_tells_of_endings(
 
 
 @pytest.mark.usefixtures("only_pushed", "soon")
-def test_a_peer_that_reads_no_more_does_not_hold_up_what_is_said_to_it(
+def test_a_server_that_stops_reading_does_not_block_the_listener(
     settings: Settings, worker, monkeypatch: pytest.MonkeyPatch
 ):
     """Thousands of channels do not fit into what the system takes for a peer that takes nothing."""
@@ -868,7 +868,7 @@ def test_closing_does_not_wait_for_a_peer_that_hangs(
 
 
 @pytest.mark.usefixtures("soon")
-def test_nothing_is_sought_while_nobody_waits(settings: Settings, worker, monkeypatch: pytest.MonkeyPatch):
+def test_the_listener_is_idle_while_nobody_waits(settings: Settings, worker, monkeypatch: pytest.MonkeyPatch):
     async def work(client: AsyncClient) -> None:
         (job_id,) = await client.submit_many(jobs(1))
         calls: list[int] = []
@@ -890,7 +890,7 @@ def test_nothing_is_sought_while_nobody_waits(settings: Settings, worker, monkey
 
 
 @pytest.mark.usefixtures("soon")
-def test_an_outage_is_said_once_and_so_is_its_end(restartable_redis, make_worker, caplog: pytest.LogCaptureFixture):
+def test_an_outage_is_logged_once_and_so_is_its_end(restartable_redis, make_worker, caplog: pytest.LogCaptureFixture):
     settings = Settings(broker_url=restartable_redis.url)
 
     async def work(client: AsyncClient) -> None:
@@ -906,7 +906,7 @@ def test_an_outage_is_said_once_and_so_is_its_end(restartable_redis, make_worker
 
     with caplog.at_level("WARNING", logger="rerankq"):
         run(work, settings)
-    said = [record.getMessage() for record in caplog.records if "rung" not in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "not sent" not in record.getMessage()]
     assert len(said) == 2, said
     assert "20 jobs wait for a ledger that does not answer" in said[0]
     assert "the ledger answers again" in said[1]

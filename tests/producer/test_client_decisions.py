@@ -38,14 +38,14 @@ def test_a_job_carries_its_models_full_name_and_its_fusion_in_numbers():
     assert job_of(prepare(job(), PLACE, settings()).payload).model is None, "it is for whatever is the default then"
 
 
-def test_all_that_the_ledger_asks_of_a_job_is_told_beside_its_payload():
+def test_a_prepared_job_carries_all_that_the_ledger_needs_beside_its_payload():
     entered = prepare(job(3, priority="bulk", deadline_s=7, tenant="t", id="mine"), PLACE, settings())
     assert entered._replace(content="", label="", payload=b"") == NewJob(
         *("mine", "", "rerankq.bulk.full", "t", "bulk", 3, 7, "", "full/name", b"", ("w", "x"))
     )
 
 
-def test_the_size_limits_allow_just_what_they_name():
+def test_the_size_limits_are_inclusive():
     size = len(prepare(job(), PLACE, settings()).payload)
     assert prepare(job(), PLACE, settings(max_job_bytes=size, max_chunks=2)).pairs == 2
     with pytest.raises(JobTooLarge, match=f"at most {size - 1} are allowed"):
@@ -55,7 +55,7 @@ def test_the_size_limits_allow_just_what_they_name():
             refuse_too_large({"query": "q", "chunks": chunks}, settings(max_chunks=1))
 
 
-def test_json_that_escapes_its_letters_is_measured_as_what_it_says():
+def test_escaped_json_is_measured_by_its_decoded_size():
     escaped = json.dumps({"query": "é" * 100, "chunks": ["x"]})
     limits = settings(max_job_bytes=len(escaped) // 3 + 1)
     refuse_too_large(escaped, limits)
@@ -63,12 +63,12 @@ def test_json_that_escapes_its_letters_is_measured_as_what_it_says():
         refuse_too_large(escaped + " " * limits.max_job_bytes, limits)
 
 
-def test_windows_are_refused_as_long_as_no_worker_knows_them():
+def test_windows_are_refused_while_no_worker_supports_them():
     with pytest.raises(JobRejected, match="not available yet"):
         prepare(job(long_chunks="window"), PLACE, settings())
 
 
-def test_what_a_deployment_sets_reaches_the_scripts_of_the_ledger():
+def test_ledger_limits_are_those_of_the_settings():
     numbers = {"result_ttl_s": 11, "doorbell_window": 12, "max_queued_pairs": 13, "max_attempts": 14, "lease_s": 15}
     told = settings(**numbers)
     assert LedgerLimits.of(told) == LedgerLimits(channel=told.channel, **numbers)
@@ -82,20 +82,20 @@ def test_a_worker_counts_as_alive_for_three_leases_and_for_ten_seconds_at_least(
 
 
 @pytest.mark.parametrize("state", ["done", "unknown"])
-def test_an_end_without_a_ranking_or_an_error_is_an_unknown_job(state: str):
+def test_an_ended_job_without_a_ranking_or_an_error_is_unknown(state: str):
     assert type(outcome(JobSnapshot(JobStatus(job_id="a", state=state), "", None))) is JobUnknown
 
 
-def test_an_error_without_words_is_told_by_its_state():
+def test_an_error_without_a_message_shows_the_state():
     error = outcome(JobSnapshot(JobStatus(job_id="a", state="failed"), "", None))
     assert (type(error), str(error)) == (JobFailed, "job a: failed")
 
 
-def test_a_timeout_below_zero_is_none_at_all_and_an_endless_one_is_no_limit():
+def test_a_timeout_below_zero_is_zero_and_an_infinite_one_is_no_limit():
     assert (seconds_of(-1), seconds_of(2), seconds_of(float("inf")), seconds_of(10**400)) == (0, 2, None, None)
 
 
-def test_a_rerank_waits_for_what_submitting_left_of_its_timeout(monkeypatch: pytest.MonkeyPatch):
+def test_a_rerank_waits_for_the_rest_of_its_timeout_after_submitting(monkeypatch: pytest.MonkeyPatch):
     clock = [100.0]
     monkeypatch.setattr(client.time, "monotonic", lambda: clock[0])
     waited = []

@@ -116,7 +116,7 @@ def test_a_connection_that_answers_late_is_kept_until_it_is_silent_for_too_long(
     run(work)
 
 
-def test_a_process_that_was_suspended_does_not_take_its_own_silence_for_the_servers():
+def test_a_suspended_process_does_not_count_its_own_pause_as_the_servers_silence():
     async def work() -> None:
         loop = asyncio.get_running_loop()
         connection = Connection(2 * waiting.CHECK_S)
@@ -133,7 +133,7 @@ def test_a_process_that_was_suspended_does_not_take_its_own_silence_for_the_serv
     run(work)
 
 
-def test_all_that_is_waited_for_is_read_every_few_seconds_and_at_growing_intervals_while_the_ledger_is_away():
+def test_waited_jobs_are_read_every_few_seconds_and_at_growing_intervals_while_the_ledger_is_away():
     async def work() -> None:
         loop = asyncio.get_running_loop()
         began_at = loop.time()

@@ -37,7 +37,7 @@ KINDS = ["redis", "rediss", "unix", "sentinel", "sentinels"]
 ANSWER_S = 1.0
 
 
-def test_sentinels_that_are_all_away_are_an_outage_told_in_a_line():
+def test_an_outage_of_all_sentinels_is_an_error_of_one_line():
     said = r"^the ledger does not answer: no sentinel that answers knows a living master 'jobs'$"
     with Client(Settings(broker_url=NOBODY)) as client, pytest.raises(BrokerUnavailable, match=said):
         client.status("job")
@@ -187,7 +187,7 @@ ROUNDS = range(3)
 
 
 @pytest.mark.parametrize("role", ["ledger", "cache"])
-def test_a_late_answer_is_not_read_as_the_answer_of_the_next_question(deployment: Deployment, role: str):
+def test_a_late_answer_is_not_read_as_the_answer_to_the_next_command(deployment: Deployment, role: str):
     with getattr(connections, role)(deployment.url(1)) as client:
         client.mset({"a": "of a", "b": "of b"})
         for after in (0, 3):  # no byte of the answer, and half of it
@@ -211,7 +211,7 @@ def answered(ask: Callable[[], Any]) -> Any:
     return pytest.fail("no answer")
 
 
-def test_a_late_answer_is_not_read_as_the_next_ones_by_asyncio_either(deployment: Deployment):
+def test_a_late_answer_is_not_read_as_the_answer_to_the_next_command_by_asyncio(deployment: Deployment):
     async def ask() -> None:
         async with connections.ledger_async(deployment.url(1)) as client:
             await client.mset({"a": "of a", "b": "of b"})
@@ -232,7 +232,7 @@ def test_a_late_answer_is_not_read_as_the_next_ones_by_asyncio_either(deployment
     asyncio.run(ask())
 
 
-def test_a_subscription_that_heard_half_a_message_waits_for_no_rest_and_hears_on(deployment: Deployment):
+def test_a_subscription_that_received_half_a_message_reconnects_and_goes_on(deployment: Deployment):
     with connections.ledger(deployment.url(1)) as client, closing(client.pubsub()) as heard:
         heard.subscribe("channel")
         assert heard.get_message(timeout=5)["type"] == "subscribe"
@@ -261,7 +261,7 @@ def directly(deployment: Deployment) -> redis.Redis:
     return redis.Redis(port=deployment.stalling._goal, password="se;cret", **options)
 
 
-def test_the_connection_that_waiters_listen_on_opens_within_a_limit_and_is_closed_with_its_reader(
+def test_the_completion_connection_opens_within_a_limit_and_closes_with_its_reader(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ):
     async def listen() -> None:
@@ -296,7 +296,7 @@ def test_the_connection_that_waiters_listen_on_opens_within_a_limit_and_is_close
     asyncio.run(listen())
 
 
-def test_kombus_own_connections_are_dropped_too(deployment: Deployment):
+def test_kombus_own_connections_are_closed_too(deployment: Deployment):
     app = make_app(Settings(_env_file=None, broker_url=deployment.url()))
     with closing(app), app.connection_for_write() as connection:
         channel = connection.default_channel
@@ -338,9 +338,7 @@ def send(deployment: Deployment, queue: str, word: str) -> None:
 
 @pytest.mark.parametrize("deployment", ["rediss", "sentinels"], indirect=True)
 @pytest.mark.parametrize("verification", ["", "&ssl_cert_reqs=required", "&ssl_cert_reqs=CERT_REQUIRED"])
-def test_a_stranger_with_a_certificate_that_nobody_vouches_for_is_told_nothing_by_any_role(
-    deployment: Deployment, verification: str
-):
+def test_no_role_sends_anything_to_a_server_with_an_untrusted_certificate(deployment: Deployment, verification: str):
     def unvouched(database: int) -> str:
         authority = next(part for part in deployment.url().split("&") if part.startswith("ssl_ca_certs"))
         return deployment.url(database).replace(f"&{authority}", verification)

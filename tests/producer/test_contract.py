@@ -139,7 +139,7 @@ def test_a_malformed_job_is_rejected_naming_the_place(fields: dict[str, Any], pl
     assert isinstance(caught.value, ValueError), "as pydantic's own was"
 
 
-def test_a_fault_is_named_the_same_in_json_where_json_can_say_it():
+def test_a_fault_has_the_same_message_in_json():
     for fields, place in REFUSED:
         try:
             text = json.dumps(fields, allow_nan=True)
@@ -180,7 +180,7 @@ def test_a_fault_is_named_the_same_in_json_where_json_can_say_it():
     ],
     ids=range(21),
 )
-def test_odd_json_is_refused_naming_the_field(text: str | bytes, field: str):
+def test_malformed_json_is_rejected_naming_the_field(text: str | bytes, field: str):
     with pytest.raises(JobRejected) as caught:
         parse_job(text)
     assert caught.value.field == field
@@ -189,7 +189,7 @@ def test_odd_json_is_refused_naming_the_field(text: str | bytes, field: str):
 
 @pytest.mark.parametrize("field", ["top_k", "deadline_s", "min_score"])
 @pytest.mark.parametrize("digits", [400, 5_000])
-def test_a_number_that_is_too_long_is_not_called_no_number(field: str, digits: int):
+def test_a_number_with_too_many_digits_is_rejected_as_out_of_range(field: str, digits: int):
     with pytest.raises(JobRejected, match=r"expected a number from -1e\+30 to 1e\+30") as caught:
         parse_job(f'{{"query": "q", "chunks": ["x"], "{field}": {"9" * digits}}}')
     assert caught.value.field == field
@@ -235,7 +235,7 @@ def test_top_k_may_be_more_than_there_are_chunks(top_k: float, taken: int):
     ],
     ids=range(16),
 )
-def test_what_callers_write_is_refused_in_our_own_words(build: Callable[[], object], field: str):
+def test_mistakes_of_callers_raise_job_rejected(build: Callable[[], object], field: str):
     with pytest.raises(JobRejected) as caught:
         build()
     assert caught.value.field == field
@@ -305,7 +305,7 @@ def test_a_query_that_shows_anything_is_not_blank(visible: str):
         "[" * 9_999,
     ],
 )
-def test_what_is_no_json_object_is_rejected(text: str | bytes):
+def test_json_that_is_not_an_object_is_rejected(text: str | bytes):
     with pytest.raises(JobRejected):
         parse_job(text)
 
@@ -386,14 +386,14 @@ def test_a_chunk_of_ten_megabytes_is_taken_and_one_of_twenty_is_not():
         prepare(parse_job(with_(chunks=["x" * 10_000_000] * 2)), HERE, Settings())
 
 
-def test_bytes_are_counted_as_they_travel_not_as_characters():
+def test_the_size_of_a_job_is_counted_in_bytes():
     settings = Settings(max_job_bytes=1_500)
     prepare(parse_job(with_(chunks=["x" * 900])), HERE, settings)
     with pytest.raises(JobTooLarge):
         prepare(parse_job(with_(chunks=["三" * 900])), HERE, settings)
 
 
-def test_json_that_escapes_everything_is_not_refused_by_its_looks():
+def test_fully_escaped_json_is_not_refused_before_it_is_parsed():
     settings = Settings(max_job_bytes=1_500)
     for text in ("é" * 600, "三" * 400, "😀" * 300):
         escaped = json.dumps(with_(chunks=[text]))
@@ -428,7 +428,7 @@ def test_the_order_of_keys_does_not_change_an_id():
     assert id_of(parse_job(one)) == id_of(parse_job(json.dumps(other)))
 
 
-def test_a_default_said_aloud_does_not_change_an_id():
+def test_an_explicit_default_does_not_change_an_id():
     said = {
         name: field.get_default(call_default_factory=True)
         for name, field in RerankJob.model_fields.items()
@@ -439,7 +439,7 @@ def test_a_default_said_aloud_does_not_change_an_id():
 
 
 @pytest.mark.parametrize("beside", [{"deadline_s": 5.0}, {"priority": "bulk"}])
-def test_patience_and_priority_do_not_change_an_id(beside: dict[str, Any]):
+def test_deadline_and_priority_do_not_change_an_id(beside: dict[str, Any]):
     assert id_of(parse_job(with_(**beside))) == id_of(parse_job(with_()))
 
 
@@ -466,7 +466,7 @@ def test_every_field_that_changes_the_ranking_changes_the_id(field: str):
     assert id_of(parse_job(with_(**{field: OTHER[field]}))) != id_of(parse_job(with_()))
 
 
-def test_no_field_is_forgotten_in_what_names_a_job():
+def test_every_field_is_known_to_change_the_id_or_not():
     assert {*OTHER, "id", "cache", "deadline_s", "priority"} == set(RerankJob.model_fields)
 
 
@@ -491,7 +491,7 @@ def test_a_profile_that_was_edited_changes_the_id():
     assert by_name.id != prepare(parse_job(with_(fusion="default")), HERE, settings).id
 
 
-def test_no_two_lists_of_texts_run_together():
+def test_digests_of_different_lists_of_texts_differ():
     assert id_of(parse_job(with_(chunks=["ab", "c"]))) != id_of(parse_job(with_(chunks=["a", "bc"])))
     titled = [{"title": "ab", "text": "c"}], [{"title": "a", "text": "b c"}]
     assert id_of(parse_job(with_(chunks=titled[0]))) != id_of(parse_job(with_(chunks=titled[1])))
@@ -636,7 +636,7 @@ def nested(levels: int) -> Any:
     return [nested(levels - 1)] if levels else 1
 
 
-def test_what_is_just_within_a_limit_is_taken():
+def test_values_just_within_a_limit_are_accepted():
     within = {"deep": nested(contract.MAX_DEPTH - 1), "long": 10 ** (contract.MAX_DIGITS - 1)}
     assert Chunk(text="x", metadata=within).metadata == within
     assert job_of(payload_of(RerankJob(query="q", chunks=[{"text": "x", "metadata": within}]))).chunks[0].metadata == (

@@ -46,7 +46,7 @@ def all_kinds(kind: type[RerankqError] = RerankqError) -> list[type[RerankqError
     return [each for sub in kind.__subclasses__() for each in (sub, *all_kinds(sub))]
 
 
-def test_the_drawing_is_the_tree():
+def test_the_drawn_tree_of_errors_is_the_real_one():
     ours = [kind for kind in all_kinds() if kind.__module__ == errors.__name__]
     assert drawn() == {kind.__name__: kind.__bases__[0].__name__ for kind in ours}
 
@@ -55,7 +55,7 @@ def test_every_error_knows_its_http_status_and_whether_trying_again_can_help():
     assert {name: (getattr(errors, name).http_status, getattr(errors, name).retryable) for name in drawn()} == STATUS
 
 
-def test_every_error_says_when_it_is_raised_and_is_given_to_users():
+def test_every_error_is_documented_and_exported():
     for name in drawn():
         assert getattr(errors, name).__doc__.startswith("Raised when ")
         assert getattr(rerankq, name) is getattr(errors, name)

@@ -212,7 +212,7 @@ def test_the_last_death_waits_until_the_worker_is_gone_by_a_second_sign(ledger: 
     assert judged() == 1
 
 
-def test_the_last_death_of_a_short_lease_is_not_told_by_a_silence_of_seconds(ledger: Ledger):
+def test_the_last_death_of_a_short_lease_does_not_count_after_a_silence_of_seconds(ledger: Ledger):
     """As after a hiccup of the server: whoever has a longer lease sweeps first, before the worker's next sign."""
     submit(ledger, "innocent")
     paused(ledger, "innocent", "w", limits=TERMS._replace(lease_s=0.5))
@@ -260,7 +260,7 @@ def test_suspects_are_cleared_when_the_worker_that_left_them_lives(ledger: Ledge
     assert claim(ledger, "a").suspect, "another worker's silence accuses it still"
 
 
-def test_a_silence_that_is_no_death_takes_none_back_when_it_ends(ledger: Ledger):
+def test_a_silence_that_counted_no_death_clears_none_when_it_ends(ledger: Ledger):
     submit(ledger, "a")
     alone = claim(ledger, "a", "one that dies")
     ledger.ask(calls.isolate("a", alone.fence, "one that dies"))
@@ -274,7 +274,7 @@ def test_a_silence_that_is_no_death_takes_none_back_when_it_ends(ledger: Ledger)
     assert ledger.redis.hmget("rerankq:job:a", "deaths", "suspect") == [b"1", b"1"]
 
 
-def test_a_lease_that_lapsed_has_until_the_sweeper_has_watched_for_its_own_length(ledger: Ledger):
+def test_a_lapsed_lease_is_judged_only_after_the_sweeper_has_watched_for_its_length(ledger: Ledger):
     submit(ledger, "long", "short")
     claim(ledger, "long", limits=TERMS._replace(lease_s=60))
     claim(ledger, "short", limits=TERMS._replace(lease_s=2))
@@ -310,7 +310,7 @@ def test_a_clock_set_back_lengthens_no_lease_beyond_its_own_length(ledger: Ledge
     assert left == {b"a": pytest.approx(8, abs=5), b"b": pytest.approx(60, abs=5)}
 
 
-def test_a_clock_set_back_makes_nobody_live_longer(ledger: Ledger):
+def test_a_clock_set_back_keeps_no_worker_in_the_registry_longer(ledger: Ledger):
     ledger.ask(calls.beat("w", "{}", forget_after_s=60))
     silent(ledger, "dead", -3_600)
     ledger.ask(calls.beat("w", "{}", forget_after_s=60))
@@ -318,7 +318,7 @@ def test_a_clock_set_back_makes_nobody_live_longer(ledger: Ledger):
     assert beaten <= now(ledger)
 
 
-def test_a_worker_of_a_clock_that_was_set_back_since_has_an_age_of_nothing(newest_ledger: Ledger):
+def test_a_worker_seen_before_a_clock_was_set_back_has_an_age_of_zero(newest_ledger: Ledger):
     newest_ledger.redis.hset(
         "rerankq:workers", "w", f'{now(newest_ledger) + 3_600:.6f} {{"model": "m", "fingerprint": "f"}}'
     )
@@ -331,7 +331,7 @@ def test_a_clock_set_back_keeps_no_sweeper_out(ledger: Ledger):
     assert ledger.redis.pttl("rerankq:sweeper") <= 3_000
 
 
-def test_bells_rung_before_a_clock_was_set_back_are_sent_again_where_they_are_lost_and_only_there(ledger: Ledger):
+def test_doorbells_sent_before_a_clock_was_set_back_are_sent_again_only_if_they_are_lost(ledger: Ledger):
     submit(ledger, "a", "b")
     rung_ago(ledger, {"a": -3_600, "b": -3_601})
     assert sweep(ledger).overdue == (BULK,)
@@ -345,7 +345,7 @@ def test_bells_rung_before_a_clock_was_set_back_are_sent_again_where_they_are_lo
     assert ledger.ask(calls.sweep("s", TERMS, counted=counted)).doorbells == 0
 
 
-def test_whoever_comes_after_a_clock_was_set_back_stands_behind_those_who_wait(ledger: Ledger):
+def test_jobs_submitted_after_a_clock_was_set_back_queue_behind_those_that_wait(ledger: Ledger):
     full = TERMS._replace(doorbell_window=0)
     submit(ledger, "before", limits=full)
     ledger.redis.zadd(f"rerankq:waiting:{BULK}", {"before": now(ledger) + 3_600})
@@ -406,7 +406,7 @@ def test_a_dead_job_that_is_tried_again_has_all_its_attempts_and_stays_a_suspect
     assert (status.state, status.attempts, status.error, status.started_at, status.ended_at) == (
         *("queued", 0, None, None, None),
     )
-    assert ledger.ask(calls.retry("poison", TERMS)) == calls.Retrial("queued", None), "it is rung for once"
+    assert ledger.ask(calls.retry("poison", TERMS)) == calls.Retrial("queued", None), "one doorbell is sent"
     assert not ledger.redis.hexists("rerankq:job:poison", "lost"), "it stands in line by its age"
     assert ledger.redis.hget("rerankq:backlog", "*") == b"5"
     killed(ledger, "poison")
@@ -498,7 +498,7 @@ def rung_ago(ledger: Ledger, ages: dict[str, float], queue: str = BULK) -> None:
     ledger.redis.zadd(f"rerankq:sent:{queue}", {name: now(ledger) - age for name, age in ages.items()})
 
 
-def test_lost_bells_are_as_many_as_the_broker_lacks_and_those_out_for_longest(ledger: Ledger):
+def test_as_many_doorbells_are_lost_as_the_broker_lacks_the_oldest_first(ledger: Ledger):
     submit(ledger, "a", "b", "c", "young")
     rung_ago(ledger, {"a": 20, "b": 30, "c": 10, "young": 1})
     assert sweep(ledger, {BULK: 4}).doorbells == 0, "they are all in the broker, however long they wait"
@@ -506,11 +506,11 @@ def test_lost_bells_are_as_many_as_the_broker_lacks_and_those_out_for_longest(le
     assert sweep(ledger, {BULK: 3}).doorbells == 1
     assert [doorbell.id for doorbell in ledger.ask(calls.refill_window([BULK], TERMS))] == ["b"]
     assert sweep(ledger, {BULK: 4}).doorbells == 0
-    assert sweep(ledger, {BULK: 0}).doorbells == 2, "what was rung lately may be on its way"
+    assert sweep(ledger, {BULK: 0}).doorbells == 2, "a doorbell that was sent lately may be on its way"
     assert ledger.redis.zrange(f"rerankq:sent:{BULK}", 0, -1) == [b"young", b"b"]
 
 
-def test_the_broker_is_asked_only_where_bells_are_out_for_long(ledger: Ledger):
+def test_the_broker_is_asked_only_if_doorbells_are_out_for_long(ledger: Ledger):
     submit(ledger, "bulk")
     submit(ledger, "interactive", priority="interactive")
     assert sweep(ledger).overdue == ()
@@ -518,7 +518,7 @@ def test_the_broker_is_asked_only_where_bells_are_out_for_long(ledger: Ledger):
     assert sweep(ledger).overdue == (BULK,)
 
 
-def test_bells_of_all_tenants_share_what_the_broker_holds(ledger: Ledger):
+def test_doorbells_of_all_tenants_share_the_brokers_messages(ledger: Ledger):
     for tenant in ("one", "other"):
         submit(ledger, f"{tenant}-0", f"{tenant}-1", tenant=tenant)
         rung_ago(ledger, {f"{tenant}-0": 20 + len(tenant), f"{tenant}-1": 10 + len(tenant)}, f"{BULK}:{tenant}")
@@ -548,14 +548,14 @@ def test_sending_again_never_makes_the_broker_hold_more_than_is_out(ledger: Ledg
     assert in_broker == len(names)
 
 
-def test_lost_bells_overtake_a_full_window(ledger: Ledger):
+def test_lost_doorbells_overtake_a_full_window(ledger: Ledger):
     limits = TERMS._replace(doorbell_window=4)
     submit(ledger, "lost-0", "lost-1", "out-0", "out-1", "behind-0", "behind-1", limits=limits)
     rung_ago(ledger, {"lost-0": 40, "lost-1": 39, "out-0": 24, "out-1": 23})
     assert sweep(ledger, {BULK: 2}).doorbells == 2
     doorbells = ledger.ask(calls.refill_window([BULK], limits))
     assert [(doorbell.id, doorbell.ahead) for doorbell in doorbells] == [("lost-0", True), ("lost-1", True)]
-    # The window is full: lost a second time, it is rung for all the same.
+    # The window is full: lost a second time, its doorbell is sent all the same.
     rung_ago(ledger, {"lost-1": 60} | {f"filler-{at}": 0 for at in range(6)})
     assert sweep(ledger, {BULK: 9}).doorbells == 1
     assert [(doorbell.id, doorbell.ahead) for doorbell in ledger.ask(calls.refill_window([BULK], limits))] == [
@@ -593,7 +593,7 @@ def test_doorbells_taken_one_at_a_time_go_to_tenants_in_turn(ledger: Ledger):
     assert {one[0] for one in taken[:2]} == {one[0] for one in taken[2:]} == {"a", "b"}
 
 
-def test_a_tenant_without_jobs_leaves_the_line_of_tenants(ledger: Ledger):
+def test_a_tenant_without_jobs_is_removed_from_its_queue(ledger: Ledger):
     submit(ledger, "a", tenant="gone")
     taken = claim(ledger, "a")
     ledger.ask(calls.complete("a", taken.fence, ranking("a"), TERMS))
@@ -601,7 +601,7 @@ def test_a_tenant_without_jobs_leaves_the_line_of_tenants(ledger: Ledger):
     assert ledger.redis.exists(f"rerankq:tenants:{BULK}") == 0
 
 
-def test_a_bell_whose_job_was_removed_by_other_hands_is_dropped(ledger: Ledger):
+def test_a_doorbell_whose_record_was_removed_is_dropped(ledger: Ledger):
     submit(ledger, "a")
     ledger.redis.delete("rerankq:job:a")
     assert sweep(ledger, {BULK: 0}).doorbells == 0
@@ -659,7 +659,7 @@ def test_jobs_of_a_former_queue_move_a_few_at_a_time_with_their_deadlines_and_th
 @pytest.mark.parametrize(
     "lost", [f"rerankq:{key}" for key in (f"waiting:{BULK}", f"sent:{BULK}", "queues", f"tenants:{BULK}", "backlog")]
 )
-def test_a_queued_job_whose_place_was_evicted_is_found_again_when_somebody_asks_for_it(ledger: Ledger, lost: str):
+def test_a_queued_job_evicted_from_its_index_is_restored_when_it_is_read(ledger: Ledger, lost: str):
     submit(ledger, "a", "b", limits=TERMS._replace(doorbell_window=1))
     ledger.redis.delete(lost)
     for name in "ab":
@@ -672,7 +672,7 @@ def test_a_queued_job_whose_place_was_evicted_is_found_again_when_somebody_asks_
         ledger.ask(calls.complete(name, claim(ledger, name).fence, ranking(name), TERMS))
 
 
-def test_a_running_or_dead_job_whose_place_was_evicted_is_found_again_too(ledger: Ledger):
+def test_a_running_or_dead_job_evicted_from_its_index_is_restored_too(ledger: Ledger):
     submit(ledger, "running", "dead")
     killed(ledger, "dead")
     claim(ledger, "running")
@@ -687,7 +687,7 @@ def test_a_running_or_dead_job_whose_place_was_evicted_is_found_again_too(ledger
 # Submitting
 
 
-def test_a_longer_patience_prolongs_a_job_for_all_and_a_shorter_one_does_not_cut_it(ledger: Ledger):
+def test_a_longer_deadline_holds_for_all_who_submitted_and_a_shorter_one_changes_nothing(ledger: Ledger):
     def deadline() -> float:
         return float(ledger.redis.hget("rerankq:job:a", "deadline") or "inf") - now(ledger)
 
@@ -701,7 +701,7 @@ def test_a_longer_patience_prolongs_a_job_for_all_and_a_shorter_one_does_not_cut
     assert ledger.redis.zcard("rerankq:deadlines") == 0
 
 
-def test_what_ended_is_kept_for_as_long_as_the_most_patient_asked(ledger: Ledger):
+def test_an_ended_job_is_kept_for_the_longest_time_that_was_asked(ledger: Ledger):
     def kept_s(name: str) -> int:
         return ledger.redis.ttl(f"rerankq:job:{name}")
 
@@ -740,7 +740,7 @@ def test_a_job_that_was_started_in_time_expires_no_more_however_often_it_is_queu
         assert claim(ledger, name)
 
 
-def test_an_interactive_submission_lifts_a_queued_bulk_job_and_says_to_ring(ledger: Ledger):
+def test_an_interactive_submission_lifts_a_queued_bulk_job_and_asks_for_a_doorbell(ledger: Ledger):
     submit(ledger, "a")
     lifted = ledger.ask(calls.submit(new_job("a", priority="interactive"), TERMS))
     assert lifted == calls.Acceptance("queued", send=True)
@@ -843,7 +843,7 @@ def test_a_job_set_aside_is_published_and_has_no_time_to_live(ledger: Ledger):
     completions.close()
 
 
-def test_a_sweep_expires_what_is_late_and_forgets_deadlines_of_jobs_that_are_none(ledger: Ledger):
+def test_a_sweep_expires_late_jobs_and_forgets_deadlines_without_a_job(ledger: Ledger):
     submit(ledger, "late", "in time", deadline_s=1_000)
     ledger.redis.hset("rerankq:job:late", "deadline", "1.0")
     ledger.redis.zadd("rerankq:deadlines", {"late": 1, "removed by other hands": 1})
@@ -886,7 +886,7 @@ def test_a_sweep_judges_so_many_and_the_next_one_goes_on(ledger: Ledger):
     assert swept == [10, 10, 5, 0]
 
 
-def test_the_registry_shows_who_lives_and_forgets_who_is_long_gone(ledger: Ledger):
+def test_the_registry_shows_living_workers_and_forgets_those_long_gone(ledger: Ledger):
     said = '{"model": "m", "fingerprint": "f", "queues": ["rerankq.interactive.x", "rerankq.bulk.x"]}'
     ledger.ask(calls.beat("w", said, forget_after_s=60))
     (worker,) = ledger.workers()
@@ -927,7 +927,7 @@ def test_a_server_that_refuses_is_a_broker_unavailable(newest_ledger: Ledger):
     assert right.status.state == "unknown"
 
 
-def test_a_ranking_of_another_version_is_this_jobs_failure_alone(newest_ledger: Ledger):
+def test_a_ranking_of_another_version_fails_its_own_job_only(newest_ledger: Ledger):
     submit(newest_ledger, "a", "b")
     for name in "ab":
         newest_ledger.ask(calls.complete(name, claim(newest_ledger, name).fence, ranking(name), TERMS))
@@ -937,7 +937,7 @@ def test_a_ranking_of_another_version_is_this_jobs_failure_alone(newest_ledger: 
     assert looks[1].ranking == ranking("b")
 
 
-def test_a_failure_in_words_that_no_utf8_can_carry_is_stored_all_the_same(newest_ledger: Ledger):
+def test_an_error_message_that_utf8_cannot_encode_is_stored(newest_ledger: Ledger):
     submit(newest_ledger, "a")
     failure = calls.fail("a", claim(newest_ledger, "a").fence, "JobFailed", "broken \ud800 text " * 1_000, TERMS)
     assert newest_ledger.ask(failure) == "failed"
@@ -1062,7 +1062,7 @@ def test_a_really_full_ledger_drains_to_the_last_job(small_server: Callable, wai
     assert used(ledger) < 1
 
 
-def test_what_the_server_refuses_for_its_memory_is_a_queue_full(small_server: Callable, wait_until: Callable):
+def test_a_refusal_for_lack_of_memory_is_a_queue_full(small_server: Callable, wait_until: Callable):
     ledger = small_server("20mb")
     fill_up(ledger, wait_until)
     for refused in (
@@ -1110,7 +1110,7 @@ def commands_of(ledger: Ledger, work: Callable[[], None]) -> dict[str, int]:
     return {name: count for name, count in ours.items() if not name.startswith(("config", "client", "hello", "ping"))}
 
 
-def test_what_a_job_costs_does_not_grow_with_the_jobs_that_wait(ledger: Ledger):
+def test_the_cost_of_a_job_does_not_grow_with_the_jobs_that_wait(ledger: Ledger):
     def a_few_jobs(prefix: str) -> None:
         for number in range(10):
             submit(ledger, f"{prefix}-{number}")

@@ -116,7 +116,7 @@ def every_call(name: str, fence: int) -> list[calls.Call[Any]]:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(state=states, how=damages | st.binary(max_size=10), order=st.randoms(use_true_random=False))
-def test_whatever_is_asked_of_a_damaged_record_the_answer_is_one_of_ours(
+def test_every_call_on_a_damaged_record_answers_or_raises_one_of_our_errors(
     ledger: Ledger, state: str, how: dict[str, bytes | None] | bytes, order: Any
 ):
     ledger.redis.flushall()
@@ -166,7 +166,7 @@ def test_a_job_that_cannot_go_on_fails_and_says_why(ledger: Ledger, state: str, 
 
 
 @pytest.mark.parametrize("how", [{"created": b"x"}, dict.fromkeys(FIELDS, GONE)])
-def test_what_other_hands_removed_or_damaged_does_not_fill_the_backlog_for_ever(ledger: Ledger, how: dict):
+def test_removed_or_damaged_records_do_not_fill_the_backlog_for_ever(ledger: Ledger, how: dict):
     ledger.redis.flushall()
     ledger.ask(calls.submit(new_job("damaged"), TERMS))
     damage(ledger, "damaged", how)
@@ -187,7 +187,7 @@ def test_a_dead_job_that_cannot_be_retried_stays_dead_and_keeps_its_payload(ledg
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(found=st.dictionaries(st.binary(min_size=1, max_size=8), st.binary(max_size=60), max_size=3), more=st.data())
-def test_what_other_hands_wrote_among_the_workers_is_no_worker(ledger: Ledger, found: dict[bytes, bytes], more: Any):
+def test_registry_entries_that_no_worker_wrote_are_skipped(ledger: Ledger, found: dict[bytes, bytes], more: Any):
     ledger.redis.flushall()
     good = json.dumps({"model": "m", "fingerprint": "f", "queues": [QUEUE]})
     ledger.ask(calls.beat("good", good, forget_after_s=60))

@@ -34,7 +34,7 @@ def rank(ledger: Ledger, weights: str) -> None:
     assert ledger.ask(calls.complete("a", claim(ledger).fence, ranking, TERMS)) == "done"
 
 
-def test_a_ranking_of_other_weights_than_those_alive_is_made_anew_when_its_job_is_submitted(ledger: Ledger):
+def test_a_ranking_of_former_weights_is_made_anew_when_its_job_is_submitted(ledger: Ledger):
     submit(ledger, "old")
     rank(ledger, "old")
     assert submit(ledger, "old") == "done"

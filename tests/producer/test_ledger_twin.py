@@ -583,7 +583,7 @@ class BothLedgers(RuleBasedStateMachine):
                 self.twin.jobs[name].sent = next(self.twin.clock)
         for queue in queues:
             there = sum(room[queue, tenant] for tenant in TENANTS)
-            assert sum(len(sent[queue, tenant]) for tenant in TENANTS) == min(most, there), "nothing is left unrung"
+            assert sum(len(sent[queue, tenant]) for tenant in TENANTS) == min(most, there), "nothing is left unsent"
 
     @precondition(lambda self: any(job.state == "running" for job in self.twin.jobs.values()))
     @rule(data=st.data())

@@ -5,7 +5,7 @@ from itertools import pairwise
 from rerankq.outage import FIRST_INTERVAL_S, LONGEST_INTERVAL_S, Outage
 
 
-def test_an_outage_is_said_at_intervals_that_double_up_to_an_hour_and_the_next_one_begins_anew():
+def test_an_outage_is_logged_at_intervals_that_double_up_to_an_hour():
     ledger = Outage()
     said = [now for now in range(0, 100_000, 10) if ledger.fails(now)]
     intervals = [after - before for before, after in pairwise(said)]

@@ -32,16 +32,16 @@ def test_without_any_worker_a_job_waits_for_the_default_model():
     assert place(None, worker("other", suffix=".other")) == Route("the default", (), "")
 
 
-def test_a_worker_that_is_gone_for_the_moment_still_tells_which_model_will_answer_but_not_by_which_weights():
+def test_a_worker_that_is_gone_still_names_the_default_model_but_not_its_weights():
     assert place(None, worker("m", "w", age_s=1_000)) == Route("m", (), "")
     assert place(None, worker("m", "old", age_s=1_000), worker("m", "new")) == Route("m", ("new",), "")
 
 
-def test_the_model_of_a_worker_that_lives_goes_before_that_of_one_that_is_gone():
+def test_the_model_of_a_living_worker_goes_before_that_of_one_that_is_gone():
     assert place(None, worker("former", "a", age_s=1_000), worker("new", "z")) == Route("new", ("z",), "")
 
 
-def test_all_weights_that_answer_while_a_fleet_is_renewed_are_known():
+def test_a_route_holds_all_weights_in_use_while_a_fleet_is_renewed():
     fleet = [worker("m", "new"), worker("m", "old"), worker("m", "old"), worker("n", "other", suffix=".n")]
     assert place(None, *fleet).weights == place("m", *fleet).weights == ("new", "old")
     assert place("n", *fleet).weights == ("other",)
@@ -72,12 +72,12 @@ def test_a_listed_model_is_accepted_before_its_worker_comes():
     assert place("the default", listed=("the default",)).suffix == ""
 
 
-def test_an_unknown_model_is_told_what_there_is():
+def test_the_error_for_an_unknown_model_names_those_served():
     with pytest.raises(ModelUnknown, match=r"'x'; served here: a, b, c"):
         place("x", worker("b"), worker("a"), worker("gone", age_s=99), listed=("c",))
 
 
-def test_the_choice_does_not_depend_on_the_order_of_the_registry():
+def test_a_route_does_not_depend_on_the_order_of_the_registry():
     fleet = [worker("m", "b"), worker("m", "a"), worker("m", "c", age_s=99)]
     assert {place(None, *order) for order in itertools.permutations(fleet)} == {Route("m", ("a", "b"), "")}
     assert {place("m", *order) for order in itertools.permutations(fleet)} == {Route("m", ("a", "b"), "")}
@@ -91,7 +91,7 @@ ALIKE = [
 ]
 
 
-def test_names_that_differ_only_in_what_a_queue_cannot_say_have_queues_of_their_own():
+def test_names_that_differ_only_in_replaced_characters_have_different_queues():
     assert len({suffix_of(name, "another") for name in ALIKE}) == len(ALIKE)
     assert "" not in {suffix_of(name, "another") for name in ALIKE}
 
@@ -104,7 +104,7 @@ def test_no_two_models_share_a_queue(names: list[str]):
 
 @settings(deadline=None)
 @given(st.text(min_size=1))
-def test_any_name_of_a_model_gives_a_queue_that_any_broker_takes(name: str):
+def test_every_model_name_gives_a_valid_queue_name(name: str):
     assert re.fullmatch(r"rerankq\.bulk\.[A-Za-z0-9_-]{17,57}", queue_name("bulk", suffix_of(name, "\0")))
 
 

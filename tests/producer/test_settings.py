@@ -33,7 +33,7 @@ def test_each_field_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch):
     assert (settings.max_batch_tokens, settings.dtype, settings.conf_dir) == (4096, "bfloat16", Path("conf"))
 
 
-def test_a_file_works_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch):
+def test_a_file_of_settings_is_read_and_the_environment_overrides_it(monkeypatch: pytest.MonkeyPatch):
     Path(".env").write_text("RERANKQ_LEASE_S=3\nRERANKQ_MODEL=stub\nUNRELATED=1\nRERANKQ_UNKNOWN=1\n")
     monkeypatch.setenv("RERANKQ_LEASE_S", "4")
     assert (Settings().lease_s, Settings().model) == (4, "stub")
@@ -45,7 +45,7 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch):
     assert (Settings().broker_url, Settings().lease_s) == (None, 8)
 
 
-def test_all_mistakes_are_told_together(monkeypatch: pytest.MonkeyPatch):
+def test_all_mistakes_are_reported_together(monkeypatch: pytest.MonkeyPatch):
     wrong = {
         "LEASE_S": "soon",
         "CONCURRENCY": "0",
@@ -64,12 +64,12 @@ def test_all_mistakes_are_told_together(monkeypatch: pytest.MonkeyPatch):
         assert "secret" not in str(caught.value), "URLs hold passwords"
 
 
-def test_a_database_that_is_no_number_is_not_taken_for_the_first():
+def test_a_database_that_is_not_a_number_is_refused():
     with pytest.raises(SettingsInvalid, match="RERANKQ_LEDGER_URL: expected the number of a database"):
         Settings(broker_url="redis://host/0", ledger_url="redis://host/jobs")
 
 
-def test_every_setting_says_what_it_is():
+def test_every_setting_has_a_description():
     for name, field in Settings.model_fields.items():
         assert field.description, name
 
@@ -83,7 +83,7 @@ def test_one_redis_serves_three_roles_in_databases_of_its_own():
     assert (apart.ledger, apart.cache) == ("redis://b:1/7", "redis://c")
 
 
-def test_a_broker_that_is_no_redis_wants_a_ledger_of_its_own():
+def test_a_broker_other_than_redis_requires_a_ledger_url():
     with pytest.raises(SettingsInvalid, match="RERANKQ_LEDGER_URL: is not set") as caught:
         Settings(broker_url="amqp://guest@host//", concurrency=0)
     assert "RERANKQ_CONCURRENCY" in str(caught.value), "with the others"
@@ -150,7 +150,7 @@ def test_channels_carry_the_deployments_name_because_they_ignore_databases():
         ("runtime", "onnx"),
     ],
 )
-def test_every_number_and_word_has_limits_that_are_told(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch):
+def test_every_setting_has_limits_that_its_error_names(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(f"RERANKQ_{name.upper()}", wrong)
     with pytest.raises(SettingsInvalid) as caught:
         Settings()
@@ -159,7 +159,7 @@ def test_every_number_and_word_has_limits_that_are_told(name: str, wrong: str, m
     assert len(line) < 300
 
 
-def test_a_wrong_device_or_budget_is_told_what_is_right(monkeypatch: pytest.MonkeyPatch):
+def test_the_error_for_a_wrong_device_or_budget_names_valid_values(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RERANKQ_DEVICE", "gpu")
     monkeypatch.setenv("RERANKQ_MAX_BATCH_TOKENS", "-1")
     with pytest.raises(SettingsInvalid) as caught:
@@ -172,7 +172,7 @@ def test_a_wrong_device_or_budget_is_told_what_is_right(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("written", ["{}\n", "{}\r\n", " {} ", "\t{}"])
-def test_blanks_at_the_ends_of_a_variable_are_no_part_of_it(written: str, monkeypatch: pytest.MonkeyPatch):
+def test_whitespace_around_a_variable_is_removed(written: str, monkeypatch: pytest.MonkeyPatch):
     said = {"BROKER_URL": "redis://host/0", "MODEL": "stub", "DEVICE": "cpu", "LEASE_S": "3", "DEPLOYMENT": "blue"}
     for name, value in said.items():
         monkeypatch.setenv(f"RERANKQ_{name}", written.format(value))
@@ -182,7 +182,7 @@ def test_blanks_at_the_ends_of_a_variable_are_no_part_of_it(written: str, monkey
 
 
 @pytest.mark.parametrize("mark", ["'", '"'])
-def test_quotation_marks_that_nobody_removed_are_named(mark: str, monkeypatch: pytest.MonkeyPatch):
+def test_quotation_marks_around_a_value_are_refused(mark: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RERANKQ_MODEL", f"{mark}stub{mark}")
     monkeypatch.setenv("RERANKQ_BROKER_URL", f"{mark}redis://:secret@host/0{mark}")
     with pytest.raises(SettingsInvalid) as caught:
@@ -194,7 +194,7 @@ def test_quotation_marks_that_nobody_removed_are_named(mark: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("option", ["ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"])
-def test_a_file_that_a_url_names_and_that_is_not_there_is_said_with_its_option(option: str):
+def test_a_missing_file_in_a_url_is_refused_naming_its_option(option: str):
     url = f"rediss://:secret@host/0?{option}=here.pem"
     with pytest.raises(
         SettingsInvalid, match=f"^RERANKQ_BROKER_URL: option {option} names a file that does not exist here$"
@@ -230,7 +230,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_line_and_the_reason(
     assert "secret" not in str(caught.value)
 
 
-def test_a_file_that_is_none_is_a_mistake_and_a_virtual_environment_is_not():
+def test_a_folder_instead_of_a_file_is_refused_unless_it_is_a_virtual_environment():
     Path(".env").mkdir()
     with pytest.raises(SettingsInvalid, match=r"\.env: is a folder; expected a file"):
         Settings()
@@ -241,12 +241,12 @@ def test_a_file_that_is_none_is_a_mistake_and_a_virtual_environment_is_not():
         Settings(_env_file="loop")
 
 
-def test_a_file_may_begin_with_a_mark_and_end_its_lines_as_windows_does():
+def test_a_file_may_have_a_byte_order_mark_and_windows_line_ends():
     Path(".env").write_bytes(b"\xef\xbb\xbfRERANKQ_LEASE_S=3\r\nRERANKQ_MODEL=stub\r\n")
     assert (Settings().lease_s, Settings().model) == (3, "stub")
 
 
-def test_a_name_that_is_almost_a_settings_is_warned_of_once_wherever_it_stands(
+def test_a_variable_that_is_almost_a_setting_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr("rerankq.settings._warned", set())
@@ -284,7 +284,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_number_may_be_as_small_and_as_large_as_its_limits_and_no_further(name: str):
+def test_the_limits_of_a_number_are_inclusive(name: str):
     least, most = LIMITS[name]
     for right in (least, most):
         assert getattr(Settings(**{name: right}), name) == right
@@ -293,12 +293,12 @@ def test_a_number_may_be_as_small_and_as_large_as_its_limits_and_no_further(name
             Settings(**{name: wrong})
 
 
-def test_settings_that_are_printed_show_no_password():
+def test_printed_settings_show_no_password():
     urls = {f"{role}_url": f"redis://:secret@{role}/0" for role in ("broker", "ledger", "cache")}
     assert "secret" not in f"{Settings(**urls)} {Settings(**urls)!r}"
 
 
-def test_quotation_marks_with_nothing_between_them_are_named_too(monkeypatch: pytest.MonkeyPatch):
+def test_quotation_marks_around_an_empty_value_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RERANKQ_DEFAULT_MODEL", '""')
     with pytest.raises(SettingsInvalid, match="RERANKQ_DEFAULT_MODEL: is in quotation marks"):
         Settings()

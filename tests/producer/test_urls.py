@@ -53,7 +53,7 @@ def test_a_password_works_as_written_or_is_refused_by_the_character_that_cannot_
         assert "wo" not in str(caught.value).replace("word", "")
 
 
-def test_a_port_is_one_that_there_is():
+def test_a_port_is_from_1_to_65535():
     assert [read(f"redis://host:{port}/0").hosts for port in (1, 65_535)] == [(("host", 1),), (("host", 65_535),)]
     for port in (0, 65_536):
         with pytest.raises(ValueError, match="from 1 to 65535"):
@@ -78,7 +78,7 @@ def test_the_path_of_a_socket_is_measured_in_bytes():
 
 
 @pytest.mark.parametrize("character", ["\t", "\n", "\r", "\0", "\x7f", "\udcff"])
-def test_what_no_url_holds_is_refused_and_not_dropped(character: str):
+def test_characters_that_no_url_holds_are_refused(character: str):
     with pytest.raises(ValueError, match=r"control character|not UTF-8"):
         read(f"redis://:se{character}cret@host/0")
 
@@ -115,14 +115,14 @@ def test_a_password_that_spoils_its_url_is_not_quoted_and_not_taken_for_a_host(s
         "secret",
     ],
 )
-def test_no_sentence_about_a_url_holds_a_word_of_it(url: str):
+def test_no_message_about_a_url_quotes_it(url: str):
     with pytest.raises(ValueError, match=r"\w") as caught:
         read(url)
     for word in ("word", "secret@", "sec&", " ret ", "ret=", "99999"):
         assert word not in str(caught.value).replace("password", "")
 
 
-def test_an_address_can_be_printed():
+def test_a_printed_address_shows_no_password():
     address = read("redis://me:secret@host/0?password=other&client_name=x")
     assert "secret" not in repr(address)
     assert "other" not in repr(address)
@@ -140,7 +140,7 @@ def test_every_option_of_redis_py_has_a_meaning_for_every_kind_of_url(kind: str)
             read(url_of(kind, "", f"{name}=1"))
 
 
-def test_options_of_tls_are_refused_where_there_is_none():
+def test_options_of_tls_are_refused_without_tls():
     values = {
         "ssl_cert_reqs": "CERT_REQUIRED",
         "ssl_check_hostname": "no",
@@ -207,7 +207,7 @@ def test_a_slash_after_the_number_of_a_database_changes_nothing():
 
 
 @pytest.mark.parametrize("url", [" redis://host/0", "redis://host/0 ", "unix:///run/redis.sock "])
-def test_a_space_that_nobody_sees_at_an_end_of_a_url_is_named(url: str):
+def test_a_space_at_an_end_of_a_url_is_refused(url: str):
     with pytest.raises(ValueError, match="begins or ends with a space"):
         read(url)
 
