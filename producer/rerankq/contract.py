@@ -1,4 +1,4 @@
-"""What crosses a process: jobs in, rankings out, as frozen models.
+"""What crosses a process: jobs, rankings, statuses, as frozen models.
 
 Every model refuses unknown fields. What callers write (:class:`RerankJob`, :class:`Chunk`, :class:`Fusion`) and is not
 well formed raises :class:`JobRejected` naming each field; where pydantic validates them as a part of other models, it
@@ -41,7 +41,7 @@ ENDED: frozenset[str] = frozenset({"done", "failed", "expired", "cancelled", "de
 # The largest size of a number, and of a weight: products of several of them still are numbers.
 MAX_SIZE = 1e30
 MAX_WEIGHT = 1e9
-# The smallest weight that is one; below, a product of two is nothing, or loses its digits.
+# The smallest weight; below, a product of two is zero or loses digits.
 MIN_WEIGHT = 1e-30
 # Tokens, chunks: more than any model reads, or any job holds.
 MAX_COUNT = 1_000_000
@@ -52,11 +52,11 @@ MAX_DIGITS = 1_000
 
 
 def _no_truth_value(value: object) -> object:
-    # Python counts with True; whoever writes it where a number belongs has mixed up two fields. numpy has its own.
+    # True is an integer in Python; written where a number belongs, two fields were mixed up. numpy has its own type.
     if type(value).__name__ in {"bool", "bool_"}:
         msg = "expected a number, not true or false"
         raise ValueError(msg)
-    # What Python's floating-point numbers have no room for.
+    # Too large for a float.
     if isinstance(value, _TooLong) or (isinstance(value, int) and value.bit_length() > 1_000):
         msg = f"expected a number from {-MAX_SIZE:g} to {MAX_SIZE:g}"
         raise ValueError(msg)
@@ -81,7 +81,7 @@ Number = Annotated[float, BeforeValidator(_no_truth_value)]
 Count = Annotated[int, BeforeValidator(_no_truth_value), Field(le=MAX_COUNT)]
 Finite = Annotated[Number, Field(allow_inf_nan=False), AfterValidator(_at_most)]
 Weight = Annotated[Number, Field(ge=0, le=MAX_WEIGHT, allow_inf_nan=False), AfterValidator(_weight)]
-# NaN and infinity are what a first stage says of a chunk that it has not seen.
+# NaN and infinity mean that the first stage has no score for the chunk.
 FirstStage = Annotated[Number, AfterValidator(_at_most)]
 
 
@@ -92,7 +92,7 @@ def _sound(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        msg = f"holds a lone surrogate at character {error.start}, which is no text"
+        msg = f"holds a lone surrogate at character {error.start}, which is not valid text"
         raise ValueError(msg) from None
     return text
 
@@ -106,7 +106,7 @@ MAX_DEPTH = 64
 
 
 class _TooLong:
-    """An integer of more digits than is allowed, as it was read: no field takes it, so that its place is named."""
+    """An integer with too many digits, as it was read: no field accepts it, so the error names the field."""
 
 
 _MAX_BITS = int(MAX_DIGITS * math.log2(10))
@@ -130,7 +130,7 @@ def _carriable(value: object, depth: int = 0) -> object:
     return value
 
 
-# pydantic would change what JSON cannot carry without a word; metadata is handed back untouched or not taken.
+# pydantic would silently change values that JSON cannot carry; metadata is returned unchanged or rejected.
 Metadata = Annotated[dict[str, JsonValue], BeforeValidator(_carriable)]
 
 
@@ -163,12 +163,12 @@ def _sorted(mapping: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _field(read_by: str, description: str, *, unit: str = "", **options: Any) -> Any:
-    """Declare a field of a job: who reads it, and what its number counts. ``docs/jobs.md`` is made from this."""
+    """Declare a field of a job: who reads it, and its unit. ``docs/jobs.md`` is made from this."""
     return Field(description=description, json_schema_extra={"read_by": read_by, "unit": unit}, **options)
 
 
 def _unit(unit: str) -> dict[str, JsonValue]:
-    """Say what a number of an answer counts, for ``docs/jobs.md``."""
+    """Name the unit of a number in an answer, for ``docs/jobs.md``."""
     return {"unit": unit}
 
 
@@ -186,7 +186,7 @@ class Written(Record):
     """
 
     def __init__(self, **fields: Any) -> None:
-        with _in_words():
+        with _as_rejection():
             super().__init__(**fields)
 
     # pydantic's mark of an __init__ that is only its own: inside of other models it validates without it, and names
@@ -195,13 +195,13 @@ class Written(Record):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
-        """As pydantic's, in words of ours."""
-        with _in_words():
+        """As pydantic's, with our errors."""
+        with _as_rejection():
             return super().model_validate(obj, **options)
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
-        """As pydantic's, in words of ours; a key that is given twice is refused."""
+        """As pydantic's, with our errors; a key that is given twice is refused."""
         return cls.model_validate(
             _read_json(bytes(json_data) if isinstance(json_data, bytearray) else json_data), **options
         )
@@ -567,7 +567,7 @@ class JobEvent(Record):
     """One line of a dead job's history, such as ``claimed``, ``alone`` or ``lease-over``."""
 
     at: float = Field(description="When, by the ledger's clock.", json_schema_extra=_unit("seconds since the epoch"))
-    event: str = Field(description="What happened; the words are explained in ``docs/ledger.md``.")
+    event: str = Field(description="What happened; the events are explained in ``docs/ledger.md``.")
     worker: str = Field("", description="Which worker it concerns.")
 
 
@@ -592,7 +592,7 @@ class DeadJob(Record):
 
 
 class _Misplaced(ValueError):
-    """Raised by a validator of a whole for a fault in a part of it, whose place pydantic cannot know."""
+    """Raised by a validator of a whole model for a fault in one part, whose location pydantic cannot know."""
 
     def __init__(self, place: str, message: str) -> None:
         super().__init__(message)
@@ -600,22 +600,22 @@ class _Misplaced(ValueError):
 
 
 def rejection(error: ValidationError) -> JobRejected:
-    """Say a validation error in one line: each field with what was expected, the first five."""
+    """Write a validation error as one line: the first five fields, each with what was expected."""
     faults = error.errors(include_url=False, include_input=False)
-    places, words = [], []
+    places, messages = [], []
     for fault in faults:
         reason = fault.get("ctx", {}).get("error")
         parts = [str(part) for part in fault["loc"] if part not in {_NUMBERS, _PROFILE}]
         places.append(".".join([*parts, reason.place] if isinstance(reason, _Misplaced) else parts))
-        words.append(fault["msg"].removeprefix("Value error, "))
-    said = [f"{place}: {word}" if place else word for place, word in zip(places, words, strict=True)]
+        messages.append(fault["msg"].removeprefix("Value error, "))
+    said = [f"{place}: {message}" if place else message for place, message in zip(places, messages, strict=True)]
     more = f" (and {len(said) - 5} more)" if len(said) > 5 else ""
     rest = "; ".join(said[1:5])
-    return JobRejected(words[0] + (f"; {rest}" if rest else "") + more, field=places[0])
+    return JobRejected(messages[0] + (f"; {rest}" if rest else "") + more, field=places[0])
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
+def _as_rejection() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
@@ -627,7 +627,7 @@ def _integer(digits: str) -> int | _TooLong:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # JSON leaves open which one counts, and readers differ.
+    # JSON does not define which one counts, and readers differ.
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for at, (key, _) in enumerate(pairs) if key in {before for before, _ in pairs[:at]})
@@ -646,7 +646,7 @@ def _read_json(text: str | bytes) -> Any:
     except json.JSONDecodeError as error:
         raise JobRejected(f"not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     except UnicodeDecodeError as error:
-        raise JobRejected(f"not JSON: byte {error.start} is no {error.encoding}") from None
+        raise JobRejected(f"not JSON: byte {error.start} is not {error.encoding}") from None
     except RecursionError:
         raise JobRejected("not a job: nested too deeply") from None
 

@@ -1,7 +1,7 @@
-"""What a URL of a Redis or a broker means: decided here alone, for every role, before anything is connected.
+"""Reading URLs of Redis and of brokers: done only here, for every role, before anything is connected.
 
 No message of this module quotes a URL, because any part of one may be a part of a password. The name of an option is
-quoted where it cannot be one.
+quoted if it cannot be one.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def read(url: str, schemes: frozenset[str] = REDIS | AMQP) -> Address:
     """Read a URL of one of *schemes*.
 
     Raises:
-        ValueError: saying what is wrong with it, in none of its own words.
+        ValueError: saying what is wrong with it, without quoting it.
 
     >>> read("unix://:secret@/run/redis.sock?db=3").database
     3
@@ -94,7 +94,7 @@ def read(url: str, schemes: frozenset[str] = REDIS | AMQP) -> Address:
         ...
     ValueError: cannot be read; in a password write / as %2F, in a path @ as %40
     """
-    _refuse_what_is_not_seen(url)
+    _refuse_invisible_characters(url)
     parts = parts_of(url)
     if "://" not in url or parts.scheme not in schemes:
         others = " or amqp://" if schemes >= AMQP else ""
@@ -160,7 +160,7 @@ def masked(url: str) -> str:
 
 
 def encoded(address: Address, *, password: bool = True) -> str:
-    """Write who and where, as all read it: ``USER:PASSWORD@HOST:PORT``, of several hosts the first."""
+    """Write ``USER:PASSWORD@HOST:PORT`` as every library reads it; of several hosts the first."""
     name, word = (quoted(one) if password else "" for one in (address.username or "", address.password or ""))
     host, port = address.hosts[0] if address.hosts else ("", 0)
     at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}" if host else ""
@@ -168,17 +168,17 @@ def encoded(address: Address, *, password: bool = True) -> str:
 
 
 def quoted(text: str) -> str:
-    """Percent-encode all that could mean something in a URL."""
+    """Percent-encode every character with a meaning in a URL."""
     return quote(text, safe="")
 
 
-def _refuse_what_is_not_seen(url: str) -> None:
+def _refuse_invisible_characters(url: str) -> None:
     if url != url.strip(" "):
-        raise ValueError("begins or ends with a space; one that is meant is written %20")
+        raise ValueError("begins or ends with a space; a space in a password is written %20")
     for character in url:
         if ord(character) < 32 or ord(character) == 127:
             raise ValueError(
-                f"holds a control character (a line's end?); one that is meant is written {quote(character)}"
+                f"holds a control character (a line break?); in a password it is written {quote(character)}"
             )
         if "\ud800" <= character <= "\udfff":
             raise ValueError("is not UTF-8; other bytes are written percent-encoded")
@@ -225,7 +225,7 @@ def _host(text: str, scheme: str) -> tuple[str, int]:
         raise ValueError(HOW_TO_NAME_A_HOST)
     port = int(found[3]) if found[3] else PORTS[scheme]
     if not 1 <= port <= 65_535:
-        raise ValueError("a port is a number from 1 to 65535")
+        raise ValueError("port must be 1 to 65535")
     # A zone is written with an encoded sign: [fe80::1%25eth0].
     return (found[1] or found[2]).replace("%25", "%"), port
 
@@ -313,7 +313,7 @@ def _verify_flags(text: str) -> list[ssl.VerifyFlags]:
         raise ValueError("names of ssl.VerifyFlags, separated by commas") from None
 
 
-#: Passed to redis-py, by every role to which they mean something.
+#: Passed to redis-py, by every role that has such an option.
 PASSED: dict[str, Callable[[str], Any]] = {
     "db": _whole(0, 1_000_000),
     "username": _words,
@@ -328,7 +328,7 @@ PASSED: dict[str, Callable[[str], Any]] = {
     "socket_timeout": _seconds,
     "timeout": _seconds,
 }
-#: The same, of connections with TLS.
+#: The same, for connections with TLS.
 PASSED_WITH_TLS: dict[str, Callable[[str], Any]] = {
     "ssl_ca_certs": _words,
     "ssl_ca_data": _words,
@@ -343,11 +343,11 @@ PASSED_WITH_TLS: dict[str, Callable[[str], Any]] = {
     "ssl_min_version": _tls_version,
     "ssl_password": _words,
 }
-#: Taken and not followed: how answers are written and read is decided by whoever reads them, which is us.
+#: Accepted and ignored: how answers are encoded is decided by our own code, which reads them.
 OVERRIDDEN = frozenset(
     {"decode_responses", "encoding", "encoding_errors", "legacy_responses", "lib_name", "lib_version", "protocol"}
 )
-#: Of RabbitMQ's connections.
+#: For connections to RabbitMQ.
 PASSED_TO_AMQP: dict[str, Callable[[str], Any]] = {
     "connect_timeout": _seconds,
     "heartbeat": _seconds,
@@ -357,13 +357,13 @@ AMQP_WITH_TLS = ("ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hos
 #: Refused, with the reason.
 REFUSED = {
     "credential_provider": "write USER:PASSWORD@ before the host",
-    "host": "it stands before the question mark",
-    "path": "it stands before the question mark",
-    "port": "it stands before the question mark",
-    "retry_on_error": "which errors are tried again is fixed",
+    "host": "write it before the question mark",
+    "path": "write it before the question mark",
+    "port": "write it before the question mark",
+    "retry_on_error": "the errors that are retried are fixed",
     "ssl": "write rediss:// or sentinels://",
-    "ssl_validate_ocsp": "connections of asyncio cannot do it",
-    "ssl_validate_ocsp_stapled": "connections of asyncio cannot do it",
+    "ssl_validate_ocsp": "connections of asyncio do not support it",
+    "ssl_validate_ocsp_stapled": "connections of asyncio do not support it",
     "virtual_host": "write the database's number after the host, or ?db= after a socket's path",
 }
 
@@ -397,10 +397,10 @@ def _table(scheme: str) -> dict[str, Callable[[str], Any]]:
 def _no_option(name: str, scheme: str, table: Mapping[str, object], *, quoted: bool) -> str:
     if name in PASSED_WITH_TLS:
         encrypted = {"amqp": "amqps", "sentinel": "sentinels"}.get(scheme, "rediss")
-        return f"option {name} is one of encrypted connections: write {encrypted}://"
+        return f"option {name} needs an encrypted connection: write {encrypted}://"
     if name in REFUSED:
         return f"option {name} cannot be given: {REFUSED[name]}"
     if not (quoted and re.fullmatch(r"\w{1,40}", name)):
-        return "has an option that is none; in a password write & as %26, ? as %3F, in an option's value & as %26"
+        return "has an unknown option; in a password write & as %26, ? as %3F, in an option's value & as %26"
     near = difflib.get_close_matches(name, table, 1)
-    return f"has an option {name} that is none" + (f"; did you mean {near[0]}?" if near else "")
+    return f"has an unknown option {name}" + (f"; did you mean {near[0]}?" if near else "")

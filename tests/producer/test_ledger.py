@@ -333,7 +333,7 @@ def test_a_clock_set_back_keeps_no_sweeper_out(ledger: Ledger):
 
 def test_doorbells_sent_before_a_clock_was_set_back_are_sent_again_only_if_they_are_lost(ledger: Ledger):
     submit(ledger, "a", "b")
-    rung_ago(ledger, {"a": -3_600, "b": -3_601})
+    sent_ago(ledger, {"a": -3_600, "b": -3_601})
     assert sweep(ledger).overdue == (BULK,)
     assert sweep(ledger, {BULK: 2}).doorbells == 0
     assert sweep(ledger, {BULK: 1}).doorbells == 1
@@ -494,13 +494,13 @@ def test_a_claim_whose_answer_was_lost_is_answered_again_but_a_second_bell_is_no
 # Bells
 
 
-def rung_ago(ledger: Ledger, ages: dict[str, float], queue: str = BULK) -> None:
+def sent_ago(ledger: Ledger, ages: dict[str, float], queue: str = BULK) -> None:
     ledger.redis.zadd(f"rerankq:sent:{queue}", {name: now(ledger) - age for name, age in ages.items()})
 
 
 def test_as_many_doorbells_are_lost_as_the_broker_lacks_the_oldest_first(ledger: Ledger):
     submit(ledger, "a", "b", "c", "young")
-    rung_ago(ledger, {"a": 20, "b": 30, "c": 10, "young": 1})
+    sent_ago(ledger, {"a": 20, "b": 30, "c": 10, "young": 1})
     assert sweep(ledger, {BULK: 4}).doorbells == 0, "they are all in the broker, however long they wait"
     assert sweep(ledger, {BULK: 7}).doorbells == 0, "doubled ones and those of ended jobs are in it too"
     assert sweep(ledger, {BULK: 3}).doorbells == 1
@@ -514,21 +514,21 @@ def test_the_broker_is_asked_only_if_doorbells_are_out_for_long(ledger: Ledger):
     submit(ledger, "bulk")
     submit(ledger, "interactive", priority="interactive")
     assert sweep(ledger).overdue == ()
-    rung_ago(ledger, {"bulk": 4})
+    sent_ago(ledger, {"bulk": 4})
     assert sweep(ledger).overdue == (BULK,)
 
 
 def test_doorbells_of_all_tenants_share_the_brokers_messages(ledger: Ledger):
     for tenant in ("one", "other"):
         submit(ledger, f"{tenant}-0", f"{tenant}-1", tenant=tenant)
-        rung_ago(ledger, {f"{tenant}-0": 20 + len(tenant), f"{tenant}-1": 10 + len(tenant)}, f"{BULK}:{tenant}")
+        sent_ago(ledger, {f"{tenant}-0": 20 + len(tenant), f"{tenant}-1": 10 + len(tenant)}, f"{BULK}:{tenant}")
     assert sweep(ledger, {BULK: 2}).doorbells == 2
     assert {doorbell.id for doorbell in ledger.ask(calls.refill_window([BULK], TERMS))} == {"one-0", "other-0"}
 
 
 def test_what_was_rung_or_claimed_after_the_broker_was_asked_says_nothing_of_what_it_holds(ledger: Ledger):
     submit(ledger, "a", "b")
-    rung_ago(ledger, {"a": 20, "b": 20})
+    sent_ago(ledger, {"a": 20, "b": 20})
     asked_at = now(ledger)
     submit(ledger, "later")
     claim(ledger, "a")
@@ -542,7 +542,7 @@ def test_sending_again_never_makes_the_broker_hold_more_than_is_out(ledger: Ledg
     submit(ledger, *names)
     in_broker = 15
     for _ in range(10):
-        rung_ago(ledger, dict.fromkeys(names, 20))
+        sent_ago(ledger, dict.fromkeys(names, 20))
         sweep(ledger, {BULK: in_broker})
         in_broker += len(ledger.ask(calls.refill_window([BULK], TERMS)))
     assert in_broker == len(names)
@@ -551,12 +551,12 @@ def test_sending_again_never_makes_the_broker_hold_more_than_is_out(ledger: Ledg
 def test_lost_doorbells_overtake_a_full_window(ledger: Ledger):
     limits = TERMS._replace(doorbell_window=4)
     submit(ledger, "lost-0", "lost-1", "out-0", "out-1", "behind-0", "behind-1", limits=limits)
-    rung_ago(ledger, {"lost-0": 40, "lost-1": 39, "out-0": 24, "out-1": 23})
+    sent_ago(ledger, {"lost-0": 40, "lost-1": 39, "out-0": 24, "out-1": 23})
     assert sweep(ledger, {BULK: 2}).doorbells == 2
     doorbells = ledger.ask(calls.refill_window([BULK], limits))
     assert [(doorbell.id, doorbell.ahead) for doorbell in doorbells] == [("lost-0", True), ("lost-1", True)]
     # The window is full: lost a second time, its doorbell is sent all the same.
-    rung_ago(ledger, {"lost-1": 60} | {f"filler-{at}": 0 for at in range(6)})
+    sent_ago(ledger, {"lost-1": 60} | {f"filler-{at}": 0 for at in range(6)})
     assert sweep(ledger, {BULK: 9}).doorbells == 1
     assert [(doorbell.id, doorbell.ahead) for doorbell in ledger.ask(calls.refill_window([BULK], limits))] == [
         ("lost-1", True)
@@ -605,7 +605,7 @@ def test_a_doorbell_whose_record_was_removed_is_dropped(ledger: Ledger):
     submit(ledger, "a")
     ledger.redis.delete("rerankq:job:a")
     assert sweep(ledger, {BULK: 0}).doorbells == 0
-    rung_ago(ledger, {"a": 20})
+    sent_ago(ledger, {"a": 20})
     assert sweep(ledger, {BULK: 0}).doorbells == 0
     assert ledger.redis.zcard(f"rerankq:sent:{BULK}") == 0
     assert ledger.ask(calls.claim("a", "w", TERMS)) == "unknown"
@@ -636,7 +636,7 @@ def test_the_message_of_a_deferred_suspect_counts_as_lost_from_that_moment_on(le
     leases_end(ledger)
     sweep(ledger)
     ledger.ask(calls.refill_window([BULK], TERMS))
-    rung_ago(ledger, {"suspect": 20})
+    sent_ago(ledger, {"suspect": 20})
     deferred = ledger.ask(calls.claim_unless_suspect("suspect", "w", TERMS))
     assert deferred == calls.Deferred(calls.Doorbell("suspect", BULK, "label of suspect", ahead=True), "bulk")
     assert sweep(ledger, {BULK: 0}).doorbells == 0
@@ -665,7 +665,7 @@ def test_a_queued_job_evicted_from_its_index_is_restored_when_it_is_read(ledger:
     for name in "ab":
         assert state(ledger, name) == "queued"
     if sent := ledger.redis.zrange(f"rerankq:sent:{BULK}", 0, -1):
-        rung_ago(ledger, dict.fromkeys(sent, 20))
+        sent_ago(ledger, dict.fromkeys(sent, 20))
     sweep(ledger, {BULK: 0})
     assert {doorbell.id for doorbell in ledger.ask(calls.refill_window([BULK], TERMS))} == {"a", "b"}
     for name in "ab":

@@ -145,7 +145,7 @@ class Twin:
         if self.alone.get(owner) == name:
             del self.alone[owner]
 
-    def may_ring(self, name: str) -> bool:
+    def may_send(self, name: str) -> bool:
         job = self.jobs[name]
         first = self.waiting(*job.line)[0] == name
         if first and len(self.sent(*job.line)) < TERMS.doorbell_window:
@@ -163,7 +163,7 @@ class Twin:
                     job.deadline = None if new_job.deadline_s is None else max(job.deadline, new_job.deadline_s)
                 if new_job.priority == "interactive" and job.priority == "bulk":
                     job.priority, job.queue, job.sent = "interactive", new_job.queue, 0
-                    return state, self.may_ring(new_job.id)
+                    return state, self.may_send(new_job.id)
                 return state, False
             if state in {"running", "done", "dead"}:
                 return state, False
@@ -175,7 +175,7 @@ class Twin:
             order=next(self.clock),
             payload=new_job.payload,
         )
-        return "queued", self.may_ring(new_job.id)
+        return "queued", self.may_send(new_job.id)
 
     def claim(self, name: str, owner: str) -> str | TwinJob:
         state = self.state(name)
@@ -253,7 +253,7 @@ class Twin:
         self.queue_again(job, suspect=1)
         job.forgiven = job.fence
         job.claims, job.deaths, job.pairs_done, job.error_type, job.lost = 0, 0, 0, "", False
-        return "queued", self.may_ring(name)
+        return "queued", self.may_send(name)
 
     def sweep(self, *, watched: bool, held_by_broker: dict[str, int]) -> tuple[int, int, int, int]:
         lapsed = dead = 0

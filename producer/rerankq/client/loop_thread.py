@@ -36,9 +36,7 @@ class LoopThread:
     """An event loop that runs in a daemon thread until :meth:`stop`."""
 
     def __init__(self) -> None:
-        # poll() keeps no state in the kernel. An epoll is shared with a forked child, whose finalisers would take this
-        # process's sockets out of it.
-        self.loop = asyncio.SelectorEventLoop(selectors.PollSelector())
+        self.loop = asyncio.SelectorEventLoop(_selector())
         # Host names are resolved there. Not waited for at the end: a name server that hangs takes its time.
         self._resolvers = ThreadPoolExecutor(thread_name_prefix="rerankq-resolvers")
         self.loop.set_default_executor(self._resolvers)
@@ -159,6 +157,15 @@ class LoopThread:
 
 class NotServed(Exception):
     """Raised when there is no answer in time; whoever asked knows which error that is."""
+
+
+def _selector() -> selectors.BaseSelector:
+    """Choose poll() instead of epoll, which a forked child shares: its finalisers would take our sockets out of it.
+
+    Where gevent or eventlet have put a selector of their own in epoll's place, only that one lets other greenlets run.
+    """
+    replaced = selectors.DefaultSelector is not getattr(selectors, "EpollSelector", None)
+    return selectors.DefaultSelector() if replaced else selectors.PollSelector()
 
 
 def _ended() -> ClientUnusable:

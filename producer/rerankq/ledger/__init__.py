@@ -1,7 +1,7 @@
 """The ledger: what a job is and what may happen to it. Redis holds it, short Lua scripts change it.
 
-What may happen to a job stands in the first lines of the scripts; :mod:`.calls` says what can be asked,
-:mod:`.runner` asks it.
+The first lines of each script say what it does; :mod:`.calls` builds a call of each, :mod:`.runner` runs it.
+:mod:`.keys` lists the keys, :mod:`.lease_policy` says when a worker counts as gone, :mod:`.registry` who is alive.
 """
 
 from ..connections import ledger as connect

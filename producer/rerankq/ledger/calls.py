@@ -35,7 +35,7 @@ FOREVER_S = 1e9
 
 
 class NewJob(NamedTuple):
-    """A job as the ledger takes it; ``weights``: the fingerprints whose stored ranking would be today's."""
+    """A job as the ledger takes it; ``weights``: the fingerprints whose stored ranking is still valid."""
 
     id: str
     content: str
@@ -76,7 +76,7 @@ class Claim(NamedTuple):
 
 
 class Doorbell(NamedTuple):
-    """A doorbell to ring; one rung ahead overtakes those that are out already."""
+    """A doorbell to send; *ahead*: it overtakes those that are out already."""
 
     id: str
     queue: str
@@ -100,7 +100,7 @@ class JobSnapshot(NamedTuple):
 
 
 class Retrial(NamedTuple):
-    """What became of a dead job that was to be queued again: its state now, and the doorbell to ring for it, if any."""
+    """What became of a dead job that was to be queued again: its state now, and the doorbell to send, if any."""
 
     state: State
     doorbell: Doorbell | None
@@ -117,7 +117,7 @@ class Swept(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """How many messages the broker held of each queue, and when, by the ledger's clock, it was asked."""
+    """How many messages the broker held of each queue, and when it was asked, by the ledger's clock."""
 
     at: float = 0
     messages: Mapping[str, int] = {}
@@ -160,7 +160,7 @@ def submit(new_job: NewJob, limits: LedgerLimits) -> Call[Acceptance]:
 
 
 def claim(job_id: str, owner: str, limits: LedgerLimits) -> Call[Claim | State]:
-    """Take a queued job under a lease; answers the job's state where it is not to be had.
+    """Take a queued job under a lease; answers the job's state if it cannot be taken.
 
     The same call asked again (its answer was lost on the way) gives the same claim; a new call for a job that is
     running does not.
@@ -185,7 +185,7 @@ def claim(job_id: str, owner: str, limits: LedgerLimits) -> Call[Claim | State]:
 
 
 def claim_unless_suspect(job_id: str, owner: str, limits: LedgerLimits) -> Call[Claim | Deferred | State]:
-    """As :func:`claim`, but a suspect stays queued: whether it is its turn is for the worker to say."""
+    """As :func:`claim`, but a suspect stays queued: the worker decides when to take it."""
     claimed = claim(job_id, owner, limits)
 
     def read(answer: object) -> Claim | Deferred | State:
@@ -209,7 +209,7 @@ def renew(held: Iterable[tuple[str, int, int]], limits: LedgerLimits) -> Call[li
 
 
 def isolate(job_id: str, fence: int, owner: str) -> Call[bool]:
-    """Say that this job is alone on its worker's device from now on: a death counts."""
+    """Note that this job is alone on its worker's device from now on: a death counts against it."""
     return Call("isolate", (job_id, fence, owner), bool)
 
 
@@ -235,7 +235,7 @@ def reroute(job_id: str, fence: int, queue: str, model: str) -> Call[bool]:
 
 
 def adopt(moves: Mapping[str, str], *, limit: int = 500) -> Call[int]:
-    """Move jobs that wait in queues to which nobody listens to those named beside them; answers how many."""
+    """Move jobs that wait in queues that no worker serves (keys) to other queues (values); answers how many."""
     return Call("adopt", (limit, *(queue for move in moves.items() for queue in move)), _int)
 
 
@@ -274,7 +274,7 @@ def forget(job_id: str, limits: LedgerLimits, *, dead: bool = False) -> Call[Sta
 
 
 def dead(first: int = 0, last: int = -1) -> Call[list[str]]:
-    """List the ids of dead jobs by their places in line, the longest dead first; -1 is the last place."""
+    """List the ids of dead jobs from position *first* to *last*, the longest dead first; -1 is the last."""
     return Call("dead", (first, last), lambda answer: [_text(job_id) for job_id in _list(answer)])
 
 
@@ -322,7 +322,7 @@ def sweep(
     grace_s: float = 3,
     limit: int = 500,
 ) -> Call[Swept]:
-    """Judge lapsed leases, expire, and take back doorbells that are out for *grace_s* and that the broker lacks.
+    """Judge lapsed leases, expire jobs, and take back doorbells that are out for *grace_s* and that the broker lacks.
 
     *watched_s* says for how long the sweeper has seen the ledger without a break.
     """
@@ -339,7 +339,7 @@ def sweep(
 
 
 def refill_window(queues: Sequence[str], limits: LedgerLimits, *, most: int = 256) -> Call[list[Doorbell]]:
-    """Take the next jobs of the backlog to ring for, in turn over tenants."""
+    """Take the next jobs of the backlog whose doorbells are to be sent, in turn over tenants."""
 
     def read(answer: object) -> list[Doorbell]:
         parts = iter(_list(answer))
@@ -365,7 +365,7 @@ def _ranking(job_id: str, text: bytes) -> Ranking:
     try:
         return Ranking.model_validate_json(text)
     except ValidationError as error:
-        msg = f"job {job_id}: its ranking was written by another version of rerankq than reads it: {error}"
+        msg = f"job {job_id}: its ranking was written by another version of rerankq: {error}"
         raise JobFailed(msg) from None
 
 

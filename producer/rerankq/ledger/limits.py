@@ -1,4 +1,4 @@
-"""What the ledger's scripts need of the settings."""
+"""The settings that the ledger's scripts need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .lease_policy import LeasePolicy
 
 
 class LedgerLimits(NamedTuple):
-    """What a deployment has agreed on, as far as the scripts need it."""
+    """The settings that the ledger's scripts need; equal in a whole deployment."""
 
     channel: str
     result_ttl_s: int = 3_600

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class WorkerInfo(NamedTuple):
-    """A worker as the registry shows it; ``age_s`` is the time since its last sign of life."""
+    """A worker's entry in the registry; ``age_s`` is the time since its last sign of life."""
 
     id: str
     model: str
@@ -25,7 +25,7 @@ class WorkerInfo(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        """What its queues append to the plain names: empty for the deployment's default model."""
+        """The suffix of its queues: empty for the deployment's default model."""
         return self.queues[0].removeprefix("rerankq.interactive") if self.queues else ""
 
 

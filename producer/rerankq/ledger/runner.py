@@ -1,4 +1,4 @@
-"""Ask the ledger: run its scripts, once or many in a round trip, and translate what Redis answers."""
+"""Ask the ledger: run its scripts, one or many per round trip, and translate Redis's answers and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .registry import WorkerInfo, workers_of
 
 Answer = TypeVar("Answer")
 
-# Seconds for which work on answers may keep the event loop to itself.
+# Seconds for which reading answers may block the event loop.
 WORK_S = 0.002
 
 
@@ -58,7 +58,7 @@ def source(script: str) -> tuple[str, str]:
 
 
 async def yield_to_loop(since: float) -> float:
-    """Let the event loop run if it was last let run before *since* + ``WORK_S``; answers when that was now."""
+    """Let the event loop run if *since* is more than ``WORK_S`` ago; answers the time since which it has not run."""
     if time.monotonic() - since < WORK_S:
         return since
     await asyncio.sleep(0)
@@ -89,14 +89,14 @@ def reraise_cancelled() -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> RerankqError:
-    # From inside a script, Redis 6.2 says so in words alone.
+    # From inside a script, Redis 6.2 gives no error type, only the text.
     if isinstance(error, OutOfMemoryError) or "OOM" in str(error):
         return QueueFull(f"the ledger's memory is full: {error}", retry_after_s=5)
     return BrokerUnavailable(f"the ledger refused: {error}")
 
 
 class Ledger:
-    """Ask the ledger and wait for its answer. Safe to share between threads.
+    """The ledger, asked by a thread that waits for its answers. Safe to share between threads.
 
     Raises (every method): BrokerUnavailable if Redis does not answer or refuses; QueueFull if its memory is full.
     """
@@ -275,4 +275,4 @@ def _read(call: Call[Answer], given: object) -> Answer:
         return call.read(given)
     except (ValueError, TypeError) as error:
         # Anybody who may write to the ledger can damage a record.
-        raise JobFailed(f"what the ledger holds of it cannot be read: {error}") from error
+        raise JobFailed(f"its record in the ledger cannot be read: {error}") from error
