@@ -50,7 +50,7 @@ class Backlog:
     """A ledger, and as many waiting jobs in it as wanted."""
 
     def __init__(self, settings: Settings) -> None:
-        # No room for bells: as for every job that joins a backlog, and none is out that nobody hears.
+        # The window is full: as for every job that joins a backlog, and no doorbell is sent that no worker receives.
         self.limits = LedgerLimits.of(settings)._replace(doorbell_window=0)
         self.ledger = Ledger(connect(settings.ledger))
         self.redis = self.ledger.redis
@@ -123,7 +123,7 @@ def probe(backlog: Backlog, probes: int) -> dict[str, dict[str, float]]:
     steps: dict[str, dict[str, float]] = {}
     entries = backlog.entries(probes)
     _, steps["submit"] = timed(backlog, lambda: ask(calls.submit(new_job, limits) for new_job in entries))
-    ids, steps["ring on"] = timed(backlog, lambda: sent(backlog, probes))
+    ids, steps["refill the window"] = timed(backlog, lambda: sent(backlog, probes))
     claims, steps["claim"] = timed(backlog, lambda: ask(calls.claim(one, "bench", limits) for one in ids))
     held = [claim for claim in claims if isinstance(claim, Claim)]
     if len(held) != len(ids):

@@ -54,7 +54,7 @@ def in_good_time(client: Client, worker: Any, wait_until: Callable) -> None:
     began = time.monotonic()
     for number in range(5):
         assert client.rerank(f"q{number}", ["a", "b"], timeout=30).chunks
-    assert time.monotonic() - began < 5 * 2.5, "a lost doorbell or a deaf waiter costs three seconds each"
+    assert time.monotonic() - began < 5 * 2.5, "a lost doorbell or a missed message costs three seconds each"
 
 
 def test_a_socket_with_a_password_of_every_sign_serves_all_roles(

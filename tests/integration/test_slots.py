@@ -91,7 +91,7 @@ def test_a_small_tenant_waits_for_a_window_of_a_large_one_and_not_for_its_backlo
     start_worker()
     drain(client, [small], seconds=120)
     ended = client.status(small).ended_at
-    # Besides the doorbells that were out already: those that were rung in turn while they were heard.
+    # Besides the doorbells that were out already: those that were sent in turn while they were received.
     before = [one.ended_at for one in map(client.status, flood[:1_000]) if one.ended_at and one.ended_at < ended]
     assert len(before) < settings.doorbell_window + 100
 

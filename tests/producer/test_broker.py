@@ -178,10 +178,10 @@ def test_messages_are_counted_by_queue_whether_they_overtake_or_not(doorbells: D
 def test_a_broker_that_does_not_answer_counts_as_unknown_and_blocks_nobody(redis_url: str):
     away = MessageCounts(make_app(Settings(broker_url="redis://127.0.0.1:1/0", ledger_url=redis_url)))
     assert counted(away, BULK) == Counted()
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen()
-        hangs = MessageCounts(make_app(Settings(broker_url=f"redis://127.0.0.1:{deaf.getsockname()[1]}/0")))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        hangs = MessageCounts(make_app(Settings(broker_url=f"redis://127.0.0.1:{silent.getsockname()[1]}/0")))
         hangs.ask([BULK], at=1.0)
         first = hangs._counting
         hangs.ask([BULK], at=2.0)
@@ -193,7 +193,7 @@ def test_a_broker_that_does_not_answer_counts_as_unknown_and_blocks_nobody(redis
 
 def test_a_key_of_another_type_is_not_counted_as_an_empty_queue(counts: MessageCounts, redis_url: str):
     with redis.Redis.from_url(redis_url) as connection:
-        connection.set(f"rerankq:{BULK}", "of other hands")
+        connection.set(f"rerankq:{BULK}", "not a list")
     assert counted(counts, BULK) == Counted()
 
 

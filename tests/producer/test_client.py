@@ -32,7 +32,7 @@ def client(settings: Settings) -> Iterator[Client]:
         yield client
 
 
-def ears_of(client: Client) -> CompletionListener:
+def listener_of(client: Client) -> CompletionListener:
     (here,) = client._inner._by_loop.values()
     return here.completions
 
@@ -515,7 +515,7 @@ def test_closing_ends_the_waiting_of_other_threads(settings: Settings, wait_unti
     with ThreadPoolExecutor() as pool:
         waiting = [pool.submit(client.result, job_id), pool.submit(list, client.as_completed([job_id]))]
         wait_until(lambda: worker.redis.pubsub_channels("*:job:*"))
-        wait_until(lambda: sum(len(each) for each in ears_of(client)._waiters.values()) == 2)
+        wait_until(lambda: sum(len(each) for each in listener_of(client)._waiters.values()) == 2)
         client.close()
         for one in waiting:
             with pytest.raises(rerankq.BrokerUnavailable, match="closed"):
@@ -538,7 +538,7 @@ def test_as_completed_may_be_dropped_after_closing(settings: Settings, worker):
 
 def test_ctrl_c_while_waiting_stops_the_waiting(client: Client, wait_until: Callable):
     job_id = client.submit(job(1))
-    completions = ears_of(client)
+    completions = listener_of(client)
 
     def interrupt() -> None:
         wait_until(lambda: job_id in completions._waiters)
@@ -779,7 +779,7 @@ def test_waiting_raises_if_the_thread_dies_and_the_next_call_has_a_new_one(clien
 
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(client.result, job_id)
-        while not ears_of(client)._waiters:
+        while not listener_of(client)._waiters:
             time.sleep(0.01)
         SHARED.current.loop.call_soon_threadsafe(die)
         with pytest.raises(rerankq.ClientUnusable, match="has ended"):
@@ -826,7 +826,7 @@ def test_a_client_works_in_a_signals_handler_that_interrupts_its_own_call(client
 
     before = signal.signal(signal.SIGUSR1, other_call)
     interrupting = threading.Thread(
-        target=lambda: (wait_until(lambda: ears_of(client)._waiters), os.kill(os.getpid(), signal.SIGUSR1))
+        target=lambda: (wait_until(lambda: listener_of(client)._waiters), os.kill(os.getpid(), signal.SIGUSR1))
     )
     try:
         interrupting.start()

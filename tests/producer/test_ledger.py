@@ -429,7 +429,7 @@ def test_a_dead_job_is_listed_until_it_is_dropped_and_then_its_id_is_free(ledger
     assert ledger.ask(calls.dead()) == ["second"]
     assert ledger.ask(calls.record("first")) == "unknown"
     submit(ledger, "first", content="other")
-    # One whose record was removed by other hands than ours leaves the list when it is dropped.
+    # One whose record was removed from outside leaves the list when it is dropped.
     ledger.redis.delete("rerankq:job:second")
     assert ledger.ask(calls.forget("second", TERMS, dead=True)) == "unknown"
     assert ledger.ask(calls.dead()) == []
@@ -479,7 +479,7 @@ def test_a_late_twin_fits_no_fence_of_a_job_that_was_forgotten_and_came_again(le
     assert ledger.ask(calls.isolate("a", late.fence, "late")) is False
 
 
-def test_a_claim_whose_answer_was_lost_is_answered_again_but_a_second_bell_is_not(ledger: Ledger):
+def test_a_claim_whose_answer_was_lost_is_answered_again_but_a_second_doorbell_is_not(ledger: Ledger):
     submit(ledger, "a")
     lost = calls.claim("a", "w", TERMS)
     first = ledger.ask(lost)
@@ -491,7 +491,7 @@ def test_a_claim_whose_answer_was_lost_is_answered_again_but_a_second_bell_is_no
     assert ledger.ask(calls.snapshot("a", TERMS)).status.attempts == 1
 
 
-# Bells
+# Doorbells
 
 
 def sent_ago(ledger: Ledger, ages: dict[str, float], queue: str = BULK) -> None:
@@ -526,7 +526,7 @@ def test_doorbells_of_all_tenants_share_the_brokers_messages(ledger: Ledger):
     assert {doorbell.id for doorbell in ledger.ask(calls.refill_window([BULK], TERMS))} == {"one-0", "other-0"}
 
 
-def test_what_was_rung_or_claimed_after_the_broker_was_asked_says_nothing_of_what_it_holds(ledger: Ledger):
+def test_doorbells_sent_or_claimed_after_the_broker_was_asked_are_not_counted(ledger: Ledger):
     submit(ledger, "a", "b")
     sent_ago(ledger, {"a": 20, "b": 20})
     asked_at = now(ledger)
@@ -571,7 +571,7 @@ def test_a_flood_of_one_tenant_does_not_keep_another_waiting(ledger: Ledger):
     assert ledger.redis.zrange(f"rerankq:sent:{BULK}:quiet", 0, -1) == [b"late comer"]
 
 
-def test_ringing_on_takes_tenants_in_turn(ledger: Ledger):
+def test_refilling_the_window_takes_tenants_in_turn(ledger: Ledger):
     limits = TERMS._replace(doorbell_window=64)
     wide = limits._replace(doorbell_window=1)
     for tenant in "abc":
@@ -846,7 +846,7 @@ def test_a_job_set_aside_is_published_and_has_no_time_to_live(ledger: Ledger):
 def test_a_sweep_expires_late_jobs_and_forgets_deadlines_without_a_job(ledger: Ledger):
     submit(ledger, "late", "in time", deadline_s=1_000)
     ledger.redis.hset("rerankq:job:late", "deadline", "1.0")
-    ledger.redis.zadd("rerankq:deadlines", {"late": 1, "removed by other hands": 1})
+    ledger.redis.zadd("rerankq:deadlines", {"late": 1, "removed from outside": 1})
     assert sweep(ledger).expired == 1
     assert ledger.redis.zrange("rerankq:deadlines", 0, -1) == [b"in time"]
     assert state(ledger, "late") == "expired"

@@ -1,4 +1,4 @@
-"""Records that other hands have damaged: no script, sweep or client stumbles, and their neighbours are untouched."""
+"""Damaged records: no script, sweep or client stumbles over one, and their neighbours are untouched."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -26,17 +26,17 @@ class Twin:
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self.rings: list[tuple[str, bool]] = []
+        self.taken: list[tuple[str, bool]] = []
 
     def available(self, bulk: bool) -> bool:
-        bulk_rings = [send for send in self.rings if send[1]]
-        return len(self.rings) < self.total and (not bulk or len(bulk_rings) < self.total - min(2, self.total // 2))
+        bulk_taken = [send for send in self.taken if send[1]]
+        return len(self.taken) < self.total and (not bulk or len(bulk_taken) < self.total - min(2, self.total // 2))
 
     def step(self, job: str, bulk: bool | None) -> None:
         if bulk is not None:
-            self.rings.append((job, bulk))
-        elif last := [at for at, send in enumerate(self.rings) if send[0] == job]:
-            del self.rings[last[-1]]
+            self.taken.append((job, bulk))
+        elif last := [at for at, send in enumerate(self.taken) if send[0] == job]:
+            del self.taken[last[-1]]
 
 
 @given(total=st.integers(1, 6), steps=STEPS)
@@ -50,7 +50,7 @@ def test_slots_equal_a_plain_list_of_all_doorbells(total: int, steps: list[tuple
             assert slots.give_back(job) == (before != after), "who makes room says so, and nobody else"
         else:
             slots.take(job, bulk=bulk)
-        assert slots.taken == len(twin.rings)
+        assert slots.taken == len(twin.taken)
         for kind in (False, True):
             assert slots.available(bulk=kind) == twin.available(kind)
 
