@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import redis
 
-from rerankq.broker import celery_app as broker
+from rerankq import broker
 from rerankq.broker.celery_app import BULK, INTERACTIVE, TASK, make_app
 from rerankq.broker.doorbells import DoorbellSender, MessageCounts
 from rerankq.ledger import Counted, Doorbell
@@ -273,7 +273,7 @@ def test_doorbells_that_are_out_for_publishing_are_sent_when_the_interpreter_end
     doorbells: DoorbellSender, messages: Callable, monkeypatch: pytest.MonkeyPatch
 ):
     at_the_end: list[Callable] = []
-    monkeypatch.setattr(broker.atexit, "register", at_the_end.append)
+    monkeypatch.setattr("atexit.register", at_the_end.append)
     doorbells.send(doorbells_for(3))
     (ended,) = at_the_end
     ended()

@@ -908,7 +908,7 @@ def test_an_outage_is_logged_once_and_so_is_its_end(restartable_redis, make_work
         run(work, settings)
     said = [record.getMessage() for record in caplog.records if "not sent" not in record.getMessage()]
     assert len(said) == 2, said
-    assert "20 jobs wait for a ledger that does not answer" in said[0]
+    assert "waiting for 20 jobs, trying again" in said[0]
     assert "the ledger answers again" in said[1]
 
 

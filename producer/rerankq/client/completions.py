@@ -223,7 +223,7 @@ class CompletionListener:
         self._wake_reading.set()
         if self._ledger_outage.fails(asyncio.get_running_loop().time()):
             logger.warning(
-                "waiting for %d jobs, the ledger does not answer, trying again: %s", len(self._waiters), error
+                "waiting for %d jobs, trying again: %s", len(self._waiters), error
             )
 
     # Subscribing
