@@ -222,9 +222,7 @@ class CompletionListener:
         self._to_read |= self._waiters.keys()
         self._wake_reading.set()
         if self._ledger_outage.fails(asyncio.get_running_loop().time()):
-            logger.warning(
-                "waiting for %d jobs, trying again: %s", len(self._waiters), error
-            )
+            logger.warning("waiting for %d jobs, trying again: %s", len(self._waiters), error)
 
     # Subscribing
 
