@@ -6,7 +6,7 @@ Bulk jobs through one worker. First their pairs are computed (timed once); then 
 again and again under new ids, in turns with fusion "model" and "default". Two clocks: from the producer's first submit
 to its last ranking, and from the worker's first claim to its last completion by the ledger's clock. Beside them the
 seconds of a core that worker, Redis and producer (one client that submits, waits and reads) spent on a pair: where the
-three share fewer cores than they could fill, the clocks tell what the machine gives, and one second over the worker's
+three share fewer cores than they could fill, the clocks show what the machine gives, and one second over the worker's
 cost what a worker gives that has a core to itself. Afterwards the worker must have computed nothing more, and the
 logits must be those that were computed. Reads /proc: Linux only.
 """
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if after["pairs"] != before["pairs"]:
         wrong.append(f"{after['pairs'] - before['pairs']} pairs were computed again")
     pairs = args.jobs * args.copies * args.chunks
-    paces = {
+    rates = {
         name: {clock: spread([pairs / one.seconds[clock] for one in ran], 0) for clock in ran[0].seconds}
         for name, ran in rounds.items()
     }
@@ -122,14 +122,14 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     }
     return {
         "computed_pairs_per_second": round(computed_pace, 1),
-        "known_pairs_per_second": paces,
+        "known_pairs_per_second": rates,
         "microseconds_of_a_core_per_known_pair": costs,
         "known_pairs_per_second_of_a_workers_core": {
             name: round(1e6 / cost["worker"]["median"]) for name, cost in costs.items()
         },
         "ratios": {
             f"known ÷ computed, {name}, {clock}'s clock": round(figure["median"] / computed_pace, 1)
-            for name, clocks in paces.items()
+            for name, clocks in rates.items()
             for clock, figure in clocks.items()
         },
     }, wrong

@@ -3,7 +3,7 @@
     python benchmarks/crash.py [--jobs 200] [--chunks 40] [--lease 8] [--quick]
 
 Two workers with the bundled model in float32 rank questions with the sentences that BM25 found for them (SelQA). In the
-middle one is killed with SIGKILL and started again; the other is stopped with SIGSTOP until all its leases have lapsed
+middle one is killed with SIGKILL and started again; the other is stopped with SIGSTOP until all its leases have expired
 and one of its jobs has gone to its neighbour, then continued, so that its late answers must be refused; then a job is
 added that kills whichever worker reads it. A supervisor starts again what dies. Every ranking is compared with the one
 that its job gets alone; the poison must end dead.
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import psutil
 import redis
 from gear.checks import TIE, differs
+from gear.model_process import engine_process, score_alone
 from gear.report import keep, machine
-from gear.rooms import engine_room, score_alone
 from gear.texts import DATA, need, questions
 from gear.workers import POISONABLE, deployment, python_path, until
 
@@ -47,7 +47,7 @@ class Trace(NamedTuple):
 
 
 class Scene:
-    """The workers, what the ledger says of the jobs, and the endings that a producer hears."""
+    """The workers, what the ledger says of the jobs, and the outcomes that a producer receives."""
 
     def __init__(self, client: Client, parts: list[SupervisedProcess], ids: list[str]) -> None:
         self.client = client
@@ -99,7 +99,7 @@ class Scene:
 
 
 def name_of(part: SupervisedProcess) -> str:
-    """Tell the part of a worker's name that only it has: its process, the child of the one that watches over it.
+    """Return the unique part of a worker's name: its process id, that of the guard's child.
 
     Empty while the worker is down.
     """
@@ -137,7 +137,7 @@ def kill_one(scene: Scene, part: SupervisedProcess) -> dict[str, Any]:
 
 
 def pause_one(scene: Scene, part: SupervisedProcess) -> dict[str, Any]:
-    """SIGSTOP past its leases, until somebody else has claimed one of its jobs, then continue."""
+    """SIGSTOP past its leases, until another worker has claimed one of its jobs, then continue."""
     scene.amid_the_work(lambda: all(scene.is_up(one) for one in scene.parts))
     worker = name_of(part)
     scene.amid_the_work(lambda: len(scene.held_by(worker)) > 1)
@@ -193,9 +193,9 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         one.job(id=f"job-{n}", fusion="model", priority="bulk" if n % 3 else "interactive")
         for n, one in enumerate(asked)
     ]
-    with engine_room() as room:
+    with engine_process() as process:
         alone = dict(
-            zip([job.id or "" for job in jobs], room.ask(score_alone, [one.pairs for one in asked]), strict=True)
+            zip([job.id or "" for job in jobs], process.ask(score_alone, [one.pairs for one in asked]), strict=True)
         )
     print(f"{len(jobs)} jobs of {args.chunks} chunks, each scored alone; now through two workers", flush=True)
     with deployment(workers=2, app="poisonable", **workers_own(args)) as (client, parts):

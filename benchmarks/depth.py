@@ -6,7 +6,7 @@ An own Redis without persistence, minimal jobs of one pair, one tenant. At every
 the backlog, claimed, completed and forgotten, and the ledger is swept, by the calls that clients and workers make, 100
 a round trip. Two clocks: the caller's, and the server's CPU time (``INFO cpu``), which a busy machine hardly changes.
 Medians of a few probings. Then one worker with a stub engine that takes no time ranks from the backlog for a while: its
-jobs per second, through Celery's doorbells, and its CPU time. Memory of Redis per waiting job is told as well.
+jobs per second, through Celery's doorbells, and its CPU time. Memory of Redis per waiting job is measured as well.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def worker_pace(backlog: Backlog, settings: Settings, seconds: float) -> dict[st
         until(lambda: backlog.waiting() < before - 50, [part], seconds=60)
         (process,) = psutil.Process(part.pid).children()
         began, at_first, cpu = time.perf_counter(), backlog.waiting(), _cpu_s(process)
-        # So long, or until little is left: an empty queue would tell of nothing.
+        # So long, or until little is left: an empty queue measures nothing.
         while (passed := time.perf_counter() - began) < seconds and backlog.waiting() > at_first / 2:
             time.sleep(0.05)
         jobs = at_first - backlog.waiting()

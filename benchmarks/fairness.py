@@ -2,7 +2,7 @@
 
     python benchmarks/fairness.py [--pairs 600] [--rounds 15] [--jobs 256] [--quick]
 
-The worker's batcher before a device that works by itself at a small model's pace on a CPU (it sleeps, and takes as long
+The worker's batcher before a device that works by itself at a small model's rate on a CPU (it sleeps, and takes as long
 for a quarter of its budget as for less), padded and flattened. Every scene is played twice, in turns as the batcher
 does it and in order of arrival, which is how it was done before:
 
@@ -173,10 +173,10 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 two_tenants(jobs, order, padded=padded), 2
             )
         load = {order: steady(jobs, order, padded=padded, count=args.jobs) for order in ORDERS}
-        pace = "real_tokens_per_device_second"
+        rate = "real_tokens_per_device_second"
         scenes["32 jobs in flight"] = load
         scenes["tokens per second of the device, in turns ÷ in order of arrival"] = round(
-            load["turns"][pace] / load["arrival"][pace], 4
+            load["turns"][rate] / load["arrival"][rate], 4
         )
         answer[layout] = scenes
         print(layout, "done", flush=True)

@@ -4,7 +4,7 @@
 
 Jobs of SciFact abstracts, tokenised beforehand, through the worker's own batcher on the bundled model: torch padded and
 flattened, and the engine that a worker takes by default, in turns, each in a process of its own with the environment
-that workers have. Told for each: pairs and tokens per second, tokens computed ÷ real tokens, and operations per second
+that workers have. Measured for each: pairs and tokens per second, tokens computed ÷ real tokens, operations per second
 (``gear/work.py`` counts them; only what is computed) against the same machine's matrix products in the same dtype. All
 logits are compared with the padded float32 ones.
 """
@@ -19,9 +19,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from gear.model_process import BUNDLED, ModelProcess, Pairs
 from gear.plot import bars
 from gear.report import keep, machine, show, spread, verdict
-from gear.rooms import BUNDLED, Pairs, Room
 from gear.texts import DATA, need, questions
 from gear.work import matrix_ceiling, operations, shape_of
 
@@ -32,9 +32,9 @@ WAYS = ("padded", "flattened", "default")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
 
-def furnish(way: str, dtype: str) -> None:
+def load_model(way: str, dtype: str) -> None:
     global _engine, _shape  # noqa: PLW0603
-    from transformers import AutoConfig  # noqa: PLC0415 - seconds, and only whoever loads a model pays them
+    from transformers import AutoConfig  # noqa: PLC0415 - seconds, and only paid only when a model is loaded
 
     asked = {} if way == "default" else {"padded": way == "padded"}
     _engine = load("bundled", "cpu", dtype, **asked)
@@ -74,20 +74,20 @@ _shape: Any
 
 
 def measure_dtype(dtype: str, jobs: Sequence[Pairs], args: argparse.Namespace, known: list[float]) -> dict[str, Any]:
-    """All ways in turns; *known* are the logits to compare with, filled by whoever comes first."""
+    """All ways in turns; *known* are the logits to compare with, filled by the first of them."""
     found: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
     distances: list[float] = []
-    with ExitStack() as open_rooms:
-        rooms = {
-            way: open_rooms.enter_context(Room(furnish, way, dtype, environment=allocator_environment()))
+    with ExitStack() as open_processes:
+        processes = {
+            way: open_processes.enter_context(ModelProcess(load_model, way, dtype, environment=allocator_environment()))
             for way in WAYS
         }
-        engines = {way: room.ask(about) for way, room in rooms.items()}
+        engines = {way: process.ask(about) for way, process in processes.items()}
         # The same products before and after: the machine may have been slower for a while.
-        ceilings = [rooms["padded"].ask(ceiling, dtype, args.ceiling_s)]
+        ceilings = [processes["padded"].ask(ceiling, dtype, args.ceiling_s)]
         for number in range(args.rounds + 1):
             for way in WAYS if number % 2 else WAYS[::-1]:
-                logits, done = rooms[way].ask(run, jobs[:1] if number == 0 else jobs)
+                logits, done = processes[way].ask(run, jobs[:1] if number == 0 else jobs)
                 if number == 0:
                     continue  # a first run, to warm it
                 known[:] = known or logits
@@ -95,7 +95,7 @@ def measure_dtype(dtype: str, jobs: Sequence[Pairs], args: argparse.Namespace, k
                 for name in ("pairs", "tokens", "operations"):
                     found[way].setdefault(name, []).append(done[name] / done["seconds"])
                 found[way].setdefault("padding", []).append(done["padding"])
-        ceilings.append(rooms["padded"].ask(ceiling, dtype, args.ceiling_s))
+        ceilings.append(processes["padded"].ask(ceiling, dtype, args.ceiling_s))
     most = max(ceilings)
     return {
         "matrix_gflops": round(most / 1e9, 1),

@@ -65,8 +65,8 @@ def measure_shape(name: str, args: argparse.Namespace, ceiling: float, ends: flo
     answers[EVEN] = timed(ways, UNPADDED, even, answers[UNPADDED]["budget"], seconds=each)
     logits = {way: answer.pop("logits") for way, answer in answers.items()}
     for answer in answers.values():
-        pace = answer.pop("operations_per_second")
-        answer |= {"tflops": round(pace / 1e12, 4), "share_of_ceiling": round(pace / ceiling, 3)}
+        rate = answer.pop("operations_per_second")
+        answer |= {"tflops": round(rate / 1e12, 4), "share_of_ceiling": round(rate / ceiling, 3)}
     flattened = answers[UNPADDED]["pairs_per_second"]
     known = logits[PREDICT]
     return {
@@ -131,7 +131,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="for each way and budget, at most")
     parser.add_argument("--minutes", type=float, default=7.0, help="for all of it")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="small models and few pairs: tries the code, tells nothing")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small models and few pairs: tries the code; the figures mean nothing"
+    )
     parser.add_argument("--quick", action="store_true", help="on a CPU, tiny")
     args = parser.parse_args()
     if args.quick:

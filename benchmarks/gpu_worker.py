@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from gear.checks import farthest, logits_of
+from gear.model_process import engine_process, score_tokenised
 from gear.plot import bars
 from gear.random_models import LONGEST, QUERY_TOKENS, SHAPES, real_lengths, text_of, write_checkpoint
 from gear.report import keep, machine, show, spread, verdict
-from gear.rooms import engine_room, score_tokenised
 from gear.texts import Question
 from gear.workers import deployment, engine_figures
 
@@ -63,28 +63,28 @@ def through_worker(client: Client, asked: list[Question]) -> tuple[list[list[flo
 
 def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
     write_checkpoint(args.shape, folder, args.device, tiny=args.tiny)
-    paces: dict[str, list[float]] = {WORKER: [], ENGINE: []}
+    rates: dict[str, list[float]] = {WORKER: [], ENGINE: []}
     distances = []
     environment = {"RERANKQ_DEVICE": args.device}
     with (
         deployment(model=str(folder), dtype="bfloat16", **environment) as (client, _),
-        engine_room("bfloat16", model=str(folder), device=args.device) as room,
+        engine_process("bfloat16", model=str(folder), device=args.device) as process,
     ):
         for number in range(args.rounds + 1):
             asked = questions_of(args.jobs, args.chunks, number)
             logits, seconds = through_worker(client, asked)
-            alone, alone_s = room.ask(score_tokenised, [one.pairs for one in asked])
+            alone, alone_s = process.ask(score_tokenised, [one.pairs for one in asked])
             distances.append(max(farthest(one, other) for one, other in zip(logits, alone, strict=True)))
             if number:  # the first round warms both
-                paces[WORKER].append(args.jobs * args.chunks / seconds)
-                paces[ENGINE].append(args.jobs * args.chunks / alone_s)
-                print(f"round {number}: {paces[WORKER][-1]:.0f} and {paces[ENGINE][-1]:.0f} pairs/s", flush=True)
+                rates[WORKER].append(args.jobs * args.chunks / seconds)
+                rates[ENGINE].append(args.jobs * args.chunks / alone_s)
+                print(f"round {number}: {rates[WORKER][-1]:.0f} and {rates[ENGINE][-1]:.0f} pairs/s", flush=True)
         (worker,) = engine_figures(client.settings).values()
     wrong = [f"logits differ by {max(distances):.2g}"] if max(distances) > TOLERANCE else []
-    medians = {way: statistics.median(values) for way, values in paces.items()}
+    medians = {way: statistics.median(values) for way, values in rates.items()}
     return {
         "engine": worker,
-        "pairs_per_second": {way: spread(values) for way, values in paces.items()},
+        "pairs_per_second": {way: spread(values) for way, values in rates.items()},
         "logits_from_least_to_greatest": round(max(map(max, alone)) - min(map(min, alone)), 3),
         "greatest_distance_of_logits": max(distances),
         "ratios": {f"{WORKER} ÷ {ENGINE}": round(medians[WORKER] / medians[ENGINE], 3)},
@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument(
-        "--tiny", action="store_true", help="a small model and few pairs: tries the code, tells nothing"
+        "--tiny", action="store_true", help="a small model and few pairs: tries the code; the figures mean nothing"
     )
     parser.add_argument("--quick", action="store_true", help="on a CPU, tiny")
     args = parser.parse_args()

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gear.checks import farthest, logits_of
+from gear.model_process import engine_process, score_alone
 from gear.report import keep, machine, share
-from gear.rooms import engine_room, score_alone
 from gear.texts import DATA, need, questions
 from gear.workers import deployment
 
@@ -40,8 +40,8 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             ranking = client.rerank(one.query, one.chunks, timeout=60, fusion=args.fusion, cache="bypass")
             total_ms.append((time.perf_counter() - began) * 1000)
             rankings.append(ranking)
-    with engine_room() as room:
-        alone = room.ask(score_alone, [one.pairs for one in asked])
+    with engine_process() as process:
+        alone = process.ask(score_alone, [one.pairs for one in asked])
     wrong = [
         f"logits of job {n} differ by {distance:.1e}"
         for n, (ranking, logits) in enumerate(zip(rankings, alone, strict=True))

@@ -61,7 +61,7 @@ def importing(times: int) -> dict[str, float]:
 
 
 def resident_mib(part: SupervisedProcess) -> float:
-    """Tell the resident memory of a worker: the child of the process that watches over it."""
+    """Return the resident memory of a worker, the guard's child, in bytes."""
     (child,) = psutil.Process(part.pid).children()
     return round(child.memory_info().rss / MIB, 1)
 

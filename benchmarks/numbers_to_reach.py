@@ -3,7 +3,7 @@
     python benchmarks/numbers_to_reach.py [--quick]
 
 Measures nothing: each row names the command that does. Prints a table, and writes it to ``results/numbers.md``. With
-``--quick`` it reads the quick results, which tell only that a row can be read.
+``--quick`` it reads the quick results, which show only that a row can be read.
 """
 
 from __future__ import annotations

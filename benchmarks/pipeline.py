@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline.py [--pairs-per-second 2000 5000] [--seconds 10] [--out FILE] [--quick]
 
-A stub device that works by itself takes batches of 8 ms, at the pace of a GPU. Bulk jobs of 50 chunks of 1 KB go
+A stub device that works by itself takes batches of 8 ms, at the rate of a GPU. Bulk jobs of 50 chunks of 1 KB go
 through one worker as users start it, 32 in flight, over Redis; beside it the same engine driven by one loop that plans
 and launches, without jobs. A launch is 150 calls that let go of the interpreter's lock, about as many as the operators
 of a model of six layers, or one call, as a captured graph. Idle is the device's time between its batches, from the
@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gear.flying import FlyingEngine, as_variable
 from gear.report import machine
+from gear.stub_device import StubDeviceEngine, as_variable
 from gear.workers import deployment, python_path
 
 from rerankq import Client, RerankJob
@@ -44,7 +44,7 @@ def jobs_of(count: int) -> Iterator[RerankJob]:
 
 def alone(device: dict[str, Any], pairs: int) -> dict[str, float]:
     """Drive the engine by one loop: plan, launch, one ahead, land."""
-    engine = FlyingEngine(**device)
+    engine = StubDeviceEngine(**device)
     waiting = engine.tokenise("q", [" ".join(["x"] * WORDS)] * pairs)
     began, before = time.monotonic(), None
     for batch in plan_all([pair.length for pair in waiting], engine.max_batch_tokens, padded=False):
@@ -60,7 +60,7 @@ def alone(device: dict[str, Any], pairs: int) -> dict[str, float]:
 def through_a_worker(device: dict[str, Any], jobs: int, environment: dict[str, str]) -> dict[str, float]:
     folder = Path(__file__).resolve().parent
     with deployment(
-        app="gear.flying", FLYING_DEVICE=as_variable(**device), PYTHONPATH=python_path(folder), **environment
+        app="gear.stub_device", STUB_DEVICE=as_variable(**device), PYTHONPATH=python_path(folder), **environment
     ) as (client, _):
         ids = client.submit_many(jobs_of(jobs))
         before = ask(client)
@@ -95,14 +95,14 @@ def figures(before: dict[str, float], after: dict[str, float]) -> dict[str, floa
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for calls in args.calls:
-        for pace in args.pairs_per_second:
-            device = {"pairs_per_second": pace, "batch_s": BATCH_S, "tokens_per_pair": TOKENS_PER_PAIR, "calls": calls}
-            jobs = round(pace * args.seconds / CHUNKS)
+        for rate in args.pairs_per_second:
+            device = {"pairs_per_second": rate, "batch_s": BATCH_S, "tokens_per_pair": TOKENS_PER_PAIR, "calls": calls}
+            jobs = round(rate * args.seconds / CHUNKS)
             by_itself = alone(device, jobs * CHUNKS)
             worker = through_a_worker(device, jobs, dict(pair.split("=") for pair in args.environment))
             ratio = round(worker["pairs_per_second"] / by_itself["pairs_per_second"], 3)
             rows.append({"device": device, "alone": by_itself, "worker": worker, "worker ÷ alone": ratio})
-            print(f"{pace} pairs/s, {calls} calls a launch:\n  alone  {by_itself}\n  worker {worker}\n  {ratio}")
+            print(f"{rate} pairs/s, {calls} calls a launch:\n  alone  {by_itself}\n  worker {worker}\n  {ratio}")
     return rows
 
 

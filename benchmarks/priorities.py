@@ -7,7 +7,7 @@ One worker with the bundled model, float32, our defaults. Three scenes, in one r
 - idle: one small interactive job at a time (a question with the sentences that BM25 found for it, SelQA);
 - backlog: the same, while bulk jobs of SciFact abstracts keep more in the queue than the worker can hold;
 - flood: enough interactive jobs at a time to keep the device busy alone, bulk jobs waiting all the while. Bulk's share
-  of the device's time is told by its tokens among all tokens, of the pairs that were scored within the scene.
+  of the device's time is its tokens among all tokens, of the pairs that were scored within the scene.
 
 Inside it is checked that no job failed.
 """
@@ -39,7 +39,7 @@ PATIENCE_S = 600
 
 
 class Feed:
-    """Keeps so many jobs of a kind unfinished, whoever waits or not, and remembers what ended when."""
+    """Keeps so many jobs of a kind unfinished, and records what ended when."""
 
     def __init__(self, client: Client, asked: Sequence[Question], priority: str, at_once: int) -> None:
         self._client = client

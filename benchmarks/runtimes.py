@@ -18,9 +18,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gear.model_process import ModelProcess, Pairs
 from gear.plot import bars
 from gear.report import keep, machine, show, spread, verdict
-from gear.rooms import Pairs, Room
 from gear.texts import DATA, Judged, judged, need
 
 from rerankq.rescoring.metrics import mean, ndcg, trec_order
@@ -57,11 +57,11 @@ TOLERANCE = 1e-4
 _engine: Engine
 
 
-def furnish(way: Way) -> None:
+def load_model(way: Way) -> None:
     global _engine  # noqa: PLW0603
     _engine = load("bundled", "cpu", way.dtype, runtime=way.runtime, padded=way.padded)
     if way.compiled:
-        import torch  # noqa: PLC0415 - seconds, and only whoever loads a model pays them
+        import torch  # noqa: PLC0415 - seconds, and only paid only when a model is loaded
 
         across: Any = vars(_engine)["_run"]
         across.backbone = torch.compile(across.backbone, dynamic=True)
@@ -80,19 +80,21 @@ def score(pairs: Pairs) -> tuple[list[float], int, float]:
     return logits, sum(lengths), time.perf_counter() - began
 
 
-def pace(rooms: Mapping[str, Room], asked: Sequence[Judged], start_s: Mapping[str, float]) -> dict[str, Any]:
+def rate(
+    processes: Mapping[str, ModelProcess], asked: Sequence[Judged], start_s: Mapping[str, float]
+) -> dict[str, Any]:
     """Let all take turns; answers what each did in a second, and the greatest distance of float32 logits."""
-    seconds: dict[str, list[float]] = {name: [] for name in rooms}
+    seconds: dict[str, list[float]] = {name: [] for name in processes}
     tokens, pairs, distance = [], [], 0.0
-    first_s = {name: room.ask(score, asked[0].question.pairs)[2] for name, room in rooms.items()}
+    first_s = {name: process.ask(score, asked[0].question.pairs)[2] for name, process in processes.items()}
     for number, one in enumerate(asked[1:]):
         logits = {}
-        for name in list(rooms) if number % 2 else list(rooms)[::-1]:
-            logits[name], real, took = rooms[name].ask(score, one.question.pairs)
+        for name in list(processes) if number % 2 else list(processes)[::-1]:
+            logits[name], real, took = processes[name].ask(score, one.question.pairs)
             seconds[name].append(took)
         tokens.append(real)
         pairs.append(len(one.names))
-        exact = [logits[name] for name in rooms if "float32" in name]
+        exact = [logits[name] for name in processes if "float32" in name]
         distance = max([distance, *(abs(a - b) for other in exact for a, b in zip(other, exact[0], strict=True))])
     return {
         "greatest_distance_of_float32_logits": distance,
@@ -109,11 +111,11 @@ def pace(rooms: Mapping[str, Room], asked: Sequence[Judged], start_s: Mapping[st
     }
 
 
-def quality(rooms: Mapping[str, Room], asked: Sequence[Judged]) -> dict[str, Any]:
+def quality(processes: Mapping[str, ModelProcess], asked: Sequence[Judged]) -> dict[str, Any]:
     """Rank judged questions in every precision."""
     found = {}
     for name in (FASTEST_EXACT, *REDUCED):
-        scores = [dict(zip(one.names, rooms[name].ask(score, one.question.pairs)[0], strict=True)) for one in asked]
+        scores = [dict(zip(one.names, processes[name].ask(score, one.question.pairs)[0], strict=True)) for one in asked]
         found[name] = [ndcg(trec_order(mine), one.grades) for mine, one in zip(scores, asked, strict=True)]
         print(f"nDCG@10 {name}: {mean(found[name]):.4f}", flush=True)
     exact = found[FASTEST_EXACT]
@@ -131,17 +133,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ways = WAYS | (COMPILED if args.compiled else {})
     start_s = {}
     with ExitStack() as running:
-        rooms = {}
+        processes = {}
         for name, way in ways.items():
             began = time.perf_counter()
             environment = allocator_environment() if way.kept else {}
-            rooms[name] = running.enter_context(Room(furnish, way, environment=environment))
+            processes[name] = running.enter_context(ModelProcess(load_model, way, environment=environment))
             start_s[name] = time.perf_counter() - began
         timed = judged(args.data, "scifact", count=args.rounds + 1, depth=args.chunks)
-        answer = pace(rooms, timed, start_s)
+        answer = rate(processes, timed, start_s)
         show({name: figures[f"times_{BASE}"] for name, figures in answer["ways"].items()})
         ranked = judged(args.data, "scifact", count=args.judged, depth=args.depth)
-        return answer | {"quality": quality(rooms, ranked)}
+        return answer | {"quality": quality(processes, ranked)}
 
 
 def main() -> int:

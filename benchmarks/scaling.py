@@ -89,7 +89,7 @@ def main() -> int:
         found[workers], faults = measure_workers(workers, args)
         wrong += faults
         print(f"{workers} workers: {found[workers]}", flush=True)
-    one, paces = args.workers[0], {workers: figure["pairs_per_second"] for workers, figure in found.items()}
+    one, rates = args.workers[0], {workers: figure["pairs_per_second"] for workers, figure in found.items()}
     answer = {
         "batch_s": args.batch_s,
         "batch_tokens": BATCH_TOKENS,
@@ -97,12 +97,12 @@ def main() -> int:
         "chunks_per_job": CHUNKS,
         "by_workers": found,
         "ratios": {
-            f"{workers} workers ÷ linear": round(pace / (paces[one] * workers / one), 3)
-            for workers, pace in paces.items()
+            f"{workers} workers ÷ linear": round(rate / (rates[one] * workers / one), 3)
+            for workers, rate in rates.items()
         },
     }
     show(answer)
-    lines = {"measured": list(paces.items()), "linear": [(n, paces[one] * n / one) for n in paces]}
+    lines = {"measured": list(rates.items()), "linear": [(n, rates[one] * n / one) for n in rates]}
     plot = curves("Worker processes with a sleeping engine", lines, across="workers", up="pairs/s")
     keep("scaling", answer, here, quick=args.quick, plot=plot)
     return verdict(wrong)

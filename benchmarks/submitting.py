@@ -70,7 +70,7 @@ def mappings(jobs: int, chunks: int, size: int, numbers: Iterable[int]) -> list[
     ]
 
 
-def forms(jobs: Sequence[dict[str, Any]]) -> dict[str, Callable[[], list[Any]]]:
+def input_forms(jobs: Sequence[dict[str, Any]]) -> dict[str, Callable[[], list[Any]]]:
     models = [RerankJob(**job) for job in jobs]
     texts = [model.model_dump_json(exclude_defaults=True) for model in models]
     return {"RerankJob": lambda: models, "mapping": lambda: list(jobs), "JSON": lambda: texts}
@@ -96,8 +96,8 @@ def parts(jobs: Sequence[dict[str, Any]], settings: Settings, ledger: Ledger) ->
     models = [parse_job(job) for job in jobs]
     texts = [model.model_dump_json(exclude_defaults=True) for model in models]
     payloads = [payload_of(model) for model in models]
-    place, limits = Route("bundled", "", ""), LedgerLimits.of(settings)
-    entries = [prepare(model, place, settings) for model in models]
+    route, limits = Route("bundled", "", ""), LedgerLimits.of(settings)
+    entries = [prepare(model, route, settings) for model in models]
     ledger.redis.flushall()
 
     def asked() -> None:
@@ -109,7 +109,7 @@ def parts(jobs: Sequence[dict[str, Any]], settings: Settings, ledger: Ledger) ->
         "check a mapping": micros(lambda: [parse_job(job) for job in jobs], len(jobs)),
         "check JSON text": micros(lambda: [parse_job(text) for text in texts], len(jobs)),
         "enter (all below but the ledger)": micros(
-            lambda: [prepare(one, place, settings) for one in models], len(jobs)
+            lambda: [prepare(one, route, settings) for one in models], len(jobs)
         ),
         "write the payload": micros(lambda: [payload_of(model) for model in models], len(jobs)),
         "hash the payload": micros(lambda: [digest(payload) for payload in payloads], len(jobs)),
@@ -123,7 +123,7 @@ def parts(jobs: Sequence[dict[str, Any]], settings: Settings, ledger: Ledger) ->
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     forget_settings()
     numbers = count()
-    paces: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {}
     cpus: dict[str, list[float]] = {}
     wrong: list[str] = []
     with EmbeddedRedis() as redis:
@@ -133,10 +133,10 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             client.submit_many(mappings(AT_ONCE, args.chunks, 1000 * args.kilobytes, numbers))
             for _ in range(args.rounds):
                 some = mappings(args.jobs, args.chunks, 1000 * args.kilobytes, numbers)
-                for form, make in forms(some).items():
+                for form, make in input_forms(some).items():
                     jobs = make()
                     seconds, cpu, held = submitted(client, ledger, jobs)
-                    paces.setdefault(form, []).append(len(jobs) / seconds)
+                    rates.setdefault(form, []).append(len(jobs) / seconds)
                     cpus.setdefault(form, []).append(cpu / len(jobs) * 1e6)
                     if held != len(jobs):
                         wrong.append(f"the ledger holds {held} of {len(jobs)} jobs submitted as {form}")
@@ -145,7 +145,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         size = statistics.mean(len(payload_of(parse_job(job))) for job in some)
     return {
         "payload_bytes": round(size),
-        "jobs_per_second": {form: spread(values, 0) for form, values in paces.items()},
+        "jobs_per_second": {form: spread(values, 0) for form, values in rates.items()},
         # Near the truth on a busy machine too: what this process computed, all its threads, waiting left out.
         "cpu_microseconds_per_job": {form: spread(values, 0) for form, values in cpus.items()},
         "microseconds_per_job": found,

@@ -29,9 +29,9 @@ from pathlib import Path
 
 from gear.checks import farthest, in_order, logits_of, order_of
 from gear.infinity import infinity, program_of, version_of
+from gear.model_process import Logits, ModelProcess, engine_process, predict, predict_process, score
 from gear.plot import bars
 from gear.report import keep, machine, show, spread
-from gear.rooms import Logits, Room, engine_room, predict, predict_room, score
 from gear.texts import DATA, Question, need, questions
 from gear.workers import deployment, engine_figures, kept_running, python_path, until
 
@@ -87,8 +87,8 @@ def usual_task(pool: str) -> Iterator[Way]:
         yield way
 
 
-def without_queue(room: Room, work: Callable[[Sequence[list[tuple[str, str]]]], Logits]) -> Way:
-    return lambda asked: room.ask(work, [one.pairs for one in asked])
+def without_queue(process: ModelProcess, work: Callable[[Sequence[list[tuple[str, str]]]], Logits]) -> Way:
+    return lambda asked: process.ask(work, [one.pairs for one in asked])
 
 
 def agree(answers: dict[str, Logits], rankings: list[Ranking]) -> float:
@@ -122,8 +122,8 @@ def all_ways(args: argparse.Namespace, rankings: list[Ranking]) -> Iterator[tupl
         ways: dict[str, Way] = {
             OURS: ours,
             TASK: running.enter_context(usual_task(args.usual_pool)),
-            PREDICT: without_queue(running.enter_context(predict_room()), predict),
-            ENGINE: without_queue(running.enter_context(engine_room(args.dtype, runtime=args.runtime)), score),
+            PREDICT: without_queue(running.enter_context(predict_process()), predict),
+            ENGINE: without_queue(running.enter_context(engine_process(args.dtype, runtime=args.runtime)), score),
         }
         if args.infinity:
             ways[INFINITY] = running.enter_context(infinity(args.infinity))
@@ -133,7 +133,7 @@ def all_ways(args: argparse.Namespace, rankings: list[Ranking]) -> Iterator[tupl
 def in_turns(ways: dict[str, Way], number: int, some: Sequence[Question]) -> tuple[dict[str, Logits], dict[str, float]]:
     """Let each way score the same jobs; answers the logits and the seconds of each."""
     answers, seconds = {}, {}
-    # Whoever goes first in one round goes last in the next: drift of the machine hits all alike.
+    # The first of one round is the last of the next: drift of the machine affects all alike.
     first = number % len(ways)
     for name in [*list(ways)[first:], *list(ways)[:first]]:
         began = time.perf_counter()
@@ -147,7 +147,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     # One batch and a bit: what runs for the first time is not counted.
     warm, asked = [Question(asked[0].query, asked[0].chunks[:10])], asked[1:]
     rankings: list[Ranking] = []
-    pace: dict[str, list[float]] = {}
+    rate: dict[str, list[float]] = {}
     tokens: list[float] = []
     distances = []
     with all_ways(args, rankings) as (ways, client):
@@ -156,22 +156,22 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         for number in range(args.rounds):
             answers, seconds = in_turns(ways, number, asked[number * args.jobs : (number + 1) * args.jobs])
             for name in ways:
-                pace.setdefault(name, []).append(args.jobs * args.chunks / seconds[name])
+                rate.setdefault(name, []).append(args.jobs * args.chunks / seconds[name])
             tokens += [ranking.usage.tokens / ranking.usage.pairs for ranking in rankings]
             if args.dtype == "float32":
                 distances.append(agree(answers, rankings))
-            said = ", ".join(f"{name} {pace[name][-1]:.1f}" for name in ways)
+            said = ", ".join(f"{name} {rate[name][-1]:.1f}" for name in ways)
             print(f"round {number + 1} of {args.rounds}, pairs/s: {said}", flush=True)
         (worker,) = engine_figures(client.settings).values()
-    medians = {name: statistics.median(values) for name, values in pace.items()}
-    others = [name for name in pace if name != OURS]
+    medians = {name: statistics.median(values) for name, values in rate.items()}
+    others = [name for name in rate if name != OURS]
     return {
         "engine": worker,
-        "pairs_per_second": {name: spread(values) for name, values in pace.items()},
+        "pairs_per_second": {name: spread(values) for name, values in rate.items()},
         "tokens_per_pair": round(statistics.mean(tokens), 1),
         "ratios": {f"rerankq ÷ {name}": round(medians[OURS] / medians[name], 3) for name in others},
         "ratios_by_round": {
-            f"rerankq ÷ {name}": [round(one / other, 3) for one, other in zip(pace[OURS], pace[name], strict=True)]
+            f"rerankq ÷ {name}": [round(one / other, 3) for one, other in zip(rate[OURS], rate[name], strict=True)]
             for name in others
         },
         "greatest_distance_of_logits": max(distances, default=None),

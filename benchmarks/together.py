@@ -20,8 +20,8 @@ from threading import Barrier
 from typing import Any
 
 from gear.checks import TIE, differs, farthest, logits_of
+from gear.model_process import batch_tokens, engine_process, score_alone
 from gear.report import keep, machine, share, spread
-from gear.rooms import batch_tokens, engine_room, score_alone
 from gear.texts import DATA, Question, chunks, need, questions
 from gear.workers import deployment, engine_figures
 
@@ -29,7 +29,7 @@ from rerankq import Client, Ranking, RerankJob
 from rerankq.settings import Settings
 
 FEWEST, MOST = 5, 200
-# Long texts among short ones: of every chunk's place, the share that goes to another collection.
+# Long texts among short ones: the share of chunks that comes from another collection.
 STRANGERS = 0.03
 PATIENCE_S = 3600
 
@@ -116,9 +116,9 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     wrong = [f"{ending}" for ending, _ in endings if isinstance(ending, Exception)]
     wrong += [f"{job.id} has no ranking" for job in jobs if job.id not in rankings]
     print(f"{len(rankings)} rankings in {seconds:.1f} s; now each job alone", flush=True)
-    with engine_room(args.dtype) as room:
-        alone = room.ask(score_alone, [one.pairs for one in asked])
-        budget = room.ask(batch_tokens)
+    with engine_process(args.dtype) as process:
+        alone = process.ask(score_alone, [one.pairs for one in asked])
+        budget = process.ask(batch_tokens)
     answers = [(rankings[job.id], logits) for job, logits in zip(jobs, alone, strict=True) if job.id in rankings]
     if args.dtype == "float32":
         wrong += [f"{one.job_id}: {fault}" for one, logits in answers if (fault := differs(one, logits, tie=TIE))]

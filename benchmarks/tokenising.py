@@ -79,13 +79,13 @@ def check(fresh: Sequence[TokenisedPair], known: Sequence[TokenisedPair], theirs
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     asked = questions(args.data, args.collection, count=args.jobs, depth=args.chunks)
     ways = rivals(asked)
-    paces: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.rounds):
         for name, work in ways.items():
             began = time.perf_counter()
             work()
-            paces[name].append(args.jobs * args.chunks / (time.perf_counter() - began))
-    figures = {name: spread(values, 0) for name, values in paces.items()}
+            rates[name].append(args.jobs * args.chunks / (time.perf_counter() - began))
+    figures = {name: spread(values, 0) for name, values in rates.items()}
     slow = figures["as sentence-transformers"]["median"]
     for name, figure in figures.items():
         print(f"{name:<34}{figure['median']:>12,.0f} pairs/s{figure['median'] / slow:>10.1f} times")

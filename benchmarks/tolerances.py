@@ -116,8 +116,8 @@ def main() -> int:
     models = {"bundled": measured("bundled", "bundled", claim.question.pairs, args.tokens)}
     texts = [(tiny_checkpoints.QUERY, text) for text in (*tiny_checkpoints.TEXTS, "", "a", "word " * 60)]
     for family in families:
-        with tempfile.TemporaryDirectory() as room:
-            models[family] = measured(family, str(tiny_checkpoints.write(family, Path(room))), texts, None)
+        with tempfile.TemporaryDirectory() as folder:
+            models[family] = measured(family, str(tiny_checkpoints.write(family, Path(folder))), texts, None)
     keep("tolerances", {"tokens": args.tokens, "stated": STATED, "models": models}, here, quick=args.quick)
     show({name: f"{one['pairs']} pairs, largest logit {one['largest_logit']}" for name, one in models.items()})
     return verdict(beyond(models))

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from celery import Celery, signals
-from gear.rooms import BUNDLED, cross_encoder
+from gear.model_process import BUNDLED, cross_encoder
 
 URL = os.environ.get("USUAL_WAY_URL")
 app = Celery("usual_way", broker=URL, backend=URL, set_as_current=False)

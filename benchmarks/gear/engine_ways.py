@@ -37,11 +37,11 @@ class Ways:
         self.model = model
         self.with_types = type(model).__name__.startswith("Bert")
         self._inputs = Inputs(torch.device(device), pad=model.config.pad_token_id or 0, with_types=self.with_types)
-        self._form = architecture_of(model)
-        backbone = getattr(model, self._form.backbone)
+        self._architecture = architecture_of(model)
+        backbone = getattr(model, self._architecture.backbone)
         self._layers = getattr(getattr(backbone, "encoder", None), "layer", None)
         self._last = self._layers[-1] if self._layers is not None else None
-        self.shortens = self._form.place == "first" and reduce_to_cls(backbone)
+        self.shortens = self._architecture.place == "first" and reduce_to_cls(backbone)
         self._shortened = self._layers[-1] if self._layers is not None else None
 
     def choose(self, way: str) -> Run:
@@ -52,7 +52,7 @@ class Ways:
         if way == PREDICT:
             return lambda batch: self.model(**padded(batch, self._inputs)).logits.reshape(len(batch)).float()
         made = UnpaddedPass if way == UNPADDED else PaddedPass
-        return made(self.model, self._form, self._inputs)
+        return made(self.model, self._architecture, self._inputs)
 
 
 def batches_of(way: str, lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -66,9 +66,9 @@ def batches_of(way: str, lengths: Sequence[int], budget: int) -> list[list[int]]
 def score(run: Run, pairs: Sequence[TokenisedPair], batches: Sequence[Sequence[int]]) -> list[float]:
     """Launch all batches, then fetch: the device never waits for a copy. Answers logits in the pairs' order."""
     with torch.inference_mode():
-        landed = torch.cat([run([pairs[at] for at in batch]) for batch in batches]).cpu().tolist()
-    by_place = dict(zip([at for batch in batches for at in batch], landed, strict=True))
-    return [by_place[at] for at in range(len(pairs))]
+        logits = torch.cat([run([pairs[at] for at in batch]) for batch in batches]).cpu().tolist()
+    by_index = dict(zip([at for batch in batches for at in batch], logits, strict=True))
+    return [by_index[at] for at in range(len(pairs))]
 
 
 def timed(ways: Ways, way: str, pairs: Sequence[TokenisedPair], budget: int, *, seconds: float) -> dict[str, Any]:
@@ -77,14 +77,14 @@ def timed(ways: Ways, way: str, pairs: Sequence[TokenisedPair], budget: int, *, 
     batches = batches_of(way, lengths, budget)
     run = ways.choose(way)
     logits = score(run, pairs, batches)
-    began, paces = time.perf_counter(), []
-    while not paces or time.perf_counter() - began < seconds:
+    began, times = time.perf_counter(), []
+    while not times or time.perf_counter() - began < seconds:
         once = time.perf_counter()
         score(run, pairs, batches)
-        paces.append(time.perf_counter() - once)
+        times.append(time.perf_counter() - once)
     computed = lengths if way == UNPADDED else [max(lengths[at] for at in one) for one in batches for _ in one]
     shape = shape_of(ways.model.config, shortened=ways.shortens and way != PREDICT)
-    median = statistics.median(paces)
+    median = statistics.median(times)
     return {
         "budget": None if way == PREDICT else budget,
         "pairs_per_second": round(len(pairs) / median, 1),
@@ -98,10 +98,10 @@ def timed(ways: Ways, way: str, pairs: Sequence[TokenisedPair], budget: int, *, 
 def best_budget(
     ways: Ways, way: str, pairs: Sequence[TokenisedPair], budgets: Sequence[int], *, seconds: float
 ) -> dict[str, Any]:
-    """Time a way with every budget that fits into memory; answers the fastest, with the paces of all."""
+    """Time a way with every budget that fits into memory; answers the fastest, with the rates of all."""
     found = list(_fitting(budgets, lambda budget: timed(ways, way, pairs, budget, seconds=seconds)))
-    paces = {one["budget"]: one["pairs_per_second"] for one in found}
-    return max(found, key=lambda one: one["pairs_per_second"]) | {"pairs_per_second_by_budget": paces}
+    rates = {one["budget"]: one["pairs_per_second"] for one in found}
+    return max(found, key=lambda one: one["pairs_per_second"]) | {"pairs_per_second_by_budget": rates}
 
 
 def _fitting(budgets: Sequence[int], work: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -109,7 +109,7 @@ def _fitting(budgets: Sequence[int], work: Callable[[int], dict[str, Any]]) -> I
         try:
             yield work(budget)
         except torch.cuda.OutOfMemoryError:
-            # Whatever is larger does not fit either.
+            # Larger ones do not fit either.
             torch.cuda.empty_cache()
             return
 
@@ -122,17 +122,17 @@ def check_attention(device: str) -> dict[str, Any]:
     states = [torch.randn(1, 12, int(ends[-1]), 64, device=device, dtype=torch.bfloat16) for _ in range(3)]
     cu_seqlens = ends.to(device, torch.int32)
     layout = UnpaddedBatch(cu_seqlens[:-1].long(), cu_seqlens, max(lengths), runs_of(lengths))
-    reaches = {
+    spans = {
         "all": AttentionSpan(None),
         "causal": AttentionSpan(None, causal=True),
         "window of 65": AttentionSpan(None, window=65),
         "first token": AttentionSpan(None, first_only=True),
     }
     found = {}
-    for said, span in reaches.items():
+    for name, span in spans.items():
         query = states[0][:, :, layout.first] if span.first_only else states[0]
         out = attend(query, states[1], states[2], layout, span).float()
-        found[said] = round((out - _one_by_one(states, ends.tolist(), span)).abs().max().item(), 5)
+        found[name] = round((out - _one_by_one(states, ends.tolist(), span)).abs().max().item(), 5)
     return {"greatest_difference": found, "agrees": all(one <= ATTENTION_TOLERANCE for one in found.values())}
 
 
@@ -140,8 +140,8 @@ def _one_by_one(states: Sequence[torch.Tensor], ends: Sequence[int], span: Atten
     parts = []
     for start, end in pairwise(ends):
         query, key, value = (one[:, :, start:end].float() for one in states)
-        places = torch.arange(end - start, device=query.device)
-        distance = places[:, None] - places
+        positions = torch.arange(end - start, device=query.device)
+        distance = positions[:, None] - positions
         seen = torch.ones_like(distance, dtype=torch.bool)
         if span.causal:
             seen &= distance >= 0

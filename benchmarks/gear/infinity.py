@@ -15,12 +15,12 @@ from pathlib import Path
 
 from rerankq.local.processes import SupervisedProcess
 
-from .rooms import BUNDLED, Logits
+from .model_process import BUNDLED, Logits
 from .texts import Question
 from .workers import kept_running, until
 
 START_S, PATIENCE_S = 180, 1800
-# Requests under way at a time; the server forms its batches from all of them.
+# Requests in flight at a time; the server forms its batches from all of them.
 AT_ONCE = 32
 
 
@@ -51,7 +51,7 @@ def infinity(environment: Path) -> Iterator[Callable[[Sequence[Question]], Logit
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = f"v2 --model-id {BUNDLED} --served-model-name bundled --device cpu --engine torch --dtype float32"
-    # Its warm-up times batches of the greatest length, minutes on a CPU; whoever measures warms it as all others.
+    # Its warm-up times batches of the greatest length, minutes on a CPU; it is warmed as all others.
     words += f" --no-model-warmup --host 127.0.0.1 --port {port}"
     command = [str(program_of(environment)), *words.split()]
     # Its environment, not ours: packages of ours on its path would be imported before its own.

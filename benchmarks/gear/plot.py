@@ -16,7 +16,7 @@ SVG = {"svg.fonttype": "none", "svg.hashsalt": "rerankq", "font.family": "sans-s
 def bars(title: str, figures: Mapping[str, float], *, unit: str) -> str:
     """Draw one horizontal bar per figure, in their order.
 
-    >>> "1,234 pairs/s" in bars("pace", {"ours": 1234, "theirs": 1}, unit="pairs/s")
+    >>> "1,234 pairs/s" in bars("rate", {"ours": 1234, "theirs": 1}, unit="pairs/s")
     True
     """
     figure, axes = _axes(title, height=0.8 + 0.35 * len(figures))

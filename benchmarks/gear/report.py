@@ -29,7 +29,7 @@ LIBRARIES = (
 
 
 def machine() -> dict[str, Any]:
-    """Say what runs here. The load tells a reader whether the machine was ours: about 0 before, on a quiet one."""
+    """Describe this machine. A load of about 0 before means that nothing else ran."""
     cpuinfo = Path("/proc/cpuinfo")
     said = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     model = re.search(r"model name\s*: (.*)", said)

@@ -64,7 +64,7 @@ def operations(shape: Shape, lengths: Sequence[int]) -> float:
 
 def matrix_ceiling(device: str, dtype: str, sizes: Sequence[int], *, seconds: float) -> dict[str, float]:
     """Measure square matrix products: operations per second by size. The greatest is the device's ceiling."""
-    import torch  # noqa: PLC0415 - seconds, and only whoever measures pays them
+    import torch  # noqa: PLC0415 - seconds, and paid only when measuring
 
     found = {}
     for size in sizes:

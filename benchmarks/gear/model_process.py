@@ -1,4 +1,4 @@
-"""Rivals and yardsticks without a queue, each in a process of its own: as users run them, and out of our way."""
+"""Models without a queue, to compare with, each in a process of its own as users run them."""
 
 from __future__ import annotations
 
@@ -20,30 +20,34 @@ Logits = list[list[float]]
 Answer = TypeVar("Answer")
 
 
-class Room:
-    """A process that holds what *furnish* put into it, for as long as a ``with`` block."""
+class ModelProcess:
+    """A process with the model that *load_model* loads in it, for as long as a ``with`` block."""
 
-    def __init__(self, furnish: Callable[..., None], *args: Any, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, load_model: Callable[..., None], *args: Any, environment: Mapping[str, str] | None = None
+    ) -> None:
         # Spawned, not forked: glibc reads its variables when a program starts.
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         with _variables(environment or {}):
-            self._furnished = self._pool.submit(furnish, *args)
+            self._loaded = self._pool.submit(load_model, *args)
 
     def __enter__(self) -> Self:
-        self._furnished.result()
+        self._loaded.result()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
     def ask(self, work: Callable[..., Answer], *args: Any) -> Answer:
-        """Run *work* in there, and wait for its answer."""
+        """Run *work* in the process, and wait for its answer."""
         return self._pool.submit(work, *args).result()
 
 
-def engine_room(dtype: str = "float32", *, model: str = "bundled", device: str = "cpu", runtime: str = "auto") -> Room:
-    """Make a room with a model in our engine, under the allocator that our workers have."""
-    return Room(_furnish_engine, model, device, dtype, runtime, environment=allocator_environment())
+def engine_process(
+    dtype: str = "float32", *, model: str = "bundled", device: str = "cpu", runtime: str = "auto"
+) -> ModelProcess:
+    """Start a process with a model in our engine, under the allocator that our workers have."""
+    return ModelProcess(_load_engine, model, device, dtype, runtime, environment=allocator_environment())
 
 
 def score(jobs: Sequence[Pairs]) -> Logits:
@@ -67,13 +71,13 @@ def score_tokenised(jobs: Sequence[Pairs]) -> tuple[Logits, float]:
 
 
 def batch_tokens() -> int:
-    """Tell the engine's budget, in padded tokens per batch."""
+    """Return the engine's budget, in padded tokens per batch."""
     return _engine.max_batch_tokens
 
 
-def predict_room() -> Room:
-    """Make a room with the bundled model in a plain ``CrossEncoder``, as its documentation shows it."""
-    return Room(_furnish_predict, str(BUNDLED))
+def predict_process() -> ModelProcess:
+    """Start a process with the bundled model in a plain ``CrossEncoder``, as its documentation shows it."""
+    return ModelProcess(_load_predict, str(BUNDLED))
 
 
 def predict(jobs: Sequence[Pairs]) -> Logits:
@@ -83,7 +87,7 @@ def predict(jobs: Sequence[Pairs]) -> Logits:
 
 def cross_encoder(folder: str) -> Any:
     """Load a model the usual way, in float32, and run it once; it gives raw logits."""
-    import torch  # noqa: PLC0415 - seconds, and only whoever loads a model pays them
+    import torch  # noqa: PLC0415 - seconds, and only paid only when a model is loaded
     from sentence_transformers import CrossEncoder  # noqa: PLC0415
     from transformers.utils import logging  # noqa: PLC0415
 
@@ -93,26 +97,26 @@ def cross_encoder(folder: str) -> Any:
     return model
 
 
-# What a room was furnished with; each lives in its own process.
+# What is loaded; each in its own process.
 _engine: Engine
 _engine_thread: ThreadPoolExecutor
 _cross_encoder: Any
 
 
-def _furnish_engine(model: str, device: str, dtype: str, runtime: str) -> None:
+def _load_engine(model: str, device: str, dtype: str, runtime: str) -> None:
     global _engine, _engine_thread  # noqa: PLW0603
     _engine = load(model, device, dtype, runtime=runtime)
     _engine_thread = ThreadPoolExecutor(1)
 
 
-def _furnish_predict(folder: str) -> None:
+def _load_predict(folder: str) -> None:
     global _cross_encoder  # noqa: PLW0603
     _cross_encoder = cross_encoder(folder)
 
 
 def _scored(pairs: Pairs) -> list[float]:
     # On a thread of its own, loaded on another, as in a worker: OpenMP spins less for the second team of threads in a
-    # process, which on a busy machine doubles the pace.
+    # process, which on a busy machine doubles the rate.
     logits: list[float] = _engine_thread.submit(_engine.score, pairs).result().tolist()
     return logits
 
