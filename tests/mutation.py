@@ -101,8 +101,8 @@ NOT_NOTICED = {0: "survived", 5: "no test", 33: "no test", None: "not tried", 2:
 def chosen(words: Iterable[str]) -> list[str]:
     """Give the modules whose paths end with one of the words, or lie in a folder of that name; all for no word.
 
-    >>> chosen(["fusion/ranks", "cli"])
-    ['rerankq_worker/fusion/ranks', 'rerankq/cli/findings', 'rerankq/cli/metrics']
+    >>> chosen(["fusion/ranks", "doctor"])
+    ['rerankq_worker/fusion/ranks', 'rerankq/doctor/checks']
     """
     words = [f"/{word.removesuffix('.py').strip('/')}/" for word in words]
     return [name for name in HELD if not words or any(word in f"/{name}/" for word in words)]

@@ -1,4 +1,4 @@
-"""The catalogues that ``conf/`` holds: models and fusion profiles."""
+"""The catalogues in ``conf/``: models and fusion profiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import JobRejected, SettingsInvalid
 
 
 class ModelCard(BaseModel):
-    """What the catalogue says of a model."""
+    """An entry of the model catalogue."""
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
@@ -28,12 +28,12 @@ class ModelCard(BaseModel):
 def find(name: str, conf_dir: Path | None = None) -> Path:
     """Find a catalogue file: in *conf_dir*, else in the package, else (a checkout) in the repository's ``conf/``."""
     here = Path(__file__).parent
-    places = [here / "conf", here.parents[1] / "conf"]
-    # A folder of one's own may replace one catalogue and leave the other.
-    for folder in [conf_dir, *places] if conf_dir else places:
-        if folder and (folder / name).is_file():
+    # A configured folder may have one catalogue and not the other.
+    folders = [*([conf_dir] if conf_dir else []), here / "conf", here.parents[1] / "conf"]
+    for folder in folders:
+        if (folder / name).is_file():
             return folder / name
-    raise SettingsInvalid(f"{name}: not found in {', '.join(str(place) for place in places)}")
+    raise SettingsInvalid(f"{name}: not found in {', '.join(map(str, folders))}")
 
 
 @lru_cache(maxsize=8)
@@ -41,7 +41,7 @@ def profiles(conf_dir: Path | None = None) -> dict[str, Fusion]:
     """Read the fusion profiles, by name.
 
     Raises:
-        SettingsInvalid: naming the file and the profile that is not well formed.
+        SettingsInvalid: naming the file and the malformed profile.
     """
     path = find("fusion.toml", conf_dir)
     found = {}
@@ -58,7 +58,7 @@ def models(conf_dir: Path | None = None) -> dict[str, ModelCard]:
     """Read the model catalogue, by name.
 
     Raises:
-        SettingsInvalid: naming the file and the model that is not well formed.
+        SettingsInvalid: naming the file and the malformed model.
     """
     path = find("models.toml", conf_dir)
     try:
@@ -68,7 +68,7 @@ def models(conf_dir: Path | None = None) -> dict[str, ModelCard]:
 
 
 def canonical(name: str, conf_dir: Path | None = None) -> str:
-    """Give the catalogue's full name for a model or one of its aliases; any other name but for slashes at its end."""
+    """Return the full name of a model or alias in the catalogue; any other name without slashes at its end."""
     name = name.rstrip("/") or name
     for full, card in models(conf_dir).items():
         if name in card.aliases:
@@ -77,7 +77,7 @@ def canonical(name: str, conf_dir: Path | None = None) -> str:
 
 
 def resolve(fusion: Fusion | str, conf_dir: Path | None = None) -> Fusion:
-    """Look up the numbers behind a profile's name.
+    """Return the fusion that a profile's name stands for.
 
     Raises:
         JobRejected: if there is no such profile.

@@ -147,11 +147,11 @@ def test_report_names_the_model_that_scored(run, collection, redis_url, start_wo
 
 def test_report_names_weighted_signals_that_no_chunk_has(run, collection, served):
     report = run("rescore", *collection, "--limit", "2", "--fusion", "elasticsearch", **served)
-    assert "signals that no chunk has, so that their weight counts for nothing: vector\n" in report.stdout
+    assert "weighted signals that no chunk has, which add nothing to the score: vector\n" in report.stdout
     in_json = run("rescore", *collection, "--limit", "3", "--fusion", "model", "--force", "--json", **served)
     assert json.loads(in_json.stdout)["missing"] == {}
     told = run("rescore", *collection, "--limit", "2", "--force", **served).stdout
-    assert "signals that no chunk has" not in told, "a query without tags asks for none"
+    assert "weighted signals" not in told, "a query without tags asks for none"
 
 
 def test_limit_takes_the_first_queries_of_the_run(run, collection, served, tmp_path):

@@ -45,7 +45,7 @@ def test_model_alias_and_trailing_slashes_give_the_full_name(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         (
             "fusion.toml",
@@ -58,13 +58,13 @@ def test_model_alias_and_trailing_slashes_give_the_full_name(tmp_path: Path):
         ("models.toml", "", r"expected TOML with a table \[models\]"),
     ],
 )
-def test_malformed_catalogue_is_named(tmp_path: Path, name: str, content: str, said: str):
+def test_malformed_catalogue_is_named(tmp_path: Path, name: str, content: str, message: str):
     (tmp_path / name).write_text(content)
     read = catalogue.profiles if name == "fusion.toml" else catalogue.models
     with pytest.raises(SettingsInvalid) as caught:
         read(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / name}: ")
-    with pytest.raises(SettingsInvalid, match=said):
+    with pytest.raises(SettingsInvalid, match=message):
         read(tmp_path)
 
 
@@ -87,6 +87,8 @@ def test_only_slashes_are_cut_from_the_end_of_a_model_name():
     assert catalogue.canonical("org/modelX") == "org/modelX"
 
 
-def test_missing_catalogue_is_named_with_the_folders_searched():
+def test_missing_catalogue_is_named_with_the_folders_searched(tmp_path: Path):
     with pytest.raises(SettingsInvalid, match=r"^none\.toml: not found in \S+/conf, \S+/conf$"):
         catalogue.find("none.toml")
+    with pytest.raises(SettingsInvalid, match=rf"^none\.toml: not found in {tmp_path}, \S+/conf, \S+/conf$"):
+        catalogue.find("none.toml", tmp_path)

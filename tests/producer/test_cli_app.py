@@ -106,7 +106,7 @@ def test_numbers_out_of_range_are_refused_naming_the_option(run, arguments):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "said"),
+    ("option", "value", "message"),
     [
         ("--depth", "0", "--depth: expected 1 to 10000"),
         ("--depth", "10001", "--depth: expected 1 to 10000"),
@@ -123,13 +123,13 @@ def test_numbers_out_of_range_are_refused_naming_the_option(run, arguments):
         ("--depth", "1000000000000", "--depth: expected 1 to 10000"),
     ],
 )
-def test_invalid_rescore_options_are_refused_before_anything_starts(run, tmp_path, option, value, said):
+def test_invalid_rescore_options_are_refused_before_anything_starts(run, tmp_path, option, value, message):
     for name in ("q", "c", "r"):
         (tmp_path / name).write_text("")
     options = {"--queries": "q", "--corpus": "c", "--run": "r", "--output": "out", option: value}
     done = run("rescore", *[part for pair in options.items() for part in pair])
     assert done.exit_code == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / "out.part").exists()
 
 

@@ -60,24 +60,24 @@ def test_dead_list_names_jobs_without_their_texts(run: Callable, killed: Callabl
     assert run("list", "--json").stdout == ""
     for name in ("first", "second"):
         killed(name)
-    told = run("list").stdout
-    assert told.index("first") < told.index("second")
-    assert "what kills?" in told
+    printed = run("list").stdout
+    assert printed.index("first") < printed.index("second")
+    assert "what kills?" in printed
     found = lines(run("list", "--json"))
     assert [(job["job_id"], job["deaths"], job["pairs"], job["tenant"]) for job in found] == [
         ("first", 3, 1, "t"),
         ("second", 3, 1, "t"),
     ]
-    assert SECRET not in told + run("list", "--json").stdout
+    assert SECRET not in printed + run("list", "--json").stdout
 
 
 def test_dead_show_prints_the_history_and_texts_only_on_request(run: Callable, killed: Callable):
     killed("poison")
-    told = run("show", "poison").stdout
-    assert "its worker died 3 times while alone with it" in told
-    assert told.count("alone") == 4, "three times in the history, once in the reason"
-    assert told.count("lease-over  stand-in") == 3
-    assert SECRET not in told + run("show", "poison", "--json").stdout
+    printed = run("show", "poison").stdout
+    assert "its worker died 3 times while alone with it" in printed
+    assert printed.count("alone") == 4, "three times in the history, once in the reason"
+    assert printed.count("lease-over  stand-in") == 3
+    assert SECRET not in printed + run("show", "poison", "--json").stdout
     assert SECRET in run("show", "poison", "--payload").stdout
     (found,) = lines(run("show", "poison", "--payload", "--json"))
     assert found["payload"]["chunks"] == [{"text": SECRET}]
@@ -149,9 +149,9 @@ def test_ids_and_all_exclude_each_other_and_one_is_needed(run: Callable, command
 
 def test_control_characters_of_a_query_are_not_printed(run: Callable, killed: Callable):
     killed("poison", query="[red]x[/red] \x9b31m \x1b[31m y")
-    for told in (run("list").stdout, run("show", "poison").stdout):
-        assert "[red]x[/red]" in told
-        assert not {"\x9b", "\x1b"} & set(told)
+    for printed in (run("list").stdout, run("show", "poison").stdout):
+        assert "[red]x[/red]" in printed
+        assert not {"\x9b", "\x1b"} & set(printed)
 
 
 def test_times_are_printed_in_utc_in_every_time_zone(monkeypatch: pytest.MonkeyPatch):

@@ -58,9 +58,9 @@ def test_failed_job_under_wait_is_a_record_and_status_1(run, worker, once_queued
     worker.register("m")
     once_queued("good", lambda name: worker.fail(name, "no such thing"))
     done = run("submit", "-", "--wait", given=GOOD)
-    told = json.loads(done.stdout)
-    assert (told["line"], told["error_type"]) == ("standard input:1", "JobFailed")
-    assert "no such thing" in told["error"]
+    printed = json.loads(done.stdout)
+    assert (printed["line"], printed["error_type"]) == ("standard input:1", "JobFailed")
+    assert "no such thing" in printed["error"]
     assert (done.exit_code, done.stderr) == (1, "")
 
 
@@ -121,12 +121,12 @@ def test_line_limit_allows_six_bytes_per_character(run):
     assert (done.exit_code, done.stderr) == (2, "rerankq: standard input:1: longer than 4000 bytes\n")
 
 
-@pytest.mark.parametrize(("jobs", "said"), [(["a"], "1 job continues"), (["a", "b"], "2 jobs continue")])
-def test_jobs_that_continue_are_counted_and_named(capsys, jobs, said):
+@pytest.mark.parametrize(("jobs", "message"), [(["a"], "1 job continues"), (["a", "b"], "2 jobs continue")])
+def test_jobs_that_continue_are_counted_and_named(capsys, jobs, message):
     submit._name_jobs_that_continue(jobs)
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.splitlines()[1:] == jobs
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.splitlines()[1:] == jobs
     submit._name_jobs_that_continue([])
     assert capsys.readouterr().err == ""
 
@@ -229,6 +229,6 @@ def test_password_of_a_foreign_redis_is_masked_in_json(run, settings, monkeypatc
 
     monkeypatch.setattr(services, "Stack", Stack)
     monkeypatch.setattr(services, "flower_is_installed", lambda: False)
-    told = json.loads(run("up", "--json").stdout)
-    assert told["broker_url"].startswith("redis://:***@")
-    assert (told["embedded"], told["flower"]) == (False, None)
+    printed = json.loads(run("up", "--json").stdout)
+    assert printed["broker_url"].startswith("redis://:***@")
+    assert (printed["embedded"], printed["flower"]) == (False, None)

@@ -40,8 +40,8 @@ def test_report_has_output_cost_and_missing_signals(capsys):
 @pytest.mark.parametrize(("count", "last"), [(10, "rerankq: query q9: x"), (12, "rerankq: … and 2 more")])
 def test_failed_queries_beyond_ten_are_counted_but_not_named(capsys, count, last):
     render.print_failed({f"q{number}": "x" for number in range(count)})
-    told = capsys.readouterr().err.splitlines()
-    assert (len(told), told[-1]) == (min(count, 11), last)
+    printed = capsys.readouterr().err.splitlines()
+    assert (len(printed), printed[-1]) == (min(count, 11), last)
 
 
 def test_message_lines_begin_with_the_command_name(capsys):

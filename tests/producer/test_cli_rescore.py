@@ -23,13 +23,13 @@ class Progress:
     """Keeps what a person would see."""
 
     def __init__(self):
-        self.told, self.total, self.done = [], None, 0
+        self.printed, self.total, self.done = [], None, 0
 
     def describe(self, step):
         pass
 
     def notify(self, message):
-        self.told.append(message)
+        self.printed.append(message)
 
     def start(self, pairs, done=0):
         self.total, self.done = pairs, done
@@ -200,7 +200,7 @@ def test_run_is_rescored_and_reported(do, plan, tmp_path):
     assert report.missing == {"vector": 3}, "by the weights of the folder of one's own"
     assert replace(report, seconds=2.0).pairs_per_s == 4.5
     assert replace(report, seconds=0.0).pairs_per_s == 0
-    assert (progress.total, progress.done, progress.told) == (9, 9, [])
+    assert (progress.total, progress.done, progress.printed) == (9, 9, [])
     assert not (tmp_path / "out.part").exists()
     assert {job.priority for job in client.jobs.values()} == {"bulk"}, "a person's questions go first"
     assert [job.query for job in client.jobs.values()] == ["text of q1", "text of q2", "text of q3"]
@@ -249,11 +249,11 @@ def test_interrupted_rescore_says_where_its_progress_is_kept(do, tmp_path):
     progress, client = Progress(), Stopped()
     with pytest.raises(KeyboardInterrupt):
         do(client, progress)
-    assert progress.told == []
+    assert progress.printed == []
     client.done = 1
     with pytest.raises(KeyboardInterrupt):
         do(client, progress)
-    assert progress.told == [f"stopped; the progress is kept in {tmp_path}/out.part, and the same command resumes"]
+    assert progress.printed == [f"stopped; the progress is kept in {tmp_path}/out.part, and the same command resumes"]
 
 
 def test_skipped_lines_and_useless_judgements_are_reported(do, plan, tmp_path):
@@ -263,7 +263,7 @@ def test_skipped_lines_and_useless_judgements_are_reported(do, plan, tmp_path):
     progress = Progress()
     report = do(progress=progress)
     assert report.skipped_lines == {plan.corpus: 1}
-    assert progress.told == [
+    assert progress.printed == [
         f"{plan.corpus}: 1 invalid line skipped, the first: {plan.corpus}:4: not JSON: Expecting value at column 1",
         f"{plan.qrels}: has no judgement for any query of the run",
     ]

@@ -129,18 +129,18 @@ def test_hanging_server_is_killed_and_so_is_a_hanging_guard(monkeypatch, guard_t
 def test_forked_child_leaves_the_server_running():
     with EmbeddedRedis() as server:
         guard = server_process(server.url).parent()
-        guard.suspend()  # so that what it is told stays where it can be seen
+        guard.suspend()  # so that what it is printed stays where it can be seen
         child = os.fork()
         if child == 0:
             server.stop()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        told = os.open(f"/proc/{guard.pid}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
+        printed = os.open(f"/proc/{guard.pid}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
         try:
             with pytest.raises(BlockingIOError):
-                os.read(told, 1)
+                os.read(printed, 1)
         finally:
-            os.close(told)
+            os.close(printed)
             guard.resume()
         with connect(server.url) as connection:
             assert connection.ping()

@@ -110,9 +110,9 @@ def test_guard_returns_the_exit_status_of_its_program(code, status):
 def test_password_of_a_foreign_redis_is_not_printed(capsys):
     url = "redis://me:s3cret@redis.example:6379/0"
     render.print_stack(Stack(Settings(_env_file=None, broker_url=url)), None)
-    said = capsys.readouterr().out
-    assert "redis://me:***@redis.example:6379/0 (yours)" in said
-    assert "s3cret" not in said
+    message = capsys.readouterr().out
+    assert "redis://me:***@redis.example:6379/0 (yours)" in message
+    assert "s3cret" not in message
 
 
 class DeadProcess:
@@ -169,8 +169,8 @@ def test_roles_of_an_embedded_redis_have_databases_of_their_own():
 
 @pytest.mark.parametrize(("read_only", "found"), [("true", "true"), ("", "false"), (None, "false")])
 def test_flower_with_a_password_is_read_only_on_request_alone(read_only, found):
-    said = {"FLOWER_BASIC_AUTH": "me:secret"} | ({} if read_only is None else {"FLOWER_READ_ONLY": read_only})
-    assert stack.flower_environment(said)["FLOWER_READ_ONLY"] == found
+    message = {"FLOWER_BASIC_AUTH": "me:secret"} | ({} if read_only is None else {"FLOWER_READ_ONLY": read_only})
+    assert stack.flower_environment(message)["FLOWER_READ_ONLY"] == found
     assert stack.flower_environment({"FLOWER_READ_ONLY": "false"})["FLOWER_READ_ONLY"] == "true"
 
 
@@ -190,20 +190,20 @@ def of_parts():
     """A stack that was not started, with these parts."""
 
     def of_parts(*parts, alive=True):
-        told = []
-        made = Stack(Settings(_env_file=None), notify=told.append)
+        printed = []
+        made = Stack(Settings(_env_file=None), notify=printed.append)
         made._redis = SimpleNamespace(alive=alive)
         made._processes = list(parts)
-        return made, told
+        return made, printed
 
     return of_parts
 
 
 def test_worker_that_was_never_ready_ends_the_stack_and_a_later_death_restarts_it(of_parts):
-    made, told = of_parts(DyingPart("Flower"))
+    made, printed = of_parts(DyingPart("Flower"))
     made.supervise()
-    assert told == ["Flower ended (status 1); restarting in 1 s"]
-    made, told = of_parts(DyingPart("worker"))
+    assert printed == ["Flower ended (status 1); restarting in 1 s"]
+    made, printed = of_parts(DyingPart("worker"))
     with pytest.raises(processes.StackFailed, match=r"could not be started \(status 1\)\nits last words"):
         made.supervise()
     made._processes = []
@@ -212,7 +212,7 @@ def test_worker_that_was_never_ready_ends_the_stack_and_a_later_death_restarts_i
     assert looks == [], "a worker without queues takes no jobs"
     made._processes = [DyingPart("worker")]
     made.supervise()
-    assert told == ["worker ended (status 1); restarting in 1 s"]
+    assert printed == ["worker ended (status 1); restarting in 1 s"]
 
 
 def test_stack_ends_when_its_redis_has_ended(of_parts):
@@ -259,13 +259,17 @@ class Opened:
 def test_open_client_names_the_model_to_a_deployment_and_serves_it_without_one(monkeypatch, model):
     monkeypatch.setattr(stack, "Client", Opened)
     monkeypatch.setattr(stack, "Stack", Opened)
-    told = []
+    printed = []
     there = Settings(_env_file=None, broker_url="redis://h", model="m")
-    with stack.open_client(there, model, told.append) as (_, named, supervise):
+    with stack.open_client(there, model, printed.append) as (_, named, supervise):
         supervise()
-    assert (named, len(told)) == (model, 1)
+    assert (named, len(printed)) == (model, 1)
     Opened.seen.clear()
-    with stack.open_client(Settings(_env_file=None, model="m", default_model="d"), model, told.append) as (_, named, _):
+    with stack.open_client(Settings(_env_file=None, model="m", default_model="d"), model, printed.append) as (
+        _,
+        named,
+        _,
+    ):
         pass
     assert named is None
     assert {(settings.model, settings.default_model) for settings in Opened.seen} == {(model or "m", "")}

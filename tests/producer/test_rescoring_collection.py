@@ -101,7 +101,7 @@ def test_invalid_line_that_the_run_does_not_need_is_counted_and_reported(read, o
 
 
 @pytest.mark.parametrize(
-    ("odd", "said"),
+    ("odd", "message"),
     [
         (b'{"_id": "d1"}', "text: is missing"),
         (b'{"_id": "d1", "text": null}', "text: is null; expected a text"),
@@ -110,8 +110,8 @@ def test_invalid_line_that_the_run_does_not_need_is_counted_and_reported(read, o
         (b'{"_id": "d1", "text": "\\ud800"}', "text: not Unicode: a lone surrogate at character 0"),
     ],
 )
-def test_invalid_line_that_the_run_needs_is_an_error_naming_it(read, odd, said):
-    with pytest.raises(InputFault, match=rf"c.jsonl.gz:5: {said}"):
+def test_invalid_line_that_the_run_needs_is_an_error_naming_it(read, odd, message):
+    with pytest.raises(InputFault, match=rf"c.jsonl.gz:5: {message}"):
         read(more={"c.jsonl.gz": odd})
 
 
@@ -123,7 +123,7 @@ def test_missing_text_is_reported_with_the_lines_that_were_skipped(read):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b'[{"_id": "d1", "text": "x"}]', r"c.jsonl.gz:1: expected a JSON object, found list"),
         (b'[\n{"_id": "d1", "text": "x"},\n]', r"c.jsonl.gz:1: not JSON"),
@@ -131,8 +131,8 @@ def test_missing_text_is_reported_with_the_lines_that_were_skipped(read):
         (b"", r"c.jsonl.gz: is empty"),
     ],
 )
-def test_file_of_another_format_is_reported_by_its_first_line(read, content, said):
-    with pytest.raises(InputFault, match=said):
+def test_file_of_another_format_is_reported_by_its_first_line(read, content, message):
+    with pytest.raises(InputFault, match=message):
         read(documents=[], more={"c.jsonl.gz": content})
 
 
@@ -151,7 +151,7 @@ def test_judgements_are_read_for_queries_of_the_run_alone(read):
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({"queries": QUERIES[:1]}, r"r.trec:1: query: q1 is not in .*q.jsonl$"),
         ({"documents": DOCUMENTS[:1]}, r"r.trec:2: document: d3 is not in .*c.jsonl.gz \(and 1 more\)"),
@@ -161,8 +161,8 @@ def test_judgements_are_read_for_queries_of_the_run_alone(read):
         ({"run": []}, r"r.trec: is empty"),
     ],
 )
-def test_files_that_do_not_match_are_reported_with_file_and_line(read, files, said):
-    with pytest.raises(InputFault, match=said):
+def test_files_that_do_not_match_are_reported_with_file_and_line(read, files, message):
+    with pytest.raises(InputFault, match=message):
         read(**files)
 
 

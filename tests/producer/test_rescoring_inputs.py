@@ -85,7 +85,7 @@ def test_closed_standard_input_is_reported(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("a\n".encode("utf-16"), "UTF-16; expected UTF-8"),
         (gzipped("a\n".encode("utf-16")), "UTF-16; expected UTF-8"),
@@ -93,8 +93,8 @@ def test_closed_standard_input_is_reported(monkeypatch):
         (b"PK\x03\x04\x14\x00", "zip archive"),
     ],
 )
-def test_unsupported_file_format_is_named(file, content, said):
-    with pytest.raises(InputFault, match=rf"in.jsonl: cannot be read: it is .*{said}"):
+def test_unsupported_file_format_is_named(file, content, message):
+    with pytest.raises(InputFault, match=rf"in.jsonl: cannot be read: it is .*{message}"):
         texts(file(content))
 
 
@@ -130,7 +130,7 @@ def test_overlong_lines_are_skipped_if_they_are_counted(file):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"12345678\n", r"in.jsonl:1: longer than 8 bytes"),
         (gzipped(b"a\n" * 9999)[:-9], r"in.jsonl: cannot be read after line \d+: Compressed file ended"),
@@ -142,8 +142,8 @@ def test_overlong_lines_are_skipped_if_they_are_counted(file):
         (lzma.compress(b"a\n" * 9)[:20] + b"x" * 40, r"in.jsonl: cannot be read: Corrupt input data"),
     ],
 )
-def test_unreadable_file_is_reported_with_the_line(file, content, said):
-    with pytest.raises(InputFault, match=said):
+def test_unreadable_file_is_reported_with_the_line(file, content, message):
+    with pytest.raises(InputFault, match=message):
         texts(file(content), max_bytes=8)
 
 
@@ -154,7 +154,7 @@ def test_missing_file_and_folder_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "q:7: not JSON"),
         ("[" * 100_000, "q:7: not JSON: nested too deep"),
@@ -174,10 +174,10 @@ def test_missing_file_and_folder_are_reported(tmp_path):
         ('{"_id": "1", "text": "\\ud800"}', "q:7: text: not Unicode: a lone surrogate at character 0"),
     ],
 )
-def test_invalid_query_is_reported_with_line_and_field(text, said):
+def test_invalid_query_is_reported_with_line_and_field(text, message):
     with pytest.raises(InputFault) as fault:
         inputs.query_of(Line("q", 7, text))
-    assert str(fault.value).startswith(said)
+    assert str(fault.value).startswith(message)
 
 
 @pytest.mark.parametrize("written", ["12", "9.0", "-3", "1" * 5_000, "1e400"])
@@ -211,7 +211,7 @@ def test_input_fault_carries_the_id_if_it_could_be_read():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("q Q0 d 1 0.5", "r:1: expected six columns"),
         ("q Q0 d 1 high bm25", "r:1: score: expected a number"),
@@ -224,10 +224,10 @@ def test_input_fault_carries_the_id_if_it_could_be_read():
         ("q Q0 d\udcff 1 1 bm25", "r:1: not UTF-8: invalid byte at character 6"),
     ],
 )
-def test_invalid_line_of_a_run_is_reported(text, said):
+def test_invalid_line_of_a_run_is_reported(text, message):
     with pytest.raises(InputFault) as fault:
         inputs.run_line_of(Line("r", 1, text))
-    assert str(fault.value).startswith(said)
+    assert str(fault.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_judgements_of_other_queries_may_be_invalid(file):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("q d\n", ":1: expected three columns"),
         ("q,d,1\n", ":1: expected three columns .* separated by tabs or spaces, found 1"),
@@ -281,8 +281,8 @@ def test_judgements_of_other_queries_may_be_invalid(file):
         (b"q\0 d 1\n", ":1: not text: a NUL"),
     ],
 )
-def test_invalid_judgements_are_reported(file, content, said):
-    with pytest.raises(InputFault, match=said):
+def test_invalid_judgements_are_reported(file, content, message):
+    with pytest.raises(InputFault, match=message):
         inputs.judgements(file(content))
 
 

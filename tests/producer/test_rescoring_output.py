@@ -20,10 +20,10 @@ WRITTEN = "".join(LINES)
 
 
 def write(goal, lines=LINES):
-    said = []
-    with goal.opened(said.append) as write:
+    message = []
+    with goal.opened(message.append) as write:
         write(lines)
-    return said
+    return message
 
 
 @pytest.fixture
@@ -97,10 +97,10 @@ def test_named_pipe_is_opened_before_the_work_and_written(resolve, tmp_path):
     read = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
     reader.start()
-    said = write(resolve("pipe"))
+    message = write(resolve("pipe"))
     reader.join()
     assert read == [WRITTEN]
-    assert said == ["pipe: waiting for a reader"]
+    assert message == ["pipe: waiting for a reader"]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
@@ -162,7 +162,7 @@ def test_journal_of_a_stream_is_in_a_private_folder(resolve, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("folder", r"--output: folder is a folder"),
         ("folder-link", r"--output: folder-link is a folder"),
@@ -182,7 +182,7 @@ def test_journal_of_a_stream_is_in_a_private_folder(resolve, tmp_path, monkeypat
         ("y", r"y.part, the journal, is not a regular file"),
     ],
 )
-def test_impossible_output_is_refused_before_anything_starts(resolve, tmp_path, name, said):
+def test_impossible_output_is_refused_before_anything_starts(resolve, tmp_path, name, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder-link").symlink_to("folder")
     (tmp_path / "loop").symlink_to("loop")
@@ -191,7 +191,7 @@ def test_impossible_output_is_refused_before_anything_starts(resolve, tmp_path, 
     (tmp_path / "corpus-twin").hardlink_to(tmp_path / "c")
     (tmp_path / "x.part").symlink_to("q")
     os.mkfifo(tmp_path / "y.part")
-    with pytest.raises(InputFault, match=said):
+    with pytest.raises(InputFault, match=message):
         resolve(name)
     assert (tmp_path / "r").read_text() == "r"
 
@@ -205,12 +205,12 @@ def test_standard_output_that_is_an_input_is_refused(resolve, tmp_path):
         resolve("-")
 
 
-@pytest.mark.parametrize(("denied", "said"), [("out.trec", "out.trec is not writable"), (".", ". is not writable")])
-def test_unwritable_output_is_refused_before_anything_starts(resolve, tmp_path, monkeypatch, denied, said):
+@pytest.mark.parametrize(("denied", "message"), [("out.trec", "out.trec is not writable"), (".", ". is not writable")])
+def test_unwritable_output_is_refused_before_anything_starts(resolve, tmp_path, monkeypatch, denied, message):
     # As root, who runs these tests in a container, everything may be written.
     (tmp_path / "out.trec").write_text("before")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).resolve() != (tmp_path / denied).resolve())
-    with pytest.raises(InputFault, match=f"--output: {said}"):
+    with pytest.raises(InputFault, match=f"--output: {message}"):
         resolve("out.trec")
 
 

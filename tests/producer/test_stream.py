@@ -280,8 +280,8 @@ def wait(monkeypatch):
 )
 def test_wait_for_keeps_its_timeout_and_supervises_between_checks(wait, timeout, waited):
     client = SlowClient()
-    said, checks = wait(client, timeout)
-    assert said == f"job x: no ranking within {timeout} s; it may still come"
+    message, checks = wait(client, timeout)
+    assert message == f"job x: no ranking within {timeout} s; it may still come"
     assert client.waited == waited
     assert len(checks) == len(waited) - 1
 

@@ -28,8 +28,8 @@ def test_unserved_models_are_named(models, workers, missing):
 
 
 def test_worker_watch_notifies_once_per_change():
-    there, told = [], []
-    watch = WorkerWatch(lambda: there, told.append)
+    there, printed = [], []
+    watch = WorkerWatch(lambda: there, printed.append)
     for _ in range(3):
         watch.check([None], ["one"])
     there.append(worker("a"))
@@ -37,7 +37,7 @@ def test_worker_watch_notifies_once_per_change():
         watch.check([None], ["one"])
     there.clear()
     watch.check([None], [f"job-{number}" for number in range(5)])
-    assert told == [
+    assert printed == [
         "no worker is running; waiting for job one (start one with: rerankq worker)",
         "a worker is running now",
         "no worker is running; waiting for jobs job-0, job-1, job-2 and 2 more (start one with: rerankq worker)",
