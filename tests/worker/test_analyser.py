@@ -144,8 +144,8 @@ def test_the_part_of_a_text_that_is_read_ends_at_the_last_white_space_near_its_e
     most, near = module.READ_CHARACTERS, module._NEAR
     assert len(read_part("a" * most)) == most
     assert len(read_part("a" * most + "b")) == most
-    for place, end in ((most - 1, most - 1), (most, most), (most - near, most - near), (most - near - 1, most)):
-        assert len(read_part("a" * place + space + "b" * 2 * near)) == end
+    for position, end in ((most - 1, most - 1), (most, most), (most - near, most - near), (most - near - 1, most)):
+        assert len(read_part("a" * position + space + "b" * 2 * near)) == end
     assert len(read_part("a" * (most - 300) + " " + "b" * 99 + space + "c" * 600)) == most - 200
 
 
@@ -252,7 +252,7 @@ def test_threads_see_the_same_tokens():
     def work(seed):
         order = random.Random(seed).choices(range(50), k=300)
         module._word.cache_clear()
-        wrong.extend(place for place in order if analyse(texts[place]) != expected[place])
+        wrong.extend(position for position in order if analyse(texts[position]) != expected[position])
         wrong.extend(
             p for p in order if set(analyser.token_hashes([texts[p]])[0].tolist()) != set(map(hash, expected[p]))
         )

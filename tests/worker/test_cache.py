@@ -214,12 +214,12 @@ def test_the_circuit_stays_open_for_a_while_after_a_refused_connection(
 
 
 def test_a_server_that_hangs_costs_one_timeout_and_is_used_again_when_it_is_back():
-    with EmbeddedRedis() as server, redis.Redis.from_url(server.url) as told:
+    with EmbeddedRedis() as server, redis.Redis.from_url(server.url) as other:
         clock = Clock()
         with connect(f"{server.url}?socket_timeout=0.2") as client:
             scores = ScoreCache(client, ttl_s=60, clock=clock)
             scores.write("fp", QUERY, HASHES[:1], floats(1), flags(0))
-            number = told.info("server")["process_id"]
+            number = other.info("server")["process_id"]
             os.kill(number, signal.SIGSTOP)
             try:
                 assert not scores.read("fp", QUERY, HASHES[:1]).mask.any()

@@ -90,7 +90,7 @@ def test_the_order_in_which_chunks_arrive_changes_no_score(job, random):
     spec = replace(spec, normalise={})
     order = list(range(len(next(iter(signals.values())))))
     random.shuffle(order)
-    shuffled = {name: [row[place] for place in order] for name, row in signals.items()}
+    shuffled = {name: [row[position] for position in order] for name, row in signals.items()}
     np.testing.assert_array_equal(fusion.fuse(shuffled, spec), fusion.fuse(signals, spec)[order])
 
 
@@ -101,7 +101,9 @@ any_weight = st.dictionaries(st.sampled_from(SIGNALS), st.sampled_from([0, 5e-32
 
 @given(st.lists(st.tuples(wild, wild, wild), max_size=5), any_rule, any_weight, st.sampled_from(["weighted", "rrf"]))
 def test_scores_are_finite_and_inputs_unchanged_whatever_comes_in(rows, rules, weights, method):
-    signals = {name: np.array([row[place] for row in rows], dtype=float) for place, name in enumerate(SIGNALS[:3])}
+    signals = {
+        name: np.array([row[position] for row in rows], dtype=float) for position, name in enumerate(SIGNALS[:3])
+    }
     before = copy.deepcopy(signals)
     assert np.isfinite(fusion.fuse(signals, Spec(method, weights, rules))).all()
     for name, row in before.items():
@@ -277,7 +279,7 @@ def test_a_ranking_equals_its_slow_twin(scores, data, min_score, top_k):
     logits = data.draw(st.none() | some)
     raw = [0.0] * len(scores) if logits is None else logits
     order = sorted(range(len(scores)), key=lambda i: (descending(scores[i]), descending(raw[i]), i))
-    kept = [place for place in order if min_score is None or scores[place] >= min_score]
+    kept = [position for position in order if min_score is None or scores[position] >= min_score]
     ranked = fusion.rank(scores, min_score, top_k, logits=logits).tolist()
     assert ranked == (kept if top_k is None else kept[:top_k])
 

@@ -290,6 +290,6 @@ def test_no_chunks_give_no_signal(rule):
 
 def test_a_long_query_against_many_chunks_needs_no_table_of_both():
     words = [f"word{number}" for number in range(20_000)]
-    chunks = [Chunk(tokens=[words[place], words[place + 1]]) for place in range(10_000)]
+    chunks = [Chunk(tokens=[words[position], words[position + 1]]) for position in range(10_000)]
     signal = fusion.token_signal("", [(word, 1.0) for word in words], chunks, Spec(), Analyser())
     np.testing.assert_allclose(signal, 2 / 20_000)

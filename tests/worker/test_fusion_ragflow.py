@@ -104,10 +104,10 @@ def test_every_one_of_the_six_functions_is_recorded():
 
 def slow_token_similarity(query, chunk):
     wanted, total = [], 1e-9
-    for place, (token, weight) in enumerate(query):
+    for position, (token, weight) in enumerate(query):
         wanted.append((token, 0.4 * weight))
-        if place < len(query) - 1:
-            wanted.append((token + query[place + 1][0], 0.6 * max(weight, query[place + 1][1])))
+        if position < len(query) - 1:
+            wanted.append((token + query[position + 1][0], 0.6 * max(weight, query[position + 1][1])))
     held = list(chunk) + [chunk[i] + chunk[i + 1] for i in range(len(chunk) - 1)]
     score = 1e-9
     for key, weight in wanted:

@@ -23,13 +23,13 @@ WORDS = " ".join(TEXTS[:2]).split()
 
 def twin(query, chunk, *, frame, max_length, query_max_tokens):
     """Say what of the two is read, one token off at a time, and whether anything is missing."""
-    room = max_length - frame
+    total = max_length - frame
     query, chunk = list(query), list(chunk)
-    if len(query) + len(chunk) <= room:
+    if len(query) + len(chunk) <= total:
         return query, chunk, False
-    while len(query) > query_max_tokens or len(query) > room // 2:
+    while len(query) > query_max_tokens or len(query) > total // 2:
         query.pop()
-    while len(query) + len(chunk) > room:
+    while len(query) + len(chunk) > total:
         chunk.pop()
     return query, chunk, True
 
@@ -109,16 +109,16 @@ def test_every_tokeniser_truncates_by_pair_limits(ways, name, query, chunks, max
     frame = len(framed([], []))
     options = {"max_length": max_length, "query_max_tokens": query_max_tokens}
     for chunk, pair in zip(chunks, pairs(query, chunks, **options), strict=True):
-        read, told, cut = twin(ids(query), ids(chunk), frame=frame, **options)
-        assert pair.ids.tolist() == framed(read, told)
+        read, kept, cut = twin(ids(query), ids(chunk), frame=frame, **options)
+        assert pair.ids.tolist() == framed(read, kept)
         assert pair.truncated is cut
 
 
-@given(query=st.integers(0, 200), chunk=st.integers(0, 200), room=st.integers(2, 130), budget=st.integers(1, 200))
-def test_pair_limits_equal_their_slow_twin(query, chunk, room, budget):
-    limits = PairLimits.within(room + 3, special_tokens=3, query_max_tokens=budget)
-    read, told, _ = twin(range(query), range(chunk), frame=3, max_length=room + 3, query_max_tokens=budget)
-    assert limits.kept(query, chunk) == (len(read), len(told))
+@given(query=st.integers(0, 200), chunk=st.integers(0, 200), total=st.integers(2, 130), budget=st.integers(1, 200))
+def test_pair_limits_equal_their_slow_twin(query, chunk, total, budget):
+    limits = PairLimits.within(total + 3, special_tokens=3, query_max_tokens=budget)
+    read, kept, _ = twin(range(query), range(chunk), frame=3, max_length=total + 3, query_max_tokens=budget)
+    assert limits.kept(query, chunk) == (len(read), len(kept))
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -137,10 +137,10 @@ def test_a_long_query_and_a_long_chunk_are_truncated_to_their_first_tokens(ways,
     pairs, ids, framed = ways[name]
     query, chunk = "fever " * 9_000, "pain " * 9_000
     [pair] = pairs(query, [chunk], query_max_tokens=1)
-    read, told, _ = twin(
+    read, kept, _ = twin(
         ids(query)[:60], ids(chunk)[:60], frame=len(framed([], [])), max_length=MAX_LENGTH, query_max_tokens=1
     )
-    assert pair.ids.tolist() == framed(read, told)
+    assert pair.ids.tolist() == framed(read, kept)
 
 
 def test_another_truncation_rule_gives_another_fingerprint():

@@ -1,4 +1,4 @@
-"""Arrays become a ranking: order, cut, and what is said of each chunk. Pure functions."""
+"""Arrays become a ranking: order, cut, and the fields of each chunk. Pure functions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ranked_chunks(
         _chunk(
             job,
             at,
-            place,
+            position,
             id=names[at],
             score=scores[at],
             scores={name: value for name, row in signals.items() if (value := row[at]) is not None},
@@ -46,7 +46,7 @@ def ranked_chunks(
             truncated=cut[at],
             cached=known[at],
         )
-        for place, at in enumerate(order, 1)
+        for position, at in enumerate(order, 1)
     ]
 
 
@@ -67,9 +67,9 @@ def ranking_of(job: RerankJob, chunks: list[Fields], **fields: Any) -> Ranking:
     return Ranking.model_validate({"chunks": chunks, "dropped": len(job.chunks) - len(chunks), **fields})
 
 
-def _chunk(job: RerankJob, at: int, place: int, **fields: Any) -> Fields:
+def _chunk(job: RerankJob, at: int, position: int, **fields: Any) -> Fields:
     chunk = job.chunks[at]
-    fields |= {"index": at, "rank": place}
+    fields |= {"index": at, "rank": position}
     if job.return_text:
         fields["text"] = chunk.text
     if chunk.metadata:

@@ -107,10 +107,10 @@ class LocalScorer:
 
     def score(self, query: str, texts: Sequence[str], options: ScoreOptions, work: Work) -> Scored:
         """Score each text; see :class:`Scorer`."""
-        asked = self._named(query, texts, options)
+        names = self._named(query, texts, options)
         known = CachedScores.nothing(len(texts))
         if options.cache == "use":
-            known = self._cache.read(asked.fingerprint, asked.query, asked.texts)
+            known = self._cache.read(names.fingerprint, names.query, names.texts)
         work.add_known(int(known.mask.sum()))
         logits = known.logits.astype(np.float64)
         unknown = np.flatnonzero(~known.mask).tolist()
@@ -118,11 +118,11 @@ class LocalScorer:
             return Scored(logits, known.mask, known.truncated)
 
         began = time.perf_counter()
-        rest = asked.only(unknown)
+        rest = names.only(unknown)
         pairs = self._engine.tokenise(
             query,
             [texts[at] for at in unknown],
-            max_length=asked.max_length,
+            max_length=names.max_length,
             query_max_tokens=options.query_max_tokens,
             hashes=rest.texts,
         )

@@ -136,12 +136,12 @@ def blend(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> Blend:
 def _check(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> None:
     for name in (*signals, *fusion.weights, *fusion.normalise):
         if name not in DEFAULT_RULES:
-            raise ValueError(f"no signal {name!r}; there are {', '.join(DEFAULT_RULES)}")
+            raise ValueError(f"unknown signal {name!r}; expected one of {', '.join(DEFAULT_RULES)}")
     for name, rule in fusion.normalise.items():
         if rule not in RULES:
-            raise ValueError(f"no rule {rule!r} to normalise {name}; there are {', '.join(RULES)}")
+            raise ValueError(f"unknown rule {rule!r} to normalise {name}; expected one of {', '.join(RULES)}")
     if fusion.method not in {"weighted", "rrf"}:
-        raise ValueError(f"no method {fusion.method!r}; there are weighted, rrf")
+        raise ValueError(f"unknown method {fusion.method!r}; expected weighted or rrf")
     if not all(math.isfinite(weight) and weight >= 0 for weight in fusion.weights.values()):
         raise ValueError(f"weights must be finite and not negative: {dict(fusion.weights)}")
 
@@ -160,10 +160,10 @@ def _shared_sum(rows: Mapping[str, Floats], weights: Mapping[str, float], chunks
     largest = max(weights[name] for name in rows)
     parts = {name: max(weights[name] / largest, 1e-300) for name in rows}
     total = math.fsum(parts.values())
-    there = np.sum([np.where(np.isnan(row), 0.0, parts[name]) for name, row in rows.items()], axis=0)
-    partly = np.any([np.isnan(row) for row in rows.values()], axis=0) & (there > 0)
+    present = np.sum([np.where(np.isnan(row), 0.0, parts[name]) for name, row in rows.items()], axis=0)
+    partly = np.any([np.isnan(row) for row in rows.values()], axis=0) & (present > 0)
     shared = _plain_sum({name: row[partly] for name, row in rows.items()}, parts, int(partly.sum()))
-    scores[partly] = _bounded(largest, _bounded(total, shared / there[partly]))
+    scores[partly] = _bounded(largest, _bounded(total, shared / present[partly]))
     return scores
 
 

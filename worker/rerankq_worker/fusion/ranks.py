@@ -53,9 +53,9 @@ def competition_ranks(values: ArrayLike) -> Floats:
     array([ 3.,  1., nan,  1.])
     """
     row = known(values)
-    there = ~np.isnan(row)
-    _, group, sizes = np.unique(-row[there], return_inverse=True, return_counts=True)
-    row[there] = (np.cumsum(sizes) - sizes + 1)[group]
+    present = ~np.isnan(row)
+    _, group, sizes = np.unique(-row[present], return_inverse=True, return_counts=True)
+    row[present] = (np.cumsum(sizes) - sizes + 1)[group]
     return row
 
 

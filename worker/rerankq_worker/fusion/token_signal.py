@@ -64,7 +64,7 @@ def token_signal(
     if rule == "ragflow":
         return _by_bigrams(query, query_tokens, chunks, analyser)
     if rule != "coverage":
-        raise ValueError(f"no token rule {rule!r}; there are coverage, ragflow")
+        raise ValueError(f"unknown token rule {rule!r}; expected coverage or ragflow")
     fields = {name: _hashes(chunks, name, analyser) for name in active_fields(fusion.boosts)}
     if query_tokens is None:
         tokens, weights = list(dict.fromkeys(analyser.analyse(query))), None
@@ -140,9 +140,9 @@ def _find(tokens: Sequence[str], chunks: Sequence[Hashes]) -> Matches:
     order = np.argsort(wanted, kind="stable")
     slots = np.searchsorted(wanted[order], everything[near])
     slots[slots == wanted.size] = 0
-    there = wanted[order][slots] == everything[near] if wanted.size else np.zeros(0, dtype=np.bool_)
+    equal = wanted[order][slots] == everything[near] if wanted.size else np.zeros(0, dtype=np.bool_)
     ends = np.cumsum([held.size for held in chunks], dtype=np.intp)
-    found, held_by = order[slots[there]], np.searchsorted(ends, near[there], side="right")
+    found, held_by = order[slots[equal]], np.searchsorted(ends, near[equal], side="right")
     settled = np.lexsort((found, held_by))
     return Matches(held_by[settled], found[settled])
 
