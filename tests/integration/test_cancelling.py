@@ -39,7 +39,7 @@ def celery(settings: Settings) -> Iterator[Any]:
 
 def engine_of(celery: Any) -> dict[str, Any]:
     """What the one worker's engine has done."""
-    for _ in range(60):  # a worker hears no questions before it is connected to the broker
+    for _ in range(60):  # a worker receives no control command before it is connected to the broker
         answers = celery.control.inspect(timeout=1, limit=1).stats()
         if answers:
             return next(iter(answers.values()))["engine"]

@@ -100,7 +100,7 @@ def test_a_poison_job_ends_dead_and_its_neighbours_are_ranked(
     assert isinstance(got.pop("poison"), JobDead)
     assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
     with redis.Redis.from_url(settings.ledger) as ledger:
-        assert ledger.hget("rerankq:job:poison", "payload"), "a dead job keeps its payload for whoever looks into it"
+        assert ledger.hget("rerankq:job:poison", "payload"), "a dead job keeps its payload for inspection"
         assert [ledger.hget(f"rerankq:job:{one}", "deaths") for one in got] == [b"0"] * 30, "no neighbour is blamed"
 
 
@@ -158,7 +158,7 @@ def test_a_worker_that_starts_while_redis_is_full_ranks_what_was_accepted(
     ):
         ids = client.submit_many(wanted)
         queues = ("rerankq:rerankq.interactive", "rerankq:rerankq.bulk")
-        # A doorbell takes memory, too: those that could be sent are heard.
+        # A doorbell takes memory, too: those that could be sent are received.
         wait_until(lambda: sum(map(server.llen, queues)) == len(ids))
         server.config_set("maxmemory", server.info("memory")["used_memory"] // 2)
         try:
@@ -244,8 +244,8 @@ def test_workers_are_replaced_one_after_the_other_under_load_and_each_job_runs_o
     assert {one: order_of(ranking) for one, ranking in got.items()} == alone(wanted)
     with redis.Redis.from_url(settings.ledger) as ledger:
         fields = "claims", "suspect", "deaths", "history"
-        told = {tuple(ledger.hmget(f"rerankq:job:{one.id}", fields)) for one in wanted}
-    assert told == {(b"1", b"0", b"0", None)}, "claimed once, no lease lapsed, nothing handed back"
+        claims = {tuple(ledger.hmget(f"rerankq:job:{one.id}", fields)) for one in wanted}
+    assert claims == {(b"1", b"0", b"0", None)}, "claimed once, no lease lapsed, nothing handed back"
 
 
 class Sentinel:
@@ -315,10 +315,10 @@ def test_jobs_survive_a_master_that_dies_under_work_and_is_replaced_by_sentinel(
     assert worker.process.poll() is None, worker.log.read_text()[-3000:]
 
 
-def test_a_master_that_freezes_and_is_replaced_keeps_nobody(
+def test_a_master_that_freezes_and_is_replaced_keeps_no_connection(
     start_worker: Callable, sentinel: Sentinel, pair: tuple[Any, Any], wait_until: Callable
 ):
-    """It closes nothing: whoever waits for it would wait for ever, the broker's consumer and waiters among them."""
+    """It closes no connection: the broker's consumer and waiting clients would wait for ever."""
     worker = start_worker(url=sentinel.url, ready=False, RERANKQ_MODEL="stub:4e-5", RERANKQ_LEASE_S="2")
     settings = Settings(broker_url=sentinel.url, lease_s=2)
     with Client(settings) as client:
@@ -329,7 +329,7 @@ def test_a_master_that_freezes_and_is_replaced_keeps_nobody(
         os.kill(pair[0].process.pid, signal.SIGSTOP)
         try:
             wait_until(lambda: sentinel.says().get("port") == pair[1].port, 60)
-            # A few looks later nobody is left on the old one, in the worker nor here.
+            # A few checks later no connection to the old one is left, in the worker nor here.
             wait_until(lambda: not left_on(pair[0].port, worker.process.pid, os.getpid()), 15)
             got |= dict(ended)
             wanted = {job.id: job for job in jobs(60)}

@@ -10,7 +10,7 @@ import redis
 from rerankq import Client, Ranking, RerankJob
 from rerankq.settings import Settings
 
-TEXT = "words that nobody shall read in a log"
+TEXT = "words that no log may show"
 HEADERS = {"task": "rerankq.rerank", "id": "x", "lang": "py", "argsrepr": TEXT, "kwargsrepr": "{}"}
 PROPERTIES = {
     "correlation_id": "x",

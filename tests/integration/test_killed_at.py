@@ -1,4 +1,4 @@
-"""A worker killed at any stage of a job: another answers it rightly, redoes nothing that was stored, blames nobody."""
+"""A worker killed at any stage of a job: another answers it, computes no stored score again, blames no neighbour."""
 
 import signal
 from collections.abc import Callable, Iterator

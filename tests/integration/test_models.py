@@ -70,7 +70,7 @@ def test_a_job_is_ranked_again_when_it_is_submitted_after_the_weights_were_renew
         assert client.result(one, timeout=30).model.name == "stub"
         old.stop()
         assert client.submit(job) == one
-        assert client.status(one).state == "done", "nobody lives who would rank it again"
+        assert client.status(one).state == "done", "no living worker would rank it again"
         start_worker("renewed")
         wait_until(lambda: len(client.workers()) == 1)
 
@@ -79,6 +79,6 @@ def test_a_job_is_ranked_again_when_it_is_submitted_after_the_weights_were_renew
             return client.result(one, timeout=30).model.fingerprint == "renewed"
 
         wait_until(ranked_anew)
-        told = client.status(one)
+        status = client.status(one)
         assert client.submit(job) == one
-        assert client.status(one) == told, "once"
+        assert client.status(one) == status, "once"

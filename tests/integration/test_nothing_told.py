@@ -42,7 +42,7 @@ def test_a_worker_that_logs_everything_logs_no_text_of_a_chunk_and_no_password(
     worker = start_worker("poisonable", debug=True)
     marked = Chunk(text=f"{MARK} text", title=f"{MARK} title", keywords=[f"{MARK}-k"], metadata={"m": MARK})
     with events_of(settings) as events, Client(settings) as client:
-        good = RerankJob(query="what is told?", chunks=[marked, "another"], return_text=True)
+        good = RerankJob(query="what is shown?", chunks=[marked, "another"], return_text=True)
         ranking = client.rerank(good.query, good.chunks, timeout=60)
         assert isinstance(ranking, Ranking)
         # One that fails in the engine: errors like to quote what they stumbled over.
@@ -53,22 +53,22 @@ def test_a_worker_that_logs_everything_logs_no_text_of_a_chunk_and_no_password(
         wait_until(lambda: kinds <= {event["type"] for event in events})
         app = make_app(settings)
         asked = app.control.inspect(timeout=10, limit=1)
-        told = {name: getattr(asked, name)() for name in ("conf", "stats", "reserved")}
+        answers = {name: getattr(asked, name)() for name in ("conf", "stats", "reserved")}
         app.close()
-    assert all(told.values()), "each was answered"
+    assert all(answers.values()), "each was answered"
     log = worker.log.read_text()
     assert "DEBUG" in log
-    assert "what is told?" in json.dumps(events), "the query's first words are shown"
-    for place, said in {
+    assert "what is shown?" in json.dumps(events), "the query's first words are shown"
+    for where, text in {
         "log of the worker": log,
         "log of the producer": caplog.text,
         "events": json.dumps(events, default=str),
-        "remote control": json.dumps(told, default=str),
+        "remote control": json.dumps(answers, default=str),
         "error": str(failed.value),
         "settings": repr(settings),
     }.items():
-        assert MARK not in said, place
-        assert password not in said, place
+        assert MARK not in text, where
+        assert password not in text, where
 
 
 def test_a_broker_that_is_not_there_is_named_without_its_password(start_worker: Callable, wait_until: Callable):

@@ -68,9 +68,9 @@ def test_a_socket_with_a_password_of_every_sign_serves_all_roles(
     said = said_of(settings)
     assert not [one for one in said if one.startswith("wrong") and "appendonly" not in one], said
     assert "MOVED" not in "".join(said)
-    told = "".join(said) + worker.log.read_text()
-    assert PASSWORD not in told
-    assert "{|}~" not in told
+    logged = "".join(said) + worker.log.read_text()
+    assert PASSWORD not in logged
+    assert "{|}~" not in logged
     assert worker.stop() == 0
 
 

@@ -1,4 +1,4 @@
-"""`celery -A rerankq_worker.tasks worker`, as anybody types it: what it takes from the settings, and how it refuses."""
+"""`celery -A rerankq_worker.tasks worker`, typed by hand: what it takes from the settings, and how it refuses."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def celery(settings: Settings) -> Iterator[Any]:
 
 
 def asked(celery: Any, what: str, workers: int = 1) -> list[Any]:
-    """What so many workers answer; they hear no questions before they are connected to the broker."""
+    """What so many workers answer; they receive no control command before they are connected to the broker."""
     for _ in range(60):
         answers = getattr(celery.control.inspect(timeout=1, limit=workers), what)() or {}
         if len(answers) == workers:
@@ -99,7 +99,7 @@ def test_a_listed_model_is_accepted_while_no_worker_for_it_is_alive(redis_url: s
         assert [client.status(one).state for one in ids] == ["queued", "queued"]
         start_worker(RERANKQ_MODEL="stub:1e-6", RERANKQ_DEFAULT_MODEL="stub")
         assert client.result(ids[0], timeout=30).model.name == "stub:1e-6"
-        assert client.status(ids[1]).state == "queued", "nobody serves the default"
+        assert client.status(ids[1]).state == "queued", "no worker serves the default"
 
 
 def test_malformed_messages_are_dropped_and_use_no_slot(client: Client, start_worker: Callable, celery: Any):

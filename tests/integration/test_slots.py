@@ -43,10 +43,10 @@ def test_an_interactive_job_is_claimed_at_once_while_bulk_saturates_the_worker(
     drain(client, bulk)
     ends = sorted(client.status(one).ended_at for one in bulk)
     for one in asked:
-        told = client.status(one)
-        before_it = [end for end in ends if told.submitted_at < end < told.started_at]
+        status = client.status(one)
+        before_it = [end for end in ends if status.submitted_at < end < status.started_at]
         assert len(before_it) <= 1, "it waited for no bulk job to end"
-        assert len([end for end in ends if end < told.ended_at]) < len(bulk) / 2, "and was not done last"
+        assert len([end for end in ends if end < status.ended_at]) < len(bulk) / 2, "and was not done last"
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -59,9 +59,9 @@ def test_an_interactive_job_is_the_next_to_be_taken_with_few_slots(client: Clien
         drain(client, [bulk[4 * number]])
         asked.append(client.submit(job(f"asked-{number}", chunks=1)))
         drain(client, asked)
-    told = [client.status(one) for one in asked]
+    statuses = [client.status(one) for one in asked]
     starts = [client.status(one).started_at for one in bulk]
-    for one in told:
+    for one in statuses:
         between = [start for start in starts if start and one.submitted_at < start < one.started_at]
         assert len(between) <= 1
     assert any(start is None for start in starts), "bulk jobs waited all the time"
@@ -75,8 +75,8 @@ def test_bulk_that_fills_its_share_goes_on_without_pauses(client: Client, start_
     for priority in ("interactive", "bulk"):
         ids = client.submit_many([job(f"{priority}-{number}", priority=priority) for number in range(count)])
         drain(client, ids, seconds=120)
-        told = [client.status(one) for one in ids]
-        spent[priority] = max(one.ended_at for one in told) - min(one.started_at for one in told)
+        statuses = [client.status(one) for one in ids]
+        spent[priority] = max(one.ended_at for one in statuses) - min(one.started_at for one in statuses)
     # One slot, taken and given back 40 times: were it noticed only when a blocking pop of a second ends, it would be
     # most of 40 s longer.
     assert spent["bulk"] < spent["interactive"] + count / 4
@@ -128,7 +128,7 @@ def test_doorbells_lost_while_the_ledger_was_away_are_sent_again(
         # All but one, perhaps, that went to the pop it was blocked in.
         wait_until(lambda: broker.llen("rerankq:rerankq.bulk") >= 19)
         restartable_redis.kill()
-        worker.send(18)  # SIGCONT: every doorbell is heard, and no claim is possible
+        worker.send(18)  # SIGCONT: every doorbell is received, and no claim is possible
         wait_until(lambda: broker.llen("rerankq:rerankq.bulk") == 0)
         restartable_redis.start()
         drain(client, ids)

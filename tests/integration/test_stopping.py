@@ -1,4 +1,4 @@
-"""A worker that is told to stop ends in time, whatever hangs, and gives back what it can."""
+"""A stopping worker ends in time, whatever hangs, and hands back what it can."""
 
 import os
 import select
@@ -146,7 +146,7 @@ def test_a_log_that_nobody_reads_does_not_keep_a_worker_alive(start_worker: Call
 
 
 def _fill(pipe: int) -> None:
-    """Write until nobody can read any more."""
+    """Write until the pipe is full."""
     with suppress(BrokenPipeError):
         while True:
             os.write(pipe, bytes(4096))

@@ -57,8 +57,8 @@ def test_an_interactive_job_waits_for_one_of_many_suspects_at_most(
     for (_, end, _), (start, _, _) in pairwise(times):
         assert end <= start, "one at a time"
     for one in asked:
-        told = client.status(one)
-        before = [name for start, _, name in times if told.submitted_at < start < told.ended_at]
+        status = client.status(one)
+        before = [name for start, _, name in times if status.submitted_at < start < status.ended_at]
         assert len(before) <= 1, f"{one} waited for {before}"
 
 

@@ -265,8 +265,8 @@ def test_flower_is_told_the_query_and_never_a_chunk(client: Client, deployment: 
         threading.Event().wait(1.5)
         client.rerank("what does Flower show?", ["a secret chunk text", *TIDES], timeout=60)
         listening.join()
-    told = {event["type"]: event for event in events if event["type"].startswith("task-")}
-    assert told["task-received"]["args"] == '"what does Flower show?" 4 chunks, bundled'
-    assert "ranked" in told["task-succeeded"]["result"]
+    by_type = {event["type"]: event for event in events if event["type"].startswith("task-")}
+    assert by_type["task-received"]["args"] == '"what does Flower show?" 4 chunks, bundled'
+    assert "ranked" in by_type["task-succeeded"]["result"]
     assert "secret" not in str(events)
     app.close()

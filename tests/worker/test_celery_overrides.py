@@ -109,7 +109,7 @@ PARTS = [
     Part("celery.app.base:Celery._get_backend", f"{APP}:App._get_backend", {"2e5cec9ccc": "5.6.0 to 5.7.0"}),
     Part(
         "celery.loaders.base:BaseLoader.read_configuration",
-        f"{APP}:NothingRead.read_configuration",
+        f"{APP}:NoConfiguration.read_configuration",
         {"9be91f9012": "5.6.0 to 5.7.0"},
     ),
     Part(f"{REDIS}:QoS.restore_visible", f"{TRANSPORT}:QoS.restore_visible", {"00a17aa8c9": "5.7.0"}),
@@ -118,7 +118,7 @@ PARTS = [
     Part(f"{REDIS}:Channel.keyprefix_fanout", f"{TRANSPORT}:Channel._get_pool", {"9fd3d5368a": "5.7.0"}),
     Part(f"{REDIS}:Channel._get_pool", f"{TRANSPORT}:Channel._get_pool", {"f032b44b9d": "5.7.0"}),
     Part(f"{REDIS}:Channel._connparams", f"{TRANSPORT}:Channel._get_pool", {"7ec9aa4b3e": "5.7.0"}),
-    Part(f"{REDIS}:Channel._on_connection_disconnect", f"{TRANSPORT}:_told", {"9631e61092": "5.7.0"}),
+    Part(f"{REDIS}:Channel._on_connection_disconnect", f"{TRANSPORT}:_registered_with", {"9631e61092": "5.7.0"}),
     Part(f"{REDIS}:Channel._queue_bind", f"{TRANSPORT}:Channel._queue_bind", {"dfc8e9e5d4": "5.7.0"}),
     Part(f"{REDIS}:Channel._delete", f"{TRANSPORT}:Channel._delete", {"52c2b907cb": "5.7.0"}),
     Part(f"{REDIS}:Channel._size", f"{TRANSPORT}:Channel._size", {"b4e7575675": "5.7.0"}),
@@ -151,7 +151,7 @@ OUR_CLASSES = [
     celery_consumer.BulkConsumer,
     celery_consumer.EngineInfo,
     celery_app.App,
-    celery_app.NothingRead,
+    celery_app.NoConfiguration,
     transport.QoS,
     transport.Channel,
     transport.Transport,
@@ -203,6 +203,11 @@ def test_a_part_for_which_something_stands_here_is_as_it_was_tested(part: Part):
         f"{part.of} of {installed(part.of)} is none of those tested ({', '.join(part.digests.values())}): hold "
         f"{part.here} against its new source, run the integration tests, then add its digest, {digest}"
     )
+
+
+@pytest.mark.parametrize("here", sorted({part.here for part in PARTS if ".tasks:" not in part.here}))
+def test_every_override_that_is_named_here_exists(here: str):
+    assert found(here) is not None
 
 
 def overridden(ours: type) -> set[str]:

@@ -75,7 +75,7 @@ def test_any_message_is_a_doorbell_or_is_rejected_as_none(headers: object, paylo
         assert isinstance(payload[0][0], str), "it is one after all"
 
 
-def test_a_message_is_measured_before_anybody_parses_it():
+def test_messages_over_64_kib_are_rejected_by_their_size():
     sized(b"x" * LARGEST)
     with pytest.raises(NoDoorbell, match=f"larger than {LARGEST} bytes"):
         sized(b"x" * (LARGEST + 1))

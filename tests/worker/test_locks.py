@@ -1,4 +1,4 @@
-"""Who is on the device: never anybody beside one who is alone, nobody waits for ever, and turns alternate."""
+"""The lock of the device: an exclusive holder is alone, no waiter waits for ever, and turns alternate."""
 
 import random
 import threading
@@ -20,37 +20,37 @@ sharers = st.builds(Holders, st.integers(0, 2), st.integers(0, 2))
 # The decision, alone
 
 
-def oracle(line: list[Waiter], holders: Holders, after_exclusive: bool) -> list[int]:
+def oracle(waiting: list[Waiter], holders: Holders, after_exclusive: bool) -> list[int]:
     """The rules one after the other, each for itself."""
     if holders.exclusive:
         return []
-    anybody_in = holders.interactive + holders.bulk > 0
-    alone = [place for place in range(len(line)) if line[place].exclusive]
-    their_turn = bool(alone) and not (after_exclusive and len(alone) < len(line))
+    held = holders.interactive + holders.bulk > 0
+    alone = [at for at in range(len(waiting)) if waiting[at].exclusive]
+    their_turn = bool(alone) and not (after_exclusive and len(alone) < len(waiting))
     going = []
-    for place, waiter in enumerate(line):
+    for at, waiter in enumerate(waiting):
         if waiter.exclusive:
             before = [
                 other
                 for other in alone
-                if (line[other].interactive or line[other].passed >= PASSED_AT_MOST, -other)
-                > (waiter.interactive or waiter.passed >= PASSED_AT_MOST, -place)
+                if (waiting[other].interactive or waiting[other].passed >= PASSED_AT_MOST, -other)
+                > (waiter.interactive or waiter.passed >= PASSED_AT_MOST, -at)
             ]
-            if their_turn and not anybody_in and not before:
-                going.append(place)
+            if their_turn and not held and not before:
+                going.append(at)
         elif not their_turn or (waiter.interactive and holders.bulk):
-            going.append(place)
+            going.append(at)
     return going
 
 
 @given(st.lists(waiters, max_size=8), sharers | st.just(Holders(exclusive=True)), st.booleans())
-def test_admitted_waiters_equal_the_rules_one_after_the_other(line: list[Waiter], holders: Holders, after: bool):
-    assert admitted(line, holders, after_exclusive=after) == oracle(line, holders, after)
+def test_admitted_waiters_equal_the_rules_one_after_the_other(waiting: list[Waiter], holders: Holders, after: bool):
+    assert admitted(waiting, holders, after_exclusive=after) == oracle(waiting, holders, after)
 
 
 @given(st.lists(waiters, min_size=1, max_size=8), st.booleans())
-def test_a_free_lock_admits_a_waiter(line: list[Waiter], after: bool):
-    going = [line[place] for place in admitted(line, Holders(), after_exclusive=after)]
+def test_a_free_lock_admits_a_waiter(waiting: list[Waiter], after: bool):
+    going = [waiting[at] for at in admitted(waiting, Holders(), after_exclusive=after)]
     assert going
     assert len(going) == 1 or not any(waiter.exclusive for waiter in going)
 
@@ -96,17 +96,17 @@ def test_an_interactive_job_waits_for_one_exclusive_holder_at_most_and_no_job_fo
 
 def turns(*arrivals: tuple[str, Waiter]) -> list[str]:
     """In which order these go in when all have come while one is alone, and each leaves before the next decision."""
-    line, holders, after, order = dict(arrivals), Holders(), True, []
-    while line:
-        going = [list(line)[place] for place in admitted(list(line.values()), holders, after_exclusive=after)]
-        after = any(line[name].exclusive for name in going)
+    waiting, holders, after, order = dict(arrivals), Holders(), True, []
+    while waiting:
+        going = [list(waiting)[at] for at in admitted(list(waiting.values()), holders, after_exclusive=after)]
+        after = any(waiting[name].exclusive for name in going)
         for name in going:
-            waiter = line.pop(name)
+            waiter = waiting.pop(name)
             order.append(name)
             if waiter.exclusive:
-                line = {
+                waiting = {
                     other: Waiter(one.exclusive, one.interactive, one.passed + one.exclusive)
-                    for other, one in line.items()
+                    for other, one in waiting.items()
                 }
     return order
 
@@ -126,7 +126,7 @@ def test_shared_jobs_go_between_two_suspects():
     assert turns(*suspects, *others) == ["bulk", "soon", "suspect 0", "suspect 1", "suspect 2"]
 
 
-def lined_up(*waiters: Waiter, inside: Waiter) -> SharedExclusiveLock:
+def waiting_lock(*waiters: Waiter, inside: Waiter) -> SharedExclusiveLock:
     """A lock with one inside (its number is 0), for which these wait (1, 2 and so on)."""
     lock = SharedExclusiveLock()
     with lock._changed:
@@ -138,7 +138,7 @@ def lined_up(*waiters: Waiter, inside: Waiter) -> SharedExclusiveLock:
 
 def test_a_suspect_that_gives_up_waiting_gives_bulk_no_turn_before_the_next_suspect():
     bulk, suspect = Waiter(exclusive=False, interactive=False), Waiter(exclusive=True, interactive=False)
-    lock = lined_up(suspect, suspect, bulk, inside=bulk)
+    lock = waiting_lock(suspect, suspect, bulk, inside=bulk)
     with lock._changed:
         lock._leave(1, suspect)
         assert list(lock._waiting) == [2, 3]
@@ -149,7 +149,7 @@ def test_a_suspect_that_gives_up_waiting_gives_bulk_no_turn_before_the_next_susp
 
 def test_a_suspect_is_overtaken_only_by_those_that_came_after_it():
     bulk, soon = Waiter(exclusive=True, interactive=False), Waiter(exclusive=True, interactive=True)
-    lock = lined_up(bulk, soon, bulk, inside=Waiter(exclusive=False, interactive=True))
+    lock = waiting_lock(bulk, soon, bulk, inside=Waiter(exclusive=False, interactive=True))
     with lock._changed:
         lock._leave(0, Waiter(exclusive=False, interactive=True))
     assert {number: waiter.passed for number, waiter in lock._waiting.items()} == {1: 1, 3: 0}
@@ -157,7 +157,7 @@ def test_a_suspect_is_overtaken_only_by_those_that_came_after_it():
 
 def test_a_suspect_that_gives_up_admits_those_that_waited_for_it_only():
     bulk, suspect = Waiter(exclusive=False, interactive=False), Waiter(exclusive=True, interactive=False)
-    lock = lined_up(suspect, bulk, inside=bulk)
+    lock = waiting_lock(suspect, bulk, inside=bulk)
     with lock._changed:
         lock._leave(1, suspect)
     assert not lock._waiting
@@ -176,7 +176,7 @@ def test_the_lock_records_who_is_interactive_and_who_is_exclusive(alone: bool, i
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        entered(lock, alone=alone, interactive=interactive, go_on=give_up)
+        entered(lock, alone=alone, interactive=interactive, check=give_up)
     assert seen == [Waiter(exclusive=alone, interactive=interactive)]
 
 
@@ -184,7 +184,7 @@ def test_the_lock_records_who_is_interactive_and_who_is_exclusive(alone: bool, i
 
 
 class Device:
-    """Counts who is on it, and remembers whether anybody ever was where nobody may be."""
+    """Counts its users, and remembers whether one ever was beside an exclusive one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -210,7 +210,7 @@ def started(work: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def in_line(lock: SharedExclusiveLock, count: int) -> None:
+def wait_for_waiters(lock: SharedExclusiveLock, count: int) -> None:
     with lock._changed:
         assert lock._changed.wait_for(lambda: len(lock._waiting) == count, WAIT_S)
 
@@ -250,7 +250,7 @@ def test_an_exclusive_holder_is_alone_in_any_order_of_events(seed: int):
     threads = [started(lambda number=number: work(number)) for number in range(8)]
     for thread in threads:
         thread.join(WAIT_S)
-        assert not thread.is_alive(), "nobody waits for ever"
+        assert not thread.is_alive(), "no waiter waits for ever"
     assert not device.wrong
     assert device.shared == device.alone == 0
 
@@ -271,9 +271,9 @@ def test_interactive_jobs_go_in_beside_bulk_for_which_a_suspect_waits_and_bulk_d
     threads = [started(hold)]
     assert is_in.wait(WAIT_S)
     threads.append(started(lambda: work("suspect", alone=True)))
-    in_line(lock, 1)
+    wait_for_waiters(lock, 1)
     threads.append(started(lambda: work("bulk", interactive=False)))
-    in_line(lock, 2)
+    wait_for_waiters(lock, 2)
     soon = started(lambda: work("soon", interactive=True))
     soon.join(WAIT_S)
     assert order == ["soon"]
@@ -307,18 +307,18 @@ def test_a_waiter_that_gives_up_stops_waiting_and_blocks_no_other(alone: bool):
             is_in.set()
             leave.wait(WAIT_S)
 
-    def go_on() -> None:
+    def check() -> None:
         if cancelled.is_set():
             raise InterruptedError
 
     def wait_and_give_up() -> None:
         with pytest.raises(InterruptedError):
-            entered(lock, alone=alone, go_on=go_on)
+            entered(lock, alone=alone, check=check)
 
     holder = started(hold)
     assert is_in.wait(WAIT_S)
     waiting = started(wait_and_give_up)
-    in_line(lock, 1)
+    wait_for_waiters(lock, 1)
     cancelled.set()
     waiting.join(WAIT_S)
     assert not waiting.is_alive(), "it does not wait for its turn"
@@ -336,6 +336,6 @@ def test_a_waiter_that_is_admitted_while_it_gives_up_blocks_no_other():
 
     with lock.shared(interactive=False):
         with pytest.raises(InterruptedError):
-            entered(lock, alone=True, go_on=give_up)
+            entered(lock, alone=True, check=give_up)
         entered(lock)
     entered(lock, alone=True)

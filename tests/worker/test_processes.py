@@ -25,7 +25,7 @@ def test_a_process_that_runs_or_is_paused_has_not_ended_and_one_that_was_killed_
     mark = mark_of(child.pid)
     assert not has_ended(mark)
     os.kill(child.pid, signal.SIGSTOP)
-    # The signal is on its way until the parent is told.
+    # The signal takes a while to arrive.
     os.waitid(os.P_PID, child.pid, os.WSTOPPED)
     assert not has_ended(mark)
     child.kill()

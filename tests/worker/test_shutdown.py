@@ -1,4 +1,4 @@
-"""The watchdog ends a worker that was told to stop and does not; what it decides, without a process to end."""
+"""The watchdog ends a worker that does not stop in time: what it decides, without a process to end."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ class Scene:
         self.left.set()
 
 
-def test_a_worker_that_is_not_told_to_stop_is_left_alone():
+def test_a_worker_that_shall_not_stop_is_not_ended():
     scene = Scene()
     assert not scene.left.wait(0.05)
     assert scene.thread.is_alive()

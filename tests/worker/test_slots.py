@@ -1,4 +1,4 @@
-"""Slots against a slow twin: a plain list of who is in flight."""
+"""Slots against a slow twin: a plain list of the jobs in flight."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +47,7 @@ def test_slots_equal_a_plain_list_of_all_doorbells(total: int, steps: list[tuple
         twin.step(job, bulk)
         after = [twin.available(kind) for kind in (False, True)]
         if bulk is None:
-            assert slots.give_back(job) == (before != after), "who makes room says so, and nobody else"
+            assert slots.give_back(job) == (before != after), "True where a class has a free slot that had none"
         else:
             slots.take(job, bulk=bulk)
         assert slots.taken == len(twin.taken)
@@ -172,7 +172,7 @@ def test_no_suspect_is_lost_and_none_is_taken_twice(total: int, names: list[str]
         else:
             receive(name)
         assert len(inside) <= (2 if total >= 4 else 1)
-        assert not waiting or inside, "nobody waits while nobody is in"
+        assert not waiting or inside, "no suspect waits while none runs"
     assert {doorbell.id for doorbell in slots.forget()} == waiting
 
 

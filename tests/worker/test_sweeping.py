@@ -169,14 +169,14 @@ def test_a_server_whose_clock_was_set_back_counts_as_new_for_one_lease_only(worl
 
 @given(
     lease_s=st.sampled_from([1, 8, 60]),
-    told=st.lists(
+    seen=st.lists(
         st.tuples(st.floats(0.1, 20), st.floats(0, 3), st.floats(-5_000, 5_000), st.sampled_from(["a", "a", "a", "b"])),
         max_size=20,
     ),
 )
-def test_a_watch_is_as_long_as_its_unbroken_end(lease_s: float, told: list):
+def test_a_watch_is_as_long_as_its_unbroken_end(lease_s: float, seen: list):
     watch, now, ledger, seen = Watch(LeasePolicy(lease_s)), 0.0, 1e9, []
-    for passed, answers_in, step, run in told:
+    for passed, answers_in, step, run in seen:
         asked, now, ledger = now + passed, now + passed + answers_in, ledger + passed + answers_in + step
         watch = watch.saw(asked, now, ledger_now=ledger, server=Server(run, 100.0))
         seen.append((asked, now, ledger, run))

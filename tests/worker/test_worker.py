@@ -38,7 +38,7 @@ def test_a_ranked_job_is_done_and_summed_up_without_its_text(worker: Any):
 
 def test_a_second_doorbell_of_a_job_does_nothing(worker: Any):
     submit(worker)
-    worker.ledger.ask(calls.claim("a", "somebody else", worker.limits))
+    worker.ledger.ask(calls.claim("a", "another worker", worker.limits))
     with pytest.raises(DoorbellIgnored, match="running"):
         worker.rerank("a")
     assert state(worker) == "running"
@@ -47,7 +47,7 @@ def test_a_second_doorbell_of_a_job_does_nothing(worker: Any):
     assert worker.rerank("never submitted") == "nothing to do: unknown"
 
 
-@pytest.mark.parametrize("why", ["it was told to hand back", "its device hangs"])
+@pytest.mark.parametrize("why", ["it hands its jobs back", "its device hangs"])
 def test_a_worker_that_cannot_work_claims_no_job(worker: Any, why: str):
     submit(worker)
     if why == "its device hangs":
@@ -96,7 +96,7 @@ def test_a_job_of_another_model_is_rerouted_to_its_queue_and_not_failed(worker: 
 
 
 def test_a_job_of_another_model_that_shares_its_queue_does_not_go_round_and_round(worker: Any):
-    # Two programs, each with a model of its own and both told that theirs is the default.
+    # Two programs, each with a model of its own and both configured with their own as the default.
     beat_as(worker, "another/model", *QUEUES)
     with pytest.raises(DoorbellIgnored, match="rerouted to"):
         worker.rerank(submit(worker, model="another/model"))
@@ -232,7 +232,7 @@ job_like = st.fixed_dictionaries(
             | st.integers(),
             max_size=3,
         ),
-        "fusion": st.sampled_from(["default", "rrf", "nobody's", 3, None, {"weights": {}}, {"weights": {"token": 1}}]),
+        "fusion": st.sampled_from(["default", "rrf", "unknown", 3, None, {"weights": {}}, {"weights": {"token": 1}}]),
         "top_k": st.integers(-1, 3),
         "min_score": st.floats(),
         "query_tokens": st.lists(st.tuples(st.text(max_size=3), st.floats()), max_size=2),
@@ -376,7 +376,7 @@ def test_jobs_of_a_dead_engine_are_left_to_their_leases_and_the_worker_ends(work
         with pytest.raises(DoorbellIgnored, match="left to its lease"):
             worker.rerank(submit(worker, name))
         assert state(worker, name) == "running", "its lease lapses, and it comes back as a suspect"
-    assert killed == [(os.getpid(), signal.SIGTERM)], "told once"
+    assert killed == [(os.getpid(), signal.SIGTERM)], "signalled once"
 
 
 def test_a_worker_whose_device_hangs_exits_with_a_status_of_its_own(worker: Any, monkeypatch: pytest.MonkeyPatch):
@@ -468,11 +468,11 @@ def test_a_worker_that_stops_in_a_hurry_stops_its_jobs_and_hands_them_back(worke
 def test_jobs_unfinished_after_drain_are_requeued_unsuspected(worker: Any, monkeypatch: Any):
     worker.settings = worker.settings.model_copy(update={"drain_s": 0})
 
-    def told_to_stop() -> None:
+    def begin_to_stop_and_drain() -> None:
         worker.begin_to_stop(hurry=False)
         worker.drain()
 
-    in_the_middle(worker, monkeypatch, told_to_stop)
+    in_the_middle(worker, monkeypatch, begin_to_stop_and_drain)
     with pytest.raises(JobCancelled):
         worker.rerank(submit(worker))
     assert state(worker) == "queued"
@@ -525,7 +525,7 @@ def test_a_life_only_goes_forward_and_keeps_the_status_of_its_end(steps: list[tu
         assert life.exit_status == status
 
 
-def test_whoever_waits_for_a_phase_is_woken_by_a_later_one():
+def test_a_wait_for_a_phase_ends_with_any_later_one():
     life, woken = Lifecycle(), []
     thread = threading.Thread(target=lambda: woken.append(life.wait(Phase.DRAINING, WAIT_S)), daemon=True)
     thread.start()

@@ -74,7 +74,7 @@ class SafeConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
 
     bulk_consumer: Any = None
     _flush_at = -math.inf
-    # How often the bulk queue was asked to be paused or resumed while it already was about to be.
+    # Calls of update_bulk that are not answered yet: one that runs answers those that arrive meanwhile.
     _bulk_updates = 0
 
     @property
@@ -223,7 +223,7 @@ class BulkConsumer(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery shi
 
 
 class EngineInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
-    """Shows the engine's figures among the worker's stats, where Flower finds them; is told of every orderly end."""
+    """Shows the engine's figures among the worker's stats, where Flower finds them; drains at every orderly end."""
 
     def close(self, controller: Any) -> None:
         """Begin to drain. No signal says so where a control command, Flower's among them, shuts the worker down."""
@@ -299,6 +299,6 @@ def _dropping(but: tuple[type[Exception], ...]) -> Iterator[None]:
         # Of kombu's connection errors, KeyError too; but what lacks a key is most likely the message.
         if isinstance(error, but) and not isinstance(error, KeyError):
             raise
-        # Not the message's words: they may be anybody's, and of any length.
+        # Never the message's own text: any client may have written it, at any length.
         said = error if isinstance(error, doorbell.NoDoorbell) else type(error).__name__
         logger.warning("dropped a message that is no doorbell: %s", said)

@@ -10,7 +10,7 @@ from rerankq.broker.celery_app import TASK
 # A job's id has at most 128 characters.
 LONGEST_ID = 128
 LONGEST_SHOWN = 512
-# Bytes of a message, before anybody parses it. What a client sends has about a thousand.
+# Bytes of a message, before it is parsed. A doorbell of our clients has about a thousand.
 LARGEST = 65_536
 
 

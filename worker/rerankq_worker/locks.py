@@ -74,19 +74,19 @@ class SharedExclusiveLock:
         self._holders = Holders()
 
     @contextmanager
-    def shared(self, *, interactive: bool, go_on: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Hold the lock beside others. *go_on()* is called now and then while waiting: what it raises ends the wait."""
-        with self._held(Waiter(exclusive=False, interactive=interactive), go_on):
+    def shared(self, *, interactive: bool, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Hold the lock beside others. *check()* is called now and then while waiting: what it raises ends the wait."""
+        with self._held(Waiter(exclusive=False, interactive=interactive), check):
             yield
 
     @contextmanager
-    def exclusive(self, *, interactive: bool, go_on: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def exclusive(self, *, interactive: bool, check: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Hold the lock alone; the rest as for :meth:`shared`."""
-        with self._held(Waiter(exclusive=True, interactive=interactive), go_on):
+        with self._held(Waiter(exclusive=True, interactive=interactive), check):
             yield
 
     @contextmanager
-    def _held(self, waiter: Waiter, go_on: Callable[[], None]) -> Iterator[None]:
+    def _held(self, waiter: Waiter, check: Callable[[], None]) -> Iterator[None]:
         with self._changed:
             me = self._arrivals
             self._arrivals += 1
@@ -95,7 +95,7 @@ class SharedExclusiveLock:
             try:
                 while me in self._waiting:
                     self._changed.wait(CHECK_EVERY_S)
-                    go_on()
+                    check()
             except BaseException:
                 # It may wait, or hold the lock by now: neither shall last.
                 self._leave(me, waiter)

@@ -1,4 +1,4 @@
-"""The end of a worker: within a stated time of being told to stop, whatever hangs."""
+"""The end of a worker: within a stated time of the signal to stop, whatever hangs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ logger = logging.getLogger("rerankq")
 
 # Seconds after the drain, or after SIGQUIT, in which a worker hands back, signs off and closes its connections.
 GRACE_S = 5.0
-# Exit status of a worker that was told to stop and could not close in time: sysexits.h's EX_TEMPFAIL.
+# Exit status of a worker that could not close in time: sysexits.h's EX_TEMPFAIL.
 STOP_TIMED_OUT = 75
 # Seconds that a last message to the log may take: the program that reads it may hang too.
 LAST_MESSAGE_S = 1.0
 
-_TOLD_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 def within(limit_s: float, *steps: Callable[[], object]) -> bool:
@@ -36,7 +36,7 @@ def within(limit_s: float, *steps: Callable[[], object]) -> bool:
 
 
 class ShutdownWatchdog:
-    """Ends the process when it was told to stop and has not ended ``drain_s + GRACE_S`` seconds later.
+    """Ends the process when it shall stop and has not ended ``drain_s + GRACE_S`` seconds later.
 
     Told by SIGTERM, SIGINT or SIGHUP, or by :meth:`arm`; after SIGQUIT or a second SIGINT nothing is drained, and
     ``GRACE_S`` is all there is. *begin(hurry)* is called each time: True means to hand back now. A signal that comes
@@ -58,7 +58,7 @@ class ShutdownWatchdog:
         self._grace_s = grace_s
         self._begin = begin
         self._exit = exit_process
-        self._told = threading.Event()
+        self._armed = threading.Event()
         self._hurry = threading.Event()
         self._interrupts = 0
         self._restarts = False
@@ -80,7 +80,7 @@ class ShutdownWatchdog:
         """Count from now on; in a *hurry* without the drain."""
         if hurry:
             self._hurry.set()
-        self._told.set()
+        self._armed.set()
 
     def finish(self) -> None:
         """Leave the interpreter ``GRACE_S`` seconds for its own end, in which no thread of ours runs any more."""
@@ -90,10 +90,10 @@ class ShutdownWatchdog:
 
     def receive(self, number: int) -> None:
         """Act on a signal."""
-        if number not in _TOLD_TO_STOP:
+        if number not in _STOP_SIGNALS:
             return
         if signal.getsignal(number) is _starting:
-            self._exit_with(128 + number, f"told to stop ({signal.Signals(number).name}) while starting")
+            self._exit_with(128 + number, f"{signal.Signals(number).name} while starting")
             return
         self._interrupts += number == signal.SIGINT
         self._restarts |= number == signal.SIGHUP
@@ -111,13 +111,11 @@ class ShutdownWatchdog:
                     logger.exception("signal %d was not acted on", number)
 
     def _watch(self) -> None:
-        self._told.wait()
+        self._armed.wait()
         # Two waits, not one until a time: a process that was paused meanwhile still gets its time to hand back.
         self._hurry.wait(self._drain_s)
         time.sleep(self._grace_s)
-        self._exit_with(
-            STOP_TIMED_OUT, "told to stop and not closed in time: what it still holds is left to its leases"
-        )
+        self._exit_with(STOP_TIMED_OUT, "not closed in time: the jobs that it still holds are left to their leases")
 
     def _exit_with(self, status: int, why: str) -> None:
         within(LAST_MESSAGE_S, lambda: logger.critical("%s; exiting with status %d", why, status))

@@ -71,7 +71,7 @@ class Phase(enum.IntEnum):
     """How far a worker is on the way to its end."""
 
     RUNNING = 0  # claims jobs
-    DRAINING = 1  # told to stop: jobs in flight may finish
+    DRAINING = 1  # stopping: jobs in flight may finish
     HANDING_BACK = 2  # claims nothing, and gives back what it holds
 
 
@@ -170,7 +170,7 @@ class Worker:
         )
 
     def start(self) -> None:
-        """Begin to hold leases, sweep and listen. The registry is told first: jobs may name this model from now on."""
+        """Begin to hold leases, sweep and listen. It registers first: jobs may name this model from now on."""
         self.sweeper.beat()
         self.leases.start()
         self.listener.start()
@@ -211,7 +211,7 @@ class Worker:
                 return
 
     def drain(self) -> None:
-        """Once told to stop, let jobs finish for ``drain_s``; then hand back the rest, before the process is killed."""
+        """Once the worker stops, let jobs finish for ``drain_s``; then hand back the rest, before it is killed."""
         self.life.wait(Phase.DRAINING)
         if not self.life.wait(Phase.HANDING_BACK, self.settings.drain_s):
             self.hand_back()
@@ -262,8 +262,8 @@ class Worker:
             RerankqError: how the job ended, where it was not ranked.
         """
         if self.life.reached(Phase.HANDING_BACK) or self.leases.hung:
-            # Doorbells for its own jobs, handed back, are sent at once: they are for others. A claim would be a sign
-            # of life.
+            # Doorbells for its own jobs, handed back, are sent at once: they are for others. A claim would count as a
+            # heartbeat.
             raise DoorbellIgnored("this worker is stopping, or its device hangs: a sweeper will send another doorbell")
         claim = self.ledger.ask(calls.claim_unless_suspect(job_id, self.id, self.limits))
         if not isinstance(claim, Deferred):
@@ -355,10 +355,10 @@ class Worker:
             raise EngineClosed("this worker is stopping")
         interactive = claim.priority == "interactive"
         if not claim.suspect:
-            with self.device.shared(interactive=interactive, go_on=work.raise_if_cancelled):
+            with self.device.shared(interactive=interactive, check=work.raise_if_cancelled):
                 yield
             return
-        with self.device.exclusive(interactive=interactive, go_on=work.raise_if_cancelled):
+        with self.device.exclusive(interactive=interactive, check=work.raise_if_cancelled):
             work.raise_if_cancelled()
             if not self._report(calls.isolate(claim.id, claim.fence, self.id)):
                 raise JobCancelled("the lease was lost")
@@ -480,7 +480,7 @@ def answer_unclaimed(state: State) -> str:
         RerankqError: how it ended, where it was not ranked.
     """
     if state == "running":
-        raise DoorbellIgnored("it is running already")
+        raise DoorbellIgnored("the job is running already")
     if state in ENDINGS:
         kind, words = ENDINGS[state]
         raise kind(words)
