@@ -296,7 +296,9 @@ def test_what_the_architecture_allows_is_left_alone(tmp_path, place, planted):
     assert violations(tmp_path) == []
 
 
-@pytest.mark.parametrize("module", ["rerankq", "rerankq.broker", "rerankq.local.embedded"])
+@pytest.mark.parametrize(
+    "module", ["rerankq.client.blocking", "rerankq.client.asynchronous", "rerankq.broker", "rerankq.local.embedded"]
+)
 def test_a_producer_loads_nothing_heavy(module):
     script = (
         f"import sys, {module}; heavy = {{'numpy', 'torch', 'transformers', 'sentence_transformers', 'scipy', "
