@@ -29,6 +29,7 @@ from gear.texts import DATA, need, questions
 from gear.workers import POISONABLE, deployment, python_path, until
 
 from rerankq import Client, JobDead, Ranking, RerankJob
+from rerankq.ledger import keys
 from rerankq.local.processes import SupervisedProcess
 
 POISON = RerankJob(id="poison", query="what kills?", chunks=["poison", "harmless"], fusion="model")
@@ -62,7 +63,7 @@ class Scene:
         wanted = self.ids if ids is None else ids
         pipe = self.ledger.pipeline(transaction=False)
         for one in wanted:
-            pipe.hmget(f"rerankq:job:{one}", "state", "owner", "claims", "started")
+            pipe.hmget(keys.JOB(one), "state", "owner", "claims", "started")
         return {
             one: Trace(state or "", owner or "", int(claims or 0), float(started or 0))
             for one, (state, owner, claims, started) in zip(wanted, pipe.execute(), strict=True)

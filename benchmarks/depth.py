@@ -71,7 +71,7 @@ class Backlog:
         return answers
 
     def waiting(self) -> int:
-        return int(self.redis.hget("rerankq:backlog", "*") or 0)
+        return self.ledger.overview(self.limits.lease_policy).pairs_waiting
 
     def fill(self, depth: int) -> None:
         self.ask(calls.submit(new_job, self.limits) for new_job in self.entries(depth - self.waiting()))

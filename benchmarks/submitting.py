@@ -27,7 +27,7 @@ from rerankq.client.routing import Route
 from rerankq.client.submission import prepare
 from rerankq.contract import parse_job
 from rerankq.identity import digest, payload_of
-from rerankq.ledger import calls, connect
+from rerankq.ledger import calls, connect, keys
 from rerankq.ledger.limits import LedgerLimits
 from rerankq.ledger.runner import Ledger
 from rerankq.local.embedded import EmbeddedRedis
@@ -82,7 +82,7 @@ def submitted(client: Client, ledger: Ledger, jobs: list[Any]) -> tuple[float, f
     began, cpu = time.perf_counter(), time.process_time()
     client.submit_many(jobs)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    return seconds, cpu, sum(1 for _ in ledger.redis.scan_iter("rerankq:job:*", count=10_000))
+    return seconds, cpu, sum(1 for _ in ledger.redis.scan_iter(keys.JOB("*"), count=10_000))
 
 
 def micros(work: Callable[[], object], jobs: int) -> float:

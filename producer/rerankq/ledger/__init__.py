@@ -7,7 +7,7 @@ The first lines of each script say what it does; :mod:`.calls` builds a call of 
 from ..connections import ledger as connect
 from ..connections import ledger_async as connect_async
 from ..connections import listening as subscription
-from . import calls
+from . import calls, keys
 from .calls import Acceptance, Call, Claim, Counted, Deferred, Doorbell, JobSnapshot, NewJob, Retrial, Swept
 from .lease_policy import LeasePolicy, Server, Watch
 from .limits import LedgerLimits
@@ -36,6 +36,7 @@ __all__ = [
     "calls",
     "connect",
     "connect_async",
+    "keys",
     "reraise_cancelled",
     "source",
     "subscription",

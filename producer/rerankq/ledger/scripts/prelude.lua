@@ -17,8 +17,8 @@ local function tenants_key(queue) return KEY.tenants .. ':' .. queue end
 
 -- Fields of a hash, by their names; nil where there is none.
 local function fields(key, ...)
-  local found = {}
-  for at, value in ipairs(redis.call('HMGET', key, ...)) do found[select(at, ...)] = value or nil end
+  local names, values, found = {...}, redis.call('HMGET', key, ...), {}
+  for at = 1, #names do found[names[at]] = values[at] or nil end
   return found
 end
 
@@ -116,11 +116,9 @@ end
 local function intact(key)
   local job = fields(key, 'queue', 'tenant', 'priority', 'created', 'deadline',
     'pairs', 'fence', 'claims', 'deaths', 'suspect', 'done_pairs')
-  for _, name in ipairs({'pairs', 'fence', 'claims', 'deaths', 'suspect', 'done_pairs'}) do
-    if not whole(job[name]) then return false end
-  end
   return job.queue and job.tenant and job.priority and seconds(job.created)
-    and (job.deadline == '' or seconds(job.deadline))
+    and (job.deadline == '' or seconds(job.deadline)) and whole(job.pairs) and whole(job.fence)
+    and whole(job.claims) and whole(job.deaths) and whole(job.suspect) and whole(job.done_pairs)
 end
 
 -- The state of a job as it is written down; 'damaged' if its record cannot be counted with.
