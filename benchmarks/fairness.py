@@ -3,7 +3,7 @@
     python benchmarks/fairness.py [--pairs 600] [--rounds 15] [--jobs 256] [--quick]
 
 The worker's batcher before a device that works by itself at a small model's rate on a CPU (it sleeps, and takes as long
-for a quarter of its budget as for less), padded and flattened. Every scene is played twice, in turns as the batcher
+for a quarter of its budget as for less), padded and unpadded. Every scene is played twice, in turns as the batcher
 does it and in order of arrival, which is how it was done before:
 
 - a job of 2 pairs beside one of 600, interactive and bulk, and the same with one ten times as large;
@@ -158,7 +158,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     jobs = Jobs(seed=1)
     answer: dict[str, Any] = {}
     for padded in (True, False):
-        layout = "padded" if padded else "flattened"
+        layout = "padded" if padded else "unpadded"
         scenes: dict[str, Any] = {}
         for kinds in (("interactive", "interactive"), ("interactive", "bulk"), ("bulk", "bulk")):
             for size in (args.pairs, 10 * args.pairs):

@@ -3,7 +3,7 @@
     python benchmarks/forward.py [--jobs 1] [--chunks 50] [--rounds 3] [--dtypes float32 bfloat16] [--quick]
 
 Jobs of SciFact abstracts, tokenised beforehand, through the worker's own batcher on the bundled model: torch padded and
-flattened, and the engine that a worker takes by default, in turns, each in a process of its own with the environment
+unpadded, and the engine that a worker takes by default, in turns, each in a process of its own with the environment
 that workers have. Measured for each: pairs and tokens per second, tokens computed ÷ real tokens, operations per second
 (``gear/work.py`` counts them; only what is computed) against the same machine's matrix products in the same dtype. All
 logits are compared with the padded float32 ones.
@@ -27,7 +27,7 @@ from gear.work import matrix_ceiling, operations, shape_of
 
 from rerankq_worker.engine import Batcher, allocator_environment, load
 
-WAYS = ("padded", "flattened", "default")
+WAYS = ("padded", "unpadded", "default")
 # Of logits, from the padded float32 ones, by dtype.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
@@ -66,7 +66,7 @@ def ceiling(dtype: str, seconds: float) -> float:
 
 
 def about() -> str:
-    return f"{_engine.runtime}, {'padded' if _engine.padded else 'flattened'}, {_engine.dtype}"
+    return f"{_engine.runtime}, {'padded' if _engine.padded else 'unpadded'}, {_engine.dtype}"
 
 
 _engine: Any
@@ -146,8 +146,8 @@ def main() -> int:
     here = machine()
     answer, wrong = measure(args)
     ratios = {
-        f"{dtype}: flattened ÷ padded": round(
-            ways["flattened"]["pairs_per_second"]["median"] / ways["padded"]["pairs_per_second"]["median"], 3
+        f"{dtype}: unpadded ÷ padded": round(
+            ways["unpadded"]["pairs_per_second"]["median"] / ways["padded"]["pairs_per_second"]["median"], 3
         )
         for dtype, ways in ((dtype, answer[dtype]["ways"]) for dtype in args.dtypes)
     }

@@ -8,7 +8,7 @@ shapes of well-known rerankers and random weights, pairs have random token ids a
 work is the same (``gear/random_models.py``). Everything runs in bfloat16.
 
 First the ceiling: the fastest of a few bf16 matrix products. Then it is checked that ``varlen_attn`` exists and agrees
-with ordinary attention in float32. Then, for each shape: the engine's flattened pass and its padded pass over batches
+with ordinary attention in float32. Then, for each shape: the engine's unpadded pass and its padded pass over batches
 that the engine's own planner forms (the best of a few budgets), and batches as ``CrossEncoder.predict`` forms them
 (sorted by length, 32 at a time, the whole model, padded; its tokenising is left out). Last, pairs of exactly 512
 tokens, for the share of the ceiling. ``gear/work.py`` says how operations are counted: what a way computes, padding
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
 SHAPES = ("minilm-l6", "bge-base", "bge-m3", "gte-modernbert")
 BUDGETS = (16_384, 32_768, 65_536, 131_072)
 LONGEST = 512
-EVEN = "flattened, all of them as long as they can be"
+EVEN = "unpadded, all of them as long as they can be"
 
 
 def missing(device: str) -> str | None:
@@ -51,29 +51,29 @@ def missing(device: str) -> str | None:
 
 def measure_shape(name: str, args: argparse.Namespace, ceiling: float, ends: float) -> dict[str, Any]:
     """Measure all ways on one shape, in the time that is left to it."""
-    from gear.engine_ways import PADDED, PREDICT, UNPADDED, Ways, best_budget, timed  # noqa: PLC0415 - see main
+    from gear.engine_passes import PADDED, PREDICT, UNPADDED, Passes, best_budget, timed  # noqa: PLC0415 - see main
     from gear.random_models import model_of, pairs_of, real_lengths  # noqa: PLC0415
 
-    ways = Ways(model_of(name, args.device, tiny=args.tiny), args.device)
-    vocabulary = ways.model.config.vocab_size
-    real = pairs_of(real_lengths(args.pairs, args.longest), vocabulary, with_types=ways.with_types)
-    even = pairs_of([args.longest] * (args.pairs // 2), vocabulary, with_types=ways.with_types)
+    passes = Passes(model_of(name, args.device, tiny=args.tiny), args.device)
+    vocabulary = passes.model.config.vocab_size
+    real = pairs_of(real_lengths(args.pairs, args.longest), vocabulary, with_types=passes.token_types)
+    even = pairs_of([args.longest] * (args.pairs // 2), vocabulary, with_types=passes.token_types)
     # Two ways over each budget, predict, and the even pairs; each scores its pairs once before it is timed.
     each = max(0.2, min(args.seconds, (ends - time.monotonic()) / (2 * len(args.budgets) + 2) / 2))
-    answers = {way: best_budget(ways, way, real, args.budgets, seconds=each) for way in (UNPADDED, PADDED)}
-    answers[PREDICT] = timed(ways, PREDICT, real, 0, seconds=each)
-    answers[EVEN] = timed(ways, UNPADDED, even, answers[UNPADDED]["budget"], seconds=each)
+    answers = {way: best_budget(passes, way, real, args.budgets, seconds=each) for way in (UNPADDED, PADDED)}
+    answers[PREDICT] = timed(passes, PREDICT, real, 0, seconds=each)
+    answers[EVEN] = timed(passes, UNPADDED, even, answers[UNPADDED]["budget"], seconds=each)
     logits = {way: answer.pop("logits") for way, answer in answers.items()}
     for answer in answers.values():
         rate = answer.pop("operations_per_second")
         answer |= {"tflops": round(rate / 1e12, 4), "share_of_ceiling": round(rate / ceiling, 3)}
-    flattened = answers[UNPADDED]["pairs_per_second"]
+    unpadded = answers[UNPADDED]["pairs_per_second"]
     known = logits[PREDICT]
     return {
-        "parameters_millions": round(sum(one.numel() for one in ways.model.parameters()) / 1e6, 1),
+        "parameters_millions": round(sum(one.numel() for one in passes.model.parameters()) / 1e6, 1),
         "ways": answers,
         "ratios": {
-            f"flattened ÷ {way}": round(flattened / answers[way]["pairs_per_second"], 3) for way in (PADDED, PREDICT)
+            f"unpadded ÷ {way}": round(unpadded / answers[way]["pairs_per_second"], 3) for way in (PADDED, PREDICT)
         },
         "logits_from_least_to_greatest": round(max(known) - min(known), 3),
         "greatest_distance_of_logits_from_predict": {
@@ -84,7 +84,7 @@ def measure_shape(name: str, args: argparse.Namespace, ceiling: float, ends: flo
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    from gear.engine_ways import check_attention  # noqa: PLC0415
+    from gear.engine_passes import check_attention  # noqa: PLC0415
     from gear.work import matrix_ceiling  # noqa: PLC0415
 
     ends = time.monotonic() + 60 * args.minutes

@@ -2,7 +2,7 @@
 
     python benchmarks/runtimes.py [--chunks 8] [--rounds 6] [--judged 24] [--depth 20] [--compiled] [--quick]
 
-The bundled model through torch (flattened batches and padded ones) and OpenVINO, in every precision that each has, over
+The bundled model through torch (unpadded batches and padded ones) and OpenVINO, in every precision that each has, over
 the SciFact abstracts that BM25 found for claims, tokenised beforehand. Each way has a process of its own with the
 environment that workers have, but for two that keep glibc's own habits ("plain malloc"). They take turns in every
 round, over pairs that none has seen; a ratio is the median of those of the rounds, to torch in float32. All float32

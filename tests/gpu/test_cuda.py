@@ -31,8 +31,10 @@ def test_the_kernel_for_unpadded_pairs_agrees_with_attention_run_by_run(causal, 
     span = AttentionSpan(None, causal=causal, window=window)
 
     def attended(device, dtype):
-        layout = UnpaddedBatch(cu_seqlens[:-1].long().to(device), cu_seqlens.to(device), max(lengths), runs_of(lengths))
-        return attend(*(part.to(device, dtype) for part in states), layout, span).float().cpu()
+        unpadded = UnpaddedBatch(
+            cu_seqlens[:-1].long().to(device), cu_seqlens.to(device), max(lengths), runs_of(lengths)
+        )
+        return attend(*(part.to(device, dtype) for part in states), unpadded, span).float().cpu()
 
     torch.testing.assert_close(attended("cuda", torch.bfloat16), attended("cpu", torch.float32), rtol=0, atol=0.05)
 
@@ -45,7 +47,7 @@ def test_logits_stay_near_those_of_the_cpu(exact, dtype, tolerance, padded):
     np.testing.assert_allclose(on_cuda.score(PAIRS), exact, rtol=0, atol=tolerance)
 
 
-def test_batches_overlap_and_every_pair_gets_its_own_logit(exact):
+def test_overlapping_batches_give_every_pair_its_own_logit(exact):
     on_cuda = engine.load("bundled", device="cuda", dtype="float16", max_batch_tokens=512)
     with Batcher(on_cuda) as batcher:
         tickets = [batcher.submit(on_cuda.tokenise(QUERY, CHUNKS)) for _ in range(8)]

@@ -32,7 +32,7 @@ from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable, cross_encoder
 from rerankq_worker.engine.models import device, loading
 from rerankq_worker.engine.models.device import tokens_that_fit
-from rerankq_worker.engine.models.last_layer import TwoWords, compute_last_layer_in_float32
+from rerankq_worker.engine.models.last_layer import TwoRowHead, compute_last_layer_in_float32
 from rerankq_worker.engine.models.passes import UnpaddedPass
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -249,7 +249,7 @@ def test_a_model_whose_logits_change_without_padding_runs_padded_and_says_so(
     monkeypatch.setattr(UnpaddedPass, "__call__", lambda self, batch: fault(honest(self, batch)))
     wary = load(str(folders["bert"]), dtype="float32")
     assert wary.padded
-    assert "runs padded" in caplog.text
+    assert "uses the pass 'padded'" in caplog.text
     np.testing.assert_allclose(wary.score(pairs), expected, rtol=0, atol=1e-5)
 
 
@@ -417,11 +417,11 @@ def test_a_model_that_states_no_length_is_asked_for_one():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_rows_of_two_words_give_their_logits_in_float32(bias):
-    whole, words = torch.nn.Linear(8, 9, bias=bias), TwoWords(linear := torch.nn.Linear(8, 9, bias=bias), [7, 2])
+    whole, words = torch.nn.Linear(8, 9, bias=bias), TwoRowHead(linear := torch.nn.Linear(8, 9, bias=bias), [7, 2])
     whole.load_state_dict(linear.state_dict())
     states = torch.randn(3, 8)
     torch.testing.assert_close(words(states), whole(states)[:, [7, 2]])
-    assert TwoWords(whole.bfloat16(), [7, 2])(states.bfloat16()).dtype == torch.float32
+    assert TwoRowHead(whole.bfloat16(), [7, 2])(states.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("no", "left"), [(2, (0, 1)), (0, (0, 1)), (None, (0, None))])
@@ -462,5 +462,5 @@ def test_a_model_without_finite_logits_is_refused_at_once(folders, tmp_path):
     weights = load_file(spoilt / "model.safetensors")
     weights["bert.encoder.layer.1.output.dense.weight"][0, 0] = torch.nan
     save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelUnusable, match="not finite, computed in float32"):
+    with pytest.raises(ModelUnusable, match="not finite in float32"):
         load(str(spoilt), dtype="float32", threads=1)

@@ -17,7 +17,7 @@ import tiny_checkpoints
 
 from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable
-from rerankq_worker.engine.models import openvino_pass, ways
+from rerankq_worker.engine.models import openvino_pass, pass_selection
 from rerankq_worker.engine.models.cores import multiplies_bfloat16
 from rerankq_worker.engine.models.openvino_pass import OpenVinoPass, quantise_weights
 
@@ -112,7 +112,7 @@ def beside_the_point(self, batch):
 
 @pytest.mark.parametrize(
     ("where", "what", "instead"),
-    [(ways, "architecture_of", no_architecture), (OpenVinoPass, "__call__", beside_the_point)],
+    [(pass_selection, "architecture_of", no_architecture), (OpenVinoPass, "__call__", beside_the_point)],
 )
 def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(
     tiny, monkeypatch, caplog, where, what, instead
@@ -168,7 +168,7 @@ def test_weights_in_int8_have_a_scale_for_each_output(transposed):
 )
 def test_the_precision_that_the_cpu_computes_in_is_told(asked, given, computed):
     compiled = SimpleNamespace(get_property=lambda _: SimpleNamespace(to_string=lambda: given))
-    assert openvino_pass._computed_in(compiled, asked) == computed
+    assert openvino_pass._precision_of(compiled, asked) == computed
 
 
 def test_states_that_were_not_written_or_are_of_another_batch_are_no_logits(monkeypatch):
@@ -176,8 +176,8 @@ def test_states_that_were_not_written_or_are_of_another_batch_are_no_logits(monk
     request = SimpleNamespace(infer=lambda *_, **__: [states])
     run = OpenVinoPass.__new__(OpenVinoPass)
     run._request, run._inputs = request, None
-    run._across = SimpleNamespace(head=lambda given: given.sum(1))
-    monkeypatch.setattr(openvino_pass, "padded", lambda *_: {})
+    run._padded_pass = SimpleNamespace(head=lambda given: given.sum(1))
+    monkeypatch.setattr(openvino_pass, "pad_batch", lambda *_: {})
     assert run([None] * 2).tolist() == [3, 3]
     with pytest.raises(MemoryError):
         run([None] * 2)  # nothing was written since

@@ -1,4 +1,4 @@
-"""Every way through a model gives the logit that the pair gets alone, from the model's own forward pass."""
+"""Every forward pass gives a pair the logit that it gets alone, from the model's own forward pass."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from rerankq_worker.engine.models import probing
 from rerankq_worker.engine.models.architectures import architecture_of
 from rerankq_worker.engine.models.attention import runs_of
-from rerankq_worker.engine.models.first_token import FirstTokenLayer, reduce_to_cls
+from rerankq_worker.engine.models.cls_layer import ClsLayer, reduce_to_cls, restore_last_layer
 from rerankq_worker.engine.models.openvino_pass import OpenVinoPass
-from rerankq_worker.engine.models.passes import Inputs, PaddedPass, UnpaddedPass
+from rerankq_worker.engine.models.passes import InputFormat, PaddedPass, UnpaddedPass
 from rerankq_worker.engine.models.probing import Probe
 from rerankq_worker.engine.protocol import TokenisedPair
 
@@ -50,7 +50,7 @@ class Family(NamedTuple):
 FAMILIES = {
     "bert": Family("BertForSequenceClassification", {"pad_token_id": 0}, types=True),
     "bert without segments": Family("BertForSequenceClassification", {"pad_token_id": 0}),
-    "bert, looking back": Family("BertForSequenceClassification", {"pad_token_id": 0, "is_decoder": True}),
+    "bert, causal": Family("BertForSequenceClassification", {"pad_token_id": 0, "is_decoder": True}),
     "roberta": Family("RobertaForSequenceClassification", {"pad_token_id": 1}, pad=1),
     "xlm-r": Family("XLMRobertaForSequenceClassification", {"pad_token_id": 1}, pad=1),
     "camembert": Family("CamembertForSequenceClassification", {"pad_token_id": 1}, pad=1),
@@ -116,9 +116,8 @@ def run() -> Callable[[str, Callable[..., Any], list[TokenisedPair]], tuple[np.n
         model = model_of(family)
         architecture = architecture_of(model, family.yes_or_no)
         assert architecture is not None
-        if architecture.place == "first":
-            reduce_to_cls(getattr(model, architecture.backbone))
-        return kind(model, architecture, Inputs(CPU, pad=family.pad, with_types=family.types))
+        reduce_to_cls(model, architecture)
+        return kind(model, architecture, InputFormat(CPU, pad=family.pad, token_types=family.types))
 
     twins = {name: model_of(family) for name, family in FAMILIES.items()}
 
@@ -132,7 +131,7 @@ def run() -> Callable[[str, Callable[..., Any], list[TokenisedPair]], tuple[np.n
     return run
 
 
-def compiled(model: Any, architecture: Any, inputs: Inputs) -> OpenVinoPass:
+def compiled(model: Any, architecture: Any, inputs: InputFormat) -> OpenVinoPass:
     return OpenVinoPass(PaddedPass(model, architecture, inputs), inputs, dtype="float32", threads=1)
 
 
@@ -158,13 +157,13 @@ def test_logits_equal_those_of_each_pair_alone(run, name, kind):
 @pytest.mark.parametrize("name", ["bert", "xlm-r", "modernbert", "qwen3"])
 @given(lengths=st.lists(st.integers(2, 120), min_size=1, max_size=9), seed=st.integers(0, 99))
 @settings(max_examples=12, deadline=None)
-def test_flattened_logits_equal_padded_ones_whatever_the_lengths(run, name, lengths, seed):
+def test_unpadded_logits_equal_padded_ones_whatever_the_lengths(run, name, lengths, seed):
     batch = pairs_of(lengths, seed)
     np.testing.assert_allclose(run(name, UnpaddedPass, batch)[0], run(name, PaddedPass, batch)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["roberta", "xlm-r"])
-def test_the_paddings_own_token_in_a_text_has_no_position_flattened_either(run, name):
+def test_a_padding_id_in_a_text_has_no_position_in_an_unpadded_batch_either(run, name):
     (pair,) = pairs_of([40])
     pair.ids[[7, 8, 30]] = FAMILIES[name].pad
     # The model takes the padding's id in a text for padding when it counts positions; its mask does not.
@@ -174,7 +173,7 @@ def test_the_paddings_own_token_in_a_text_has_no_position_flattened_either(run, 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @pytest.mark.parametrize("kind", [UnpaddedPass, PaddedPass, compiled])
-def test_the_paddings_own_id_at_the_end_of_a_text_is_not_read(run, name, kind):
+def test_a_padding_id_at_the_end_of_a_text_is_not_pooled(run, name, kind):
     ends, all_of_it, other = pairs_of([20, 4, 31])
     ends.ids[[3, 17, 18, 19]] = FAMILIES[name].pad
     all_of_it.ids[:] = FAMILIES[name].pad
@@ -183,28 +182,35 @@ def test_the_paddings_own_id_at_the_end_of_a_text_is_not_read(run, name, kind):
 
 
 @pytest.mark.parametrize(("name", "reduced"), [("bert", True), ("xlm-r", True), ("modernbert", False), ("gte", False)])
-def test_the_last_layer_of_bert_like_models_computes_the_first_token_alone(name, reduced):
+def test_the_last_layer_of_bert_like_models_is_reduced_to_the_first_token_and_restored(name, reduced):
     model = model_of(FAMILIES[name])
-    backbone = getattr(model, architecture_of(model).backbone)
-    assert reduce_to_cls(backbone) is reduced
-    assert reduce_to_cls(backbone) is False, "not twice"
-    assert any(isinstance(layer, FirstTokenLayer) for layer in backbone.modules()) is reduced
+    architecture = architecture_of(model)
+
+    def has_cls_layer():
+        return any(isinstance(layer, ClsLayer) for layer in model.modules())
+
+    assert reduce_to_cls(model, architecture) is reduced
+    assert reduce_to_cls(model, architecture) is False, "not twice"
+    assert has_cls_layer() is reduced
+    restore_last_layer(model, architecture)
+    assert not has_cls_layer()
 
 
-def test_the_last_layer_of_a_decoder_stays_whole():
-    # Its first token attends to itself alone, which the shortened layer would not know without padding.
-    assert reduce_to_cls(model_of(FAMILIES["bert, looking back"]).bert) is False
+def test_the_last_layer_of_a_decoder_is_not_reduced():
+    # Its first token attends to itself only, which the reduced layer would not respect without padding.
+    model = model_of(FAMILIES["bert, causal"])
+    assert reduce_to_cls(model, architecture_of(model)) is False
 
 
-def test_a_padding_with_the_vocabularys_last_id_is_compiled_too():
-    model, inputs = model_of(FAMILIES["qwen3"]), Inputs(CPU, pad=WORDS - 1, with_types=False)
+def test_openvino_compiles_a_model_whose_padding_has_the_last_id():
+    model, inputs = model_of(FAMILIES["qwen3"]), InputFormat(CPU, pad=WORDS - 1, token_types=False)
     batch = pairs_of([9, 30])
     logits = compiled(model, architecture_of(model), inputs)(batch)
     expected = [alone(FAMILIES["qwen3"], model_of(FAMILIES["qwen3"]), pair) for pair in batch]
     np.testing.assert_allclose(logits.detach(), expected, rtol=0, atol=1e-5)
 
 
-def test_a_way_that_gives_no_finite_logit_in_one_batch_alone_is_not_taken():
+def test_a_probe_rejects_a_pass_with_one_logit_that_is_not_finite():
     pairs = tuple(pairs_of([5, 9, 12, 30, 70]))
     probe = Probe(pairs, np.zeros(len(pairs)), 1e-4)
     assert probe.disagreement(lambda batch: torch.zeros(len(batch))) == ""
@@ -215,17 +221,17 @@ def test_a_way_that_gives_no_finite_logit_in_one_batch_alone_is_not_taken():
 
 
 @pytest.mark.parametrize(("window", "longest"), [(None, 160), (64, 160), (256, 321), (4096, 160)])
-def test_pairs_that_ways_are_tried_with_are_longer_than_a_window_that_is_not_too_large(window, longest):
+def test_probe_pairs_are_longer_than_a_sliding_window_that_is_not_too_large(window, longest):
     config = SimpleNamespace(sliding_window=window)
     model = [SimpleNamespace(auto_model=SimpleNamespace(config=config))]
     assert probing._longest(model, 8192) == longest
     assert probing._longest(model, 100) == 100
-    made = probing._made_up(pairs_of([30, 40]), Inputs(CPU, pad=3, with_types=False), longest)
-    assert max(pair.length for pair in made) == longest
-    assert any(3 in pair.ids for pair in made), "the padding's own id may stand in a text"
+    pairs = probing._random_pairs(pairs_of([30, 40]), InputFormat(CPU, pad=3, token_types=False), longest)
+    assert max(pair.length for pair in pairs) == longest
+    assert any(3 in pair.ids for pair in pairs), "the padding's own id may stand in a text"
 
 
-def test_a_family_that_is_not_known_has_no_form():
+def test_a_model_class_without_a_row_has_no_architecture():
     assert architecture_of(torch.nn.Linear(2, 1)) is None
     assert architecture_of(model_of(FAMILIES["qwen3"]), (YES, NO)) is None, "a classifier is not asked for yes or no"
 

@@ -13,7 +13,7 @@ APPLE = Environment("mps", fast_bfloat16=False, openvino=True)
 
 
 @pytest.mark.parametrize(
-    ("facts", "asked", "chosen"),
+    ("environment", "asked", "chosen"),
     [
         (FULL, ("auto", "auto"), ("openvino", "bfloat16")),
         (OLD, ("auto", "auto"), ("openvino", "float32")),
@@ -28,8 +28,8 @@ APPLE = Environment("mps", fast_bfloat16=False, openvino=True)
         (OLD, ("openvino", "bfloat16"), ("openvino", "bfloat16")),
     ],
 )
-def test_the_fastest_that_is_there_is_chosen_unless_another_is_asked_for(facts, asked, chosen):
-    assert choose(*asked, facts) == Choice(*chosen)
+def test_the_fastest_that_is_there_is_chosen_unless_another_is_asked_for(environment, asked, chosen):
+    assert choose(*asked, environment) == Choice(*chosen)
 
 
 def test_scores_of_one_gpu_are_shared_whatever_the_cpu_beside_it():
@@ -38,32 +38,32 @@ def test_scores_of_one_gpu_are_shared_whatever_the_cpu_beside_it():
     assert precision_of(reduced, "cpu", "amx_bf16") != precision_of(reduced, "cpu", "")
 
 
-@pytest.mark.parametrize("facts", [FULL, OLD, BARE, GPU, APPLE])
+@pytest.mark.parametrize("environment", [FULL, OLD, BARE, GPU, APPLE])
 @pytest.mark.parametrize("runtime", ["auto", *RUNTIMES])
 @pytest.mark.parametrize("dtype", ["auto", *DTYPES])
-def test_a_choice_is_what_was_asked_for_and_possible_or_an_error(facts, runtime, dtype):
+def test_a_choice_is_what_was_asked_for_and_possible_or_an_error(environment, runtime, dtype):
     try:
-        chosen = choose(runtime, dtype, facts)
+        chosen = choose(runtime, dtype, environment)
     except (EngineError, ValueError):
         return
     assert runtime in ("auto", chosen.runtime)
     assert dtype in ("auto", chosen.dtype)
     assert chosen.dtype in RUNTIMES[chosen.runtime]
-    assert chosen.runtime == "torch" or (facts.openvino and facts.device == "cpu")
+    assert chosen.runtime == "torch" or (environment.openvino and environment.device == "cpu")
 
 
 @pytest.mark.parametrize(
-    ("facts", "asked", "complaint"),
+    ("environment", "asked", "complaint"),
     [
-        (FULL, ("onnx", "auto"), "runtime 'onnx' is none of auto, openvino, torch"),
-        (FULL, ("auto", "int4"), "dtype 'int4' is none of auto, float32"),
-        (FULL, ("openvino", "float16"), "'openvino' does not compute in float16"),
-        (FULL, ("torch", "int8"), "'torch' does not compute in int8"),
+        (FULL, ("onnx", "auto"), "runtime must be one of auto, openvino, torch, not 'onnx'"),
+        (FULL, ("auto", "int4"), "dtype must be one of auto, float32"),
+        (FULL, ("openvino", "float16"), "'openvino' does not support float16"),
+        (FULL, ("torch", "int8"), "'torch' does not support int8"),
         (BARE, ("openvino", "auto"), r"needs the runtime 'openvino': pip install 'rerankq\[openvino\]'"),
         (BARE, ("auto", "int8"), r"int8 on the device 'cpu' needs the runtime 'openvino': pip install"),
-        (GPU, ("openvino", "auto"), "it computes on the CPU alone"),
+        (GPU, ("openvino", "auto"), "it runs on the CPU only"),
     ],
 )
-def test_what_cannot_be_is_said(facts, asked, complaint):
+def test_what_cannot_be_is_said(environment, asked, complaint):
     with pytest.raises((EngineError, ValueError), match=complaint):
-        choose(*asked, facts)
+        choose(*asked, environment)

@@ -15,19 +15,19 @@ from .models.checkpoint import files_of, fingerprint
 from .models.cores import available_cores, short_number_instructions
 from .models.device import choose_device, multiplies_bfloat16_faster, tokens_that_fit
 from .models.last_layer import compute_last_layer_in_float32
-from .models.loading import hash_of_weights, known_ids, load_model, readable_length, refusing
+from .models.loading import hash_of_weights, load_model, readable_length, refusing, vocabulary_size
 from .models.long_positions import LongPositions
-from .models.passes import Inputs, Pass
+from .models.pass_selection import LoadedModel, make_openvino_pass, select_torch_pass
+from .models.passes import InputFormat, Pass
 from .models.probing import probe_of
 from .models.runtimes import Choice, Environment, choose, openvino_installed, precision_of
-from .models.ways import Subject, openvino_way, torch_way
 from .protocol import QUERY_MAX_TOKENS, Logits, LogitsFuture, TokenisedPair, finished
 from .scheduling.unqueued import score_in_batches
 from .tokenising.pair_format import pair_tokeniser_for
 from .tokenising.pair_tokeniser import Tokeniser
 
-#: Tokens per batch. On a CPU tokens per second hardly change from 512 to 4096 (measured, 22 M parameters), and
-#: the smaller the batch, the sooner an interactive pair gets its turn; a GPU needs many to be busy.
+#: Default tokens per batch. On a CPU tokens per second hardly change from 512 to 4096 (measured, 22 M parameters), and
+#: the smaller the batch, the shorter an interactive pair waits; a GPU needs many tokens to be busy.
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ACCELERATOR = 32_768
 
@@ -35,11 +35,11 @@ _BATCH_TOKENS_ACCELERATOR = 32_768
 class CrossEncoderEngine:
     """Scores pairs with a cross-encoder of one label; raw logits whatever activation the checkpoint asks for.
 
-    Batches are flattened, so that nothing is computed for padding, where the model's family allows it and a probe
-    gives the same logits either way; else they are padded. ``padded`` asks for one of the two. On a CPU OpenVINO may
-    compute the padded batches in torch's place, after the same probe; raises Unconvertible where it cannot. In a
-    reduced precision the body runs in that type and the last layer in float32. One thread at a time may call ``launch``
-    or ``forward``.
+    Batches are unpadded, so that nothing is computed for padding, where the model's architecture is known and a probe
+    confirms the logits; else they are padded. ``padded`` asks for one of the two. On a CPU OpenVINO may compute the
+    padded batches instead of torch, after the same probe; raises Unconvertible where it cannot. In a reduced precision
+    all layers but the last run in that type, and the last one in float32. One thread at a time may call ``launch`` or
+    ``forward``.
     """
 
     def __init__(
@@ -55,48 +55,48 @@ class CrossEncoderEngine:
         padded: bool | None = None,
         runtime: str = "auto",
     ) -> None:
-        where = choose_device(device)
-        facts = Environment(where.type, multiplies_bfloat16_faster(where), openvino_installed())
+        chosen = choose_device(device)
+        environment = Environment(chosen.type, multiplies_bfloat16_faster(chosen), openvino_installed())
         if runtime == "auto" and padded is not None:
-            runtime = "torch"  # OpenVINO has one way only
-        self.runtime, self.dtype = astuple(choose(runtime, dtype, facts))
+            runtime = "torch"  # OpenVINO runs padded batches only
+        self.runtime, self.dtype = astuple(choose(runtime, dtype, environment))
         self._threads = threads or available_cores()
-        if where.type == "cpu":
+        if chosen.type == "cpu":
             torch.set_num_threads(self._threads)
-        # OpenVINO converts float32 weights into what it computes in.
-        kind = torch.float32 if self.runtime == "openvino" else getattr(torch, self.dtype)
+        # OpenVINO converts float32 weights to its own precision.
+        torch_dtype = torch.float32 if self.runtime == "openvino" else getattr(torch, self.dtype)
         files = files_of(folder)
-        model = load_model(folder, name, where, kind)
+        model = load_model(folder, name, chosen, torch_dtype)
         weights = hash_of_weights(model)
         if files_of(folder) != files:
-            raise ModelUnusable(f"files of the model {name!r} changed while they were read; load it again")
-        self._device = where
+            raise ModelUnusable(f"files of model {name!r} changed while they were read; load it again")
+        self._device = chosen
         longest = readable_length(model, max_length)
         with refusing(name, "cannot be used"):
             self._tokeniser = pair_tokeniser_for(model, max_length=longest)
-            subject = _subject_of(model, name, self._tokeniser, where, self.dtype)
-            self._forward_pass = self._way_through(subject, padded=padded)
+            loaded = _probed(model, name, self._tokeniser, chosen, self.dtype)
+            self._forward_pass = self._select_pass(loaded, padded=padded)
         self.name = name
-        self.vocabulary = known_ids(model)
+        self.vocabulary = vocabulary_size(model)
         self.max_length = self._tokeniser.max_length
-        self.max_batch_tokens = max_batch_tokens or _BATCH_TOKENS.get(where.type, _BATCH_TOKENS_ACCELERATOR)
-        self.device = str(where)
+        self.max_batch_tokens = max_batch_tokens or _BATCH_TOKENS.get(chosen.type, _BATCH_TOKENS_ACCELERATOR)
+        self.device = str(chosen)
         self.padded = self._forward_pass.padded
         self.fingerprint = fingerprint(
             files,
             weights,
-            precision=precision_of(Choice(self.runtime, self.dtype), where.type, short_number_instructions()),
-            template=f"{self._tokeniser.template} types={subject.inputs.with_types}",
+            precision=precision_of(Choice(self.runtime, self.dtype), chosen.type, short_number_instructions()),
+            template=f"{self._tokeniser.template} types={loaded.inputs.token_types}",
         )
 
-    def _way_through(self, subject: Subject, *, padded: bool | None) -> Pass:
+    def _select_pass(self, loaded: LoadedModel, *, padded: bool | None) -> Pass:
         if self.runtime == "openvino":
-            compiled = openvino_way(subject, dtype=self.dtype, threads=self._threads)
+            compiled = make_openvino_pass(loaded, dtype=self.dtype, threads=self._threads)
             self.dtype = compiled.dtype
             return compiled
-        # On CUDA the kernel for unpadded pairs knows the reduced precisions only.
+        # On CUDA the kernel for unpadded attention supports the reduced precisions only.
         unpadded = not padded and not (self._device.type == "cuda" and self.dtype == "float32")
-        return torch_way(subject, unpadded=unpadded)
+        return select_torch_pass(loaded, unpadded=unpadded)
 
     def tokenise(
         self,
@@ -129,16 +129,14 @@ class CrossEncoderEngine:
         return score_in_batches(self, pairs)
 
     def warm_up(self) -> None:
-        """Run a small batch: kernels are chosen, threads started; raises what the device raises.
+        """Run a small batch, so that kernels are chosen and threads started; raises what the device raises.
 
-        Raises ModelUnusable where its logits are not finite: every job's would be missing, and none would fail.
+        Raises ModelUnusable where its logits are not finite.
         """
         try:
             self.forward(self.tokenise("warm up", ["one chunk", "and a longer one"]))
         except FloatingPointError as error:
-            raise ModelUnusable(
-                f"model {self.name!r} gives logits that are not finite, computed in {self.dtype}"
-            ) from error
+            raise ModelUnusable(f"model {self.name!r} gives logits that are not finite in {self.dtype}") from error
 
     def most_tokens(self, batch: Sequence[TokenisedPair]) -> float:
         """Estimate the tokens of the largest batch that fits into free memory, from what this batch takes."""
@@ -172,38 +170,38 @@ class CudaLogits:
 
 
 def finite(logits: Logits) -> Logits:
-    """Hand logits on; raises FloatingPointError where one is no finite number, for which the batch is to be parted."""
+    """Return the logits; raises FloatingPointError where one is not finite, so that the batch is retried in halves."""
     if np.isfinite(logits).all():
         return logits
-    raise FloatingPointError("the model gives no finite logit")
+    raise FloatingPointError("a logit is not finite")
 
 
-def _subject_of(model: Any, name: str, tokeniser: Tokeniser, device: torch.device, dtype: str) -> Subject:
-    """Take what the model gives pairs alone, then let its last layer compute in float32."""
-    inputs, positions = _inputs_for(model, device), LongPositions(model)
-    _read_last_without_padding_id(model[0].auto_model.config.get_text_config())
-    probe = probe_of(model, tokeniser, inputs, dtype, positions.forget)
+def _probed(model: Any, name: str, tokeniser: Tokeniser, device: torch.device, dtype: str) -> LoadedModel:
+    """Probe the model as it was loaded, then convert its last layer to float32."""
+    inputs, positions = _input_format_of(model, device), LongPositions(model)
+    _set_padding_id(model[0].auto_model.config.get_text_config())
+    probe = probe_of(model, tokeniser, inputs, dtype, positions.reset)
     compute_last_layer_in_float32(model)
-    return Subject(name, model, inputs, positions, tokeniser.max_length, probe)
+    return LoadedModel(name, model, inputs, positions, tokeniser.max_length, probe)
 
 
-def _inputs_for(model: Any, device: torch.device) -> Inputs:
+def _input_format_of(model: Any, device: torch.device) -> InputFormat:
     tokenizer, config = model.tokenizer, model[0].auto_model.config.get_text_config()
-    # The configuration's goes first: by it models find out what is padding.
-    named = [getattr(config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id]
+    # The configuration's first: models recognise padding by it.
+    candidates = [getattr(config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id]
     ids = range(len(tokenizer))
-    return Inputs(
+    return InputFormat(
         device,
-        pad=next((int(one) for one in named if isinstance(one, int) and one in ids), 0),
-        with_types="token_type_ids" in tokenizer.model_input_names,
+        pad=next((int(one) for one in candidates if isinstance(one, int) and one in ids), 0),
+        token_types="token_type_ids" in tokenizer.model_input_names,
         pads_left=tokenizer.padding_side == "left",
     )
 
 
-def _read_last_without_padding_id(config: Any) -> None:
-    """Let transformers' decoders take more than one pair: without a padding's id they refuse, and read the last token.
+def _set_padding_id(config: Any) -> None:
+    """Give transformers' decoders a padding id, without which they refuse more than one pair.
 
-    An id that no token has makes them read the last token of each.
+    No token has this id, so that they read the last token of each pair.
     """
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = -1

@@ -1,4 +1,4 @@
-"""Which device a model runs on, and what it is good at."""
+"""Which device a model runs on, its fast precisions and its free memory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from ..errors import EngineError
 from .cores import multiplies_bfloat16
 
-#: Of the free memory a batch may take this share: longer pairs than those tried take more, and others share the device.
+#: Share of the free memory that a batch may take: longer pairs than those measured take more, and other programs may
+#: use the device.
 _FREE_SHARE = 0.5
 
 
 def choose_device(device: str) -> torch.device:
-    """Take the named device, or a CUDA device if there is one, else the CPU; raises EngineError if it is not there."""
+    """Return the named device; for ``auto`` CUDA if present, else the CPU. Raises EngineError for a missing device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise EngineError(f"device {device!r} is not usable here: {error}") from error
+        raise EngineError(f"device {device!r} cannot be used: {error}") from error
     return chosen
 
 
@@ -34,10 +35,10 @@ def multiplies_bfloat16_faster(device: torch.device) -> bool:
 
 
 def tokens_that_fit(device: torch.device, tokens: int, run: Callable[[], object]) -> float:
-    """Tell how many tokens fit into a CUDA device's free memory, where *run* computes so many; infinite elsewhere."""
+    """Estimate the tokens that fit into a CUDA device's free memory, if *run* computes *tokens*; infinite elsewhere."""
     if device.type != "cuda":
         return math.inf
-    run()  # libraries take their own memory once, in the first batch
+    run()  # libraries allocate their own memory in the first batch
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()

@@ -1,4 +1,4 @@
-"""A checkpoint made into a sentence-transformers model in memory, or a clear reason why it is no reranker."""
+"""Load a checkpoint as a sentence-transformers model, or say why it is not a reranker."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from transformers.utils import logging as transformers_logging
 from ..errors import EngineError, ModelUnusable, in_one_line
 from ..protocol import checked_length
 
-#: What tokenisers state where they know of no maximum is beyond this many tokens.
-_UNSTATED = 10**9
-#: So many missing weights are named.
+#: Tokenisers without a maximum length state a number above this one.
+_UNLIMITED = 10**9
+#: The most missing weights that a message names.
 _NAMED = 5
 
-_loading = threading.Lock()
+#: Held while a method of transformers, which is one for the whole process, is replaced.
+_patching = threading.Lock()
 
 
 def load_model(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Load a cross-encoder that gives one score per pair, ready for inference; raises ModelUnusable.
 
-    Every weight comes from the checkpoint, and lies in memory of its own: what is written into the files afterwards
-    changes no score.
+    Every weight comes from the checkpoint and is copied into memory: later writes to the files change no score.
     """
     transformers_logging.disable_progress_bar()
-    with refusing(name, "does not load as a cross-encoder"), _what_lacks() as lacking:
+    with refusing(name, "cannot be loaded as a cross-encoder"), _missing_weights() as missing:
         model = CrossEncoder(
             str(folder),
             device=str(device),
             trust_remote_code=False,
             local_files_only=True,
             activation_fn=torch.nn.Identity(),
-            # A mapped file that somebody cuts short ends the process. Read whole, a file lies in memory for a moment,
-            # as a model on a CPU does anyway; one that only goes through to a GPU is mapped.
+            # A mapped file that is truncated later kills the process. A model on a CPU stays in memory anyway, so its
+            # files are read; those that only pass through to a GPU are mapped.
             model_kwargs={"use_safetensors": True, "dtype": dtype, "disable_mmap": device.type == "cpu"},
         )
         model.eval()
-        _move_out_of_files(model)
+        _copy_out_of_files(model)
         labels = model.num_labels
-        ids, rows = _ids(model, name), known_ids(model)
-    if lacking:
-        more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
-        named = ", ".join(sorted(lacking)[:_NAMED]) + more
-        raise ModelUnusable(f"model {name!r} has no trained weights for {named}: not a reranker, or not all of it")
+        ids, rows = _token_ids(model, name), vocabulary_size(model)
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        named = ", ".join(sorted(missing)[:_NAMED]) + more
+        raise ModelUnusable(f"model {name!r} has no trained weights for {named}: not a reranker, or incomplete")
     if labels != 1:
         raise ModelUnusable(f"model {name!r} gives {labels} scores per pair; a reranker gives one")
     if rows and ids > rows:
-        raise ModelUnusable(f"model {name!r} knows {rows} token ids, and its tokeniser gives {ids}")
+        raise ModelUnusable(f"model {name!r} has embeddings for {rows} token ids, but its tokeniser has {ids}")
     return model
 
 
 @contextmanager
 def refusing(name: str, what: str) -> Iterator[None]:
-    """Turn whatever a library raises about a model into ModelUnusable, in one sentence."""
+    """Translate whatever a library raises about a model into ModelUnusable, in one sentence."""
     try:
         yield
     except EngineError:
@@ -71,7 +71,7 @@ def refusing(name: str, what: str) -> Iterator[None]:
 
 
 def hash_of_weights(model: Any) -> bytes:
-    """Hash the weights as they are in memory: names, shapes, types and numbers."""
+    """Hash the weights in memory: names, shapes, types and values."""
     whole = blake2b(digest_size=16)
     for name, weights in sorted(model.state_dict().items()):
         whole.update(f"{name} {tuple(weights.shape)} {weights.dtype}\n".encode())
@@ -80,55 +80,56 @@ def hash_of_weights(model: Any) -> bytes:
 
 
 def readable_length(model: Any, asked: int | None) -> int:
-    """Take the least of what the tokeniser states, the position table holds, and the caller asks, in tokens."""
-    stated = [length for length in (model.max_seq_length, _positions(model)) if length and length < _UNSTATED]
+    """Return the maximum length in tokens: the least of the tokeniser's, the position table's and ``asked``."""
+    stated = [length for length in (model.max_seq_length, _positions(model)) if length and length < _UNLIMITED]
     if stated:
         return checked_length(asked, min(stated))
     if asked is None:
-        raise ModelUnusable("this model states no maximum length; give one")
+        raise ModelUnusable("this model states no maximum length; set max_length")
     return asked
 
 
 @contextmanager
-def _what_lacks() -> Iterator[set[str]]:
+def _missing_weights() -> Iterator[set[str]]:
     """Collect the weights that a checkpoint lacks or has in another shape, while a model is loaded from it.
 
-    Transformers fills them with noise, and says so in its log or to who asks; sentence-transformers does not ask.
+    Transformers initialises them randomly, and reports it in its log, or to a caller that asks; sentence-transformers
+    does not ask.
     """
-    lacking: set[str] = set()
-    theirs = vars(PreTrainedModel)["from_pretrained"]
+    missing: set[str] = set()
+    original = vars(PreTrainedModel)["from_pretrained"]
 
     def from_pretrained(kind: Any, *args: Any, **options: Any) -> Any:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = theirs.__func__(kind, *args, **options)
-        lacking.update(report["missing_keys"], (key for key, *_ in report["mismatched_keys"]))
+        model, report = original.__func__(kind, *args, **options)
+        missing.update(report["missing_keys"], (key for key, *_ in report["mismatched_keys"]))
         return model
 
-    with _loading:
+    with _patching:
         PreTrainedModel.from_pretrained = classmethod(from_pretrained)
         try:
-            yield lacking
+            yield missing
         finally:
-            PreTrainedModel.from_pretrained = theirs
+            PreTrainedModel.from_pretrained = original
 
 
-def _move_out_of_files(model: torch.nn.Module) -> None:
+def _copy_out_of_files(model: torch.nn.Module) -> None:
     """Copy every tensor that may be a view of a mapped file, one at a time."""
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
 
 
-def _ids(model: Any, name: str) -> int:
+def _token_ids(model: Any, name: str) -> int:
     vocabulary = model.tokenizer.get_vocab()
-    # Where its files are missing transformers makes a tokeniser of the special tokens alone.
+    # Where its files are missing, transformers makes a tokeniser of the special tokens only.
     if vocabulary.keys() <= set(model.tokenizer.all_special_tokens):
-        raise ModelUnusable(f"the tokeniser of model {name!r} knows no words: its files are missing or empty")
+        raise ModelUnusable(f"the tokeniser of model {name!r} has an empty vocabulary: its files are missing or empty")
     return 1 + int(max(vocabulary.values()))
 
 
-def known_ids(model: Any) -> int | None:
-    """Tell how many token ids a model's embeddings know; None where that cannot be seen."""
+def vocabulary_size(model: Any) -> int | None:
+    """Return the number of token ids that a model has embeddings for; None where that is not known."""
     try:
         table = model[0].auto_model.get_input_embeddings()
     except NotImplementedError:
@@ -139,7 +140,7 @@ def known_ids(model: Any) -> int | None:
 def _positions(model: Any) -> int | None:
     for layer_name, layer in model.named_modules():
         if layer_name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
-            # Models of the RoBERTa family count positions from behind the padding's own.
+            # RoBERTa and its relatives count positions from behind the padding's id.
             reserved = 0 if layer.padding_idx is None else layer.padding_idx + 1
             return int(layer.num_embeddings) - reserved
     return None

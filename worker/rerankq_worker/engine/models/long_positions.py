@@ -1,4 +1,4 @@
-"""Rotary positions whose frequencies follow the longest pair of a batch: longrope and dynamic NTK."""
+"""Rotary embeddings whose frequencies depend on the longest pair of a batch: longrope and dynamic NTK."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 class LongPositions:
-    """The parts of a model that choose their frequencies by the longest position they are given.
+    """The rotary embeddings of a model that choose their frequencies by the longest position they are given.
 
-    Some keep the choice for later batches: ``forget`` puts them back to what they were when the model was loaded.
+    Some keep the choice for later batches: ``reset`` restores their state from when the model was loaded.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -19,11 +19,11 @@ class LongPositions:
         self._states = [(dict(vars(part)), _copied(part._buffers)) for part in self._parts]
 
     def change_within(self, max_length: int) -> bool:
-        """Tell whether pairs of up to so many tokens may get different frequencies."""
+        """Tell whether the frequencies may differ between pairs of up to ``max_length`` tokens."""
         return any(max_length > _same_up_to(part) for part in self._parts)
 
-    def forget(self) -> None:
-        """Begin anew: no batch has been computed."""
+    def reset(self) -> None:
+        """Restore the state from before the first batch."""
         for part, (attributes, buffers) in zip(self._parts, self._states, strict=True):
             vars(part).update(attributes)
             part._buffers.clear()
@@ -31,7 +31,7 @@ class LongPositions:
 
 
 def _copied(buffers: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
-    # One kind writes its choice into the buffer itself.
+    # One kind writes its choice into the buffer in place.
     return {name: None if kept is None else kept.clone() for name, kept in buffers.items()}
 
 
@@ -41,10 +41,10 @@ def _follows_the_longest(rope_type: Any) -> bool:
 
 
 def _same_up_to(part: Any) -> int:
-    """Give the length in tokens up to which all pairs get the same frequencies."""
+    """Return the length in tokens up to which all pairs get the same frequencies."""
     config = part.config
-    said = getattr(config, "rope_parameters", None) or {}
-    nested = [said, *(value for value in said.values() if isinstance(value, dict))]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     originals = [one.get("original_max_position_embeddings") for one in nested]
     known = [config.max_position_embeddings, getattr(part, "original_max_seq_len", None), *originals]
     return min(int(length) for length in known if length)

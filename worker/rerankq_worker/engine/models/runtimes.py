@@ -1,4 +1,4 @@
-"""Which runtime computes a model, and in which precision: a pure choice from what the machine has."""
+"""Which runtime computes a model, and in which precision: a pure choice by what the machine has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What decides: the kind of device ("cpu", "cuda"), whether it multiplies bfloat16 faster, what is installed."""
+    """The kind of device ("cpu", "cuda"), whether bfloat16 is faster on it, and whether OpenVINO is installed."""
 
     device: str
     fast_bfloat16: bool
@@ -38,33 +38,33 @@ class Choice:
     dtype: str
 
 
-def choose(runtime: str, dtype: str, facts: Environment) -> Choice:
-    """Take what was asked for; where that is ``auto``, the fastest that this machine has.
+def choose(runtime: str, dtype: str, environment: Environment) -> Choice:
+    """Return what was asked for; for ``auto``, the fastest that this machine has.
 
-    >>> choose("auto", "auto", Facts("cpu", fast_bfloat16=True, openvino=True))
+    >>> choose("auto", "auto", Environment("cpu", fast_bfloat16=True, openvino=True))
     Choice(runtime='openvino', dtype='bfloat16')
-    >>> choose("auto", "float16", Facts("cpu", fast_bfloat16=True, openvino=True))
+    >>> choose("auto", "float16", Environment("cpu", fast_bfloat16=True, openvino=True))
     Choice(runtime='torch', dtype='float16')
 
-    Raises ValueError for a name that is none, and EngineError for what this machine cannot do, saying what it lacks.
+    Raises ValueError for an unknown name, and EngineError for what this machine cannot do, saying what is missing.
     """
     if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
     if runtime not in ("auto", *RUNTIMES):
-        raise ValueError(f"runtime {runtime!r} is none of auto, {', '.join(RUNTIMES)}")
+        raise ValueError(f"runtime must be one of auto, {', '.join(RUNTIMES)}, not {runtime!r}")
     if dtype == "auto":
-        dtype = "bfloat16" if facts.fast_bfloat16 else "float32"
+        dtype = "bfloat16" if environment.fast_bfloat16 else "float32"
     able = [name for name, dtypes in RUNTIMES.items() if dtype in dtypes and runtime in ("auto", name)]
     if not able:
-        raise ValueError(f"runtime {runtime!r} does not compute in {dtype}")
+        raise ValueError(f"runtime {runtime!r} does not support {dtype}")
     for name in able:
-        if not (lacking := _lacking(name, facts)):
+        if not (missing := _missing(name, environment)):
             return Choice(name, dtype)
-    raise EngineError(f"{dtype} on the device {facts.device!r} needs the runtime {able[0]!r}: {lacking}")
+    raise EngineError(f"{dtype} on the device {environment.device!r} needs the runtime {able[0]!r}: {missing}")
 
 
 def precision_of(choice: Choice, device: str, instructions: str) -> str:
-    """Name what logits may share a cache with: float32 is the same everywhere, less is rounded by each in its own way.
+    """Name the precision for the fingerprint: float32 logits agree everywhere, others depend on what computed them.
 
     >>> precision_of(Choice("torch", "float32"), "cuda", ""), precision_of(Choice("openvino", "float32"), "cpu", "amx")
     ('float32', 'float32')
@@ -77,13 +77,13 @@ def precision_of(choice: Choice, device: str, instructions: str) -> str:
 
 
 def openvino_installed() -> bool:
-    """Tell whether OpenVINO can be imported, without doing so."""
+    """Tell whether OpenVINO can be imported, without importing it."""
     return find_spec("openvino") is not None
 
 
-def _lacking(runtime: str, facts: Environment) -> str:
-    if runtime == "openvino" and facts.device != "cpu":
-        return "it computes on the CPU alone"
-    if runtime == "openvino" and not facts.openvino:
+def _missing(runtime: str, environment: Environment) -> str:
+    if runtime == "openvino" and environment.device != "cpu":
+        return "it runs on the CPU only"
+    if runtime == "openvino" and not environment.openvino:
         return "pip install 'rerankq[openvino]'"
     return ""

@@ -18,7 +18,7 @@ from sentence_transformers import CrossEncoder
 from rerankq_worker import engine
 from rerankq_worker.engine import Batcher, ModelUnusable, PairFailed, cross_encoder
 from rerankq_worker.engine.models import loading
-from rerankq_worker.engine.models.passes import OneLengthAtATime, WholeModel
+from rerankq_worker.engine.models.passes import EqualLengthPass, WholeModelPass
 
 pytestmark = pytest.mark.slow
 
@@ -87,14 +87,14 @@ def assert_scores_as_alone(loaded, folder, pairs, atol=1e-5):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("gemma says", WholeModel),
-        ("gemma2 says", WholeModel),  # soft caps on its logits, windows of attention
-        ("mistral says", WholeModel),
-        ("gpt2 says", WholeModel),  # left to itself it counts the padding before a pair
-        ("gpt2", WholeModel),
-        ("phi3", WholeModel),
+        ("gemma says", WholeModelPass),
+        ("gemma2 says", WholeModelPass),  # soft caps on its logits, windows of attention
+        ("mistral says", WholeModelPass),
+        ("gpt2 says", WholeModelPass),  # left to itself it counts the padding before a pair
+        ("gpt2", WholeModelPass),
+        ("phi3", WholeModelPass),
         ("llama, no padding", None),
-        ("modular qwen3", WholeModel),
+        ("modular qwen3", WholeModelPass),
     ],
 )
 def test_a_pair_beside_longer_ones_scores_as_alone(made, name, way):
@@ -149,7 +149,7 @@ def test_a_short_pair_does_not_take_the_frequencies_of_a_longer_one_beside_or_be
 
 
 def test_short_pairs_alone_of_a_model_of_long_positions_are_batched_as_others(copied):
-    assert type(load(copied("phi3", **LONG_ROPE), max_length=40)._forward_pass) is WholeModel
+    assert type(load(copied("phi3", **LONG_ROPE), max_length=40)._forward_pass) is WholeModelPass
 
 
 @pytest.mark.parametrize("name", ["gemma says", "bert", "deberta", "modular qwen3"])
@@ -186,22 +186,22 @@ def spoil(monkeypatch, hook, module="classifier"):
 
 def test_a_model_whose_pairs_change_each_other_even_at_one_length_is_refused(made, monkeypatch):
     spoil(monkeypatch, lambda _, __, out: out - out.mean(0, keepdim=True))
-    with pytest.raises(ModelUnusable, match=r"together than alone: .*one length at a time, its logits"):
+    with pytest.raises(ModelUnusable, match=r"in a batch as alone: .*equal lengths, its logits"):
         load(made("bert"))
 
 
 def test_a_model_that_gives_another_logit_every_time_is_refused(made, monkeypatch):
     spoil(monkeypatch, lambda _, __, out: out + torch.rand(1))
-    with pytest.raises(ModelUnusable, match="another logit every time"):
+    with pytest.raises(ModelUnusable, match="not deterministic"):
         load(made("bert"))
 
 
 def test_a_model_whose_pairs_change_each_other_by_padding_alone_runs_one_length_at_a_time(made, monkeypatch, caplog):
     spoil(monkeypatch, lambda _, __, out: out + 0.1 * out.shape[1], "bert.embeddings.LayerNorm")
     loaded = load(made("bert"), padded=True)
-    assert type(loaded._forward_pass) is OneLengthAtATime
+    assert type(loaded._forward_pass) is EqualLengthPass
     assert not loaded.padded
-    assert "runs one length at a time" in caplog.text
+    assert "uses the pass 'whole model, equal lengths'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_weights_are_read_and_not_mapped_so_that_a_file_cut_short_kills_nobody(c
     def look(_):
         mapped.append(str(folder) in Path("/proc/self/maps").read_text())
 
-    monkeypatch.setattr(loading, "_move_out_of_files", look)
+    monkeypatch.setattr(loading, "_copy_out_of_files", look)
     load(folder)
     assert mapped == [False]
 
@@ -397,7 +397,7 @@ def test_a_pair_without_a_finite_logit_fails_alone_and_is_no_lack_of_memory(copi
     with Batcher(loaded) as batcher:
         failing = batcher.submit(spoilt * 3) if alone else batcher.submit([*good, *spoilt])
         others = batcher.submit(good)
-        with pytest.raises(PairFailed, match="no finite logit"):
+        with pytest.raises(PairFailed, match="logit is not finite"):
             failing.result(PATIENCE_S)
         assert np.isfinite(others.result(PATIENCE_S)).all()
         stats = batcher.stats()
