@@ -37,7 +37,7 @@ def rivals(asked: Sequence[Question]) -> dict[str, Callable[[], object]]:
     bare = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     bare.no_padding()
     bare.enable_truncation(MAX_LENGTH)
-    forgets, remembers = ours(known_bytes=0), ours(known_bytes=64 << 20)
+    forgets, remembers = ours(cache_bytes=0), ours(cache_bytes=64 << 20)
     texts = [[chunk.model_text for chunk in one.chunks] for one in asked]
     hashes = [[text_hash(text) for text in found] for found in texts]
 
@@ -64,9 +64,9 @@ def rivals(asked: Sequence[Question]) -> dict[str, Callable[[], object]]:
     }
 
 
-def ours(*, known_bytes: int) -> PairTokeniser:
+def ours(*, cache_bytes: int) -> PairTokeniser:
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    return PairTokeniser(tokenizer, max_length=MAX_LENGTH, known_bytes=known_bytes)
+    return PairTokeniser(tokenizer, max_length=MAX_LENGTH, cache_bytes=cache_bytes)
 
 
 def check(fresh: Sequence[TokenisedPair], known: Sequence[TokenisedPair], theirs: Sequence[Sequence[Any]]) -> None:

@@ -181,7 +181,7 @@ def test_no_batch_exceeds_the_budget_unless_one_pair_does(started, make_engine):
         assert len(batch) * max(pair.length for pair in batch) <= 40 or len(batch) == 1
 
 
-def test_nothing_to_score_is_done_at_once(started, make_engine):
+def test_a_submission_without_pairs_is_done_at_once(started, make_engine):
     ticket = started(make_engine()).submit([])
     assert ticket.done
     assert ticket.result(0).shape == (0,)
@@ -203,7 +203,7 @@ def test_pairs_with_equal_keys_in_flight_are_computed_once(started, make_engine)
     assert batcher.stats().joined_pairs == 2 * len(CHUNKS)
 
 
-def test_a_pair_already_on_the_device_can_still_be_joined(started, make_engine):
+def test_a_pair_already_on_the_device_can_still_be_shared(started, make_engine):
     engine = make_engine(held=True)
     batcher = started(engine)
     pairs = engine.tokenise("q", ["c"])
@@ -215,7 +215,7 @@ def test_a_pair_already_on_the_device_can_still_be_joined(started, make_engine):
     assert len(engine.batches) == 1
 
 
-def test_pairs_without_keys_never_join(started, make_engine):
+def test_pairs_without_keys_are_never_shared(started, make_engine):
     engine = make_engine(held=True)
     batcher = started(engine)
     pairs = engine.tokenise("q", ["c"])
@@ -226,7 +226,7 @@ def test_pairs_without_keys_never_join(started, make_engine):
     assert sum(computed(engine).values()) == 3
 
 
-def test_one_submission_may_name_the_same_pair_twice(started, make_engine):
+def test_a_submission_may_contain_the_same_key_twice(started, make_engine):
     engine = make_engine()
     pairs = engine.tokenise("q", ["c", "d", "c"])
     logits = started(engine).submit(pairs, keys=[b"c", b"d", b"c"]).result(PATIENCE_S)
@@ -244,7 +244,7 @@ def test_a_key_is_forgotten_once_computed(started, make_engine):
     assert batcher._by_key == {}
 
 
-def test_the_owners_cancellation_passes_a_shared_pair_on(started, make_engine):
+def test_a_shared_pair_is_computed_although_its_first_ticket_is_cancelled(started, make_engine):
     engine = make_engine(held=True)
     batcher = started(engine)
     blocker = batcher.submit(engine.tokenise("q", ["blocks the device"]))
@@ -262,7 +262,7 @@ def test_the_owners_cancellation_passes_a_shared_pair_on(started, make_engine):
     assert sum(computed(engine).values()) == 11
 
 
-def test_an_interactive_waiter_lifts_a_bulk_pair_and_lets_it_sink_when_it_leaves(started, make_engine):
+def test_a_bulk_pair_is_interactive_while_an_interactive_ticket_shares_it(started, make_engine):
     engine = make_engine(held=True)
     batcher = started(engine, max_batch_tokens=8, clock=lambda: 0.0)
     batcher.submit(engine.tokenise("q", ["blocks"]))
@@ -299,7 +299,7 @@ def test_a_cancelled_ticket_stops_before_its_next_micro_batch(started, make_engi
     assert batcher.stats().waiting_pairs == 0
 
 
-def test_cancelling_twice_or_too_late_changes_nothing(started, make_engine):
+def test_cancelling_twice_or_after_the_end_changes_nothing(started, make_engine):
     engine = make_engine()
     ticket = started(engine).submit(engine.tokenise("q", ["c"]))
     logits = ticket.result(PATIENCE_S)
@@ -308,7 +308,7 @@ def test_cancelling_twice_or_too_late_changes_nothing(started, make_engine):
     assert ticket.result(0) is logits
 
 
-def test_a_result_not_there_in_time_can_be_asked_for_again(started, make_engine):
+def test_a_result_that_timed_out_can_be_asked_for_again(started, make_engine):
     engine = make_engine(held=True)
     ticket = started(engine).submit(engine.tokenise("q", ["c"]))
     with pytest.raises(TimeoutError, match="0 of 1 pairs"):
@@ -370,7 +370,7 @@ def test_bulk_keeps_its_share_under_a_flood_of_interactive_pairs(started):
 # -- batches in flight ---------------------------------------------------------------------------------------------
 
 
-def test_the_next_batch_is_launched_while_the_device_runs_the_present_one_and_no_third(started):
+def test_one_batch_and_no_more_is_launched_ahead(started):
     engine = AsynchronousEngine(held=True)
     batcher = started(engine, max_batch_tokens=32)
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
@@ -383,7 +383,7 @@ def test_the_next_batch_is_launched_while_the_device_runs_the_present_one_and_no
     assert len(engine.batches) > 4
 
 
-def test_an_engine_that_computes_at_once_delivers_before_it_goes_on(started):
+def test_an_engine_whose_launch_blocks_delivers_each_batch_before_the_next(started):
     engine = ScriptedEngine()
     ticket, seen = None, []
     engine.fails = lambda _: seen.append(ticket.done_pairs if ticket else 0)
@@ -394,7 +394,7 @@ def test_an_engine_that_computes_at_once_delivers_before_it_goes_on(started):
     assert seen == [0, 2, 4]
 
 
-def test_a_batch_that_fails_in_flight_harms_neither_the_one_before_nor_the_one_after(started):
+def test_a_batch_that_fails_in_flight_leaves_its_neighbours_scored(started):
     engine = AsynchronousEngine(held=True)
     bad = has_word(engine, "poison")
     engine.fails = lambda batch: ValueError("cannot read this") if any(map(bad, batch)) else None
@@ -413,7 +413,7 @@ def test_a_batch_that_fails_in_flight_harms_neither_the_one_before_nor_the_one_a
     assert max(count for ids, count in computed(engine).items() if ids != pairs[2].ids.tobytes()) <= 2
 
 
-def test_a_launch_that_fails_is_found_out_when_the_batch_before_it_has_landed(started):
+def test_a_launch_that_fails_is_retried_after_the_batch_before_it(started):
     class Refusing(AsynchronousEngine):
         def launch(self, batch):
             if len(batch) > 2:
@@ -428,7 +428,7 @@ def test_a_launch_that_fails_is_found_out_when_the_batch_before_it_has_landed(st
     assert batcher.stats().alive
 
 
-def test_closing_lands_what_is_in_flight(started):
+def test_closing_finishes_the_batches_in_flight(started):
     engine = AsynchronousEngine(held=True)
     batcher = started(engine, max_batch_tokens=16)
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
@@ -497,7 +497,7 @@ def test_an_interactive_pair_waits_for_the_batch_on_the_device_and_what_was_laun
     assert simulation.engine.idle_s == pytest.approx(0, abs=1e-9)
 
 
-def test_bulk_keeps_its_share_of_a_device_that_works_by_itself(started):
+def test_bulk_keeps_its_share_of_an_asynchronous_device(started):
     simulation = Simulation(started, bulk_share=0.2)
     shares, over, tickets = [], threading.Event(), []
 
@@ -536,7 +536,7 @@ def test_a_bulk_pair_beside_many_interactive_ones_leads_once_it_has_waited_for_t
     assert batches * 0.05 <= ticket.elapsed_s <= (batches + 3) * 0.05
 
 
-def test_the_seconds_in_which_something_is_in_flight_are_counted_once(started):
+def test_busy_seconds_count_overlapping_batches_once(started):
     simulation = Simulation(started)
     simulation.batcher.submit(simulation.pairs(1000)).result(PATIENCE_S)
     simulation.batcher.close(timeout=PATIENCE_S)
@@ -565,7 +565,7 @@ def test_a_small_job_beside_a_large_one_waits_for_what_is_launched_and_two_batch
     assert max(ticket.elapsed_s for ticket in tickets) <= 0.05 + 0.01 + 2 * 0.05
 
 
-def test_the_huge_jobs_of_one_tenant_hold_up_no_other(started):
+def test_a_tenant_is_not_delayed_by_the_huge_jobs_of_another(started):
     simulation = Simulation(started)
     many, one = [], []
 
@@ -584,7 +584,7 @@ def test_the_huge_jobs_of_one_tenant_hold_up_no_other(started):
 # -- times of a ticket --------------------------------------------------------------------------------------------
 
 
-def test_a_ticket_tells_what_it_waited_apart_from_what_its_batches_took(started):
+def test_a_ticket_counts_waiting_apart_from_the_time_of_its_batches(started):
     simulation = Simulation(started)
     tickets = []
 
@@ -602,7 +602,7 @@ def test_a_ticket_tells_what_it_waited_apart_from_what_its_batches_took(started)
         assert ticket.waited_s == pytest.approx(0.15 - 0.02 - 0.1)
 
 
-def test_of_a_batch_that_was_on_the_device_before_a_ticket_joined_its_pair_the_rest_counts(started):
+def test_a_ticket_that_shares_a_pair_on_the_device_counts_the_rest_of_its_batch(started):
     simulation = Simulation(started)
     pairs, joined = simulation.pairs(10), []
     simulation.due = [(0.03, lambda: joined.append(simulation.batcher.submit(pairs[:1], keys=[b"k"])))]
@@ -617,7 +617,7 @@ def test_of_a_batch_that_was_on_the_device_before_a_ticket_joined_its_pair_the_r
 # -- failures ------------------------------------------------------------------------------------------------------
 
 
-def test_one_bad_pair_fails_its_own_ticket_and_no_neighbour(started, make_engine):
+def test_a_bad_pair_fails_its_own_ticket_and_no_other(started, make_engine):
     engine = make_engine(held=True)
     bad = has_word(engine, "poison")
     engine.fails = lambda batch: ValueError("cannot read this") if any(map(bad, batch)) else None
@@ -660,7 +660,7 @@ def test_a_ticket_cancelled_while_its_batch_fails_is_not_tried_again_in_halves(s
     assert not unwanted & {pair.ids.tobytes() for batch in engine.batches[2:] for pair in batch}
 
 
-def test_everyone_who_waits_for_a_bad_pair_hears_of_it(started, make_engine):
+def test_a_bad_pair_fails_every_ticket_that_shares_it(started, make_engine):
     engine = make_engine(held=True)
     bad = has_word(engine, "poison")
     engine.fails = lambda batch: ValueError("bad") if any(map(bad, batch)) else None
@@ -678,7 +678,7 @@ def test_everyone_who_waits_for_a_bad_pair_hears_of_it(started, make_engine):
     "error",
     [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("can't allocate memory")],
 )
-def test_out_of_memory_halves_the_batch_and_goes_on_with_smaller_ones(started, make_engine, error):
+def test_out_of_memory_halves_the_batch_and_lowers_the_budget(started, make_engine, error):
     engine = make_engine(held=True)
     engine.fails = lambda batch: error if len(batch) * max(pair.length for pair in batch) > 100 else None
     batcher = started(engine, max_batch_tokens=800)
@@ -702,7 +702,7 @@ def test_out_of_memory_lowers_the_budget_below_the_batch_that_failed_however_lar
     assert batcher.stats().batch_tokens <= sum(pair.length for pair in pairs) // 2
 
 
-def test_a_batch_that_failed_teaches_nothing_of_how_long_batches_take(started):
+def test_a_failed_batch_does_not_change_the_predictions(started):
     engine = ScriptedEngine()
     batcher = started(engine)
     batcher.submit(engine.tokenise("q", ["a"])).result(PATIENCE_S)
@@ -767,7 +767,7 @@ def pair_of(ids):
     return TokenisedPair(np.array(ids, dtype=np.int32), 0, truncated=False)
 
 
-def test_a_pair_that_no_model_reads_fails_its_own_ticket_before_it_gets_to_the_device(started, make_engine):
+def test_a_pair_too_long_for_the_model_fails_its_ticket_before_it_gets_to_the_device(started, make_engine):
     engine = make_engine(held=True)
     batcher = started(engine)
     unfit = batcher.submit([*engine.tokenise("q", CHUNKS), pair_of([7] * 513)], keys=[*keys_of(CHUNKS), b"k"])
@@ -781,7 +781,7 @@ def test_a_pair_that_no_model_reads_fails_its_own_ticket_before_it_gets_to_the_d
 
 @pytest.mark.parametrize("ids", [[1, 100], [1, -1], [[1, 2], [3, 4]], [1.5, 2.0]], ids=repr)
 @pytest.mark.parametrize("company", [[], [5, 6]], ids=["alone", "beside another"])
-def test_a_pair_of_what_is_no_token_id_of_the_model_never_gets_to_the_device(started, make_engine, ids, company):
+def test_a_pair_with_an_unknown_token_id_never_gets_to_the_device(started, make_engine, ids, company):
     engine = make_engine()
     engine.vocabulary = 100
     batcher = started(engine)
@@ -815,7 +815,7 @@ def test_a_submission_that_raises_leaves_nothing_behind(started, make_engine):
     assert sum(computed(engine).values()) == len(CHUNKS)
 
 
-def test_an_engine_that_cannot_even_give_memory_back_or_say_whether_it_is_done_goes_on(started):
+def test_an_engine_that_fails_to_release_memory_or_to_report_done_is_still_used(started):
     class Awkward(AsynchronousEngine):
         def release_memory(self):
             raise RuntimeError("nothing to release")
@@ -837,7 +837,7 @@ def test_an_engine_that_cannot_even_give_memory_back_or_say_whether_it_is_done_g
     np.testing.assert_array_equal(batcher.submit(pairs).result(PATIENCE_S), StubEngine.forward(engine, pairs))
 
 
-def test_a_wrong_number_of_logits_is_an_error_and_no_shift(started):
+def test_a_wrong_number_of_logits_is_an_error(started):
     engine = ScriptedEngine()
     engine.forward = lambda batch: np.zeros(len(batch) + 1, dtype=np.float32)
     with pytest.raises(PairFailed, match="shape"):
@@ -845,7 +845,7 @@ def test_a_wrong_number_of_logits_is_an_error_and_no_shift(started):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_logit_that_is_no_finite_number_fails_its_own_pair_once_it_was_tried_alone(started, make_engine, value):
+def test_a_logit_that_is_not_finite_fails_its_own_pair_after_a_retry_alone(started, make_engine, value):
     engine = make_engine(held=True)
     bad = has_word(engine, "poison")
     forward = engine.forward
@@ -862,7 +862,7 @@ def test_a_logit_that_is_no_finite_number_fails_its_own_pair_once_it_was_tried_a
     assert batcher.stats().batch_tokens == engine.max_batch_tokens
 
 
-def test_a_logit_that_is_a_number_when_its_pair_is_tried_alone_is_taken(started, make_engine):
+def test_a_logit_that_is_finite_when_retried_alone_is_delivered(started, make_engine):
     engine = make_engine()
     forward = engine.forward
     engine.forward = lambda batch: forward(batch) * (np.nan if len(batch) > 1 else 1)
@@ -983,7 +983,7 @@ def test_thirty_two_threads_at_a_faulty_engine_each_get_their_own_logits_or_thei
 # -- statistics ----------------------------------------------------------------------------------------------------
 
 
-def test_the_snapshot_says_what_runs_and_how_long_it_should_take(started):
+def test_the_statistics_show_the_running_batch_and_its_predicted_time(started):
     engine = ScriptedEngine()
     batcher = started(engine)
     batcher.submit(engine.tokenise("q", CHUNKS)).result(PATIENCE_S)
@@ -1004,7 +1004,7 @@ def test_the_snapshot_says_what_runs_and_how_long_it_should_take(started):
     assert batcher.stats().batch_started is None
 
 
-def test_the_first_batch_is_predicted_by_what_was_measured_before(started):
+def test_the_first_batch_is_predicted_by_the_given_seconds_per_token(started):
     engine = ScriptedEngine(held=True)
     batcher = started(engine, seconds_per_token=0.25)
     (pair,) = engine.tokenise("q", ["a chunk"])
@@ -1013,7 +1013,7 @@ def test_the_first_batch_is_predicted_by_what_was_measured_before(started):
     assert batcher.stats().batch_predicted_s == pytest.approx(0.25 * pair.length)
 
 
-def test_a_device_that_is_asked_whether_it_lives_counts_as_busy_meanwhile(started):
+def test_a_warm_up_after_a_failure_is_reported_as_a_running_batch(started):
     seen = []
 
     class Dying(ScriptedEngine):
@@ -1027,7 +1027,7 @@ def test_a_device_that_is_asked_whether_it_lives_counts_as_busy_meanwhile(starte
     assert batcher.stats().batch_started is None
 
 
-def test_progress_is_when_the_last_batch_ended_or_its_failure_was_settled(started):
+def test_last_progress_is_when_a_batch_ended_or_a_pair_failed_alone(started):
     simulation = Simulation(started)
     simulation.batcher.submit(simulation.pairs(10)).result(PATIENCE_S)
     assert simulation.batcher.stats().last_progress == pytest.approx(0.05)
@@ -1056,7 +1056,7 @@ def test_every_thread_that_waits_for_a_ticket_gets_its_logits(started):
 # -- closing -------------------------------------------------------------------------------------------------------
 
 
-def test_closing_drains_what_waits_and_refuses_what_comes(started, make_engine):
+def test_closing_scores_waiting_pairs_and_rejects_new_ones(started, make_engine):
     engine = make_engine(held=True)
     batcher = started(engine, max_batch_tokens=32)
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
@@ -1067,7 +1067,7 @@ def test_closing_drains_what_waits_and_refuses_what_comes(started, make_engine):
         batcher.submit(engine.tokenise("q", ["late"]))
 
 
-def test_closing_without_draining_fails_what_waits(started, make_engine):
+def test_closing_without_draining_fails_waiting_tickets(started, make_engine):
     engine = make_engine(held=True)
     batcher = started(engine, max_batch_tokens=32)
     ticket = batcher.submit(engine.tokenise("q", CHUNKS))
@@ -1083,19 +1083,19 @@ def test_closing_without_draining_fails_what_waits(started, make_engine):
 @pytest.mark.parametrize(
     ("options", "complaint"), [({"priority": "urgent"}, "urgent"), ({"keys": [b"one", b"two"]}, "one key per pair")]
 )
-def test_a_submission_that_makes_no_sense_is_refused(started, options, complaint):
+def test_a_malformed_submission_is_rejected(started, options, complaint):
     engine = ScriptedEngine()
     with pytest.raises(ValueError, match=complaint):
         started(engine).submit(engine.tokenise("q", ["c"]), **options)
 
 
 @pytest.mark.parametrize("options", [{"max_batch_tokens": 0}, {"bulk_share": 0.0}, {"bulk_share": 1.0}])
-def test_a_batcher_that_makes_no_sense_is_refused(options):
+def test_a_batcher_with_invalid_options_is_rejected(options):
     with pytest.raises(ValueError, match=r"token|share"):
         Batcher(StubEngine(), **options)
 
 
-def test_a_long_line_is_left_and_joined_at_any_place(started, make_engine):
+def test_tickets_are_added_to_and_cancelled_in_long_queues(started, make_engine):
     engine = make_engine(held=True)
     batcher = started(engine, max_batch_tokens=512)
     batcher.submit(engine.tokenise("q", ["blocks"]))

@@ -175,7 +175,7 @@ def test_interactive_pairs_go_first_until_bulk_is_overdue(waiting, budget):
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_bulk_rides_along_where_a_device_takes_as_long_for_less(padded):
+def test_bulk_fills_an_interactive_batch_up_to_the_fill_tokens(padded):
     lengths, priorities, ages = [50, 50, 50, 50, 50], [0, 0, 1, 0, 1], [9, 8, 3, 2, 1]
     for fill_tokens, riders in {0: 0, 100: 0, 149: 0, 150: 1, 210: 2, 5000: 3}.items():
         chosen = plan(lengths, priorities, ages, 1000, padded=padded, fill_tokens=fill_tokens).tolist()
@@ -183,7 +183,7 @@ def test_bulk_rides_along_where_a_device_takes_as_long_for_less(padded):
         assert len(chosen) == 2 + riders
 
 
-def test_an_overdue_bulk_pair_gives_bulk_the_lead_and_interactive_pairs_may_ride_along():
+def test_an_overdue_bulk_pair_leads_and_interactive_pairs_fill_its_batch():
     chosen = plan([100, 100, 101, 300], [1, 0, 1, 0], [1.0, 9.0, 2.0, 30.0], 1000, age_limit=8.0)
     assert chosen.tolist() == [3]
     chosen = plan([100, 100, 99], [1, 0, 1], [1.0, 9.0, 2.0], 1000, age_limit=8.0)
@@ -191,7 +191,7 @@ def test_an_overdue_bulk_pair_gives_bulk_the_lead_and_interactive_pairs_may_ride
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_of_pairs_alike_those_whose_turn_comes_first_are_in_the_batch(padded):
+def test_equal_pairs_are_planned_in_the_order_of_their_turns(padded):
     starts = [0, 50, 100, 150, 0, 50, 100, 150, 200, 250]
     chosen = plan([50] * 10, [1] * 10, range(10, 0, -1), 300, starts=starts, padded=padded)
     assert sorted(chosen.tolist()) == [0, 1, 2, 4, 5, 6]
@@ -285,7 +285,7 @@ def test_the_same_waiting_pairs_give_the_same_plan_whatever_type_their_arrays_ha
         ([1], [0], [0], 0, "budget must be"),
     ],
 )
-def test_arrays_that_do_not_describe_pairs_are_refused(lengths, priorities, ages, budget, complaint):
+def test_malformed_arrays_are_rejected(lengths, priorities, ages, budget, complaint):
     with pytest.raises(ValueError, match=complaint):
         plan(lengths, priorities, ages, budget)
 
@@ -304,6 +304,6 @@ def test_pairs_of_more_tokens_than_16_bits_hold_are_ordered_by_length():
     assert plan(lengths[:2], [0] * 2, [1.0] * 2, budget=1 << 20, padded=False).tolist() == [1, 0]
 
 
-def test_a_batch_costs_nothing_without_pairs_and_the_longest_for_each_with_them():
+def test_the_cost_of_a_batch_is_its_longest_pair_times_its_count():
     assert [cost([], padded=padded) for padded in (True, False)] == [0, 0]
     assert [cost([3, 5, 4], padded=padded) for padded in (True, False)] == [15, 12]

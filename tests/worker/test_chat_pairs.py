@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from rerankq_worker.engine import ModelUnusable
 from rerankq_worker.engine.tokenising.chat_pairs import ChatPairs
 from rerankq_worker.engine.tokenising.pair_format import rendered_pairs
-from rerankq_worker.engine.tokenising.rendering import Rendering, carries_pairs, find_rendering, qwen3
+from rerankq_worker.engine.tokenising.rendering import Rendering, find_rendering, qwen3, renders_both_texts
 from rerankq_worker.engine.tokenising.whole_pairs import WholeChats
 
 QWEN3 = qwen3()
@@ -159,7 +159,7 @@ def test_a_pair_in_a_tight_length_is_no_longer_than_that(qwen, render, query):
 
 
 @pytest.mark.parametrize(("render", "opening"), list(zip(RENDERINGS, OPENINGS, strict=True)))
-def test_a_chunk_begins_at_the_last_place_before_it_where_tokens_never_run_together(qwen, render, opening):
+def test_a_chunk_begins_at_the_last_boundary_before_it_where_tokens_never_merge(qwen, render, opening):
     ours = ChatPairs(qwen, render, max_length=512)
     ours._chunks._tokenizer = Recording(qwen, calls := [])
     ours.pairs(QUERY, ["a chunk"])
@@ -204,7 +204,7 @@ beside_added_tokens = st.lists(
 @example(query="what", chunk="alone")
 @example(query="what", chunk="{ is }")
 @settings(by_property, max_examples=300)
-def test_added_tokens_that_reach_across_a_seam_are_read_as_in_the_whole_text(greedy, at, query, chunk):
+def test_added_tokens_that_reach_across_a_boundary_are_read_as_in_the_whole_text(greedy, at, query, chunk):
     ours, tokenizer = greedy
     [pair, plain] = ours[at].pairs(query, [chunk, "plain"], query_max_tokens=WHOLE_QUERY)
     assert pair.ids.tolist() == ids_of(tokenizer, SEAMS[at](query, chunk))
@@ -212,7 +212,7 @@ def test_added_tokens_that_reach_across_a_seam_are_read_as_in_the_whole_text(gre
     assert not pair.truncated
 
 
-def test_chunks_are_remembered_from_query_to_query(qwen):
+def test_chunks_are_cached_across_queries(qwen):
     ours = ChatPairs(qwen, QWEN3, max_length=512)
     first = ours.pairs(QUERY, TEXTS)
     ours._chunks._tokenizer = Recording(qwen, calls := [])
@@ -253,11 +253,11 @@ def test_whole_chats_equal_joined_ones_wherever_nothing_is_cut(qwen, joined, que
     assert listed(whole.pairs(query, [chunk], **options)) == listed(joined[0].pairs(query, [chunk], **options))
 
 
-def test_a_tokeniser_that_merges_across_words_is_given_whole_texts_and_it_says_so(gemma, caplog):
+def test_a_tokeniser_that_merges_across_words_encodes_whole_texts_with_a_warning(gemma, caplog):
     with caplog.at_level(logging.WARNING):
         ours = rendered_pairs(gemma, QWEN3, max_length=512)
-    assert not ours.joins
-    assert "run together" in caplog.text
+    assert not ours.caches_chunks
+    assert "tokens of chunks merge" in caplog.text
     assert [pair.ids.tolist() for pair in ours.pairs(QUERY, TEXTS)] == [
         ids_of(gemma, QWEN3(QUERY, text)) for text in TEXTS
     ]
@@ -279,16 +279,16 @@ def test_whole_texts_are_cut_by_the_same_rule(gemma):
     assert [pair.truncated for pair in ours.pairs("q", ["short", chunk * 50])] == [False, True]
 
 
-def test_no_room_is_a_clear_error(joined, gemma):
+def test_a_length_without_tokens_for_a_chunk_is_a_clear_error(joined, gemma):
     for ours in (joined[0], rendered_pairs(gemma, QWEN3, max_length=512)):
-        with pytest.raises(ValueError, match="no room"):
+        with pytest.raises(ValueError, match="leaves no token"):
             ours.pairs("q", ["c"], max_length=20)
 
 
 # -- renderings ----------------------------------------------------------------------------------------------------
 
 
-def test_a_template_that_trims_is_found_out(qwen):
+def test_a_template_that_trims_is_recognised(qwen):
     trimming = find_rendering(lambda query, chunk: QWEN3(query.strip(), chunk.strip()))
     assert trimming == Rendering(QWEN3.before, QWEN3.between, QWEN3.after, trims=True)
     ours = ChatPairs(qwen, trimming, max_length=512)
@@ -308,7 +308,7 @@ def test_a_template_that_does_more_than_frame_two_texts_is_rendered_for_every_pa
     with pytest.raises(ModelUnusable, match="more than"):
         find_rendering(render)
     ours = rendered_pairs(qwen, render, max_length=512)
-    assert not ours.joins
+    assert not ours.caches_chunks
     assert "more than" in caplog.text
     assert [pair.ids.tolist() for pair in ours.pairs(QUERY, TEXTS)] == [
         ids_of(qwen, render(QUERY, text)) for text in TEXTS
@@ -324,10 +324,10 @@ def test_templates_differ_by_name_where_pairs_differ(qwen, gemma):
     assert len({str(one.template) for one in made}) == 4
 
 
-def test_a_template_without_a_place_for_both_texts_carries_no_pairs():
+def test_a_template_without_both_texts_is_recognised():
     def refuses(query, chunk):
         raise TypeError("no such role")
 
-    assert carries_pairs(QWEN3)
-    assert not carries_pairs(lambda query, chunk: query)
-    assert not carries_pairs(refuses)
+    assert renders_both_texts(QWEN3)
+    assert not renders_both_texts(lambda query, chunk: query)
+    assert not renders_both_texts(refuses)

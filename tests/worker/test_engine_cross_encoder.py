@@ -225,7 +225,7 @@ def test_logits_of_the_bundled_model_on_real_text_equal_those_of_predict(bundled
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_what_can_run_without_padding_does(engines, bundled):
+def test_known_architectures_run_unpadded(engines, bundled):
     padded = {family: engine.padded for family, engine in engines.items()}
     assert padded == {"bert": False, "modernbert": False, "xlm-r": False, "deberta": True}
     assert bundled.padded is False
@@ -240,7 +240,7 @@ def test_padding_can_be_asked_for_and_changes_no_logit(bundled):
 
 
 @pytest.mark.parametrize("fault", [lambda out: out * 1.5, lambda out: 1 / 0])
-def test_a_model_whose_logits_change_without_padding_runs_padded_and_says_so(
+def test_a_model_whose_logits_change_without_padding_runs_padded_with_a_warning(
     folders, engines, monkeypatch, caplog, fault
 ):
     pairs = [(QUERY, text) for text in TEXTS]
@@ -287,7 +287,7 @@ def test_scores_come_in_the_order_of_the_pairs_whatever_their_batches(bundled):
     np.testing.assert_allclose(small.score(pairs[::-1]), bundled.score(pairs)[::-1], atol=1e-5)
 
 
-def test_nothing_to_score_gives_nothing(bundled):
+def test_an_empty_list_of_pairs_has_no_logits(bundled):
     assert bundled.score([]).shape == bundled.forward([]).shape == (0,)
 
 
@@ -309,14 +309,14 @@ def test_positions_of_the_roberta_family_end_before_the_table(tmp_path):
     assert np.isfinite(one.score([("q", TEXTS[8] * 5)])).all()
 
 
-def test_a_model_with_several_labels_is_refused(tmp_path):
+def test_a_model_with_several_labels_is_rejected(tmp_path):
     folder = save_checkpoint(tmp_path, "bert", labels=3)
     with pytest.raises(ModelUnusable, match="3 scores per pair"):
         load(str(folder), threads=1)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_encoder_without_a_trained_last_layer_is_refused(tmp_path):
+def test_an_encoder_without_a_trained_last_layer_is_rejected(tmp_path):
     folder = save_checkpoint(tmp_path, "bert")
     config = BertConfig.from_pretrained(folder)
     BertModel(config).save_pretrained(folder)
@@ -355,14 +355,14 @@ def test_the_fingerprint_follows_the_content_and_the_precision_and_nothing_else(
     assert len({one.fingerprint for one in engines.values()}) == len(engines)
 
 
-def test_an_engine_says_what_it_is(engines, folders):
+def test_an_engine_describes_itself(engines, folders):
     one = engines["modernbert"]
     assert (one.name, one.dtype, one.device) == (str(folders["modernbert"]), "float32", "cpu")
     assert one.max_batch_tokens == 2048
     assert one.vocabulary == json.loads((folders["modernbert"] / "config.json").read_text())["vocab_size"]
 
 
-def test_limits_of_length_that_a_caller_gives_are_kept(engines):
+def test_a_callers_maximum_length_is_respected(engines):
     [pair] = engines["bert"].tokenise("drug " * 30, ["fever " * 90], max_length=40, query_max_tokens=4)
     assert (pair.length, pair.second_from, pair.truncated) == (40, 1 + 4 + 1, True)
 
@@ -406,7 +406,7 @@ def test_the_hash_of_weights_follows_names_shapes_types_and_every_number():
     assert len(set(others)) == len(others)
 
 
-def test_a_model_that_states_no_length_is_asked_for_one():
+def test_a_model_without_a_stated_length_needs_a_maximum_length():
     wordless = SimpleNamespace(max_seq_length=10**30, named_modules=list)
     with pytest.raises(ModelUnusable, match="no maximum length"):
         loading.readable_length(wordless, None)
@@ -416,7 +416,7 @@ def test_a_model_that_states_no_length_is_asked_for_one():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_rows_of_two_words_give_their_logits_in_float32(bias):
+def test_the_two_row_head_computes_in_float32(bias):
     whole, words = torch.nn.Linear(8, 9, bias=bias), TwoRowHead(linear := torch.nn.Linear(8, 9, bias=bias), [7, 2])
     whole.load_state_dict(linear.state_dict())
     states = torch.randn(3, 8)
@@ -425,7 +425,7 @@ def test_the_rows_of_two_words_give_their_logits_in_float32(bias):
 
 
 @pytest.mark.parametrize(("no", "left"), [(2, (0, 1)), (0, (0, 1)), (None, (0, None))])
-def test_a_decoder_that_is_asked_for_one_word_keeps_one_row(no, left):
+def test_a_decoder_with_one_answer_token_keeps_one_row(no, left):
     kept, score = [], LogitScore(true_token_id=7, false_token_id=no)
     layer = torch.nn.Linear(8, 9)
     body = SimpleNamespace(get_output_embeddings=lambda: layer, set_output_embeddings=kept.append)
@@ -443,7 +443,7 @@ def test_a_wrong_option_is_a_clear_error(folders, options, complaint):
         load(str(folders["bert"]), threads=1, **options)
 
 
-def test_the_threads_of_the_tokenisers_do_not_complain_after_a_fork(bundled):
+def test_tokenisers_do_not_warn_after_a_fork(bundled):
     bundled.tokenise("q", TEXTS)
     assert os.environ["TOKENIZERS_PARALLELISM"] in {"true", "false"}
 
@@ -457,7 +457,7 @@ def test_jobs_through_the_batcher_score_as_alone(bundled):
             np.testing.assert_allclose(ticket.result(60), alone, atol=1e-5)
 
 
-def test_a_model_without_finite_logits_is_refused_at_once(folders, tmp_path):
+def test_a_model_without_finite_logits_is_rejected_when_loaded(folders, tmp_path):
     spoilt = shutil.copytree(folders["bert"], tmp_path / "spoilt")
     weights = load_file(spoilt / "model.safetensors")
     weights["bert.encoder.layer.1.output.dense.weight"][0, 0] = torch.nan

@@ -73,7 +73,7 @@ def test_a_missing_folder_is_one_clear_error(model, monkeypatch):
     assert "\n" not in str(said.value)
 
 
-def test_a_folder_without_config_or_weights_is_refused(tmp_path):
+def test_a_folder_without_config_or_weights_is_rejected(tmp_path):
     with pytest.raises(ModelUnusable, match=r"no config\.json"):
         engine.load(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
@@ -81,7 +81,7 @@ def test_a_folder_without_config_or_weights_is_refused(tmp_path):
         engine.load(str(tmp_path))
 
 
-def test_without_the_repository_the_bundled_model_says_how_to_get_one(tmp_path, monkeypatch):
+def test_a_missing_bundled_model_is_an_error_that_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_BUNDLED", tmp_path / "models" / "minilm-l6-rerank")
     with pytest.raises(ModelUnusable, match="clone the repository"):
         engine.load("bundled")
@@ -106,7 +106,7 @@ def test_the_fingerprint_changes_with_every_file_that_is_read(tmp_path):
     assert all(len(name) == 32 for name in others)
 
 
-def test_the_fingerprint_ignores_what_is_not_read(tmp_path):
+def test_the_fingerprint_ignores_files_that_are_not_read(tmp_path):
     folder = write_checkpoint(tmp_path)
     first = fingerprint(folder)
     (folder / "README.md").write_text("words")
@@ -121,7 +121,7 @@ def test_the_fingerprint_changes_with_a_files_name_and_a_chat_template(tmp_path)
     assert len({fingerprint(folder) for folder in (*written, templated)}) == 3
 
 
-def test_a_file_that_is_overwritten_in_its_place_is_seen(tmp_path):
+def test_a_file_overwritten_in_place_changes_the_marks(tmp_path):
     folder = write_checkpoint(tmp_path)
     before, weights = checkpoint.files_of(folder), folder / "model.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))
@@ -135,7 +135,7 @@ def test_pickled_weights_beside_those_in_safetensors_do_not_matter(tmp_path):
     assert checkpoint.find_checkpoint(str(folder)) == folder
 
 
-def test_of_a_model_on_the_hub_no_exports_and_no_pickled_weights_are_fetched(tmp_path, monkeypatch):
+def test_a_download_from_the_hub_leaves_out_exports_and_pickled_weights(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -148,7 +148,7 @@ def test_of_a_model_on_the_hub_no_exports_and_no_pickled_weights_are_fetched(tmp
     assert not [pattern for pattern in asked["allow_patterns"] if pattern.endswith(("bin", "pt", "pkl", "*"))]
 
 
-def test_what_is_written_or_replaced_is_seen(tmp_path):
+def test_a_replaced_file_changes_the_marks(tmp_path):
     folder = write_checkpoint(tmp_path, tokenizer__json="{}")
     before = checkpoint.files_of(folder)
     assert checkpoint.files_of(folder) == before
@@ -161,32 +161,32 @@ def test_what_is_written_or_replaced_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("asked", [0, -5, "0", "fast"])
-def test_a_batch_budget_that_holds_nothing_is_refused(asked):
+def test_an_invalid_batch_budget_is_rejected(asked):
     with pytest.raises(ValueError, match="max_batch_tokens"):
         engine.load("stub", max_batch_tokens=asked)
 
 
-def test_the_batch_budget_may_come_as_text():
+def test_a_batch_budget_may_be_text():
     assert engine.load("stub", max_batch_tokens="99").max_batch_tokens == 99
     assert engine.load("stub", max_batch_tokens="default").max_batch_tokens > 99
 
 
-def test_a_maximum_length_that_holds_nothing_is_refused():
+def test_a_maximum_length_below_one_is_rejected():
     with pytest.raises(ValueError, match="max_length"):
         engine.load("stub", max_length=0)
     assert engine.load("stub", max_length=1).max_length == 1
 
 
-def test_no_threads_are_refused():
+def test_a_thread_count_below_one_is_rejected():
     with pytest.raises(ValueError, match="threads"):
         engine.load("stub", threads=0)
 
 
-def test_the_cores_counted_are_there():
+def test_available_cores_are_at_least_one():
     assert 1 <= engine.available_cores() <= os.cpu_count()
 
 
-def test_the_cores_counted_are_the_fewer_of_affinity_and_quota(monkeypatch):
+def test_available_cores_are_the_fewer_of_affinity_and_quota(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     found = {}
     for quota in ("200000 100000", "6400000 100000", "max 100000"):
@@ -196,29 +196,29 @@ def test_the_cores_counted_are_the_fewer_of_affinity_and_quota(monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["amx_bf16", "amx_fp16", "amx_int8", "avx512_bf16", "avx512_fp16", "avx_vnni"])
-def test_instructions_that_round_in_their_own_way_are_named(flag):
+def test_instructions_for_short_numbers_are_named(flag):
     assert cores.short_number_instructions(f"model name: x\nflags: fpu {flag} avx2") == flag
 
 
 @pytest.mark.parametrize(
     ("quota", "cores_found"), [("", 8), ("max 100000", 8), ("50000 100000", 1), ("0 0", 8), ("junk", 8)]
 )
-def test_a_quota_that_says_nothing_limits_nothing(quota, cores_found):
+def test_an_unreadable_quota_limits_nothing(quota, cores_found):
     assert cores.quota_cores(quota, otherwise=8) == cores_found
 
 
-def test_what_the_allocator_is_told_are_numbers_that_a_process_environment_takes():
+def test_the_allocator_environment_holds_numbers_as_text():
     for name, value in engine.allocator_environment().items():
         assert name.startswith("MALLOC_")
         assert int(value) > (2**20 if "THRESHOLD" in name else 0)
 
 
-def test_a_worker_that_the_command_line_starts_gets_them_unless_others_are_set():
+def test_the_worker_command_sets_the_allocator_environment_unless_it_is_set():
     assert engine.allocator_environment().items() <= worker_command.tuned({}).items()
     assert worker_command.tuned({"MALLOC_TRIM_THRESHOLD_": "1"})["MALLOC_TRIM_THRESHOLD_"] == "1"
 
 
-def test_torchs_own_memory_error_is_recognised_without_importing_torch():
+def test_torchs_memory_error_is_recognised_without_importing_torch():
     kind = type("OutOfMemoryError", (RuntimeError,), {})
     assert is_out_of_memory(kind("anything"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
@@ -235,11 +235,11 @@ def test_torchs_own_memory_error_is_recognised_without_importing_torch():
         "Failed to allocate 4096 bytes",
     ],
 )
-def test_want_of_memory_is_recognised_in_every_librarys_words(words):
+def test_out_of_memory_is_recognised_in_the_message_of_every_library(words):
     assert is_out_of_memory(RuntimeError(words))
 
 
-def test_a_foreign_error_is_repeated_in_one_line_and_not_at_any_length():
+def test_a_foreign_error_is_quoted_in_one_line_of_limited_length():
     said = in_one_line(ValueError("line one\n" + "x" * 10_000))
     assert said.startswith("line one xxx")
     assert said.endswith("…")

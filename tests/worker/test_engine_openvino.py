@@ -79,7 +79,7 @@ def test_a_score_does_not_depend_on_its_batch_mates(engines, dtype, tolerance):
     np.testing.assert_allclose(together, alone, rtol=0, atol=tolerance)
 
 
-def test_nothing_to_score_gives_nothing(engines):
+def test_an_empty_list_of_pairs_has_no_logits(engines):
     assert engines["float32"].forward([]).shape == (0,)
 
 
@@ -93,7 +93,7 @@ def test_scores_of_float32_are_shared_between_runtimes_and_of_less_are_not(engin
     assert engines["bfloat16"].fingerprint != reduced[0].fingerprint
 
 
-def test_it_says_what_it_is_and_what_it_computes_in(engines):
+def test_the_engine_reports_its_runtime_and_precision(engines):
     said = {asked: (one.runtime, one.dtype, one.device, one.padded) for asked, one in engines.items()}
     computed = {**{dtype: dtype for dtype in engines}, **({} if multiplies_bfloat16() else {"bfloat16": "float32"})}
     assert said == {asked: ("openvino", dtype, "cpu", True) for asked, dtype in computed.items()}
@@ -114,7 +114,7 @@ def beside_the_point(self, batch):
     ("where", "what", "instead"),
     [(pass_selection, "architecture_of", no_architecture), (OpenVinoPass, "__call__", beside_the_point)],
 )
-def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(
+def test_a_model_that_openvino_cannot_run_runs_on_torch_unless_openvino_was_asked_for(
     tiny, monkeypatch, caplog, where, what, instead
 ):
     monkeypatch.setattr(where, what, instead)
@@ -126,13 +126,13 @@ def test_a_model_that_it_cannot_run_runs_on_torch_unless_it_was_asked_for(
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_asking_how_batches_are_laid_asks_for_torch(tiny, padded):
+def test_the_option_padded_selects_torch(tiny, padded):
     asked = engine.load(tiny, "cpu", "float32", padded=padded, threads=1)
     assert (asked.runtime, asked.padded) == ("torch", padded)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="what threads run on is read as Linux tells it")
-def test_no_thread_is_bound_to_a_core_that_every_worker_of_a_machine_would_take(engines):
+def test_threads_are_not_pinned_to_cores(engines):
     batch = engines["float32"].tokenise(QUERY, TEXTS) * 8
     computing = threading.Thread(target=engines["float32"].forward, args=(batch,))
     computing.start()
@@ -166,12 +166,12 @@ def test_weights_in_int8_have_a_scale_for_each_output(transposed):
     ("asked", "given", "computed"),
     [("bfloat16", "f32", "float32"), ("bfloat16", "bf16", "bfloat16"), ("int8", "f32", "int8")],
 )
-def test_the_precision_that_the_cpu_computes_in_is_told(asked, given, computed):
+def test_the_reported_precision_is_the_one_that_the_cpu_computes_in(asked, given, computed):
     compiled = SimpleNamespace(get_property=lambda _: SimpleNamespace(to_string=lambda: given))
     assert openvino_pass._precision_of(compiled, asked) == computed
 
 
-def test_states_that_were_not_written_or_are_of_another_batch_are_no_logits(monkeypatch):
+def test_stale_output_of_openvino_is_a_memory_error(monkeypatch):
     states = np.ones((2, 3), np.float32)
     request = SimpleNamespace(infer=lambda *_, **__: [states])
     run = OpenVinoPass.__new__(OpenVinoPass)
@@ -221,11 +221,11 @@ def alone():
     return json.loads(done.stdout)
 
 
-def test_it_reports_its_use_to_nobody(alone):
+def test_openvino_sends_no_usage_statistics(alone):
     assert alone["modules that report"] == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's memory is Linux's")
-def test_a_batch_for_which_there_is_no_memory_is_not_given_the_logits_of_the_one_before(alone):
+def test_a_batch_without_memory_does_not_get_the_logits_of_the_one_before(alone):
     assert alone["out of memory"] is True
     assert alone["difference"] < 1e-5

@@ -104,7 +104,7 @@ def test_a_pair_beside_longer_ones_scores_as_alone(made, name, way):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt2"])
-def test_a_decoder_whose_configuration_names_no_padding_reads_the_last_token(copied, made, name):
+def test_a_decoder_without_a_padding_id_pools_the_last_token(copied, made, name):
     folder = copied(name)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
@@ -132,7 +132,7 @@ DYNAMIC_ROPE = {
 
 
 @pytest.mark.parametrize(("name", "config"), [("phi3", LONG_ROPE), ("llama, bytes", DYNAMIC_ROPE)])
-def test_a_short_pair_does_not_take_the_frequencies_of_a_longer_one_beside_or_before_it(copied, name, config):
+def test_a_short_pair_does_not_get_the_rotary_frequencies_of_a_longer_one(copied, name, config):
     folder = copied(name, **config)
     # Without this the tokeniser's length is capped at the configuration's, before the second kind does anything.
     stated = {"max_seq_length": 96, "transformer_task": "sequence-classification"}
@@ -184,19 +184,19 @@ def spoil(monkeypatch, hook, module="classifier"):
     monkeypatch.setattr(cross_encoder, "load_model", load_model)
 
 
-def test_a_model_whose_pairs_change_each_other_even_at_one_length_is_refused(made, monkeypatch):
+def test_a_model_whose_pairs_change_each_other_even_at_equal_lengths_is_rejected(made, monkeypatch):
     spoil(monkeypatch, lambda _, __, out: out - out.mean(0, keepdim=True))
     with pytest.raises(ModelUnusable, match=r"in a batch as alone: .*equal lengths, its logits"):
         load(made("bert"))
 
 
-def test_a_model_that_gives_another_logit_every_time_is_refused(made, monkeypatch):
+def test_a_model_that_is_not_deterministic_is_rejected(made, monkeypatch):
     spoil(monkeypatch, lambda _, __, out: out + torch.rand(1))
     with pytest.raises(ModelUnusable, match="not deterministic"):
         load(made("bert"))
 
 
-def test_a_model_whose_pairs_change_each_other_by_padding_alone_runs_one_length_at_a_time(made, monkeypatch, caplog):
+def test_a_model_that_is_changed_by_any_padding_runs_pairs_of_equal_length(made, monkeypatch, caplog):
     spoil(monkeypatch, lambda _, __, out: out + 0.1 * out.shape[1], "bert.embeddings.LayerNorm")
     loaded = load(made("bert"), padded=True)
     assert type(loaded._forward_pass) is EqualLengthPass
@@ -217,7 +217,7 @@ def test_a_model_whose_pairs_change_each_other_by_padding_alone_runs_one_length_
         ("modular bert, mean", "encoder.layer.0.attention.self.key"),
     ],
 )
-def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(copied, name, gone):
+def test_a_checkpoint_without_a_weight_is_rejected_with_the_weights_name(copied, name, gone):
     folder = copied(name)
     rewrite(folder, lambda weights: {key: value for key, value in weights.items() if not key.startswith(gone)})
     with pytest.raises(ModelUnusable, match=rf"no trained weights for {gone}\."):
@@ -229,7 +229,7 @@ def rewrite(folder, change, file="model.safetensors"):
     save_file({key: value.clone() for key, value in weights.items()}, folder / file, metadata={"format": "pt"})
 
 
-def test_a_weight_of_another_shape_is_refused_by_its_name(copied):
+def test_a_weight_of_another_shape_is_rejected_with_its_name(copied):
     folder = copied("bert")
     rewrite(folder, lambda weights: weights | {"bert.pooler.dense.weight": torch.zeros(32, 31)})
     with pytest.raises(ModelUnusable, match=r"no trained weights for bert\.pooler\.dense\.weight"):
@@ -245,7 +245,7 @@ def test_weights_under_another_prefix_are_missing_and_unknown_ones_do_not_matter
         load(folder)
 
 
-def test_a_dense_layer_behind_the_pooling_that_lacks_its_weight_is_refused(copied):
+def test_a_dense_layer_without_its_weight_is_rejected(copied):
     folder = copied("modular modernbert")
     rewrite(folder / "2_Dense", lambda weights: {"linear.bias": weights["linear.bias"]})
     with pytest.raises(ModelUnusable, match=r"linear\.weight"):
@@ -314,7 +314,7 @@ def pickled(folder):
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_folder_that_is_no_model_is_refused_in_one_line(copied, what):
+def test_a_folder_without_a_model_is_rejected_in_one_line(copied, what):
     folder = copied("bert")
     SPOILT[what](folder)
     with pytest.raises(ModelUnusable) as said:
@@ -352,7 +352,7 @@ def test_scores_do_not_follow_files_that_are_overwritten(copied, tmp_path, name,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mapped files are listed by Linux alone")
 @pytest.mark.parametrize("name", ["bert", "qwen3 says"])
-def test_weights_are_read_and_not_mapped_so_that_a_file_cut_short_kills_nobody(copied, monkeypatch, name):
+def test_weights_are_read_and_not_mapped_so_that_a_truncated_file_is_harmless(copied, monkeypatch, name):
     # A folder of its own: the shared one may still be mapped by a model that another test holds against ours.
     folder, mapped = copied(name), []
 
@@ -365,7 +365,7 @@ def test_weights_are_read_and_not_mapped_so_that_a_file_cut_short_kills_nobody(c
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_file_that_is_replaced_while_it_is_read_refuses_the_model(copied, monkeypatch, file):
+def test_a_model_whose_file_is_replaced_while_it_is_read_is_rejected(copied, monkeypatch, file):
     folder = copied("bert")
     honest = cross_encoder.load_model
 
@@ -386,7 +386,7 @@ def test_a_file_that_is_replaced_while_it_is_read_refuses_the_model(copied, monk
 
 @pytest.mark.parametrize("runtime", ["torch", "openvino"])
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_pair_without_a_finite_logit_fails_alone_and_is_no_lack_of_memory(copied, runtime, alone):
+def test_a_pair_without_a_finite_logit_fails_alone_and_not_as_out_of_memory(copied, runtime, alone):
     if runtime == "openvino":
         pytest.importorskip("openvino")
     folder = copied("bert")
@@ -419,7 +419,7 @@ def test_precisions_that_round_differently_do_not_share_scores(made):
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen3 says"])
-def test_whatever_shares_a_fingerprint_differs_by_no_more_than_the_stated_tolerance(made, name):
+def test_engines_with_one_fingerprint_differ_by_no_more_than_the_tolerance(made, name):
     pytest.importorskip("openvino")
     asked = [(*way, {}) for way in WAYS] + [("torch", dtype, {"padded": True}) for dtype in ("float32", "bfloat16")]
     alike = {}

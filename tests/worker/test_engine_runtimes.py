@@ -28,7 +28,7 @@ APPLE = Environment("mps", fast_bfloat16=False, openvino=True)
         (OLD, ("openvino", "bfloat16"), ("openvino", "bfloat16")),
     ],
 )
-def test_the_fastest_that_is_there_is_chosen_unless_another_is_asked_for(environment, asked, chosen):
+def test_the_fastest_installed_runtime_is_chosen_unless_another_is_asked_for(environment, asked, chosen):
     assert choose(*asked, environment) == Choice(*chosen)
 
 
@@ -41,7 +41,7 @@ def test_scores_of_one_gpu_are_shared_whatever_the_cpu_beside_it():
 @pytest.mark.parametrize("environment", [FULL, OLD, BARE, GPU, APPLE])
 @pytest.mark.parametrize("runtime", ["auto", *RUNTIMES])
 @pytest.mark.parametrize("dtype", ["auto", *DTYPES])
-def test_a_choice_is_what_was_asked_for_and_possible_or_an_error(environment, runtime, dtype):
+def test_a_choice_is_the_requested_one_or_an_error(environment, runtime, dtype):
     try:
         chosen = choose(runtime, dtype, environment)
     except (EngineError, ValueError):
@@ -64,6 +64,6 @@ def test_a_choice_is_what_was_asked_for_and_possible_or_an_error(environment, ru
         (GPU, ("openvino", "auto"), "it runs on the CPU only"),
     ],
 )
-def test_what_cannot_be_is_said(environment, asked, complaint):
+def test_an_impossible_choice_is_an_error_that_names_the_reason(environment, asked, complaint):
     with pytest.raises((EngineError, ValueError), match=complaint):
         choose(*asked, environment)

@@ -55,7 +55,7 @@ class Clock:
         self.now += seconds
 
 
-def test_an_asynchronous_stub_works_by_itself_on_one_batch_after_the_other():
+def test_an_asynchronous_stub_runs_one_batch_after_the_other():
     clock = Clock()
     stub = AsynchronousStubEngine(seconds_per_token=0.5, clock=clock, sleep=clock.sleep)
     batch = stub.tokenise("one two", ["a", "b c d"])
@@ -81,12 +81,12 @@ def test_the_cost_is_part_of_the_name():
 
 
 @pytest.mark.parametrize("model", ["stub:fast", "stub:-1", "stub:inf", "stub:nan"])
-def test_a_cost_that_is_none_is_refused(model):
+def test_an_invalid_cost_per_token_is_rejected(model):
     with pytest.raises(ModelUnusable, match="stub:2e-6"):
         engine.load(model)
 
 
-def test_batches_of_what_is_scored_at_once_cost_no_more_than_the_budget():
+def test_batches_without_a_batcher_cost_no_more_than_the_budget():
     slept = []
     stub = StubEngine(seconds_per_token=1, max_batch_tokens=24, sleep=slept.append)
     stub.score([("a query", "word " * words) for words in (1, 5, 3, 1, 19)])
@@ -145,6 +145,6 @@ def test_a_huge_chunk_is_cut_without_counting_its_words():
     assert (pair.length, pair.truncated) == (512, True)
 
 
-def test_a_longer_maximum_than_the_engines_is_refused():
+def test_a_maximum_length_beyond_the_engines_is_rejected():
     with pytest.raises(ValueError, match="more than this model reads"):
         StubEngine(max_length=64).tokenise("q", ["c"], max_length=65)

@@ -169,19 +169,19 @@ def test_the_prompt_of_the_checkpoint_is_its_instruction_and_the_callers_goes_be
 
 
 @pytest.mark.parametrize("kind", [Qwen3ForCausalLM, Qwen3ForSequenceClassification])
-def test_a_decoder_with_a_chatbots_template_gets_the_format_of_qwen3(tmp_path, kind):
+def test_a_decoder_with_a_chat_template_for_chatbots_uses_the_format_of_qwen3(tmp_path, kind):
     peer = loaded(decoder(tmp_path, CHATBOT_CHAT, kind=kind))
     with pytest.raises(ValueError, match="cannot carry"):
         read_by(peer, QUERY, TEXTS)
     ours = pair_tokeniser_for(peer, max_length=256, instruction="Find it")
     whole = [peer.tokenizer.encode(qwen3("Find it")(QUERY, text), add_special_tokens=False) for text in TEXTS]
     assert [pair.ids.tolist() for pair in ours.pairs(QUERY, TEXTS)] == whole
-    assert ours.joins
+    assert ours.caches_chunks
 
 
-def test_a_decoder_without_a_known_format_is_refused_unless_one_is_named(tmp_path):
+def test_a_decoder_without_a_known_format_is_rejected_unless_one_is_given(tmp_path):
     peer = loaded(decoder(tmp_path, CHATBOT_CHAT, marks=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
-    with pytest.raises(ModelUnusable, match=r"know <think> </think>"):
+    with pytest.raises(ModelUnusable, match=r"lacks <think> </think>"):
         pair_tokeniser_for(peer, max_length=256)
     named = pair_tokeniser_for(peer, max_length=256, pair_format="pair")
     assert [pair.ids.tolist() for pair in named.pairs(QUERY, TEXTS[:1])] == [
@@ -189,11 +189,11 @@ def test_a_decoder_without_a_known_format_is_refused_unless_one_is_named(tmp_pat
     ]
 
 
-def test_a_format_may_be_named_against_the_checkpoints_own(reranker):
+def test_a_given_format_overrides_the_checkpoints_own(reranker):
     ours = pair_tokeniser_for(reranker, max_length=256, pair_format="qwen3")
     [pair] = ours.pairs(QUERY, TEXTS[:1])
     assert pair.ids.tolist() == reranker.tokenizer.encode(qwen3()(QUERY, TEXTS[0]), add_special_tokens=False)
-    with pytest.raises(ValueError, match="pair_format 'chat'"):
+    with pytest.raises(ValueError, match="pair_format must be.*not 'chat'"):
         pair_tokeniser_for(reranker, max_length=256, pair_format="chat")
 
 
@@ -211,7 +211,7 @@ def test_an_encoder_reads_pairs_with_special_tokens_and_its_prompt_before_the_qu
 
 
 @pytest.mark.parametrize("kind", [PairTokeniser, WholePairs])
-def test_a_long_prompt_takes_nothing_of_what_a_query_may_have(tmp_path, kind):
+def test_a_long_prompt_does_not_count_against_the_query(tmp_path, kind):
     tokenizer = loaded(encoder(tmp_path)).tokenizer.backend_tokenizer
     prompt, query, chunk = "find the drug: " * 6, "which drug? the pain: fever", "the pain " * 40
     read = [tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, query, chunk)]
@@ -223,7 +223,7 @@ def test_a_long_prompt_takes_nothing_of_what_a_query_may_have(tmp_path, kind):
     before = [2, *read[0], *read[1][:4], 3]
     assert pair.ids.tolist() == [*before, *read[2][: 63 - len(before)], 3]
     assert pair.truncated
-    with pytest.raises(ValueError, match="leaves no room beside 27 special tokens"):
+    with pytest.raises(ValueError, match="leaves no token for query and chunk beside 27 others"):
         prompted.pairs(query, [chunk], max_length=28)
 
 
@@ -241,7 +241,7 @@ def test_a_saved_configuration_reaches_the_template(tmp_path):
     assert pair.ids.dtype == np.int32
 
 
-def test_a_tokeniser_without_fast_encoding_is_refused():
+def test_a_slow_tokeniser_is_rejected():
     slow = SimpleNamespace(tokenizer=SimpleNamespace(is_fast=False))
     with pytest.raises(ModelUnusable, match=r"no tokenizer\.json"):
         pair_tokeniser_for(slow, max_length=256)

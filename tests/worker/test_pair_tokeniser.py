@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from rerankq_worker.engine import ModelUnusable, text_hash
 from rerankq_worker.engine.tokenising.pair_format import special_token_pairs
 from rerankq_worker.engine.tokenising.pair_tokeniser import PairTokeniser
-from rerankq_worker.engine.tokenising.text_reading import MOST_CHARACTERS
+from rerankq_worker.engine.tokenising.text_reading import MAX_CHARACTERS
 from rerankq_worker.engine.tokenising.whole_pairs import WholePairs
 
 BUNDLED = Path(__file__).resolve().parents[2] / "models" / "minilm-l6-rerank" / "tokenizer.json"
@@ -235,7 +235,7 @@ def test_a_chunk_of_ten_million_characters_is_not_read_through(text, characters)
     counting.texts.clear()
     pairs = ours.pairs("query", [text * (10_000_000 // len(text)), "small"])
     assert counting.characters < characters
-    assert max(map(len, counting.texts)) <= MOST_CHARACTERS
+    assert max(map(len, counting.texts)) <= MAX_CHARACTERS
     assert [pair.truncated for pair in pairs] == [True, False]
 
 
@@ -258,7 +258,7 @@ def test_texts_of_few_tokens_read_the_same_after_any_other_request(plain, saved,
 
 
 @pytest.mark.parametrize("space", [" ", "\n", " \t\n", "\u3000"])
-def test_white_space_that_an_added_token_takes_is_not_read_however_much_it_is(plain, space):
+def test_white_space_of_an_added_token_is_read_within_limits(plain, space):
     tokenizer = copy_of(plain["modernbert"])
     tokenizer.add_special_tokens([AddedToken("<blank>", lstrip=True, special=True)])
     ours, chunk = (
@@ -314,9 +314,13 @@ def test_thirty_two_threads_tokenise_at_once_without_a_mistake(tokenisers):
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
-    [({"max_length": 4}, "no room"), ({"max_length": 65}, "more than"), ({"query_max_tokens": 0}, "at least 1")],
+    [
+        ({"max_length": 4}, "leaves no token"),
+        ({"max_length": 65}, "more than"),
+        ({"query_max_tokens": 0}, "at least 1"),
+    ],
 )
-def test_lengths_that_make_no_pair_are_refused(tokenisers, options, complaint):
+def test_invalid_lengths_are_rejected(tokenisers, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         tokenisers["bundled"][0].pairs("q", ["c"], **options)
 
@@ -337,13 +341,13 @@ requests = st.lists(
 
 @pytest.fixture(scope="module")
 def forgetful(saved):
-    return {name: PairTokeniser(Tokenizer.from_str(saved[name]), max_length=64, known_bytes=0) for name in NAMES}
+    return {name: PairTokeniser(Tokenizer.from_str(saved[name]), max_length=64, cache_bytes=0) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(requests=requests)
 @settings(by_property, max_examples=40)
-def test_what_is_remembered_changes_no_pair(tokenisers, forgetful, name, requests):
+def test_cached_token_ids_change_no_pair(tokenisers, forgetful, name, requests):
     remembers, _ = tokenisers[name]
     for query, chunks, max_length, query_max_tokens in requests:
         options = {"max_length": max_length, "query_max_tokens": query_max_tokens}
@@ -368,7 +372,7 @@ def test_a_chunk_is_encoded_once_however_many_jobs_and_positions_it_comes_in(cou
     assert [pair.truncated for pair in again] == [False] * len(TEXTS)
 
 
-def test_a_remembered_chunk_serves_other_lengths_and_queries(counted):
+def test_a_cached_chunk_is_used_for_other_lengths_and_queries(counted):
     ours, counting = counted
     long = " ".join(TEXTS * 20)
     whole = ours.pairs("", [long])[0]
@@ -380,7 +384,7 @@ def test_a_remembered_chunk_serves_other_lengths_and_queries(counted):
     assert whole.truncated
 
 
-def test_a_chunk_that_was_cut_short_is_read_again_for_a_longer_pair(counted):
+def test_a_chunk_cached_in_part_is_encoded_again_for_a_longer_pair(counted):
     ours, counting = counted
     endless = "word and another " * 2_000
     short = ours.pairs("q", [endless], max_length=16)[0]
@@ -390,7 +394,7 @@ def test_a_chunk_that_was_cut_short_is_read_again_for_a_longer_pair(counted):
     assert (short.truncated, long.truncated) == (True, True)
 
 
-def test_hashes_that_the_caller_knows_name_the_chunks(counted):
+def test_the_callers_hashes_are_the_keys_of_the_cache(counted):
     ours, counting = counted
     ours.pairs("q", TEXTS, hashes=[text_hash(text) for text in TEXTS])
     counting.texts.clear()
@@ -433,11 +437,11 @@ ODD = ["[CLS] $B [SEP] $A:1", "[CLS] $A $B [SEP] [CLS]", "$B:1 $A:1"]
 
 
 @pytest.mark.parametrize("pair", ODD[::2])
-def test_pairs_in_another_order_are_encoded_whole_and_it_says_so(plain, caplog, pair):
+def test_pairs_in_another_order_are_encoded_whole_with_a_warning(plain, caplog, pair):
     tokenizer = with_pairs(copy_of(plain["bundled"]), pair)
     with caplog.at_level(logging.WARNING):
         ours = special_token_pairs(copy_of(tokenizer), max_length=64)
-    assert not ours.joins
+    assert not ours.caches_chunks
     assert "encoded whole" in caplog.text
     for query, chunk in [(QUERY, TEXTS[0]), ("", TEXTS[3]), ("q", "")]:
         [one] = ours.pairs(query, [chunk])
@@ -456,9 +460,9 @@ def test_whole_pairs_are_cut_by_the_same_rule(plain):
     assert (one.second_from, one.truncated) == (16, True)
 
 
-def test_a_plain_template_is_joined_without_a_word(plain, caplog):
+def test_a_plain_template_is_joined_without_a_warning(plain, caplog):
     ours = special_token_pairs(with_pairs(copy_of(plain["bundled"]), ODD[1]), max_length=64)
-    assert ours.joins
+    assert ours.caches_chunks
     assert caplog.text == ""
 
 
@@ -469,6 +473,6 @@ def test_a_plain_template_is_joined_without_a_word(plain, caplog):
         ("$B:1 [SEP] $A", "mixes the segments"),
     ],
 )
-def test_pairs_that_no_model_reads_are_refused(plain, pair, complaint):
+def test_unusable_pair_templates_are_rejected(plain, pair, complaint):
     with pytest.raises(ModelUnusable, match=complaint):
         special_token_pairs(with_pairs(copy_of(plain["bundled"]), pair), max_length=64)

@@ -1,4 +1,4 @@
-"""Remembered token ids stay within their bytes, and the least recently used go first."""
+"""The cache of token ids stays within its bytes, and evicts the least recently used."""
 
 import os
 import threading
@@ -11,70 +11,70 @@ def entries(names, size=100):
     return {name.encode().ljust(16, b"."): TokenPrefix(os.urandom(size), True) for name in names}
 
 
-def names(known, asked):
-    return "".join(key[:1].decode() for key in known.find(entries(asked)))
+def names(cache, asked):
+    return "".join(key[:1].decode() for key in cache.get_many(entries(asked)))
 
 
 def bytes_of_one(size=100):
-    known = TokenIdCache(1 << 30)
-    known.keep(entries("a", size))
-    return known.held_bytes
+    cache = TokenIdCache(1 << 30)
+    cache.put_many(entries("a", size))
+    return cache.size_bytes
 
 
 def test_texts_with_lone_surrogates_have_hashes_of_their_own():
     assert len({text_hash(text) for text in ("\ud800", "\ud801", "?", "\ufffd", "")}) == 5
 
 
-def test_the_least_recently_used_go_first():
-    known = TokenIdCache(3 * bytes_of_one())
-    known.keep(entries("abc"))
-    known.find(entries("a"))
-    known.keep(entries("d"))
-    assert names(known, "abcd") == "acd"
-    known.keep(entries("a"))
-    known.keep(entries("ef"))
-    assert names(known, "abcdef") == "aef"
+def test_the_cache_evicts_the_least_recently_used():
+    cache = TokenIdCache(3 * bytes_of_one())
+    cache.put_many(entries("abc"))
+    cache.get_many(entries("a"))
+    cache.put_many(entries("d"))
+    assert names(cache, "abcd") == "acd"
+    cache.put_many(entries("a"))
+    cache.put_many(entries("ef"))
+    assert names(cache, "abcdef") == "aef"
 
 
-def test_what_is_replaced_is_not_counted_twice():
-    known = TokenIdCache(1 << 30)
-    known.keep(entries("ab"))
-    known.keep(entries("a", 700))
-    known.keep(entries("a", 100))
-    assert known.held_bytes == 2 * bytes_of_one()
+def test_an_entry_that_is_replaced_is_not_counted_twice():
+    cache = TokenIdCache(1 << 30)
+    cache.put_many(entries("ab"))
+    cache.put_many(entries("a", 700))
+    cache.put_many(entries("a", 100))
+    assert cache.size_bytes == 2 * bytes_of_one()
 
 
-def test_an_entry_larger_than_everything_is_left_out_and_drives_nothing_out():
-    known = TokenIdCache(2 * bytes_of_one())
-    known.keep(entries("ab"))
-    known.keep(entries("c", 5_000))
-    assert names(known, "abc") == "ab"
-    assert TokenIdCache(0).find(entries("a")) == {}
+def test_an_entry_larger_than_the_cache_is_left_out_and_evicts_nothing():
+    cache = TokenIdCache(2 * bytes_of_one())
+    cache.put_many(entries("ab"))
+    cache.put_many(entries("c", 5_000))
+    assert names(cache, "abc") == "ab"
+    assert TokenIdCache(0).get_many(entries("a")) == {}
 
 
-def test_the_bytes_counted_cover_the_bytes_taken():
+def test_the_counted_bytes_cover_the_memory_taken():
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        known = TokenIdCache(2_000_000)
+        cache = TokenIdCache(2_000_000)
         for _ in range(5_000):
-            known.keep({os.urandom(16): TokenPrefix(os.urandom(600), True)})
+            cache.put_many({os.urandom(16): TokenPrefix(os.urandom(600), True)})
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert known.held_bytes <= 2_000_000
-    assert 0.8 * known.held_bytes < taken < 1.02 * known.held_bytes
+    assert cache.size_bytes <= 2_000_000
+    assert 0.8 * cache.size_bytes < taken < 1.02 * cache.size_bytes
 
 
-def test_many_threads_lose_no_count():
-    known = TokenIdCache(40 * bytes_of_one())
+def test_the_counted_bytes_stay_exact_under_many_threads():
+    cache = TokenIdCache(40 * bytes_of_one())
     wrong = []
 
     def work(seed):
         mine = entries([chr(97 + (seed * 7 + step) % 26) for step in range(13)])
         for _ in range(200):
-            known.keep(mine)
-            found = known.find(mine)
+            cache.put_many(mine)
+            found = cache.get_many(mine)
             if any(len(first.ids) != 100 for first in found.values()):
                 wrong.append(seed)
 
@@ -84,4 +84,4 @@ def test_many_threads_lose_no_count():
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert known.held_bytes == len(known) * bytes_of_one()
+    assert cache.size_bytes == len(cache) * bytes_of_one()

@@ -150,5 +150,5 @@ def test_another_truncation_rule_gives_another_fingerprint():
 
 
 def test_a_pair_without_tokens_is_refused():
-    with pytest.raises(PairFailed, match="not one token"):
+    with pytest.raises(PairFailed, match="no token"):
         TokenisedPair(np.empty(0, np.int32), 0, truncated=False)

@@ -3,17 +3,17 @@
 EngineError
 ├── ModelUnusable     the model cannot be loaded, or is not a cross-encoder with one label
 ├── Unconvertible     a runtime cannot run this model, or gives other logits than torch
-├── PairFailed        this pair fails even alone; its neighbours are fine
+├── PairFailed        this pair fails even alone; the others are fine
 ├── EngineDied        the device or its thread is gone; the same pairs may succeed elsewhere
-├── EngineClosed      the batcher was told to stop
-└── TicketCancelled   whoever submitted these pairs withdrew them
+├── EngineClosed      the batcher was closed
+└── TicketCancelled   the submitter cancelled these pairs
 """
 
 from __future__ import annotations
 
 
 class EngineError(Exception):
-    """Base of every error that the engine raises on purpose."""
+    """Base of the engine's errors."""
 
 
 class ModelUnusable(EngineError, ValueError):
@@ -25,11 +25,11 @@ class Unconvertible(EngineError):
 
 
 class PairFailed(EngineError):
-    """Raised when a pair cannot be scored although it was tried alone and the device is well."""
+    """Raised when a pair cannot be scored although it was tried alone and the device works."""
 
 
 class EngineDied(EngineError):
-    """Raised when the device no longer answers; says nothing about the pairs that were waiting."""
+    """Raised when the device no longer answers; the fault may not be in the pairs that waited."""
 
 
 class EngineClosed(EngineError):
@@ -40,21 +40,21 @@ class TicketCancelled(EngineError):
     """Raised when a ticket's result is asked for after it was cancelled."""
 
 
-#: Characters of a foreign error's words that are repeated.
-_WORDS = 300
+#: Characters of a foreign error's message that are quoted.
+_QUOTED = 300
 
 
 def in_one_line(error: BaseException) -> str:
-    r"""Say what a foreign error says in one line, and not at any length; its kind where it says nothing.
+    r"""Quote a foreign error's message in one line of limited length; its ``repr`` where it has none.
 
     >>> in_one_line(ValueError("no\n\n  weights")), in_one_line(KeyError())
     ('no weights', 'KeyError()')
     """
     words = " ".join(str(error).split()) or repr(error)
-    return words if len(words) <= _WORDS else words[:_WORDS] + "…"
+    return words if len(words) <= _QUOTED else words[:_QUOTED] + "…"
 
 
-#: torch's CPU allocator, OpenVINO and some CUDA libraries raise a plain RuntimeError and say it only in words.
+#: torch's CPU allocator, OpenVINO and some CUDA libraries raise a plain RuntimeError with one of these messages.
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",

@@ -1,4 +1,4 @@
-"""What an engine is: tokenise pairs, run one batch. Its doubles and its rivals stand beside it."""
+"""What an engine is: it tokenises pairs and computes batches of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import PairFailed
 
 Logits = NDArray[np.float32]
 
-#: Tokens of a query that are kept in a pair that does not fit, unless half of the room is less.
+#: The most tokens of a query that are kept in a pair that does not fit, unless half of the pair is less.
 QUERY_MAX_TOKENS = 128
 
 
@@ -25,7 +25,7 @@ class TokenisedPair:
     ``ids`` are the token ids, int32; the second segment begins at ``second_from`` (the length, where a model knows but
     one segment). ``truncated`` says that the query or the chunk was cut to fit.
 
-    Raises PairFailed where there is no token: no device computes that, and none shall try.
+    Raises PairFailed where there is no token: such a pair must not get to a device.
     """
 
     ids: NDArray[np.int32]
@@ -34,11 +34,11 @@ class TokenisedPair:
 
     def __post_init__(self) -> None:
         if not len(self.ids):
-            raise PairFailed("query and chunk together give not one token that the model knows")
+            raise PairFailed("query and chunk have no token that the model knows")
 
     @property
     def length(self) -> int:
-        """Tokens that this pair costs without padding."""
+        """The number of its tokens."""
         return len(self.ids)
 
 
@@ -111,7 +111,7 @@ class Engine(Protocol):
         """Score ``(query, chunk)`` pairs: raw logits, same order, same length."""
 
     def warm_up(self) -> None:
-        """Run a small batch, so that the first job pays no start-up cost; raises if the device does not answer."""
+        """Run a small batch, so that the first job pays no start-up cost; raises what the device raises."""
 
     def most_tokens(self, batch: Sequence[TokenisedPair]) -> float:
         """Estimate the tokens of the largest batch that fits into free memory, from what this batch takes.
@@ -147,17 +147,19 @@ class PairLimits:
         >>> PairLimits.within(64, special_tokens=3, query_max_tokens=128)
         PairLimits(query=30, total=61)
 
-        Raises ValueError when not one token of each fits.
+        Raises ValueError if not one token of each fits.
         """
         total = max_length - special_tokens
         if total < 2:
-            raise ValueError(f"max_length {max_length} leaves no room beside {special_tokens} special tokens")
+            raise ValueError(
+                f"max_length {max_length} leaves no token for query and chunk beside {special_tokens} others"
+            )
         if query_max_tokens < 1:
             raise ValueError(f"query_max_tokens must be at least 1, not {query_max_tokens}")
         return cls(query=min(query_max_tokens, total // 2), total=total)
 
     def kept(self, query: int, chunk: int) -> tuple[int, int]:
-        """Tell how many of so many tokens of a query and a chunk are read.
+        """Return how many of a query's and a chunk's tokens are kept.
 
         >>> limits = PairLimits(query=30, total=61)
         >>> limits.kept(50, 11), limits.kept(50, 12), limits.kept(20, 99)
@@ -169,7 +171,7 @@ class PairLimits:
         return query, min(chunk, self.beside(query))
 
     def beside(self, query: int) -> int:
-        """Tell how many tokens of a chunk fit beside so many of a query; below 0 where those alone are too many.
+        """Return how many tokens of a chunk fit beside so many of a query; negative where those alone are too many.
 
         >>> limits = PairLimits(query=30, total=61)
         >>> limits.beside(50), limits.beside(70)
@@ -179,7 +181,7 @@ class PairLimits:
 
 
 def checked_length(asked: int | None, limit: int) -> int:
-    """Take the asked maximum length, or the engine's own; raises ValueError beyond what the model can read."""
+    """Return the maximum length asked for, or the engine's own; raises ValueError beyond what the model reads."""
     if asked is None:
         return limit
     if asked > limit:

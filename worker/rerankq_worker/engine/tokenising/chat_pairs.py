@@ -1,4 +1,4 @@
-"""Token ids of pairs that are one rendered text, as decoders read them: instruction, query and chunk in a chat."""
+"""Token ids of pairs that are rendered as one text, as decoders read them: instruction, query and chunk in a chat."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from tokenizers import Encoding, Tokenizer
 
 from ..errors import ModelUnusable
 from ..protocol import QUERY_MAX_TOKENS, PairLimits, TokenisedPair, checked_length
-from .pair_tokeniser import Heads, as_it_is, join
+from .pair_tokeniser import PairPrefixes, join, prepare
 from .rendering import CHUNK, PROBES, QUERY, Rendering
-from .text_reading import KNOWN_BYTES, MOST_CHARACTERS, ChunkReader, first_tokens, sound
+from .text_reading import CACHE_BYTES, MAX_CHARACTERS, ChunkReader, prefix_with_tokens, replace_surrogates
 from .whole_pairs import WholeChats
 
 
 class ChatPairs:
-    """Reads the text up to the chunk once per query, chunks apart, and joins them into what the whole text gives.
+    """Encodes the text before the chunk once per query, chunks separately, and joins them into the ids of the whole.
 
-    The chunk begins at the last place before it where the tokeniser never lets tokens run together; that may be a
-    space or a line break early. Raises ModelUnusable where there is no such place, or none behind the chunk. Pairs
-    whose texts hold what may reach across these places are encoded whole.
+    The chunk's part begins at the last position before the chunk where the tokeniser never merges tokens; that may be a
+    space or a line break earlier. Raises ModelUnusable where there is no such position, or none after the chunk. Pairs
+    whose texts contain what may reach across these boundaries are encoded whole.
     """
 
-    joins = True
+    caches_chunks = True
 
     def __init__(
-        self, tokenizer: Tokenizer, rendering: Rendering, *, max_length: int, known_bytes: int = KNOWN_BYTES
+        self, tokenizer: Tokenizer, rendering: Rendering, *, max_length: int, cache_bytes: int = CACHE_BYTES
     ) -> None:
-        self._tokenizer = as_it_is(tokenizer)
+        self._tokenizer = prepare(tokenizer)
         self._rendering = rendering
         self.max_length = max_length
         self.template = repr(rendering)
-        self._between, opening = self._parted()
+        self._between, opening = self._split_between()
         self._after = self._ids(rendering.after)
-        self._frame = len(self._ids(rendering.before + self._between))
+        self._fixed = len(self._ids(rendering.before + self._between))
         self._whole = WholeChats(tokenizer, rendering, max_length=max_length)
-        self._seams = Seams(tokenizer, left=self._between, opening=opening, right=rendering.after)
-        self._chunks = ChunkReader(tokenizer, longest=max_length + 1, opening=opening, known_bytes=known_bytes)
+        self._boundaries = Boundaries(tokenizer, left=self._between, opening=opening, right=rendering.after)
+        self._chunks = ChunkReader(tokenizer, longest=max_length + 1, opening=opening, cache_bytes=cache_bytes)
 
     def pairs(
         self,
@@ -47,63 +47,63 @@ class ChatPairs:
         query_max_tokens: int = QUERY_MAX_TOKENS,
         hashes: Sequence[bytes] | None = None,
     ) -> list[TokenisedPair]:
-        """Pair the query with each chunk, in order; chunks that are remembered cost a hundredth of the others."""
+        """Pair the query with each chunk, in order; cached chunks take a hundredth of the time."""
         length = checked_length(max_length, self.max_length)
         limits = PairLimits.within(
-            length, special_tokens=self._frame + len(self._after), query_max_tokens=query_max_tokens
+            length, special_tokens=self._fixed + len(self._after), query_max_tokens=query_max_tokens
         )
-        shown = [self._rendering.shown(chunk) for chunk in chunks] if self._rendering.trims else chunks
+        rendered = [self._rendering.rendered(chunk) for chunk in chunks] if self._rendering.trims else chunks
         pairs = join(
-            self._heads(query, limits),
-            self._chunks.read(shown, length + 1, hashes=hashes),
+            self._prefixes(query, limits),
+            self._chunks.read(rendered, length + 1, hashes=hashes),
             self._after,
             limits,
             dtype=self._chunks.dtype,
         )
-        astray = self._seams.astray(self._rendering.shown(query), shown)
-        if astray:
-            anew = self._whole.pairs(
-                query, [chunks[at] for at in astray], max_length=max_length, query_max_tokens=query_max_tokens
+        unsafe_chunks = self._boundaries.unsafe_chunks(self._rendering.rendered(query), rendered)
+        if unsafe_chunks:
+            encoded = self._whole.pairs(
+                query, [chunks[at] for at in unsafe_chunks], max_length=max_length, query_max_tokens=query_max_tokens
             )
-            for at, pair in zip(astray, anew, strict=True):
+            for at, pair in zip(unsafe_chunks, encoded, strict=True):
                 pairs[at] = pair
         return pairs
 
-    def _heads(self, query: str, limits: PairLimits) -> Heads:
+    def _prefixes(self, query: str, limits: PairLimits) -> PairPrefixes:
         """Encode everything before the chunk: with the whole query, and with no more of it than its limit."""
-        text = sound(self._rendering.shown(query))
-        shown = first_tokens(self._tokenizer, text, limits.total)
-        whole = self._head(shown).ids if len(shown) == len(text) else None
-        fits = whole is not None and limits.beside(len(whole) - self._frame) >= 0
-        return Heads(whole if fits else None, self._cut(shown, limits), self._frame)
+        text = replace_surrogates(self._rendering.rendered(query))
+        query_text = prefix_with_tokens(self._tokenizer, text, limits.total)
+        whole = self._before_chunk(query_text).ids if len(query_text) == len(text) else None
+        fits = whole is not None and limits.beside(len(whole) - self._fixed) >= 0
+        return PairPrefixes(whole if fits else None, self._cut(query_text, limits), self._fixed)
 
-    def _cut(self, shown: str, limits: PairLimits) -> list[int]:
+    def _cut(self, query_text: str, limits: PairLimits) -> list[int]:
         begin = len(self._rendering.before)
         while True:
-            encoding = self._head(shown)
-            end = begin + len(shown)
+            encoding = self._before_chunk(query_text)
+            end = begin + len(query_text)
             starts = [start for start, stop in encoding.offsets if stop > begin and start < end]
             # One token at least is the chunk's.
-            excess = max(len(starts) - limits.query, 1 - limits.beside(len(encoding) - self._frame))
-            if excess <= 0 or not shown:
+            excess = max(len(starts) - limits.query, 1 - limits.beside(len(encoding) - self._fixed))
+            if excess <= 0 or not query_text:
                 return list(encoding.ids)
-            shown = shown[: max(0, starts[max(0, len(starts) - excess)] - begin)]
+            query_text = query_text[: max(0, starts[max(0, len(starts) - excess)] - begin)]
 
-    def _head(self, shown: str) -> Encoding:
-        return self._tokenizer.encode(self._rendering.before + shown + self._between, add_special_tokens=False)
+    def _before_chunk(self, query_text: str) -> Encoding:
+        return self._tokenizer.encode(self._rendering.before + query_text + self._between, add_special_tokens=False)
 
-    def _parted(self) -> tuple[str, str]:
+    def _split_between(self) -> tuple[str, str]:
         between = self._rendering.between
         for at in range(len(between), 0, -1):
-            if self._comes_apart(between[:at], between[at:]):
+            if self._splits(between[:at], between[at:]):
                 return between[:at], between[at:]
-        raise ModelUnusable("tokens of chunks run together with the text that stands round them")
+        raise ModelUnusable("tokens of chunks merge with the text around them")
 
-    def _comes_apart(self, between: str, opening: str) -> bool:
+    def _splits(self, between: str, opening: str) -> bool:
         rendering = self._rendering
         tail = self._ids(rendering.after)
         for query, probe in [*((QUERY, probe) for probe in PROBES), *((probe, CHUNK) for probe in PROBES)]:
-            head, chunk = rendering.before + rendering.shown(query) + between, opening + rendering.shown(probe)
+            head, chunk = rendering.before + rendering.rendered(query) + between, opening + rendering.rendered(probe)
             if not (_cuts(self._tokenizer, between, chunk) and _cuts(self._tokenizer, chunk, rendering.after)):
                 return False
             if self._ids(head) + self._ids(chunk) + tail != self._ids(rendering(query, probe)):
@@ -114,17 +114,17 @@ class ChatPairs:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-class Seams:
-    """Finds texts that hold more of an added token than they seem to: one that takes the space beside it, or a part.
+class Boundaries:
+    """Finds texts in which an added token may reach across a boundary: one that includes white space, or a part of one.
 
-    A chunk stands behind ``left`` and ``opening``, and before ``right``; the tokeniser's own cuts are before
-    ``opening`` and before ``right``.
+    A chunk is placed after ``left`` and ``opening``, and before ``right``; the boundaries are before ``opening`` and
+    before ``right``.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, left: str, opening: str, right: str) -> None:
         added = tokenizer.get_added_tokens_decoder().values()
         greedy = [mark for mark in added if mark.lstrip or mark.rstrip or mark.single_word]
-        #: Those that look at their neighbours, as they stand in a text that was normalised or not.
+        #: Those that depend on their neighbours, as they appear in a text before and after normalisation.
         self._normalise = tokenizer.normalizer.normalize_str if any(mark.normalized for mark in greedy) else None
         self._greedy = {mark.content for mark in greedy}
         if self._normalise is not None:
@@ -134,20 +134,20 @@ class Seams:
         self._beginnings = tuple(rest for begun, rest in _parts(contents) if left.endswith(begun))
         self._endings = tuple(begun for begun, rest in _parts(contents) if right.startswith(rest))
 
-    def astray(self, query: str, chunks: Sequence[str]) -> list[int]:
-        """List the places of chunks that are not to be read apart beside this query."""
+    def unsafe_chunks(self, query: str, chunks: Sequence[str]) -> list[int]:
+        """List the positions of chunks that cannot be encoded separately with this query."""
         if self._greedy and self._is_greedy(query):
             return list(range(len(chunks)))
         if not (self._greedy or self._beginnings or self._endings):
             return []
-        return [at for at, chunk in enumerate(chunks) if self._strays(chunk)]
+        return [at for at, chunk in enumerate(chunks) if self._is_unsafe(chunk)]
 
-    def _strays(self, chunk: str) -> bool:
-        text = self._opening + chunk[:MOST_CHARACTERS]
+    def _is_unsafe(self, chunk: str) -> bool:
+        text = self._opening + chunk[:MAX_CHARACTERS]
         return text.startswith(self._beginnings) or chunk.endswith(self._endings) or self._is_greedy(text)
 
     def _is_greedy(self, text: str) -> bool:
-        read = [text] if self._normalise is None else [text, self._normalise(sound(text))]
+        read = [text] if self._normalise is None else [text, self._normalise(replace_surrogates(text))]
         return any(content in one for one in read for content in self._greedy)
 
 
@@ -156,9 +156,9 @@ def _parts(contents: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _cuts(tokenizer: Tokenizer, left: str, right: str) -> bool:
-    """Tell whether the tokeniser always cuts between two texts: at a token added to its vocabulary, or between words.
+    """Tell whether the tokeniser always separates two texts: at an added token, or between words.
 
-    Equal ids would not show it: without a cut, it takes but one merge that no probe knows.
+    Equal ids of probes would not prove it: one merge that no probe contains is enough.
     """
     marks = [mark.content for mark in tokenizer.get_added_tokens_decoder().values() if not (mark.lstrip or mark.rstrip)]
     if left.endswith(tuple(marks)) or right.startswith(tuple(marks)) or not left or not right:

@@ -1,4 +1,7 @@
-"""Which format a checkpoint's pairs have: special tokens round two texts, or one text out of a chat template."""
+"""Which format a checkpoint's pairs have: special tokens around two texts, or one text from a chat template.
+
+A new tokeniser is a class with ``Tokeniser``'s methods, selected here.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,19 @@ from tokenizers import Tokenizer
 from ..errors import ModelUnusable
 from .chat_pairs import ChatPairs
 from .pair_tokeniser import PairTokeniser, Tokeniser
-from .rendering import Render, carries_pairs, find_rendering, qwen3
-from .text_reading import KNOWN_BYTES
+from .rendering import Render, find_rendering, qwen3, renders_both_texts
+from .text_reading import CACHE_BYTES
 from .whole_pairs import WholeChats, WholePairs
 
 logger = logging.getLogger(__name__)
 
-_SLOW = "pairs are encoded whole, and no chunk's token ids are remembered: %s"
+_SLOW = "pairs are encoded whole, without a cache of token ids: %s"
 
 FORMATS = ("auto", "pair", "qwen3")
 
-#: Tokens that Qwen3's own format is made of.
+#: Special tokens of Qwen3's format.
 _QWEN3_MARKS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
-#: What a saved configuration may ask of the renderer that is about the tokens made of its text.
+#: Saved options of the chat template that concern its tokens, not its text.
 _NOT_FOR_RENDERING = {
     "max_length", "padding", "restore_suffix", "return_dict", "return_tensors", "tokenize", "truncation",
 }  # fmt: skip
@@ -34,58 +37,59 @@ def pair_tokeniser_for(
     max_length: int,
     pair_format: str = "auto",
     instruction: str | None = None,
-    known_bytes: int = KNOWN_BYTES,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Tokeniser:
     """Make the tokeniser of pairs for a loaded sentence-transformers ``CrossEncoder``.
 
-    ``auto`` does what sentence-transformers does: it renders the checkpoint's chat template where that has a place for
-    a query and a document, else encodes the two texts as a pair. Where it would refuse, a model that knows the tokens
-    of Qwen3's format gets that one. ``pair`` and ``qwen3`` take these without looking. ``instruction`` replaces
-    the prompt that the checkpoint was saved with; before pairs of texts it is put in front of the query.
+    ``auto`` does what sentence-transformers does: it renders the checkpoint's chat template if that has the roles query
+    and document, else encodes the two texts as a pair. Where sentence-transformers would refuse, a model whose
+    vocabulary has the special tokens of Qwen3's format uses that format. ``pair`` and ``qwen3`` select a format
+    unconditionally. ``instruction`` replaces the prompt that the checkpoint was saved with; in pairs of texts it is put
+    before the query.
 
     Raises ModelUnusable where no format is known, and ValueError for an unknown name.
     """
     if pair_format not in FORMATS:
-        raise ValueError(f"pair_format {pair_format!r} is none of {', '.join(FORMATS)}")
+        raise ValueError(f"pair_format must be one of {', '.join(FORMATS)}, not {pair_format!r}")
     if not getattr(model.tokenizer, "is_fast", False):
         raise ModelUnusable("this model has no tokenizer.json: only fast tokenisers are supported")
     tokenizer = model.tokenizer.backend_tokenizer
     prompt = instruction or model.prompts.get(model.default_prompt_name) or ""
     render = _render_of(model, prompt) if pair_format == "auto" else None
-    if pair_format == "qwen3" or (render and not carries_pairs(render)):
+    if pair_format == "qwen3" or (render and not renders_both_texts(render)):
         render = _qwen3_of(tokenizer, instruction)
     if render:
-        return rendered_pairs(tokenizer, render, max_length=max_length, known_bytes=known_bytes)
-    return special_token_pairs(tokenizer, max_length=max_length, query_prompt=prompt, known_bytes=known_bytes)
+        return rendered_pairs(tokenizer, render, max_length=max_length, cache_bytes=cache_bytes)
+    return special_token_pairs(tokenizer, max_length=max_length, query_prompt=prompt, cache_bytes=cache_bytes)
 
 
 def special_token_pairs(
-    tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "", known_bytes: int = KNOWN_BYTES
+    tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "", cache_bytes: int = CACHE_BYTES
 ) -> Tokeniser:
-    """Take the fast way to pairs if it is right for this tokeniser, else the slow one, and say so.
+    """Return the tokeniser that joins cached chunks if it is exact here, else the one that encodes whole pairs.
 
     ``query_prompt`` is put before every query.
     """
     try:
-        return PairTokeniser(tokenizer, max_length=max_length, query_prompt=query_prompt, known_bytes=known_bytes)
+        return PairTokeniser(tokenizer, max_length=max_length, query_prompt=query_prompt, cache_bytes=cache_bytes)
     except ModelUnusable as reason:
         logger.warning(_SLOW, reason)
         return WholePairs(tokenizer, max_length=max_length, query_prompt=query_prompt)
 
 
 def rendered_pairs(
-    tokenizer: Tokenizer, render: Render, *, max_length: int, known_bytes: int = KNOWN_BYTES
+    tokenizer: Tokenizer, render: Render, *, max_length: int, cache_bytes: int = CACHE_BYTES
 ) -> Tokeniser:
-    """Take the fast way to rendered pairs if it is right for this tokeniser, else the slow one, and say so."""
+    """Return the tokeniser that joins cached chunks if it is exact here, else the one that encodes whole texts."""
     try:
-        return ChatPairs(tokenizer, find_rendering(render), max_length=max_length, known_bytes=known_bytes)
+        return ChatPairs(tokenizer, find_rendering(render), max_length=max_length, cache_bytes=cache_bytes)
     except ModelUnusable as reason:
         logger.warning(_SLOW, reason)
         return WholeChats(tokenizer, render, max_length=max_length)
 
 
 def _render_of(model: Any, prompt: str) -> Render | None:
-    """Take the checkpoint's chat template, or None where pairs are two texts."""
+    """Return a renderer of the checkpoint's chat template, or None where pairs are two texts."""
     reader = model[0]
     reads = getattr(reader, "modality_config", {})
     if "message" not in reads:
@@ -110,8 +114,8 @@ def _qwen3_of(tokenizer: Tokenizer, instruction: str | None) -> Render:
     lacking = [mark for mark in _QWEN3_MARKS if tokenizer.token_to_id(mark) is None]
     if lacking:
         raise ModelUnusable(
-            "this model's chat template has no place for the roles 'query' and 'document', and its tokeniser does not "
-            f"know {' '.join(lacking)}, which Qwen3's format is made of"
+            "this model's chat template does not use the roles 'query' and 'document', and its tokeniser lacks "
+            f"{' '.join(lacking)}, which Qwen3's format needs"
         )
-    logger.info("pairs are put together in the format of Qwen3-Reranker")
+    logger.info("pairs are rendered in the format of Qwen3-Reranker")
     return qwen3(instruction)

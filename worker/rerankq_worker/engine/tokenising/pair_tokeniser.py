@@ -1,7 +1,8 @@
-"""Token ids of pairs: query and chunks encoded apart, then joined by the model's own template."""
+"""Token ids of pairs: query and chunks encoded separately, then joined by the model's own template."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 
 from ..errors import ModelUnusable
 from ..protocol import QUERY_MAX_TOKENS, PairLimits, TokenisedPair, checked_length
-from .text_reading import KNOWN_BYTES, ChunkReader, encode_heads
+from .text_reading import CACHE_BYTES, ChunkReader, encode_prefixes
 from .token_id_cache import TokenPrefix
 
 #: Queries and chunks of scripts and lengths that templates may treat differently.
@@ -20,18 +21,18 @@ PROBES = (("probe", "another one"), ("Wie groß?", "Größer: 你好, 世界!"),
 
 
 class Tokeniser(Protocol):
-    """Makes pairs of token ids out of a query and chunks, from any number of threads at once.
+    """Makes the token ids of pairs from a query and chunks, from any number of threads at once.
 
-    ``joins`` says that chunks are read apart and their ids remembered; else every pair is encoded anew, which costs
-    a hundred times as much where the chunks are known.
+    ``caches_chunks`` says that chunks are encoded separately and their ids cached; else every pair is encoded as a
+    whole, which takes a hundred times as long for chunks that would be in the cache.
     """
 
     max_length: int
-    joins: bool
+    caches_chunks: bool
 
     @property
     def template(self) -> object:
-        """Name how pairs are put together; equal where pairs are."""
+        """A value whose ``repr`` identifies how pairs are built; part of the score fingerprint."""
 
     def pairs(
         self,
@@ -44,9 +45,9 @@ class Tokeniser(Protocol):
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, as model input of at most ``max_length`` tokens.
 
-        What does not fit is cut by PairLimits; a prompt takes nothing of what a query may have. ``hashes``, one per
-        chunk, are those of the chunks' texts if they are known already. Of a very long text no more is read than gives
-        the tokens that are kept, and never more than a million characters: what stands behind them counts as cut.
+        What does not fit is cut by PairLimits; a prompt does not count against the query's limit. ``hashes``, one per
+        chunk, are those of the chunks' texts, if the caller knows them. A very long text is read only as far as the
+        tokens that are kept need, and never beyond a million characters: the rest counts as cut.
 
         Raises PairFailed for a pair of no tokens.
         """
@@ -54,10 +55,11 @@ class Tokeniser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What stands before the query, between it and the chunk, and behind the chunk, as special token ids.
+    """The special token ids before the query, between query and chunk, and after the chunk.
 
     ``two_segments`` says that the chunk and what follows it are marked as the second segment. ``query_prompt`` is text
-    that becomes part of every query.
+    that is put before every query. Its ``repr`` is part of the score fingerprint: renaming a field loses all cached
+    scores.
     """
 
     before: tuple[int, ...]
@@ -68,30 +70,30 @@ class Template:
 
     @property
     def special_tokens(self) -> int:
-        """Tokens of a pair that are neither the query's nor the chunk's."""
+        """The number of special tokens of a pair."""
         return len(self.before) + len(self.between) + len(self.after)
 
 
 class PairTokeniser:
-    """Joins separately encoded queries and chunks into what the tokeniser makes of the pair, id for id.
+    """Joins separately encoded queries and chunks into the ids that the tokeniser itself gives for the pair.
 
-    The tokeniser becomes ours: its saved truncation and padding are switched off here, and it is never changed again,
-    so that any number of threads may encode at once. Raises ModelUnusable where pairs are not made by a template of
-    special tokens round the query and then the chunk.
+    Takes over the tokeniser: its saved truncation and padding are switched off, and it is not changed afterwards, so
+    that any number of threads may encode at once. Raises ModelUnusable where pairs are not built by a template of
+    special tokens around first the query and then the chunk.
     """
 
-    joins = True
+    caches_chunks = True
 
     def __init__(
-        self, tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "", known_bytes: int = KNOWN_BYTES
+        self, tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "", cache_bytes: int = CACHE_BYTES
     ) -> None:
-        self._tokenizer = as_it_is(tokenizer)
+        self._tokenizer = prepare(tokenizer)
         self.max_length = max_length
         self.template = _derive_template(tokenizer, query_prompt)
         self._prompt_tokens = len(tokenizer.encode(query_prompt, add_special_tokens=False))
-        # One more than a pair has room for tells that there are more.
+        # One token more than fits, to tell whether there are more.
         longest = max(1, max_length - self.template.special_tokens) + 1
-        self._chunks = ChunkReader(tokenizer, longest=longest, known_bytes=known_bytes)
+        self._chunks = ChunkReader(tokenizer, longest=longest, cache_bytes=cache_bytes)
         for query, chunk in PROBES:
             self._verify(query, chunk)
 
@@ -104,19 +106,19 @@ class PairTokeniser:
         query_max_tokens: int = QUERY_MAX_TOKENS,
         hashes: Sequence[bytes] | None = None,
     ) -> list[TokenisedPair]:
-        """Pair the query with each chunk, in order; chunks that are remembered cost a hundredth of the others."""
+        """Pair the query with each chunk, in order; cached chunks take a hundredth of the time."""
         marks = self.template
         length = checked_length(max_length, self.max_length)
         fixed = marks.special_tokens + self._prompt_tokens
         limits = PairLimits.within(length, special_tokens=fixed, query_max_tokens=query_max_tokens)
         most = self._prompt_tokens + limits.total
-        [asked] = encode_heads(self._tokenizer, [marks.query_prompt + query], most)
+        [asked] = encode_prefixes(self._tokenizer, [marks.query_prompt + query], most)
         whole, cut = (
             [*marks.before, *asked.ids(tokens), *marks.between] for tokens in (most, self._prompt_tokens + limits.query)
         )
         frame = fixed - len(marks.after)
         return join(
-            Heads(whole if asked.fits(most) else None, cut, frame, two_segments=marks.two_segments),
+            PairPrefixes(whole if asked.fits(most) else None, cut, frame, two_segments=marks.two_segments),
             self._chunks.read(chunks, limits.total + 1, hashes=hashes),
             marks.after,
             limits,
@@ -131,32 +133,37 @@ class PairTokeniser:
         types = np.arange(pair.length) >= pair.second_from
         if whole.ids != pair.ids.tolist() or whole.type_ids != types.astype(int).tolist():
             raise ModelUnusable(
-                "this model's tokeniser does more to a pair than put special tokens round its two texts; "
+                "this model's tokeniser does more to a pair than put special tokens around its two texts; "
                 f"tried on {query!r} and {chunk!r}"
             )
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
-    """What stands before a chunk: with the query whole, for pairs that fit, and cut, for all others.
+class PairPrefixes:
+    """The token ids before a chunk: with the whole query, for pairs that fit, and with the cut one, for all others.
 
-    ``whole`` is None where the query is too long for any pair to fit. ``frame`` ids of either are not the query's.
+    ``whole`` is None where the query is too long for any pair to fit. ``fixed`` ids of either are not the query's.
     """
 
     whole: Sequence[int] | None
     cut: Sequence[int]
-    frame: int
+    fixed: int
     two_segments: bool = False
 
 
 def join(
-    heads: Heads, chunks: Sequence[TokenPrefix], tail: Sequence[int], limits: PairLimits, *, dtype: np.dtype[Any]
+    prefixes: PairPrefixes,
+    chunks: Sequence[TokenPrefix],
+    suffix: Sequence[int],
+    limits: PairLimits,
+    *,
+    dtype: np.dtype[Any],
 ) -> list[TokenisedPair]:
-    """Put each chunk between head and tail, cut to their limits; the pairs are slices of one array."""
+    """Put each chunk between prefix and suffix, cut to the limits; the pairs are slices of one array."""
     width = dtype.itemsize
-    whole, cut, ending = (np.array(ids, dtype).tobytes() for ids in (heads.whole or (), heads.cut, tail))
-    fitting = -1 if heads.whole is None else width * limits.beside(len(heads.whole) - heads.frame)
-    left = width * limits.beside(len(heads.cut) - heads.frame)
+    whole, cut, ending = (np.array(ids, dtype).tobytes() for ids in (prefixes.whole or (), prefixes.cut, suffix))
+    fitting = -1 if prefixes.whole is None else width * limits.beside(len(prefixes.whole) - prefixes.fixed)
+    left = width * limits.beside(len(prefixes.cut) - prefixes.fixed)
     pieces, shapes = [], []
     for first in chunks:
         fits = first.whole and len(first.ids) <= fitting
@@ -167,7 +174,7 @@ def join(
     pairs, begin = [], 0
     for tokens, second_from, truncated in shapes:
         end = begin + tokens
-        pairs.append(TokenisedPair(flat[begin:end], second_from if heads.two_segments else tokens, truncated))
+        pairs.append(TokenisedPair(flat[begin:end], second_from if prefixes.two_segments else tokens, truncated))
         begin = end
     return pairs
 
@@ -176,8 +183,10 @@ def _widened(pieces: Sequence[bytes], dtype: np.dtype[Any]) -> NDArray[np.int32]
     return np.frombuffer(b"".join(pieces), dtype).astype(np.int32)
 
 
-def as_it_is(tokenizer: Tokenizer) -> Tokenizer:
-    """Switch off the truncation and the padding that a tokeniser may have been saved with."""
+def prepare(tokenizer: Tokenizer) -> Tokenizer:
+    """Switch off the truncation and padding that a tokeniser may have been saved with, and let it use threads."""
+    # Unset, tokenisers switch their threads off after a fork and report it on standard error each time.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -191,7 +200,7 @@ def _derive_template(tokenizer: Tokenizer, query_prompt: str) -> Template:
     query = slice(sides.index(0), _last(sides, 0) + 1)
     chunk = slice(sides.index(1), _last(sides, 1) + 1)
     if set(sides[query]) != {0} or set(sides[chunk]) != {1} or query.stop > chunk.start:
-        raise ModelUnusable("this model's tokeniser does not put the query before the chunk, each in one piece")
+        raise ModelUnusable("this model's tokeniser does not put the query before the chunk, each contiguous")
     return Template(
         before=tuple(ids[: query.start]),
         between=tuple(ids[query.stop : chunk.start]),

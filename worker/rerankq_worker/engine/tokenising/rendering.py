@@ -1,4 +1,4 @@
-"""Pairs as one text: what stands round query and chunk, found out from whoever renders them."""
+"""Pairs rendered as one text: the fixed texts around query and chunk, derived from a chat template."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from ..errors import ModelUnusable
 
-#: Takes a query and a chunk, gives the whole text that the model reads.
+#: Takes a query and a chunk, returns the whole text that the model reads.
 Render = Callable[[str, str], str]
 
-#: No template holds these by chance.
+#: Placeholders that no template contains by chance.
 QUERY, CHUNK = "rerankq-stands-here-for-the-query", "rerankq-stands-here-for-the-chunk"
-#: Beginnings and ends that may run together with what stands beside them.
+#: Texts whose first or last tokens may merge with the text beside them.
 PROBES = (
     "word", "Two words", " space", "  spaces ", "\nline\n", "\n\nlines\n\n", "\t", "", " ", "\n", "7 sins", "'s", ".",
     "?!", "ends.", "ends:", "ends\r\n", "é", "\u0301mark", "你好", "👩‍👩‍👧", "<", ">", "|", "#", "_",
@@ -22,9 +22,10 @@ PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """What stands before the query, between it and the chunk, and behind the chunk, as text.
+    """The fixed texts before the query, between query and chunk, and after the chunk.
 
-    ``trims`` says that query and chunk lose the white space at their ends.
+    ``trims`` says that white space at the ends of query and chunk is removed. Its ``repr`` is part of the score
+    fingerprint: renaming a field loses all cached scores.
     """
 
     before: str
@@ -38,15 +39,15 @@ class Rendering:
         >>> Rendering("Q: ", " D: ", "!", trims=True)(" what? ", "that")
         'Q: what? D: that!'
         """
-        return self.before + self.shown(query) + self.between + self.shown(chunk) + self.after
+        return self.before + self.rendered(query) + self.between + self.rendered(chunk) + self.after
 
-    def shown(self, text: str) -> str:
-        """Show a query or a chunk as it stands in the whole."""
+    def rendered(self, text: str) -> str:
+        """Return a query or a chunk as it appears in the whole text."""
         return text.strip() if self.trims else text
 
 
 def qwen3(instruction: str | None = None) -> Rendering:
-    """Give the format that Qwen3-Reranker was trained with."""
+    """Return the format that Qwen3-Reranker was trained with."""
     task = instruction or "Given a web search query, retrieve relevant passages that answer the query"
     return Rendering(
         before="<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
@@ -57,17 +58,17 @@ def qwen3(instruction: str | None = None) -> Rendering:
     )
 
 
-def carries_pairs(render: Render) -> bool:
-    """Tell whether both texts come through; False for one that raises, as chat templates do at unknown roles."""
+def renders_both_texts(render: Render) -> bool:
+    """Tell whether both texts are in the result; False if it raises, as chat templates do at unknown roles."""
     try:
         whole = render(QUERY, CHUNK)
-    except Exception:  # noqa: BLE001 - a checkpoint's template may raise whatever it likes
+    except Exception:  # noqa: BLE001 - a checkpoint's template may raise any error
         return False
     return QUERY in whole and CHUNK in whole
 
 
 def find_rendering(render: Render) -> Rendering:
-    """Find the fixed texts round query and chunk; raises ModelUnusable where there is more to it.
+    """Derive the fixed texts around query and chunk; raises ModelUnusable for a template that does more.
 
     >>> find_rendering(lambda query, chunk: f"[{query}] is answered by [{chunk}]?")
     Rendering(before='[', between='] is answered by [', after=']?', trims=False)
@@ -82,4 +83,4 @@ def find_rendering(render: Render) -> Rendering:
         found = Rendering(before, between, after, trims)
         if query and chunk and all(render(*pair) == found(*pair) for pair in pairs):
             return found
-    raise ModelUnusable("the chat template does more than put fixed texts round query and chunk")
+    raise ModelUnusable("the chat template does more than put fixed texts around query and chunk")

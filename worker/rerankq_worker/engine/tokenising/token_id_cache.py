@@ -1,4 +1,4 @@
-"""Token ids of texts, remembered within a number of bytes."""
+"""A cache of the token ids of texts, limited in bytes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
 
-#: What an entry takes beside its key, its tuple and its ids: a node and a slot of the ordered dictionary. By
-#: tracemalloc 79 to 124 bytes for 1 000 to 50 000 entries, depending on how full the dictionary is.
+#: Bytes of an entry besides its key, tuple and ids: its node and slot in the ordered dictionary. By tracemalloc 79 to
+#: 124 bytes for 1 000 to 50 000 entries, depending on how full the dictionary is.
 _NODE_BYTES = 128
 
 
@@ -24,57 +24,57 @@ def text_hash(text: str) -> bytes:
 
 
 class TokenPrefix(NamedTuple):
-    """The first token ids of a text, as an array's bytes; ``whole`` says that the text has no others."""
+    """The first token ids of a text, as the bytes of an array; ``whole`` says that the text has no others."""
 
     ids: bytes
     whole: bool
 
 
 class TokenIdCache:
-    """Remembers ids by key; the least recently used go first. Safe to share between threads.
+    """A cache of token ids by key that evicts the least recently used. Safe to share between threads.
 
-    ``max_bytes`` bounds everything held, what Python adds to each entry included.
+    ``max_bytes`` limits the memory of all entries, Python's overhead included.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._held: OrderedDict[bytes, TokenPrefix] = OrderedDict()
+        self._entries: OrderedDict[bytes, TokenPrefix] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._entries)
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes held now."""
+    def size_bytes(self) -> int:
+        """Bytes of all entries."""
         return self._bytes
 
-    def find(self, keys: Iterable[bytes]) -> dict[bytes, TokenPrefix]:
-        """Look up what is known of these keys, and count it as used."""
-        held, found = self._held, {}
+    def get_many(self, keys: Iterable[bytes]) -> dict[bytes, TokenPrefix]:
+        """Return the entries of these keys that are in the cache, and mark them as used."""
+        entries, found = self._entries, {}
         with self._lock:
             for key in keys:
-                first = held.get(key)
+                first = entries.get(key)
                 if first is not None:
-                    held.move_to_end(key)
+                    entries.move_to_end(key)
                     found[key] = first
         return found
 
-    def keep(self, entries: Mapping[bytes, TokenPrefix]) -> None:
-        """Remember entries in place of what was known of their keys; one that is too large by itself is left out."""
+    def put_many(self, entries: Mapping[bytes, TokenPrefix]) -> None:
+        """Store entries, replacing those with the same keys; one that exceeds the limit by itself is left out."""
         with self._lock:
             for key, first in entries.items():
-                self._forget(key)
+                self._remove(key)
                 size = _bytes_of(key, first)
                 if size <= self._max_bytes:
-                    self._held[key] = first
+                    self._entries[key] = first
                     self._bytes += size
             while self._bytes > self._max_bytes:
-                self._forget(next(iter(self._held)))
+                self._remove(next(iter(self._entries)))
 
-    def _forget(self, key: bytes) -> None:
-        first = self._held.pop(key, None)
+    def _remove(self, key: bytes) -> None:
+        first = self._entries.pop(key, None)
         if first is not None:
             self._bytes -= _bytes_of(key, first)
 

@@ -1,4 +1,4 @@
-"""Token ids of pairs that cannot be joined: every pair is encoded anew, query and chunk cut before by the same rule."""
+"""Token ids of pairs that cannot be joined: each is encoded as a whole, its texts cut before by the same rule."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from tokenizers import Encoding, Tokenizer
 
 from ..errors import ModelUnusable
 from ..protocol import QUERY_MAX_TOKENS, PairLimits, TokenisedPair, checked_length
-from .pair_tokeniser import PROBES, as_it_is
+from .pair_tokeniser import PROBES, prepare
 from .rendering import CHUNK, QUERY, Render
-from .text_reading import encode_heads, first_tokens, sound
+from .text_reading import encode_prefixes, prefix_with_tokens, replace_surrogates
 
 
 class WholePairs:
-    """Leaves every pair to the tokeniser's own post-processing: for pairs that are not made by a plain template.
+    """Builds every pair with the tokeniser's own post-processing: for pairs that no plain template describes.
 
-    Query and chunk are cut before, by the same rule. Raises ModelUnusable where the two segments of a pair do not
-    follow each other.
+    Query and chunk are cut before, by the same rule. Raises ModelUnusable where the two segments of a pair are mixed.
     """
 
-    joins = False
+    caches_chunks = False
 
     def __init__(self, tokenizer: Tokenizer, *, max_length: int, query_prompt: str = "") -> None:
-        self._tokenizer = as_it_is(tokenizer)
+        self._tokenizer = prepare(tokenizer)
         self.max_length = max_length
         self._query_prompt = query_prompt
         self._prompt_tokens = len(tokenizer.encode(query_prompt, add_special_tokens=False))
@@ -46,17 +45,17 @@ class WholePairs:
         *,
         max_length: int | None = None,
         query_max_tokens: int = QUERY_MAX_TOKENS,
-        hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
+        hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is cached
     ) -> list[TokenisedPair]:
-        """Pair the query with each chunk, in order, each pair anew."""
+        """Pair the query with each chunk, in order, without a cache."""
         length = checked_length(max_length, self.max_length)
         fixed = self._special_tokens + self._prompt_tokens
         limits = PairLimits.within(length, special_tokens=fixed, query_max_tokens=query_max_tokens)
         most, kept = self._prompt_tokens + limits.total, self._prompt_tokens + limits.query
-        [asked] = encode_heads(self._tokenizer, [self._query_prompt + query], most)
+        [asked] = encode_prefixes(self._tokenizer, [self._query_prompt + query], most)
         cut = _cut(asked.encoding, min(kept, asked.sure))
         pairs = []
-        for read in encode_heads(self._tokenizer, chunks, limits.total + 1):
+        for read in encode_prefixes(self._tokenizer, chunks, limits.total + 1):
             fits = asked.whole and read.fits(limits.beside(asked.sure - self._prompt_tokens))
             head = asked.encoding if fits else cut
             left = min(read.sure, limits.beside(len(head) - self._prompt_tokens))
@@ -68,10 +67,10 @@ class WholePairs:
 class WholeChats:
     """Encodes the rendered text of every pair: right for every template, and slow."""
 
-    joins = False
+    caches_chunks = False
 
     def __init__(self, tokenizer: Tokenizer, render: Render, *, max_length: int) -> None:
-        self._tokenizer = as_it_is(tokenizer)
+        self._tokenizer = prepare(tokenizer)
         self._render = render
         self.max_length = max_length
         self.template = f"whole chats, such as {render(QUERY, CHUNK)!r}"
@@ -85,21 +84,21 @@ class WholeChats:
         *,
         max_length: int | None = None,
         query_max_tokens: int = QUERY_MAX_TOKENS,
-        hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
+        hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is cached
     ) -> list[TokenisedPair]:
-        """Pair the query with each chunk, in order, each pair anew."""
+        """Pair the query with each chunk, in order, without a cache."""
         length = checked_length(max_length, self.max_length)
         limits = PairLimits.within(length, special_tokens=self._special_tokens, query_max_tokens=query_max_tokens)
-        asked = first_tokens(self._tokenizer, query, limits.total)
-        shown = [first_tokens(self._tokenizer, chunk, length) for chunk in chunks]
+        asked = prefix_with_tokens(self._tokenizer, query, limits.total)
+        cut_chunks = [prefix_with_tokens(self._tokenizer, chunk, length) for chunk in chunks]
         ids: dict[int, list[int]] = {}
         if len(asked) == len(query):
-            complete = [at for at, chunk in enumerate(chunks) if len(shown[at]) == len(chunk)]
-            ids = {at: whole for at, whole in self._read(asked, shown, complete).items() if len(whole) <= length}
+            complete = [at for at, chunk in enumerate(chunks) if len(cut_chunks[at]) == len(chunk)]
+            ids = {at: whole for at, whole in self._read(asked, cut_chunks, complete).items() if len(whole) <= length}
         longer = [at for at in range(len(chunks)) if at not in ids]
         if longer:
             cut = self._shorter(asked, max(0, self._count(asked) - limits.query))
-            ids |= self._cut_to(length, cut, shown, longer)
+            ids |= self._cut_to(length, cut, cut_chunks, longer)
         return [TokenisedPair(np.array(ids[at], np.int32), len(ids[at]), at in longer) for at in range(len(chunks))]
 
     def _fixed_end(self) -> list[int] | None:
@@ -107,52 +106,52 @@ class WholeChats:
         whole = self._render(QUERY, CHUNK)
         if whole.rfind(CHUNK) < whole.rfind(QUERY):
             return None
-        # As sentence-transformers finds them: what two pairs without a common text have in common at their ends.
+        # As sentence-transformers finds them: the common end of two pairs whose texts differ.
         one, other = (self._ids(self._render(text, text)) for text in ("0", "1 2 3 4"))
         same = list(takewhile(lambda ends: ends[0] == ends[1], zip(reversed(one), reversed(other), strict=False)))
         return one[len(one) - len(same) :]
 
-    def _cut_to(self, length: int, query: str, shown: list[str], longer: list[int]) -> dict[int, list[int]]:
-        """Cut chunks until the whole is no longer than it may be."""
+    def _cut_to(self, length: int, query: str, cut_chunks: list[str], longer: list[int]) -> dict[int, list[int]]:
+        """Cut chunks until no pair is longer than ``length``."""
         if self._tail is not None:
             begin = length - len(self._tail)
-            ids = self._read(query, shown, longer)
+            ids = self._read(query, cut_chunks, longer)
             return {at: one if len(one) <= length else one[:begin] + self._tail for at, one in ids.items()}
-        # Before a query a cut moves tokens about: again and again.
+        # A cut before the query may change the tokens after it: repeat until every pair fits.
         ids = {}
         while longer:
-            ids |= self._read(query, shown, longer)
+            ids |= self._read(query, cut_chunks, longer)
             longer = [at for at in longer if len(ids[at]) > length]
             for at in longer:
-                if not shown[at]:
-                    raise ValueError(f"max_length {length} leaves no room for a chunk beside this query")
-                shown[at] = self._shorter(shown[at], len(ids[at]) - length)
+                if not cut_chunks[at]:
+                    raise ValueError(f"max_length {length} leaves no token for a chunk beside this query")
+                cut_chunks[at] = self._shorter(cut_chunks[at], len(ids[at]) - length)
         return ids
 
-    def _read(self, query: str, shown: Sequence[str], places: Sequence[int]) -> dict[int, list[int]]:
-        texts = [sound(self._render(query, shown[at])) for at in places]
+    def _read(self, query: str, cut_chunks: Sequence[str], positions: Sequence[int]) -> dict[int, list[int]]:
+        texts = [replace_surrogates(self._render(query, cut_chunks[at])) for at in positions]
         read = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return {at: list(encoding.ids) for at, encoding in zip(places, read, strict=True)}
+        return {at: list(encoding.ids) for at, encoding in zip(positions, read, strict=True)}
 
     def _shorter(self, text: str, tokens: int) -> str:
-        """Cut so many tokens, or a little more, off the end of a text."""
+        """Cut so many tokens, or a few more, off the end of a text."""
         if not tokens:
             return text
-        offsets = self._tokenizer.encode(sound(text), add_special_tokens=False).offsets
+        offsets = self._tokenizer.encode(replace_surrogates(text), add_special_tokens=False).offsets
         return text[: offsets[-tokens][0]] if tokens < len(offsets) else ""
 
     def _count(self, text: str) -> int:
-        return len(self._tokenizer.encode(sound(text), add_special_tokens=False))
+        return len(self._tokenizer.encode(replace_surrogates(text), add_special_tokens=False))
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _cut(encoding: Encoding, count: int) -> Encoding:
-    """Give the first ``count`` ids of an encoding, as one that knows of nothing else.
+    """Return the first ``count`` ids of an encoding as a new encoding without overflow.
 
-    A truncated encoding keeps what was cut off, in pieces, and a pair's post-processing combines each piece of the one
-    with each of the other: minutes for two long texts.
+    A truncated encoding keeps the rest, in pieces, and a pair's post-processing combines each piece of the one with
+    each of the other: minutes for two long texts.
     """
     if len(encoding) <= count:
         return encoding
