@@ -193,7 +193,7 @@ def test_a_given_format_overrides_the_checkpoints_own(reranker):
     ours = pair_tokeniser_for(reranker, max_length=256, pair_format="qwen3")
     [pair] = ours.pairs(QUERY, TEXTS[:1])
     assert pair.ids.tolist() == reranker.tokenizer.encode(qwen3()(QUERY, TEXTS[0]), add_special_tokens=False)
-    with pytest.raises(ValueError, match="pair_format must be.*not 'chat'"):
+    with pytest.raises(ValueError, match=r"pair_format must be.*not 'chat'"):
         pair_tokeniser_for(reranker, max_length=256, pair_format="chat")
 
 
