@@ -1,4 +1,8 @@
-"""Which runtime computes a model, and in which precision: a pure choice by what the machine has."""
+"""Which runtime computes a model, and in which precision: a pure choice by what the machine has.
+
+A new runtime is a row of ``RUNTIMES`` and its requirements in ``_missing``; its pass is a module beside
+``openvino_pass``, made in ``pass_selection`` and selected in ``CrossEncoderEngine``.
+"""
 
 from __future__ import annotations
 
