@@ -27,12 +27,12 @@ demo: $(STAMP)  ## Rank a few queries with the bundled model, and show what move
 	$(BIN)/rerankq demo
 
 test: lint  ## Lint, check types, run every test, four files at a time (PROCESSES=4): most of it is waiting.
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Old libraries warn of what their successors dropped: here a warning is no error.
 test-lowest: $(LOWEST)/rerankq-installed  ## Run demo, command line and both packages' tests with the lowest versions allowed.
 	$(LOWEST)/bin/rerankq demo
-	$(LOWEST)/bin/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder -W default tests/producer tests/worker
+	$(LOWEST)/bin/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -W default tests/producer tests/worker
 
 lint: $(STAMP)  ## Check style and types.
 	$(BIN)/ruff check .

@@ -23,7 +23,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def start_flower() -> Iterator[Callable[..., str]]:
     """Start Flower with the command in docs/deploy.md; answers its address once it is there."""
-    (command,) = set(re.findall(r"celery (-A rerankq\.broker flower [^`]+)`", (REPOSITORY / "docs/deploy.md").read_text()))
+    (command,) = set(
+        re.findall(r"celery (-A rerankq\.broker flower [^`]+)`", (REPOSITORY / "docs/deploy.md").read_text())
+    )
     running = []
 
     def start(url: str, **environment: str) -> str:

@@ -536,22 +536,6 @@ def test_as_completed_may_be_dropped_after_closing(settings: Settings, worker):
     assert threads_of_ours() <= before
 
 
-def test_ctrl_c_while_waiting_stops_the_waiting(client: Client, wait_until: Callable):
-    job_id = client.submit(job(1))
-    completions = listener_of(client)
-
-    def interrupt() -> None:
-        wait_until(lambda: job_id in completions._waiters)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    helper = threading.Thread(target=interrupt)
-    helper.start()
-    with pytest.raises(KeyboardInterrupt):
-        client.result(job_id)
-    helper.join()
-    wait_until(lambda: job_id not in completions._waiters)
-
-
 SCRIPT = """
 import sys
 from rerankq import Client, RerankJob
@@ -575,6 +559,31 @@ def test_a_script_that_submits_and_ends_has_sent_its_doorbells(redis_url: str, w
     with redis.Redis.from_url(redis_url) as broker:
         assert broker.llen("rerankq:rerankq.interactive") == 1
     assert worker.state(ended.stdout.strip()) == "queued"
+
+
+def test_ctrl_c_while_waiting_stops_the_waiting(redis_url: str, worker):
+    # In a process of its own: a test process that is interrupted takes its neighbours with it.
+    more = """
+    import os, signal, threading, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    job_id = client.submit(RerankJob(query="waited for", chunks=["x"]))
+    client.status(job_id)
+    (here,) = client._inner._by_loop.values()
+    def wait_until(condition):
+        while not condition():
+            time.sleep(0.01)
+    def interrupt():
+        wait_until(lambda: job_id in here.completions._waiters)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        client.result(job_id)
+    except KeyboardInterrupt:
+        wait_until(lambda: job_id not in here.completions._waiters)
+        sys.exit(3)
+    """
+    ended = run_script(redis_url, more)
+    assert (ended.returncode, ended.stderr) == (3, "")
 
 
 def test_a_forked_child_has_a_client_of_its_own_and_the_parents_goes_on(redis_url: str, worker, wait_until: Callable):
