@@ -51,7 +51,7 @@ class Server(NamedTuple):
 class LeasePolicy:
     """The rule for leases of *lease_s* seconds. All times are in seconds.
 
-    >>> policy = LeasePolicy(lease_s=8)
+    >>> policy = LeasePolicy(lease_s=8.0)
     >>> policy.alive_for_s, policy.forget_after_s
     (24.0, 80.0)
     >>> policy.hangs(61, predicted_s=1), policy.hangs(61, predicted_s=10), policy.hangs(None, predicted_s=0)
