@@ -34,7 +34,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
 def load_model(way: str, dtype: str) -> None:
     global _engine, _shape  # noqa: PLW0603
-    from transformers import AutoConfig  # noqa: PLC0415 - seconds, and only paid only when a model is loaded
+    from transformers import AutoConfig  # noqa: PLC0415 - seconds, paid only when a model is loaded
 
     asked = {} if way == "default" else {"padded": way == "padded"}
     _engine = load("bundled", "cpu", dtype, **asked)

@@ -61,7 +61,7 @@ def load_model(way: Way) -> None:
     global _engine  # noqa: PLW0603
     _engine = load("bundled", "cpu", way.dtype, runtime=way.runtime, padded=way.padded)
     if way.compiled:
-        import torch  # noqa: PLC0415 - seconds, and only paid only when a model is loaded
+        import torch  # noqa: PLC0415 - seconds, paid only when a model is loaded
 
         across: Any = vars(_engine)["_run"]
         across.backbone = torch.compile(across.backbone, dynamic=True)

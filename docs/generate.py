@@ -160,7 +160,7 @@ def figure_rows(_: str) -> Iterator[list[str]]:
     ]
     yield [
         "8 workers; a worker is killed",
-        f"{share:.1%} of 8 times one (stub engine); its jobs run again after "
+        f"{share:.1%} of 8 times one (stub engine); the first of its jobs runs again after "
         f"{crash['killed']['seconds_until_the_first_runs_again']:.0f} s",
     ]
 

@@ -87,7 +87,7 @@ def predict(jobs: Sequence[Pairs]) -> Logits:
 
 def cross_encoder(folder: str) -> Any:
     """Load a model the usual way, in float32, and run it once; it gives raw logits."""
-    import torch  # noqa: PLC0415 - seconds, and only paid only when a model is loaded
+    import torch  # noqa: PLC0415 - seconds, paid only when a model is loaded
     from sentence_transformers import CrossEncoder  # noqa: PLC0415
     from transformers.utils import logging  # noqa: PLC0415
 
