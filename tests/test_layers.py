@@ -33,6 +33,10 @@ ARROWS: dict[str, set[str]] = {
     "rerankq.local": _CLIENT | {"rerankq.ledger"},
     "rerankq.rescoring": _CLIENT,
     "rerankq.doctor": _CLIENT | {"rerankq.ledger", "rerankq.broker", "rerankq.connections", "rerankq.local"},
+    # Of the dialects only the path that reads them knows HTTP; they are pure.
+    "rerankq.gateway.rerank_call": {"rerankq.contract"},
+    "rerankq.gateway.dialects": {"rerankq.contract", "rerankq.errors", "rerankq.gateway.rerank_call"},
+    "rerankq.gateway": _CLIENT | {"rerankq.gateway.rerank_call", "rerankq.gateway.dialects"},
     "rerankq.cli": _CLIENT | {"rerankq.broker", "rerankq.local", "rerankq.rescoring", "rerankq.doctor"},
     "rerankq": {"rerankq.client", "rerankq.contract", "rerankq.errors", "rerankq.settings"},
     "rerankq_worker.engine.protocol": {"rerankq_worker.engine.errors"},
@@ -99,6 +103,9 @@ FOREIGN: dict[str, set[str]] = {
     "tokenizers": _ENGINE_ROOMS,
     "sentence_transformers": _ENGINE_ROOMS,
     "typer": {"rerankq.cli"},
+    "fastapi": {"rerankq.gateway"},
+    "starlette": {"rerankq.gateway"},
+    "uvicorn": {"rerankq.gateway"},
     "rich": {"rerankq.cli"},
 }  # fmt: skip
 
@@ -107,6 +114,8 @@ FOREIGN: dict[str, set[str]] = {
 LAZY_EXCEPTIONS = {
     ("rerankq.cli", "rerankq_worker.fusion"),
     ("rerankq.cli", "numpy"),
+    # Behind the extra [gateway].
+    ("rerankq.cli", "rerankq.gateway"),
     ("rerankq.local", "rerankq_worker.engine"),
 }
 

@@ -9,6 +9,7 @@ RerankqError
 │   └── JobTooLarge      the job is over a limit; send less
 ├── QueueFull            the backlog is at its limit; retry after ``retry_after_s``
 ├── ModelUnknown         no worker serves this model
+├── NoWorker             no worker serves this model at the moment; retry later
 ├── JobFailed            the worker tried and could not
 ├── JobExpired           not started before its deadline
 ├── JobCancelled         somebody cancelled it
@@ -92,6 +93,13 @@ class ModelUnknown(RerankqError):
     retryable = True
 
 
+class NoWorker(RerankqError):
+    """Raised where somebody waits for an answer, and no worker serves the model at the moment."""
+
+    http_status = 503
+    retryable = True
+
+
 class JobFailed(RerankqError):
     """Raised when the worker tried to rank the job and could not; the message says why."""
 
@@ -113,10 +121,20 @@ class JobDead(RerankqError):
 
 
 class JobTimedOut(RerankqError):
-    """Raised when there is no answer within the caller's timeout; the job may still finish."""
+    """Raised when there is no answer within the caller's timeout; the job may still finish.
+
+    From the gateway ``job_id`` names the job, and ``retry_after_s`` says when to try again.
+    """
 
     http_status = 504
     retryable = True
+
+    def __init__(
+        self, message: str, *, job_id: str = "", retry_after_s: float | None = None, accepted: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message, accepted=accepted)
+        self.job_id = job_id
+        self.retry_after_s = retry_after_s
 
 
 class JobUnknown(RerankqError):

@@ -32,14 +32,14 @@ HOW_TO_SET_A_URL = (
 PREFIX = "RERANKQ_"
 ENV_FILE = ".env"
 # Settings of features that do not exist yet: accepted silently, so that a deployment can name them already.
-TO_COME = frozenset({"API_KEYS", "PORT"})
+TO_COME = frozenset({"API_KEYS"})
 
 # Options of a URL that name a file or a folder.
 FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 
 HOUR_S, YEAR_S = 3_600, 31_536_000
 
-Reader = Literal["worker", "producer", "both"]
+Reader = Literal["worker", "producer", "both", "gateway"]
 
 
 def _setting(default: Any, read_by: Reader, description: str, *, unit: str = "", **limits: Any) -> Any:
@@ -188,6 +188,17 @@ class Settings(BaseSettings):
         unit="pairs",
         ge=1,
         le=10**12,
+    )
+    host: str = _setting("127.0.0.1", "gateway", "Address that the gateway listens on.", min_length=1)
+    port: int = _setting(8080, "gateway", "Port that the gateway listens on.", ge=1, le=65_535)
+    request_timeout_s: float = _setting(
+        300,
+        "gateway",
+        "How long the gateway waits for a ranking if the caller names no time limit.",
+        unit="seconds",
+        gt=0,
+        le=HOUR_S,
+        allow_inf_nan=False,
     )
     conf_dir: Path | None = _setting(
         None, "both", "Folder whose models.toml and fusion.toml are read instead of the ones in the package."

@@ -420,6 +420,7 @@ class Worker:
             "pairs_per_s": round(stats.pairs / max(1.0, stats.busy_s), 1) if stats.busy_s else 0,
             "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
             "channel": self.limits.channel,
+            "max_length": self.engine.max_length,
         }
 
     def _can_work(self) -> bool:

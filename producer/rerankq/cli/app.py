@@ -82,6 +82,7 @@ for command in (
     demo.demo,
     services.up,
     services.worker,
+    services.gateway,
     submit.submit,
     jobs.result,
     jobs.status,

@@ -162,7 +162,7 @@ def print_status(status: JobStatus, now: float) -> None:
         print(status.error)
 
 
-def print_stack(stack: Stack, flower: str | None) -> None:
+def print_stack(stack: Stack, flower: str | None, gateway: str | None) -> None:
     """Print how the parts of a stack are reached."""
     url = stack.settings.broker
     read_only = flower_environment(os.environ)["FLOWER_READ_ONLY"] == "true"
@@ -170,7 +170,11 @@ def print_stack(stack: Stack, flower: str | None) -> None:
     # Never the password of a Redis that is not ours.
     print(f"Redis    {url} (embedded: removed when this ends)" if stack.embedded else f"Redis    {masked(url)} (yours)")
     print(f"worker   {stack.settings.model}")
+    print(f"gateway  {gateway or 'not installed: pip install rerankq[gateway]'}")
     print(f"Flower   {f'{flower}{control}' if flower else 'not installed: pip install flower'}")
+    if gateway:
+        body = '{"query": "why tides?", "documents": ["Bread rises.", "The moon pulls the sea."]}'
+        print(f"\nOver HTTP:\n  curl {gateway}/v2/rerank -H 'Content-Type: application/json' -d '{body}'")
     if stack.embedded:
         print(f"\nIn another terminal:\n  export RERANKQ_BROKER_URL='{url}'", flush=True)
 

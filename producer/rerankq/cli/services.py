@@ -11,7 +11,8 @@ import typer
 from ..client.blocking import Client
 from ..local import worker_command
 from ..local.embedded import free_port
-from ..local.stack import Stack, flower_is_installed
+from ..local.stack import Stack, flower_is_installed, gateway_is_installed
+from ..rescoring.inputs import InputFault
 from ..urls import masked
 from . import render
 from .options import Json, Model, connected, settings_with
@@ -19,31 +20,70 @@ from .options import Json, Model, connected, settings_with
 
 def up(
     model: Model = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65_535, help="The gateway's port; if it is in use, a free one is chosen. Default: RERANKQ_PORT."
+        ),
+    ] = None,
     flower_port: Annotated[
         int, typer.Option(min=1, max=65_535, help="Flower's port; if it is in use, a free one is chosen.")
     ] = 5555,
     as_json: Json = False,
 ) -> None:
-    """Run Redis, a worker and Flower on this machine until Ctrl-C. If RERANKQ_BROKER_URL is set, that Redis is used."""
-    port = free_port(flower_port) if flower_is_installed() else None
-    flower = f"http://127.0.0.1:{port}" if port else None
+    """Run Redis, a worker, the gateway and Flower on this machine until Ctrl-C.
+
+    If RERANKQ_BROKER_URL is set, that Redis is used.
+    """
+    settings = settings_with(model=model)
+    settings = settings.model_copy(update={"port": free_port(port or settings.port)})
+    own_port = free_port(flower_port) if flower_is_installed() else None
+    flower = f"http://127.0.0.1:{own_port}" if own_port else None
+    address = f"http://127.0.0.1:{settings.port}" if gateway_is_installed() else None
     with (
-        Stack(settings_with(model=model), flower_port=port, quiet=False, notify=render.print_line) as stack,
+        Stack(
+            settings, gateway=address is not None, flower_port=own_port, quiet=False, notify=render.print_line
+        ) as stack,
         Client(stack.settings) as client,
     ):
         if not as_json:
-            render.print_stack(stack, flower)
+            render.print_stack(stack, flower, address)
         stack.wait_until_ready(client)
         if as_json:
             url = stack.settings.broker if stack.embedded else masked(stack.settings.broker)
             render.print_json(
-                {"broker_url": url, "embedded": stack.embedded, "model": stack.settings.model, "flower": flower}
+                {
+                    "broker_url": url,
+                    "embedded": stack.embedded,
+                    "model": stack.settings.model,
+                    "gateway": address,
+                    "flower": flower,
+                }
             )
         else:
             print("\nReady. Ctrl-C stops everything.", flush=True)
         while True:
             stack.supervise()
             time.sleep(0.5)
+
+
+def gateway(
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on. Default: RERANKQ_HOST, else the loopback.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65_535, help="Port to listen on. Default: RERANKQ_PORT, else 8080.")
+    ] = None,
+) -> None:
+    """Run the gateway: rerank jobs over HTTP, in its own API and in the dialects of other servers."""
+    if not gateway_is_installed():
+        raise InputFault("the gateway's packages are not installed: pip install 'rerankq[gateway]'")
+    # Here, not at the top: everything else runs without those packages.
+    from ..gateway import server  # noqa: PLC0415
+
+    settings = connected()
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    server.serve(settings.model_copy(update=given))
 
 
 def worker(

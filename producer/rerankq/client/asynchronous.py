@@ -15,7 +15,7 @@ from typing import Any, Self
 from .. import catalogue, errors
 from ..broker.celery_app import make_app
 from ..broker.doorbells import DoorbellSender
-from ..contract import ENDED, Chunk, DeadJob, JobStatus, Ranking, RerankJob, State, parse_job
+from ..contract import ENDED, Chunk, DeadJob, JobStatus, Ranking, State, parse_job
 from ..errors import (
     ClientClosed,
     ClientUnusable,
@@ -356,6 +356,17 @@ class AsyncClient:
             found = await self._here().ledger.workers()
         return [worker for worker in found if worker.age_s <= self.limits.lease_policy.alive_for_s]
 
+    async def serving(self, model: str | None = None) -> tuple[str, list[WorkerInfo]]:
+        """Name the model that ranks the jobs that name *model* (None = the default), and list its living workers.
+
+        Raises:
+            ModelUnknown: if the deployment does not have it.
+        """
+        route = await self._route_of(model)
+        live_s = self.limits.lease_policy.alive_for_s
+        live = [one for one in self._workers if one.age_s <= live_s and one.queues and one.suffix == route.suffix]
+        return route.model, live
+
     async def aclose(self) -> None:
         """Send the doorbells that are left and close the connections; whoever still waits gets a ClientClosed."""
         await self._disconnect()
@@ -408,7 +419,7 @@ class AsyncClient:
     async def _prepare(self, data: Job) -> NewJob:
         refuse_too_large(data, self.settings)
         job = parse_job(data)
-        return prepare(job, await self._route(job), self.settings)
+        return prepare(job, await self._route_of(job.model), self.settings)
 
     def _begin_to_submit(self, new_jobs: list[NewJob]) -> asyncio.Task[list[str]]:
         here = self._here()
@@ -450,9 +461,9 @@ class AsyncClient:
             )
         return None
 
-    async def _route(self, job: RerankJob) -> Route:
+    async def _route_of(self, model: str | None) -> Route:
         await self._refresh_registry(not_before=time.monotonic() - REGISTRY_TTL_S)
-        name = None if job.model is None else catalogue.canonical(job.model, self.settings.conf_dir)
+        name = None if model is None else catalogue.canonical(model, self.settings.conf_dir)
         try:
             return self._find_route(name)
         except ModelUnknown:

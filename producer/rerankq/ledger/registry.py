@@ -22,6 +22,7 @@ class WorkerInfo(NamedTuple):
     device: str = ""
     process: str = ""
     channel: str = ""
+    max_length: int = 0  # tokens of a pair that its model reads; 0 = an older version, which does not say
 
     @property
     def suffix(self) -> str:
@@ -54,4 +55,5 @@ def _worker(name: str, entry: str, now: float) -> WorkerInfo:
         device=str(info.get("device", "")),
         process=str(info.get("process", "")),
         channel=str(info.get("channel", "")),
+        max_length=int(info.get("max_length", 0)),
     )

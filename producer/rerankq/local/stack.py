@@ -1,4 +1,4 @@
-"""Redis, a worker and Flower on this machine: supervised, restarted when they die, stopped together."""
+"""Redis, a worker, the gateway and Flower on this machine: supervised, restarted when they die, stopped together."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Stack:
     Args:
         settings: without a ``broker_url`` an embedded Redis is started.
         embedded: start one in any case.
+        gateway: run the gateway too, at the settings' port.
         flower_port: where Flower listens on the loopback; None = no Flower.
         quiet: show the processes' output only if one cannot be started.
         notify: called with a message when a process dies.
@@ -37,12 +38,14 @@ class Stack:
         settings: Settings,
         *,
         embedded: bool = False,
+        gateway: bool = False,
         flower_port: int | None = None,
         quiet: bool = True,
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.settings = settings
         self.embedded = embedded or not settings.broker_url
+        self._gateway = gateway
         self._flower_port = flower_port
         self._quiet = quiet
         self._notify = notify
@@ -58,6 +61,8 @@ class Stack:
                 self.settings = settings_for(self._redis.url, self.settings)
             opening.callback(self.stop)
             self._add("worker", worker_command.command(name="rerankq"))
+            if self._gateway:
+                self._add("gateway", gateway_command(self.settings))
             if self._flower_port is not None:
                 self._add("Flower", flower_command(self._flower_port), flower_environment(os.environ))
             self._open = opening.pop_all()
@@ -154,6 +159,16 @@ def flower_command(port: int) -> list[str]:
         # Its defaults keep 100 000 tasks and every worker that ever was.
         *("--max-tasks=20000", "--purge-offline-workers=300", "--logging=error"),
     ]
+
+
+def gateway_command(settings: Settings) -> list[str]:
+    """Return the command that runs the gateway on the loopback."""
+    return [sys.executable, "-m", "rerankq.cli", "gateway", "--host", "127.0.0.1", "--port", str(settings.port)]
+
+
+def gateway_is_installed() -> bool:
+    """Whether the gateway can be run here."""
+    return find_spec("fastapi") is not None and find_spec("uvicorn") is not None
 
 
 def flower_is_installed() -> bool:

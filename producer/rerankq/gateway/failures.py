@@ -1,0 +1,94 @@
+"""Errors as responses: a body that the clients of every dialect can read."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..errors import BrokerUnavailable, RerankqError
+
+logger = logging.getLogger("rerankq.gateway")
+
+# Seconds after which to try again where nothing better is known.
+RETRY_AFTER_S = 5.0
+# As Text Embeddings Inference names kinds of errors.
+_ERROR_TYPES = {401: "unauthorized", 403: "unauthorized", 429: "overloaded", 503: "unhealthy", 504: "overloaded"}
+
+
+def failure(
+    status: int,
+    message: str,
+    *,
+    kind: str = "",
+    field: str = "",
+    retry_after_s: float | None = None,
+    more: dict[str, Any] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """Answer an error. Cohere's clients read ``message``, Jina's and Xinference's ``detail``, TEI's the other two."""
+    body = {
+        "message": message,
+        "detail": message,
+        "error": message,
+        "error_type": _ERROR_TYPES.get(status, "validation" if status < 500 else "backend"),
+        "code": kind,
+        **({"field": field} if field else {}),
+        **(more or {}),
+    }
+    told = dict(headers or {})
+    if retry_after_s is not None:
+        told["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    return Response(to_json(body), status, told, media_type="application/json")
+
+
+def of_error(error: RerankqError) -> Response:
+    """Answer an error of ours, with the status that it knows."""
+    job_id = getattr(error, "job_id", "")
+    more = {"job_id": job_id} if job_id else {}
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is None and error.http_status == 503:
+        retry_after_s = RETRY_AFTER_S
+    return failure(
+        error.http_status,
+        # Where the ledger is, is nobody's business out there.
+        "the queue cannot be reached; try again" if isinstance(error, BrokerUnavailable) else str(error),
+        kind=type(error).__name__,
+        field=getattr(error, "field", ""),
+        retry_after_s=retry_after_s,
+        more={**more, "accepted": error.accepted} if error.accepted else more,
+    )
+
+
+async def on_error(_: Request, error: Exception) -> Response:
+    """Answer an error of ours."""
+    assert isinstance(error, RerankqError)  # noqa: S101 - registered for this type
+    if error.http_status >= 500:
+        logger.warning("%s: %s", type(error).__name__, error)
+    return of_error(error)
+
+
+async def on_http_exception(_: Request, error: Exception) -> Response:
+    """Answer what the framework raises: no such path, wrong method, too large."""
+    assert isinstance(error, HTTPException)  # noqa: S101
+    return failure(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+
+async def on_invalid_request(_: Request, error: Exception) -> Response:
+    """Answer a request whose parameters are wrong, naming them."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:])
+    return failure(422, f"{field}: {first['msg']}", kind="RequestInvalid", field=field)
+
+
+async def on_unexpected(_: Request, error: Exception) -> Response:
+    """Answer a bug of ours without its details."""
+    logger.error("unexpected error", exc_info=error)
+    return failure(500, "internal error", kind="InternalError")

@@ -1,0 +1,187 @@
+"""The synchronous side of the gateway: a call becomes a job, its caller waits, and the job ends when the wait does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from .. import catalogue
+from ..client.asynchronous import AsyncClient
+from ..contract import Ranking
+from ..errors import JobExpired, JobTimedOut, NoWorker, RerankqError
+from .call_options import split_model
+from .hosted_models import is_hosted_elsewhere
+from .rerank_call import CallOptions, RerankCall, RerankReply, first_stage_reply, job_of_call, reply_of
+
+logger = logging.getLogger("rerankq.gateway")
+
+T = TypeVar("T")
+# Seconds after its caller's time for which a job may still be started: it is cancelled before, if the gateway lives.
+DEADLINE_MARGIN_S = 1.0
+# Seconds after which a call that had no time may be tried again.
+RETRY_AFTER_S = 5.0
+
+
+class CallerGone(Exception):
+    """Raised where the caller has closed its connection."""
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await *work*; if the caller hangs up first, cancel it.
+
+    Raises:
+        CallerGone: if it hung up.
+    """
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise CallerGone
+        return working.result()
+    finally:
+        gone.cancel()
+        if not working.done():
+            working.cancel()
+            with suppress(asyncio.CancelledError):
+                await working
+
+
+async def _gone(request: Request) -> None:
+    # The body has been read: what comes next is the end of the connection.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Waiters:
+    """Who waits for which job in this process: a job is not cancelled while somebody else waits for it."""
+
+    def __init__(self) -> None:
+        self._waiting: Counter[str] = Counter()
+
+    @contextmanager
+    def waiting(self, job_id: str) -> Iterator[None]:
+        """Count one more for as long as the block lasts."""
+        self._waiting[job_id] += 1
+        try:
+            yield
+        finally:
+            self._waiting[job_id] -= 1
+            if not self._waiting[job_id]:
+                del self._waiting[job_id]
+
+    def __getitem__(self, job_id: str) -> int:
+        return self._waiting[job_id]
+
+    def __len__(self) -> int:
+        return self._waiting.total()
+
+
+class Ranker:
+    """Ranks calls through the queue.
+
+    Each call has a job of its own, so that its end disturbs nobody; equal pairs are still computed once.
+    """
+
+    def __init__(self, client: AsyncClient, *, timeout_s: float) -> None:
+        self.client = client
+        self.waiters = Waiters()
+        self._timeout_s = timeout_s
+        self._cancelling: set[asyncio.Task[None]] = set()
+
+    async def rank(self, call: RerankCall, options: CallOptions) -> RerankReply:
+        """Rank a call's documents.
+
+        Raises:
+            JobTimedOut: after the caller's time, with ``job_id``; the job was cancelled unless somebody waits for it.
+            NoWorker: if no worker serves the model.
+            RerankqError: as ``AsyncClient.submit`` and ``result`` do.
+        """
+        call, options = await self._resolved(call, options)
+        timeout_s = self._timeout_s if options.timeout_s is None else options.timeout_s
+        job_id = f"call-{secrets.token_hex(16)}"
+        job = job_of_call(call, options, job_id=job_id, timeout_s=timeout_s + DEADLINE_MARGIN_S)
+        if job is None:
+            model = await self._require_worker(call.model)
+            return reply_of(call, options, Ranking(job_id="", model={"name": model, "fingerprint": ""}, chunks=[]))
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._require_worker(call.model)
+                await self.client.submit(job)
+        except TimeoutError:
+            return self._late(call, options, job_id, timeout_s)
+        try:
+            with self.waiters.waiting(job_id):
+                ranking = await self.client.result(job_id, max(0.0, timeout_s - (time.monotonic() - began)))
+        except (JobTimedOut, JobExpired):
+            self._cancel(job_id)
+            return self._late(call, options, job_id, timeout_s)
+        except asyncio.CancelledError:
+            self._cancel(job_id)
+            raise
+        return reply_of(call, options, ranking)
+
+    def _late(self, call: RerankCall, options: CallOptions, job_id: str, timeout_s: float) -> RerankReply:
+        if options.on_timeout == "first-stage":
+            return first_stage_reply(call, job_id=job_id, model=call.model or "")
+        message = f"job {job_id}: no ranking within {timeout_s:g} s; it was cancelled"
+        raise JobTimedOut(message, job_id=job_id, retry_after_s=RETRY_AFTER_S) from None
+
+    async def _resolved(self, call: RerankCall, options: CallOptions) -> tuple[RerankCall, CallOptions]:
+        """Split the model's name, map names of hosted models, and clamp lengths to what the model reads."""
+        conf_dir = self.client.settings.conf_dir
+        model, profile = split_model(call.model, catalogue.profiles(conf_dir))
+        if profile is not None and options.fusion is None:
+            options = replace(options, fusion=profile)
+        workers = await self.client.workers()
+        if model is not None:
+            name = catalogue.canonical(model, conf_dir)
+            served = {known for worker in workers for known in (worker.model, *worker.aliases)}
+            if name not in served and is_hosted_elsewhere(model):
+                model = None
+        longest = min((worker.max_length for worker in workers if worker.max_length), default=None)
+        if call.max_length is not None and longest is not None:
+            call = replace(call, max_length=max(8, min(call.max_length, longest)))
+        return replace(call, model=model), options
+
+    async def _require_worker(self, model: str | None) -> str:
+        """Answer the full name of the model that will rank the call.
+
+        Raises:
+            NoWorker: if the deployment has it, and no worker serves it now.
+            ModelUnknown: if it does not have it.
+        """
+        name, live = await self.client.serving(model)
+        if not live:
+            raise NoWorker(f"no worker serves {name!r} at the moment")
+        return name
+
+    def _cancel(self, job_id: str) -> None:
+        """Cancel a job that nobody waits for, beside the caller's own end."""
+        if self.waiters[job_id]:
+            return
+        task = asyncio.create_task(self._cancel_quietly(job_id))
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
+
+    async def _cancel_quietly(self, job_id: str) -> None:
+        try:
+            await self.client.cancel(job_id)
+        except RerankqError as error:
+            # Its deadline ends it.
+            logger.info("cannot cancel job %s: %s", job_id, error)
+
+    async def aclose(self) -> None:
+        """Wait for cancellations under way."""
+        if self._cancelling:
+            await asyncio.wait(self._cancelling, timeout=2.0)

@@ -1,0 +1,161 @@
+"""A rerank call of any dialect and its reply, in our words: to a job and back. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..contract import Chunk, Fusion, Priority, RankedChunk, Ranking, RerankJob, Timings
+
+# Scores of a document that is empty or blank: it ranks last. As a probability, and as a logit.
+BLANK_SCORE, BLANK_LOGIT = 0.0, -100.0
+
+
+@dataclass(frozen=True, slots=True)
+class RerankCall:
+    """What a caller asks, in any dialect. ``top_n`` None: all documents. ``max_length``: tokens of a pair."""
+
+    query: str
+    documents: tuple[Chunk, ...]
+    model: str | None = None
+    top_n: int | None = None
+    raw_scores: bool = False
+    priority: Priority | None = None
+    max_length: int | None = None
+    query_max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """What a caller asks beside the dialect, by headers. ``fusion`` None: the model's probability is the score."""
+
+    fusion: Fusion | str | None = None
+    priority: Priority | None = None
+    tenant: str = ""
+    cache: Literal["use", "refresh", "bypass"] = "use"
+    timeout_s: float | None = None
+    on_timeout: Literal["error", "first-stage"] = "error"
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RankedDocument:
+    """A document's place: its position in the call, its score, and what the ranking says of it (None: not ranked)."""
+
+    index: int
+    score: float
+    ranked: RankedChunk | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RerankReply:
+    """The documents best first, at most ``top_n``, and what they cost. ``tokens`` were computed for this call."""
+
+    job_id: str
+    model: str
+    documents: tuple[RankedDocument, ...]
+    tokens: int = 0
+    pairs: int = 0
+    cached_pairs: int = 0
+    truncated_pairs: int = 0
+    degraded: bool = False
+    timings_ms: Timings = field(default_factory=Timings)
+
+    @property
+    def billed_tokens(self) -> int:
+        """Tokens as other servers tell them: clients take 0 for a fault."""
+        return max(1, self.tokens)
+
+
+def is_blank(chunk: Chunk) -> bool:
+    """Whether there is nothing that a model could read."""
+    return not chunk.model_text or chunk.model_text.isspace()
+
+
+def job_of_call(call: RerankCall, options: CallOptions, *, job_id: str, timeout_s: float) -> RerankJob | None:
+    """Make the job of a call: its blank documents are left out; None if all are blank.
+
+    Raises:
+        JobRejected: naming the field, if no job can be made of it.
+    """
+    chunks = [chunk for chunk in call.documents if not is_blank(chunk)]
+    # Made even if nothing is to be ranked: a call that is wrong is wrong with blank documents, too.
+    more: dict[str, object] = {}
+    if call.max_length is not None:
+        more["max_length"] = call.max_length
+    if call.query_max_tokens is not None:
+        more["query_max_tokens"] = call.query_max_tokens
+    job = RerankJob(
+        id=job_id,
+        query=call.query,
+        chunks=chunks or ["-"],
+        model=call.model,
+        fusion="model" if options.fusion is None else options.fusion,
+        priority=options.priority or call.priority or "interactive",
+        tenant=options.tenant,
+        cache=options.cache,
+        deadline_s=timeout_s,
+        **more,
+    )
+    return job if chunks else None
+
+
+def reply_of(call: RerankCall, options: CallOptions, ranking: Ranking) -> RerankReply:
+    """Order a call's documents by a ranking of those that are not blank; these come last.
+
+    The score is the model's probability; with ``raw_scores`` its logit; if a fusion was asked for, the fused score.
+    """
+    sent = [at for at, chunk in enumerate(call.documents) if not is_blank(chunk)]
+    raw = call.raw_scores and options.fusion is None
+    documents = [RankedDocument(sent[chunk.index], _score(chunk, raw=raw), chunk) for chunk in ranking.chunks]
+    lowest = min((document.score for document in documents), default=0.0)
+    documents += blank_documents(call, below=lowest, raw=raw)
+    return RerankReply(
+        job_id=ranking.job_id,
+        model=ranking.model.name,
+        documents=tuple(documents[: call.top_n]),
+        tokens=ranking.usage.tokens,
+        pairs=ranking.usage.pairs,
+        cached_pairs=ranking.usage.cached_pairs,
+        truncated_pairs=ranking.usage.truncated_pairs,
+        timings_ms=ranking.timings_ms,
+    )
+
+
+def blank_documents(call: RerankCall, *, below: float, raw: bool) -> list[RankedDocument]:
+    """Give the blank documents in their order, with a score that no other one is below."""
+    score = min(BLANK_LOGIT if raw else BLANK_SCORE, below)
+    return [RankedDocument(at, score) for at, chunk in enumerate(call.documents) if is_blank(chunk)]
+
+
+def _score(chunk: RankedChunk, *, raw: bool) -> float:
+    return chunk.model_logit if raw and chunk.model_logit is not None else chunk.score
+
+
+def first_stage_reply(call: RerankCall, *, job_id: str, model: str) -> RerankReply:
+    """Answer with the caller's own order: by the scores that it sent, else as it sent them, with falling scores.
+
+    >>> call = RerankCall("q", (Chunk(text="a", vector_score=0.2), Chunk(text="b", vector_score=0.9)))
+    >>> [(document.index, document.score) for document in first_stage_reply(call, job_id="", model="").documents]
+    [(1, 0.9), (0, 0.2)]
+    >>> call = RerankCall("q", (Chunk(text="a"), Chunk(text="b")))
+    >>> [(document.index, document.score) for document in first_stage_reply(call, job_id="", model="").documents]
+    [(0, 1.0), (1, 0.5)]
+    """
+    scores = first_stage_scores(call.documents)
+    order = sorted(range(len(scores)), key=lambda at: (-scores[at], at))
+    documents = tuple(RankedDocument(at, scores[at]) for at in order[: call.top_n])
+    return RerankReply(job_id=job_id, model=model, documents=documents, degraded=True)
+
+
+def first_stage_scores(documents: Sequence[Chunk]) -> list[float]:
+    """Read the scores that a caller sent, vector before keyword; if there is none, the order that it sent as scores."""
+    for name in ("vector_score", "keyword_score"):
+        found = [getattr(chunk, name) for chunk in documents]
+        known = [score for score in found if score is not None and math.isfinite(score)]
+        if known:
+            lowest = min(known)
+            return [score if score is not None and math.isfinite(score) else min(0.0, lowest) for score in found]
+    return [(len(documents) - at) / len(documents) for at in range(len(documents))]

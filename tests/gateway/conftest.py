@@ -1,0 +1,112 @@
+"""A gateway with a real worker behind it, and gateways of a test's own."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+import uvicorn
+
+from rerankq import Client
+from rerankq.gateway.app import create_app
+from rerankq.local.embedded import free_port
+from rerankq.local.stack import Stack
+from rerankq.settings import Settings
+
+QUERY = "why do tides rise and fall?"
+# The second is right for the query, whatever order the others get.
+DOCUMENTS = [
+    "Bread rises because yeast makes gas.",
+    "Tides rise and fall because the moon's gravity pulls the sea.",
+    "The stock market fell on Monday.",
+]
+
+
+@pytest.fixture(scope="session")
+def deployment() -> Iterator[Stack]:
+    """Redis, a worker with the bundled model and a gateway, each a process of its own, for all tests of a process."""
+    settings = Settings(model="bundled", port=free_port(0), _env_file=None)
+    with Stack(settings, embedded=True, gateway=True) as stack, Client(stack.settings) as client:
+        stack.wait_until_ready(client)
+        wait_for_gateway(url_of(settings))
+        yield stack
+
+
+def url_of(settings: Settings) -> str:
+    return f"http://127.0.0.1:{settings.port}"
+
+
+def wait_for_gateway(url: str, seconds: float = 60) -> None:
+    ends = time.monotonic() + seconds
+    while True:
+        try:
+            httpx.get(f"{url}/openapi.json")
+        except httpx.TransportError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+@pytest.fixture
+def url(deployment: Stack) -> str:
+    """The address of the gateway that has a worker."""
+    return url_of(deployment.settings)
+
+
+@pytest.fixture
+def http(url: str) -> Iterator[httpx.Client]:
+    """Talks to the gateway that has a worker."""
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+class RunningGateway:
+    """A gateway in a thread of this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings.model_copy(update={"port": free_port(0)})
+        self.url = url_of(self.settings)
+        config = uvicorn.Config(
+            create_app(self.settings), port=self.settings.port, log_level="error", timeout_graceful_shutdown=5
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
+        self.thread.start()
+        wait_for_gateway(self.url)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def start_gateway(redis_url: str) -> Iterator[Callable[..., RunningGateway]]:
+    """Start gateways on an empty Redis, without a worker unless the test starts one; settings by keyword."""
+    with ExitStack() as running:
+
+        def start(**given) -> RunningGateway:
+            settings = Settings(**{"broker_url": redis_url, "model": "stub", "_env_file": None, **given})
+            gateway = RunningGateway(settings)
+            running.callback(gateway.stop)
+            return gateway
+
+        yield start
+
+
+@pytest.fixture
+def start_worker() -> Iterator[Callable[[Settings], None]]:
+    """Start a worker of the settings' model."""
+    with ExitStack() as running:
+
+        def start(settings: Settings) -> None:
+            stack = running.enter_context(Stack(settings))
+            with Client(settings) as client:
+                stack.wait_until_ready(client)
+
+        yield start
