@@ -125,7 +125,7 @@ def test_the_environment_is_made_of_real_settings_and_points_each_role_at_its_se
 def test_every_setting_that_workers_read_is_passed_on_to_them():
     environment = SERVICES["worker"]["environment"]
     passed_on = {name.removeprefix("RERANKQ_").lower() for name in environment}
-    assert {name for name in Settings.model_fields if read_by(name) != "producer"} - passed_on == set()
+    assert {name for name in Settings.model_fields if read_by(name) in {"worker", "both"}} - passed_on == set()
 
 
 ROLES = {"BROKER": ("redis", "0"), "LEDGER": ("redis", "1"), "CACHE": ("redis-cache", "0")}

@@ -94,7 +94,7 @@ class ModelUnknown(RerankqError):
 
 
 class NoWorker(RerankqError):
-    """Raised where somebody waits for an answer, and no worker serves the model at the moment."""
+    """Raised when somebody waits for an answer, and no worker serves the model at the moment."""
 
     http_status = 503
     retryable = True

@@ -16,14 +16,6 @@ from rerankq.local.embedded import free_port
 from rerankq.local.stack import Stack
 from rerankq.settings import Settings
 
-QUERY = "why do tides rise and fall?"
-# The second is right for the query, whatever order the others get.
-DOCUMENTS = [
-    "Bread rises because yeast makes gas.",
-    "Tides rise and fall because the moon's gravity pulls the sea.",
-    "The stock market fell on Monday.",
-]
-
 
 @pytest.fixture(scope="session")
 def deployment() -> Iterator[Stack]:

@@ -6,7 +6,7 @@ import threading
 
 import httpx
 import pytest
-from conftest import DOCUMENTS, QUERY
+from tides import DOCUMENTS, QUERY
 
 from rerankq import Client
 

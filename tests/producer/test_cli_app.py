@@ -212,6 +212,7 @@ def test_every_command_has_help_and_loads_no_torch():
         "dead",
         "demo",
         "doctor",
+        "gateway",
         "rescore",
         "result",
         "status",

@@ -17,6 +17,7 @@ STATUS = {
     "ClientUnusable": (500, False),
     "JobRejected": (422, False),
     "JobTooLarge": (413, False),
+    "NoWorker": (503, True),
     "QueueFull": (429, True),
     "ModelUnknown": (404, True),
     "JobFailed": (500, False),

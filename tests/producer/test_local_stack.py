@@ -109,7 +109,7 @@ def test_guard_returns_the_exit_status_of_its_program(code, status):
 
 def test_password_of_a_foreign_redis_is_not_printed(capsys):
     url = "redis://me:s3cret@redis.example:6379/0"
-    render.print_stack(Stack(Settings(_env_file=None, broker_url=url)), None)
+    render.print_stack(Stack(Settings(_env_file=None, broker_url=url)), None, None)
     message = capsys.readouterr().out
     assert "redis://me:***@redis.example:6379/0 (yours)" in message
     assert "s3cret" not in message

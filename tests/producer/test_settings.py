@@ -264,7 +264,7 @@ def test_a_variable_that_is_almost_a_setting_is_warned_of_once(
 
 
 def test_every_setting_says_who_reads_it():
-    assert {read_by(name) for name in Settings.model_fields} == {"both", "producer", "worker"}
+    assert {read_by(name) for name in Settings.model_fields} == {"both", "gateway", "producer", "worker"}
     assert (read_by("device"), read_by("max_chunks"), read_by("broker_url")) == ("worker", "producer", "both")
 
 
