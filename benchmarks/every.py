@@ -30,6 +30,7 @@ QUESTIONS = (
     ("scaling.py",),
     ("submitting.py",),
     ("memory.py",),
+    ("gateway_load.py",),
     ("gpu_engine.py",),
     ("gpu_worker.py",),
     ("together.py", "--jobs", "40"),

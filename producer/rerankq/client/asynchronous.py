@@ -356,6 +356,11 @@ class AsyncClient:
             found = await self._here().ledger.workers()
         return [worker for worker in found if worker.age_s <= self.limits.lease_policy.alive_for_s]
 
+    async def recent_workers(self) -> list[WorkerInfo]:
+        """List the workers that were alive a second ago at most: costs nothing most of the time."""
+        await self._refresh_registry(not_before=time.monotonic() - REGISTRY_TTL_S)
+        return [worker for worker in self._workers if worker.age_s <= self.limits.lease_policy.alive_for_s]
+
     async def serving(self, model: str | None = None) -> tuple[str, list[WorkerInfo]]:
         """Name the model that ranks the jobs that name *model* (None = the default), and list its living workers.
 

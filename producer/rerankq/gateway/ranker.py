@@ -143,7 +143,7 @@ class Ranker:
         model, profile = split_model(call.model, catalogue.profiles(conf_dir))
         if profile is not None and options.fusion is None:
             options = replace(options, fusion=profile)
-        workers = await self.client.workers()
+        workers = await self.client.recent_workers()
         if model is not None:
             name = catalogue.canonical(model, conf_dir)
             served = {known for worker in workers for known in (worker.model, *worker.aliases)}
