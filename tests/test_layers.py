@@ -68,14 +68,17 @@ ARROWS: dict[str, set[str]] = {
     "rerankq_worker.slots": {"rerankq.contract", "rerankq.ledger"},
     "rerankq_worker.shutdown": set(),
     "rerankq_worker.processes": set(),
+    "rerankq_worker.crash_record": {"rerankq_worker.processes"},
     "rerankq_worker.leases": _DATA | {"rerankq.ledger", "rerankq_worker.work"},
-    "rerankq_worker.sweeping": _DATA | {"rerankq.ledger", "rerankq_worker.processes"},
+    "rerankq_worker.sweeping": _DATA | {
+        "rerankq.ledger", "rerankq_worker.processes", "rerankq_worker.crash_record",
+    },
     # The composition root.
     "rerankq_worker.worker": _CLIENT | {"rerankq.ledger", "rerankq.broker"} | {
         f"rerankq_worker.{name}"
         for name in (
             "engine", "fusion", "cache", "scoring", "reranker", "work", "leases", "locks", "slots", "sweeping",
-            "shutdown",
+            "shutdown", "crash_record",
         )
     },
     "rerankq_worker.celery_consumer": {"rerankq.broker", "rerankq_worker.worker", "rerankq_worker.doorbell"},

@@ -160,3 +160,20 @@ def test_the_interval_of_readings_begins_anew_after_an_outage():
         assert second[1] - second[0] == pytest.approx(0.5, abs=0.3)
 
     run(work)
+
+
+class DroppedConnection(Connection):
+    """Confirms what is subscribed to, and is lost a second later."""
+
+    async def read_response(self) -> list[Any]:
+        async with asyncio.timeout(1):
+            return await self.answers.get()
+
+
+def test_a_connection_that_received_something_is_replaced_at_once_however_often(caplog: pytest.LogCaptureFixture):
+    async def work() -> None:
+        opened = await wait([DroppedConnection() for _ in range(1_000)], 60)
+        assert 50 <= len(opened) <= 61
+
+    run(work)
+    assert caplog.messages == [], "rankings came meanwhile"

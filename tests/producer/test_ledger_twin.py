@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 
 from rerankq.contract import ENDED, ModelName, Ranking
 from rerankq.ledger import Ledger, LedgerLimits, NewJob, calls, connect
+from rerankq.ledger.lease_policy import SPARED_AT_MOST
 
 TERMS = LedgerLimits("twin", result_ttl_s=1_000, doorbell_window=2, max_queued_pairs=14, max_attempts=2, lease_s=1_000)
 QUEUES = ("rerankq.interactive", "rerankq.bulk")
@@ -57,6 +58,7 @@ class TwinJob:
     deaths: int = 0
     forgiven: int = 0
     suspect: int = 0
+    spared: int = 0
     lease_over: bool = False
     pairs_done: int = 0
     error_type: str = ""
@@ -252,8 +254,31 @@ class Twin:
         job = self.jobs[name]
         self.queue_again(job, suspect=1)
         job.forgiven = job.fence
-        job.claims, job.deaths, job.pairs_done, job.error_type, job.lost = 0, 0, 0, "", False
+        job.claims, job.deaths, job.spared, job.pairs_done, job.error_type, job.lost = 0, 0, 0, 0, "", False
         return "queued", self.may_send(name)
+
+    def recover(self, worker: str, waiting: list[tuple[str, int]]) -> tuple[int, int, int]:
+        """It has ended for certain: nothing is waited for, and nothing is ever taken back."""
+        self.registered.discard(worker)
+        self.accused.pop(worker, None)
+        alone = self.alone.pop(worker, None)
+        spared = suspects = dead = 0
+        for name, job in self.jobs.items():
+            if job.state != "running" or job.owner != worker:
+                continue
+            only_waited = (name, job.fence) in waiting and alone is None and job.spared < SPARED_AT_MOST
+            job.spared += only_waited
+            innocent = only_waited or alone not in {None, name}
+            job.suspect += not innocent
+            job.deaths += alone == name
+            spared += innocent
+            if alone == name and job.deaths >= TERMS.max_attempts:
+                dead += 1
+                self.end(job, "dead", "JobDead")
+                continue
+            suspects += not innocent
+            self.queue_again(job, suspect=job.suspect)
+        return spared, suspects, dead
 
     def sweep(self, *, watched: bool, held_by_broker: dict[str, int]) -> tuple[int, int, int, int]:
         lapsed = dead = 0
@@ -524,7 +549,7 @@ class BothLedgers(RuleBasedStateMachine):
         else:
             assert (found.queue, found.tenant, found.pairs, found.deaths) == (*job.line, job.pairs, job.deaths)
             assert (found.payload, found.label) == (job.payload.decode(), f"label of {name}")
-            assert found.history[-1].event in {"lease-over", "came-back"}
+            assert found.history[-1].event in {"lease-over", "worker-ended", "came-back"}
 
     @rule(name=ids)
     def snapshot(self, name: str) -> None:
@@ -590,6 +615,29 @@ class BothLedgers(RuleBasedStateMachine):
     def worker_dies(self, data: st.DataObject) -> None:
         running = [job.owner for job in self.twin.jobs.values() if job.state == "running"]
         self._die(data.draw(st.sampled_from(sorted(set(running)))))
+
+    @rule(data=st.data(), worker=owners)
+    def worker_is_found_ended(self, data: st.DataObject, worker: str) -> None:
+        self._recover(worker, data.draw(st.lists(self.leases(), max_size=4)))
+
+    def _recover(self, worker: str, waiting: list[tuple[str, int]]) -> None:
+        assert self.ask(calls.recover(worker, waiting, TERMS)) == self.twin.recover(worker, waiting)
+
+    @precondition(lambda self: any(job.state == "queued" for job in self.twin.jobs.values()))
+    @rule(data=st.data(), owner=owners, alone=st.booleans(), times=st.integers(1, SPARED_AT_MOST + 1))
+    def worker_takes_some_and_is_found_ended(self, data: st.DataObject, owner: str, alone: bool, times: int) -> None:
+        queued = [name for name, job in self.twin.jobs.items() if job.state == "queued" and not job.expires]
+        if not queued:
+            return
+        taken = data.draw(st.lists(st.sampled_from(queued), min_size=1, max_size=4, unique=True))
+        for _ in range(times):
+            for name in taken:
+                self._claim(name, owner)
+            held = [(name, self.twin.jobs[name].fence) for name in taken if self.twin.jobs[name].state == "running"]
+            if alone and held:
+                name, fence = held[-1]
+                assert self.ask(calls.isolate(name, fence, owner)) == self.twin.isolate(name, fence, owner)
+            self._recover(owner, held[: data.draw(st.integers(0, len(held)))])
 
     @precondition(lambda self: any(job.state == "queued" for job in self.twin.jobs.values()))
     @rule(data=st.data(), owner=owners, alone=st.booleans())
@@ -668,6 +716,7 @@ class BothLedgers(RuleBasedStateMachine):
             assert (real["queue"], real["tenant"], real["priority"]) == (job.queue, job.tenant, job.priority)
             assert (real["fence"], real["claims"]) == (str(job.fence), str(job.claims))
             assert (real["deaths"], real["suspect"]) == (str(job.deaths), str(job.suspect))
+            assert int(real.get("spared", 0)) == job.spared
             assert real.get("owner", "") == job.owner
             assert (real["deadline"] == "") == (job.deadline is None)
             if job.deadline:

@@ -215,6 +215,90 @@ def test_a_pair_already_on_the_device_can_still_be_shared(started, make_engine):
     assert len(engine.batches) == 1
 
 
+def test_a_job_is_on_the_device_before_each_launch_with_its_pairs_and_not_after_the_last(started, make_engine):
+    engine, noted, at_launches = make_engine(), [], []
+    pairs = engine.tokenise("q", CHUNKS)
+    own, launch = {pair.ids.tobytes() for pair in pairs}, engine.launch
+
+    def launch_and_record(batch):
+        if any(pair.ids.tobytes() in own for pair in batch):
+            at_launches.append(noted[-1])
+        return launch(batch)
+
+    engine.launch = launch_and_record
+    batcher = started(engine, max_batch_tokens=64)
+    other = batcher.submit(engine.tokenise("other", CHUNKS))
+    batcher.submit(pairs, note_on_device=noted.append).result(PATIENCE_S)
+    other.result(PATIENCE_S)
+    assert len(at_launches) > 5
+    assert all(at_launches)
+    assert noted == [True, False] * (len(noted) // 2), "told of changes alone"
+
+
+def test_a_job_whose_pairs_are_all_queued_is_not_on_the_device(started):
+    engine, noted = ScriptedEngine(held=True), []
+    batcher = started(engine)
+    blocker = batcher.submit(engine.tokenise("q", ["blocks the device"]))
+    engine.wait_until_busy()
+    ticket = batcher.submit(engine.tokenise("q", ["c"]), note_on_device=noted.append)
+    assert noted == []
+    engine.gate.set()
+    blocker.result(PATIENCE_S)
+    ticket.result(PATIENCE_S)
+    assert noted == [True, False]
+
+
+def test_a_job_that_joins_a_pair_on_the_device_is_on_the_device(started, make_engine):
+    engine, noted = make_engine(held=True), []
+    batcher = started(engine)
+    pairs = engine.tokenise("q", ["c"])
+    first = batcher.submit(pairs, keys=[b"c"])
+    engine.wait_until_busy()
+    second = batcher.submit(pairs, keys=[b"c"], note_on_device=noted.append)
+    assert noted == [True]
+    engine.gate.set()
+    first.result(PATIENCE_S)
+    second.result(PATIENCE_S)
+    assert noted == [True, False]
+
+
+def test_a_cancelled_job_is_told_nothing_more_though_its_pairs_stay_on_the_device(started, make_engine):
+    engine, noted = make_engine(held=True), []
+    batcher = started(engine)
+    pairs = engine.tokenise("q", ["c"])
+    ticket = batcher.submit(pairs, keys=[b"c"], note_on_device=noted.append)
+    other = batcher.submit(pairs, keys=[b"c"])
+    engine.wait_until_busy()
+    ticket.cancel()
+    engine.gate.set()
+    other.result(PATIENCE_S)
+    assert noted == [True], "its place in the record may be another job's by now"
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_job_of_a_failed_batch_is_on_the_device_until_it_was_retried_and_for_ever_if_that_dies(
+    started, make_engine, dies: bool
+):
+    engine = make_engine(held=True)
+    broken = has_word(engine, "broken")
+    engine.fails = lambda batch: ValueError("broken") if any(map(broken, batch)) else None
+    engine.dead = dies
+    noted = {"good": [], "broken": []}
+    batcher = started(engine)
+    batcher.submit(engine.tokenise("q", ["blocks the device"]))
+    engine.wait_until_busy()
+    tickets = {
+        name: batcher.submit(engine.tokenise(name, ["c"]), note_on_device=told.append) for name, told in noted.items()
+    }
+    engine.gate.set()
+    with pytest.raises(EngineDied if dies else PairFailed):
+        tickets["broken"].result(PATIENCE_S)
+    assert noted["broken"] == [True]
+    if not dies:
+        tickets["good"].result(PATIENCE_S)
+        assert noted["good"] == [True, False]
+
+
 def test_pairs_without_keys_are_never_shared(started, make_engine):
     engine = make_engine(held=True)
     batcher = started(engine)

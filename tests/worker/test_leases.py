@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -16,6 +16,7 @@ from rerankq.local.embedded import EmbeddedRedis
 from rerankq.settings import Settings
 from rerankq_worker import leases as leases_module
 from rerankq_worker.leases import Leases
+from rerankq_worker.work import NotRecorded
 
 WAIT_S = 20  # a test that hangs ends here; none that works waits so long
 
@@ -26,6 +27,7 @@ class Work:
     def __init__(self, pairs_done: int = 0) -> None:
         self.pairs_done = pairs_done
         self.cancelled = threading.Event()
+        self.activity = NotRecorded()
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -223,6 +225,22 @@ def test_leases_of_a_hanging_device_lapse_and_then_it_is_given_up(lively: World)
     lively.leases.start()
     assert lively.gave_up.wait(WAIT_S)
     assert lively.lease_of("a") < 0, "not before the leases have lapsed"
+
+
+def test_jobs_of_a_hanging_device_that_only_wait_are_handed_back_at_once_unsuspected(
+    lively: World, wait_until: Callable
+):
+    _, on_device = lively.held("on-device")
+    _, waits = lively.held("waits")
+    waits.activity.at_work = False
+    lively.device_hangs = True
+    lively.leases.start()
+    wait_until(lambda: lively.lease_of("waits") is None)
+    assert waits.cancelled.is_set()
+    assert lively.ledger.redis.hmget("rerankq:job:waits", "state", "suspect") == [b"queued", b"0"]
+    assert lively.gave_up.wait(WAIT_S)
+    assert not on_device.cancelled.is_set()
+    assert lively.lease_of("on-device") < 0
 
 
 def test_a_device_that_goes_on_after_a_while_has_its_leases_renewed(lively: World, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerankq_worker.locks import PASSED_AT_MOST, Holders, SharedExclusiveLock, Waiter, admitted
+from rerankq_worker.locks import BULK_BETWEEN, PASSED_AT_MOST, Holders, SharedExclusiveLock, Waiter, admitted
 
 WAIT_S = 20  # a test that hangs ends here; none that works waits so long
 
@@ -38,12 +38,20 @@ def oracle(waiting: list[Waiter], holders: Holders, after_exclusive: bool) -> li
             ]
             if their_turn and not held and not before:
                 going.append(at)
-        elif not their_turn or (waiter.interactive and holders.bulk):
+        elif their_turn:
+            if waiter.interactive and holders.bulk:
+                going.append(at)
+        elif waiter.interactive or not alone or bulk_before(waiting, at) < BULK_BETWEEN:
             going.append(at)
     return going
 
 
-@given(st.lists(waiters, max_size=8), sharers | st.just(Holders(exclusive=True)), st.booleans())
+def bulk_before(waiting: list[Waiter], at: int) -> int:
+    """How many bulk jobs that would share the lock came before this one."""
+    return sum(not waiter.exclusive and not waiter.interactive for waiter in waiting[:at])
+
+
+@given(st.lists(waiters, max_size=12), sharers | st.just(Holders(exclusive=True)), st.booleans())
 def test_admitted_waiters_equal_the_rules_one_after_the_other(waiting: list[Waiter], holders: Holders, after: bool):
     assert admitted(waiting, holders, after_exclusive=after) == oracle(waiting, holders, after)
 
@@ -124,6 +132,17 @@ def test_shared_jobs_go_between_two_suspects():
     suspects = [(f"suspect {at}", Waiter(True, False)) for at in range(3)]
     others = [("bulk", Waiter(False, False)), ("soon", Waiter(False, True))]
     assert turns(*suspects, *others) == ["bulk", "soon", "suspect 0", "suspect 1", "suspect 2"]
+
+
+def test_few_bulk_jobs_go_between_two_suspects_and_all_interactive_ones():
+    suspects = [(f"suspect {at}", Waiter(True, False)) for at in range(2)]
+    bulk = [(f"bulk {at}", Waiter(False, False)) for at in range(3 * BULK_BETWEEN)]
+    soon = [(f"soon {at}", Waiter(False, True)) for at in range(2 * BULK_BETWEEN)]
+    order = turns(*suspects, *bulk, *soon)
+    assert set(order[: order.index("suspect 0")]) == {name for name, _ in [*bulk[:BULK_BETWEEN], *soon]}
+    between = order[order.index("suspect 0") + 1 : order.index("suspect 1")]
+    assert between == [name for name, _ in bulk[BULK_BETWEEN : 2 * BULK_BETWEEN]], "in order of arrival"
+    assert order[order.index("suspect 1") + 1 :] == [name for name, _ in bulk[2 * BULK_BETWEEN :]]
 
 
 def waiting_lock(*waiters: Waiter, inside: Waiter) -> SharedExclusiveLock:

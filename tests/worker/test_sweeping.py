@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from rerankq.ledger import Claim, Counted, Doorbell, LedgerLimits, Swept, calls,
 from rerankq.ledger.lease_policy import BREAK_S, LeasePolicy, Server, Watch
 from rerankq.ledger.runner import Ledger
 from rerankq.settings import Settings
+from rerankq_worker.crash_record import CrashRecords
 from rerankq_worker.processes import mark_of
 from rerankq_worker.sweeping import SEND_AT_ONCE, CancelListener, Sweeper
 
@@ -37,7 +39,8 @@ class Clock:
 class World:
     """A ledger, a sweeper on it, and all doorbells that it rang."""
 
-    def __init__(self, url: str, **limits: float) -> None:
+    def __init__(self, url: str, folder: Path, **limits: float) -> None:
+        self.records = CrashRecords(url, folder / "records")
         self.settings = Settings(broker_url=url, model="stub", lease_s=5)
         self.limits: LedgerLimits = LedgerLimits.of(self.settings)._replace(**limits)
         self.ledger = Ledger(connect(self.settings.ledger))
@@ -57,6 +60,7 @@ class World:
             self.limits,
             self,
             self,
+            self.records,
             worker=worker,
             queues=QUEUES,
             describe=lambda: {"model": "stub", "fingerprint": "f"},
@@ -106,8 +110,8 @@ class World:
 
 
 @pytest.fixture
-def world(redis_url_each_version: str) -> Iterator[World]:
-    world = World(redis_url_each_version)
+def world(redis_url_each_version: str, tmp_path: Path) -> Iterator[World]:
+    world = World(redis_url_each_version, tmp_path)
     yield world
     world.ledger.redis.close()
 
@@ -216,13 +220,142 @@ def test_a_worker_that_cannot_work_sends_no_heartbeat_and_judges_no_lease(world:
     assert world.sweeper.sweep().lapsed == 1
 
 
+def register(world: World, name: str, silent_s: float, mark: str = "its mark") -> None:
+    said = json.dumps({"model": "stub", "fingerprint": "f", "queues": list(QUEUES), "process": mark})
+    world.ledger.redis.hset("rerankq:workers", name, f"{world.now() - silent_s:.6f} {said}")
+
+
 def test_a_silent_worker_whose_process_has_ended_is_signed_off_by_its_neighbour(world: World):
     world.ended = {"its mark"}
-    said = json.dumps({"model": "stub", "fingerprint": "f", "queues": list(QUEUES), "process": "its mark"})
-    for name, age, info in (("silent", 4, said), ("just now", 1, said), ("elsewhere", 4, said.replace("its", "no"))):
-        world.ledger.redis.hset("rerankq:workers", name, f"{world.now() - age:.6f} {info}")
+    register(world, "silent", 2.5)
+    register(world, "just now", 1)
+    register(world, "elsewhere", 2.5, mark="no mark")
     world.sweeper.sweep()
     assert {worker.id for worker in world.ledger.workers()} == {"w1", "just now", "elsewhere"}
+
+
+def suspects(world: World) -> dict[str, int]:
+    return {
+        key.decode().removeprefix("rerankq:job:"): int(world.ledger.redis.hget(key, "suspect"))
+        for key in world.ledger.redis.keys("rerankq:job:*")
+    }
+
+
+def crash(world: World, *names: str, waiting: Sequence[str], owner: str = "w2") -> Path:
+    """Let a worker claim jobs and end; answers the file with its record."""
+    world.submit(*names)
+    record = world.records.create(owner, 8)
+    for name in names:
+        slot = record.begin(name, world.claim(name, owner).fence)
+        slot.set_working(name not in waiting)
+    record.close()  # jobs are left in it
+    return record._path
+
+
+def test_jobs_of_an_ended_worker_run_again_at_once_and_those_that_only_waited_are_no_suspects(world: World):
+    path = crash(world, "works", "waits", "too", waiting=["waits", "too"])
+    register(world, "w2", 0)
+    world.submit("elsewhere")
+    world.claim("elsewhere", "w3")
+    world.sweeper.sweep()
+    assert {name: world.state(name) for name in ("works", "waits", "too")} == dict.fromkeys(
+        ("works", "waits", "too"), "queued"
+    )
+    assert suspects(world) == {"works": 1, "waits": 0, "too": 0, "elsewhere": 0}
+    assert world.state("elsewhere") == "running"
+    assert sorted(world.names_sent()) == ["too", "waits", "works"]
+    assert {worker.id for worker in world.ledger.workers()} == {"w1"}
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("how", ["damaged", "gone", "of another claim"])
+def test_all_jobs_of_an_ended_worker_are_suspects_at_once_where_its_record_does_not_name_them(world: World, how: str):
+    path = crash(world, "a", "b", waiting=["a", "b"])
+    if how == "damaged":
+        path.write_bytes(b"\0" + path.read_bytes()[1:])
+    elif how == "gone":
+        path.unlink()
+        world.ended = {"its mark"}
+        register(world, "w2", 3)
+    else:
+        for name in "ab":
+            world.ledger.redis.hincrby(f"rerankq:job:{name}", "fence", 1)
+    world.sweeper.sweep()
+    assert suspects(world) == {"a": 1, "b": 1}
+    assert world.state("a") == world.state("b") == "queued"
+    assert not path.exists()
+
+
+def test_a_record_is_kept_until_the_ledger_has_been_told(world: World, monkeypatch: pytest.MonkeyPatch):
+    path = crash(world, "a", waiting=["a"])
+    ask = world.ledger.ask
+
+    def away(call: calls.Call) -> object:
+        if call.script == "recover":
+            raise BrokerUnavailable("away")
+        return ask(call)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.ledger, "ask", away)
+        with pytest.raises(BrokerUnavailable):
+            world.sweeper.sweep()
+    assert path.exists()
+    world.sweeper.sweep()
+    assert suspects(world) == {"a": 0}
+
+
+def test_two_neighbours_that_find_the_same_record_suspect_nobody_else(world: World):
+    crash(world, "works", "waits", waiting=["waits"])
+    for sweeper in (world.sweeper, world.another("w3")):
+        sweeper.sweep()
+        world.records.ended = lambda: ["w2"]  # as if it had looked before the first removed it
+    assert suspects(world) == {"works": 1, "waits": 0}
+
+
+def test_a_heartbeat_forgets_workers_after_the_time_of_the_lease_policy(world: World):
+    forget_after_s = world.limits.lease_policy.forget_after_s
+    register(world, "remembered", forget_after_s - 5, mark="")
+    register(world, "forgotten", forget_after_s + 5, mark="")
+    world.sweeper.beat()
+    assert {worker.id for worker in world.ledger.workers()} == {"w1", "remembered"}
+    said = json.loads(world.ledger.redis.hget("rerankq:workers", "w1").partition(b" ")[2])
+    assert said["forget_after_s"] == forget_after_s
+
+
+def test_a_watch_begins_when_the_heartbeat_was_answered_and_not_when_it_was_sent(world: World, monkeypatch):
+    world.submit("a")
+    world.claim("a")
+    world.sweeper.sweep()
+    beat, slow = world.sweeper.beat, [2.0]
+
+    def beat_slowly() -> float:
+        world.clock.now += slow.pop() if slow else 0
+        return beat()
+
+    monkeypatch.setattr(world.sweeper, "beat", beat_slowly)
+    world.server = Server("a replica that was promoted", 1e6)
+    world.sweeper.sweep()
+    for _ in range(4):
+        world.clock.now += 1
+        world.lapse("a")
+        assert world.sweeper.sweep().lapsed == 0, "a lease of 5 s has its whole length once more"
+    world.clock.now += 1.1
+    world.lapse("a")
+    assert world.sweeper.sweep().lapsed == 1
+
+
+def test_a_sweeper_that_was_woken_waits_again_once_it_has_sent_doorbells(world: World, monkeypatch):
+    woken: list[bool] = []
+
+    def wait(seconds: float) -> None:
+        assert seconds > 0
+        woken.append(world.sweeper._wake.is_set())
+        world.sweeper._stopped = len(woken) == 3
+
+    monkeypatch.setattr(world.sweeper._wake, "wait", wait)
+    world.sweeper.refill_window()
+    world.sweeper._run()
+    assert woken == [True, False, False]
 
 
 def test_two_sweepers_judge_a_lease_once(world: World):
@@ -254,8 +387,8 @@ def test_a_doorbell_that_the_broker_holds_is_not_sent_again_however_long_it_wait
         assert world.sweeper.sweep().doorbells == 0
 
 
-def test_a_backlog_longer_than_a_round_is_sent_round_by_round(redis_url: str):
-    world = World(redis_url, doorbell_window=1)
+def test_a_backlog_longer_than_a_round_is_sent_round_by_round(redis_url: str, tmp_path: Path):
+    world = World(redis_url, tmp_path, doorbell_window=1)
     names = [f"j{number}" for number in range(2 * SEND_AT_ONCE + 50)]
     world.submit(*names)
     world.limits = world.limits._replace(doorbell_window=2 * SEND_AT_ONCE + 10)
@@ -264,8 +397,8 @@ def test_a_backlog_longer_than_a_round_is_sent_round_by_round(redis_url: str):
     world.ledger.redis.close()
 
 
-def test_doorbells_of_tenants_are_sent_in_turn(redis_url: str):
-    world = World(redis_url, doorbell_window=4)
+def test_doorbells_of_tenants_are_sent_in_turn(redis_url: str, tmp_path: Path):
+    world = World(redis_url, tmp_path, doorbell_window=4)
     world.submit(*[f"flood-{number}" for number in range(40)], tenant="flood")
     world.submit(*[f"small-{number}" for number in range(3)], tenant="small")
     world.sweeper.sweep()

@@ -23,7 +23,11 @@ from rerankq.errors import BrokerUnavailable, JobRejected, JobTooLarge
 from rerankq.ledger import Deferred, Doorbell, calls
 from rerankq.settings import Settings
 from rerankq_worker import worker as worker_module
+from rerankq_worker.crash_record import CrashRecords, waiting_jobs
 from rerankq_worker.engine import EngineDied, PairFailed
+from rerankq_worker.locks import Waiter
+from rerankq_worker.processes import boot_id
+from rerankq_worker.sweeping import recover_ended
 from rerankq_worker.worker import DoorbellIgnored, Lifecycle, Phase, queues_of
 
 
@@ -364,19 +368,110 @@ def test_a_ranking_that_comes_after_its_lease_was_lost_is_ignored(worker: Any, m
     assert state(worker) == "queued"
 
 
-def test_jobs_of_a_dead_engine_are_left_to_their_leases_and_the_worker_ends(worker: Any, monkeypatch):
+def test_jobs_of_a_dead_engine_are_left_to_be_suspects_where_they_were_on_it_and_handed_back_otherwise(
+    worker: Any, monkeypatch: pytest.MonkeyPatch
+):
     killed: list[tuple[int, int]] = []
     monkeypatch.setattr(worker_module.os, "kill", lambda *args: killed.append(args))
 
-    def die(*_: object, **__: object) -> None:
+    def die(job_id: str, job: RerankJob, work: Any, **_: object) -> None:
+        work.activity.set_on_device(job_id == "on-it")
         raise EngineDied("no device")
 
     monkeypatch.setattr(worker.reranker, "rank", die)
-    for name in ("a", "b"):
-        with pytest.raises(DoorbellIgnored, match="left to its lease"):
+    for name, said in (("on-it", "left to its lease"), ("waited", "handed back")):
+        worker.life._exit_status = 0  # claimed before
+        with pytest.raises(DoorbellIgnored, match=said):
             worker.rerank(submit(worker, name))
-        assert state(worker, name) == "running", "its lease lapses, and it comes back as a suspect"
     assert killed == [(os.getpid(), signal.SIGTERM)], "signalled once"
+    assert (state(worker, "on-it"), state(worker, "waited")) == ("running", "queued")
+    worker.life._exit_status = 70
+    with pytest.raises(DoorbellIgnored, match="device failed"):
+        worker.rerank("waited")
+    worker.stop()
+    # Its neighbour finds that it has ended.
+    recover_ended(worker.ledger, worker.limits, CrashRecords(worker.settings.ledger))
+    assert suspected(worker, "on-it", "waited") == {"on-it": ("queued", 1), "waited": ("queued", 0)}
+
+
+def suspected(worker: Any, *names: str) -> dict[str, tuple[str, int]]:
+    found = {name: worker.ledger.redis.hmget(f"rerankq:job:{name}", "state", "suspect") for name in names}
+    return {name: (state.decode(), int(suspect)) for name, (state, suspect) in found.items()}
+
+
+def test_a_job_is_at_work_in_each_of_its_steps_and_none_is_left_in_the_record(worker: Any, monkeypatch):
+    seen: dict[str, bool] = {}
+
+    def spy(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def record_and_go_on(*args: Any, **options: Any) -> Any:
+            ((_, work),) = worker.leases._held.values()
+            seen[name] = work.activity.at_work
+            return inner(*args, **options)
+
+        monkeypatch.setattr(owner, name, record_and_go_on)
+
+    for owner, name in (
+        (worker, "_rank"),
+        (worker.engine, "tokenise"),
+        (worker.engine, "launch"),
+        (worker.reranker, "_signals"),
+        (worker, "_report"),
+    ):
+        spy(owner, name)
+    worker.rerank(submit(worker))
+    assert seen == dict.fromkeys(["_rank", "tokenise", "launch", "_signals", "_report"], True)
+    assert waiting_jobs(bytes(worker.record._buffer), boot_id()) == []
+    assert worker.record._path.exists()
+    worker.stop()
+    assert not worker.record._path.exists()
+
+
+def test_a_job_that_waits_in_the_queue_is_not_at_work(worker: Any, monkeypatch: pytest.MonkeyPatch):
+    launched, goes_on = threading.Event(), threading.Event()
+    forward = worker.engine.forward
+
+    def forward_later(batch: Any) -> Any:
+        launched.set()
+        assert goes_on.wait(WAIT_S)
+        return forward(batch)
+
+    monkeypatch.setattr(worker.engine, "forward", forward_later)
+    threads = [threading.Thread(target=worker.rerank, args=(submit(worker, "a"),), daemon=True)]
+    threads[0].start()
+    assert launched.wait(WAIT_S)
+    threads.append(threading.Thread(target=worker.rerank, args=(submit(worker, "b", chunks=("other",)),), daemon=True))
+    threads[1].start()
+    for _ in range(WAIT_S * 100):
+        if found := waiting_jobs(bytes(worker.record._buffer), boot_id()):
+            break
+        threading.Event().wait(0.01)
+    assert found == [("b", fence(worker, "b"))]
+    goes_on.set()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert (state(worker, "a"), state(worker, "b")) == ("done", "done")
+
+
+@pytest.mark.parametrize("suspect", [False, True])
+@pytest.mark.parametrize("priority", ["interactive", "bulk"])
+def test_a_job_asks_for_the_device_in_its_own_class_and_waits_meanwhile(
+    worker: Any, monkeypatch: pytest.MonkeyPatch, priority: str, suspect: bool
+):
+    asked: list[tuple[Waiter, bool]] = []
+    held = worker.device._held
+
+    def held_and_recorded(waiter: Waiter, check: Callable[[], None]) -> Any:
+        ((_, work),) = worker.leases._held.values()
+        asked.append((waiter, work.activity.at_work))
+        return held(waiter, check)
+
+    monkeypatch.setattr(worker.device, "_held", held_and_recorded)
+    submit(worker, priority=priority)
+    worker.ledger.redis.hset("rerankq:job:a", "suspect", int(suspect))
+    worker.rerank("a")
+    assert asked == [(Waiter(exclusive=suspect, interactive=priority == "interactive"), False)]
 
 
 def test_a_worker_whose_device_hangs_exits_with_a_status_of_its_own(worker: Any, monkeypatch: pytest.MonkeyPatch):

@@ -25,8 +25,8 @@ JOIN_S = 1.0
 class Leases:
     """Holds claimed jobs; every third of a lease one script renews them all.
 
-    *device_hangs* is asked first: a hung device's leases lapse, so that other workers take its jobs, and *give_up* is
-    called once they have.
+    *device_hangs* is asked first. Of a hung device's jobs those that only wait are handed back; the leases of the
+    others lapse, so that other workers take them as suspects, and *give_up* is called once they have.
     """
 
     def __init__(
@@ -92,15 +92,24 @@ class Leases:
             lost = self._ledger.ask(calls.renew(held, self._limits))
             self.cancel((job_id, fences[job_id]) for job_id in lost)
 
+    def hand_back_waiting(self) -> None:
+        """Hand back the jobs that only wait: the device hangs, and it was none of them."""
+        with self._lock:
+            waiting = [(job_id, fence) for job_id, (fence, work) in self._held.items() if not work.activity.at_work]
+        self.cancel(waiting)
+        if waiting:
+            self._ledger.ask(calls.hand_back(waiting))
+
     def _run(self) -> None:
         while not self._stopped.is_set():
             slept_at = time.monotonic()
             if self._stopped.wait(self._limits.lease_policy.renew_every_s):
                 return
             self._note_pause(slept_for=time.monotonic() - slept_at)
-            if self._hangs():
-                continue
             try:
+                if self._hangs():
+                    self.hand_back_waiting()
+                    continue
                 self.renew()
                 if (lasted_s := self._outage.works(time.monotonic())) is not None:
                     logger.warning("leases are renewed again, after %.0f s", lasted_s)

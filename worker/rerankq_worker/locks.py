@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 # How often more urgent requests for exclusive use, that came later, may overtake one; then it goes first.
 PASSED_AT_MOST = 3
+# Bulk jobs that go in between two exclusive holders while another waits for its turn: it waits for all of them.
+BULK_BETWEEN = 4
 # Seconds between checks whether a waiter shall go on waiting.
 CHECK_EVERY_S = 0.5
 
@@ -34,14 +36,15 @@ class Holders:
 def admitted(waiting: Sequence[Waiter], holders: Holders, *, after_exclusive: bool = False) -> list[int]:
     """Say which of *waiting*, in order of arrival, get the lock now, by their positions.
 
-    Turns alternate. Whenever an exclusive holder leaves (*after_exclusive*), all get it that wait to share it.
+    Turns alternate. Whenever an exclusive holder leaves (*after_exclusive*), those get it that wait to share it: all
+    that are interactive, and of bulk the first ``BULK_BETWEEN``; all of bulk where no other exclusive one waits.
     Otherwise the first exclusive waiter has its turn: interactive before bulk, but none is passed more than
     ``PASSED_AT_MOST`` times. It gets the lock once nobody holds it. Until then bulk waits behind it; interactive goes
     in beside bulk that still holds it, for which the exclusive one must wait anyway.
 
     So an interactive job waits for one exclusive holder at most, and for interactive jobs that held the lock before; an
-    exclusive waiter waits for those that held the lock, or were waiting, when its turn came, and for no bulk that comes
-    later.
+    exclusive waiter waits for those that held the lock when its turn came, and for no bulk that comes later. Between
+    exclusive holders bulk goes in in order of arrival.
 
     >>> alone, bulk, soon = Waiter(True, False), Waiter(False, False), Waiter(False, True)
     >>> admitted([alone, bulk, soon], Holders(bulk=1)), admitted([alone, bulk, soon], Holders(interactive=1))
@@ -53,8 +56,11 @@ def admitted(waiting: Sequence[Waiter], holders: Holders, *, after_exclusive: bo
         return []
     exclusive = [at for at, waiter in enumerate(waiting) if waiter.exclusive]
     sharing = [at for at, waiter in enumerate(waiting) if not waiter.exclusive]
-    if not exclusive or (after_exclusive and sharing):
+    if not exclusive:
         return sharing
+    if after_exclusive and sharing:
+        bulk = [at for at in sharing if not waiting[at].interactive][:BULK_BETWEEN]
+        return [at for at in sharing if waiting[at].interactive or at in bulk]
     if holders.bulk:
         return [at for at in sharing if waiting[at].interactive]
     return [] if holders.interactive else [_next_exclusive(waiting, exclusive)]

@@ -40,9 +40,19 @@ def has_ended(mark: str) -> bool:
     return started != rest or state in "ZX"
 
 
+def boot_id() -> str:
+    """Identify this run of the system's kernel; empty where the system does not say."""
+    with suppress(OSError):
+        return _boot()
+    return ""
+
+
 def _here() -> str:
-    boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{(PROC / 'self/ns/pid').readlink()}"
+    return f"{_boot()}/{(PROC / 'self/ns/pid').readlink()}"
+
+
+def _boot() -> str:
+    return (PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
 def _stat(pid: int) -> tuple[str, str]:

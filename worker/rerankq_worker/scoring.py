@@ -131,10 +131,17 @@ class LocalScorer:
         truncated[unknown] = [pair.truncated for pair in pairs]
 
         keys = _sharing_keys(pairs, rest, shared=options.cache == "use")
-        ticket = self._batcher.submit(pairs, priority=options.priority, keys=keys, tenant=options.tenant)
+        ticket = self._batcher.submit(
+            pairs,
+            priority=options.priority,
+            keys=keys,
+            tenant=options.tenant,
+            note_on_device=work.activity.set_on_device,
+        )
         work.follow(ticket)
         try:
-            logits[unknown] = computed = ticket.result()
+            with work.waiting():
+                logits[unknown] = computed = ticket.result()
         except TicketCancelled:
             raise JobCancelled("cancelled while running") from None
         # Scores go to the cache before the job is completed: if we die in between, the next attempt finds them and

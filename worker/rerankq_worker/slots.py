@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from rerankq.contract import Priority
@@ -80,10 +81,12 @@ class Slots:
 
 
 class SuspectSlots:
-    """Which suspects a worker takes: one of each class at a time, one at all where it has fewer than four slots.
+    """Which suspects a worker takes: two of each class, one of each below eight slots, one at all below four.
 
-    They run alone, so more would only wait, in slots and threads that others need. Those that arrive meanwhile are
-    remembered, and :meth:`next_doorbell` tells whose turn is next: interactive ones first, else in order of arrival.
+    They run alone, so more would only wait, in slots and threads that others need. The second of a class waits so that
+    the lock of the device knows of it when the first ends, and lets few others in between. Those that arrive meanwhile
+    are remembered, and :meth:`next_doorbell` tells whose turn is next: interactive ones first, else in order of
+    arrival.
 
     With a single slot no other job can run beside them. There an interactive suspect is taken by a doorbell of its own,
     sent behind all that wait, so that those go first.
@@ -98,7 +101,7 @@ class SuspectSlots:
         self._total = total
         self._clock = clock
         self._lock = threading.Lock()
-        self._taken: set[Priority] = set()
+        self._taken: Counter[Priority] = Counter()
         self._remembered: dict[str, Deferred] = {}
         self._invited: tuple[str, float] | None = None
 
@@ -108,7 +111,7 @@ class SuspectSlots:
             turn = self._has_slot(suspect.priority) and self._goes_first(suspect)
             if turn:
                 self._remembered.pop(suspect.doorbell.id, None)
-                self._taken.add(suspect.priority)
+                self._taken[suspect.priority] += 1
                 self._invited = None
             elif len(self._remembered) < self.MOST_REMEMBERED:
                 self._remembered[suspect.doorbell.id] = suspect
@@ -117,7 +120,7 @@ class SuspectSlots:
     def give_back(self, suspect: Deferred) -> None:
         """Count one that was taken and has ended."""
         with self._lock:
-            self._taken.discard(suspect.priority)
+            self._taken[suspect.priority] -= 1
 
     def next_doorbell(self) -> Doorbell | None:
         """Give the doorbell of the remembered suspect whose turn it is now, if any; its first one was used up."""
@@ -149,7 +152,9 @@ class SuspectSlots:
         return not self._is_invited() and self._first("interactive") is None
 
     def _has_slot(self, priority: Priority) -> bool:
-        return priority not in self._taken if self._total >= 4 else not self._taken
+        if self._total < 4:
+            return not self._taken.total()
+        return self._taken[priority] < (2 if self._total >= 8 else 1)
 
     def _is_invited(self) -> bool:
         return self._invited is not None and self._clock() < self._invited[1]

@@ -14,14 +14,17 @@ from redis.exceptions import RedisError
 
 from rerankq.errors import RerankqError
 from rerankq.ledger import Counted, Doorbell, LedgerLimits, Swept, calls
-from rerankq.ledger.lease_policy import BEAT_S, BREAK_S, Watch
+from rerankq.ledger.lease_policy import BEAT_S, Watch
 from rerankq.ledger.runner import Ledger
 
+from .crash_record import CrashRecords
 from .processes import has_ended, mark_of
 
 logger = logging.getLogger("rerankq")
 
 SWEEP_EVERY_S = BEAT_S
+# Seconds of silence after which a worker's process is looked for.
+SILENT_S = 2 * BEAT_S
 # Doorbells of one round: more than a worker answers meanwhile, and few enough for one batch to the broker.
 SEND_AT_ONCE = 256
 # Seconds that stopping waits for what is under way: the ledger may hang.
@@ -41,11 +44,33 @@ class Counts(Protocol):
     def take(self) -> Counted: ...  # noqa: D102
 
 
+def recover_ended(
+    ledger: Ledger, limits: LedgerLimits, records: CrashRecords, ended: Callable[[str], bool] = has_ended
+) -> None:
+    """Queue again the jobs of workers on this machine that have ended without signing off, and sign them off.
+
+    *records* say who has ended, and which of its jobs only waited. *ended* tells by the mark of a process, for those
+    that left no record: all that they held are suspects.
+
+    Raises:
+        BrokerUnavailable: if the ledger does not answer; records that it was not told of are kept.
+        QueueFull: if its memory is full; likewise.
+    """
+    silent = [one for one in ledger.workers() if one.age_s > SILENT_S]
+    for worker in sorted({*records.ended(), *(one.id for one in silent if ended(one.process))}):
+        found = ledger.ask(calls.recover(worker, records.waiting(worker), limits))
+        records.remove(worker)
+        logger.warning(
+            "worker %s ended without signing off: %d jobs queued again, %d as suspects, %d dead", worker, *found
+        )
+
+
 class Sweeper:
     """Sends a heartbeat and sweeps every second, and sends doorbells whenever a claim says that the window has a gap.
 
     *describe* says what the registry shall show of this worker; *can_work* whether it can work: a worker whose device
     hangs or died sends no heartbeat. *counts* is asked for the messages of queues whose doorbells are overdue.
+    *records* tell which workers of this machine have ended, and *ended* whether a process has.
     """
 
     def __init__(
@@ -54,6 +79,7 @@ class Sweeper:
         limits: LedgerLimits,
         doorbells: Sender,
         counts: Counts,
+        records: CrashRecords,
         *,
         worker: str,
         queues: Sequence[str],
@@ -66,6 +92,7 @@ class Sweeper:
         self._limits = limits
         self._doorbells = doorbells
         self._counts = counts
+        self._records = records
         self._worker = worker
         self._queues = queues
         self._describe = describe
@@ -105,7 +132,7 @@ class Sweeper:
         ledger_now = self.beat()
         now = self._clock()
         self._watch = self._watch.saw(asked, now, ledger_now=ledger_now, server=self._ledger.server())
-        self._sign_off_ended()
+        recover_ended(self._ledger, self._limits, self._records, self._ended)
         swept = self._ledger.ask(
             calls.sweep(self._worker, self._limits, watched_s=self._watch.watched_s(now), counted=self._counts.take())
         )
@@ -128,13 +155,6 @@ class Sweeper:
             "forget_after_s": forget_after_s,
         }
         return self._ledger.ask(calls.beat(self._worker, json.dumps(info), forget_after_s=forget_after_s))
-
-    def _sign_off_ended(self) -> None:
-        """Sign off workers on this machine whose processes have ended: their jobs need not wait for their silence."""
-        silent = [one for one in self._ledger.workers() if one.age_s > BREAK_S]
-        if ended := [one.id for one in silent if self._ended(one.process)]:
-            logger.warning("workers ended without signing off: %s", ", ".join(ended))
-            self._ledger.ask(calls.sign_off(ended))
 
     def _send_doorbells(self) -> None:
         while doorbells := self._ledger.ask(calls.refill_window(self._queues, self._limits, most=SEND_AT_ONCE)):

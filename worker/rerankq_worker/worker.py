@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from rerankq.ledger.runner import Ledger
 from rerankq.settings import Settings
 
 from . import cache, engine
+from .crash_record import CrashRecords
 from .engine import Batcher, EngineClosed, EngineDied, EngineError
 from .fusion.analyser import Analyser
 from .leases import Leases
@@ -38,7 +39,7 @@ from .reranker import Reranker
 from .scoring import LocalScorer
 from .shutdown import ShutdownWatchdog, within
 from .slots import Slots, SuspectSlots
-from .sweeping import CancelListener, Sweeper
+from .sweeping import CancelListener, Sweeper, recover_ended
 from .work import Work
 
 logger = logging.getLogger("rerankq")
@@ -133,8 +134,11 @@ class Worker:
         self.names = {self.model, settings.model, *([folder.name] if folder.is_dir() else [])}
         self.interactive, self.bulk = queues_of(settings)
         self.ledger = Ledger(connect(settings.ledger))
-        # Before minutes of loading a model: a ledger that cannot be reached is reported at once.
-        self.ledger.workers()
+        records = CrashRecords(settings.ledger)
+        # Before minutes of loading a model: jobs of the process that this one replaces go to others, and a ledger that
+        # cannot be reached is reported at once.
+        recover_ended(self.ledger, self.limits, records)
+        self.record = records.create(self.id, settings.concurrency)
         # An app of its own: closing it closes no connection of the consumer.
         app = make_app(settings)
         self.doorbells = DoorbellSender(app)
@@ -163,6 +167,7 @@ class Worker:
             self.limits,
             self.doorbells,
             MessageCounts(app),
+            records,
             worker=self.id,
             queues=[self.interactive, self.bulk],
             describe=self._describe,
@@ -236,6 +241,7 @@ class Worker:
         self.life.advance(Phase.HANDING_BACK)
         within(HAND_BACK_S, self.hand_back)
         within(CLOSE_S, self.listener.stop, partial(self.doorbells.close, CLOSE_S / 2), self._close_engine)
+        self.record.close()
 
     def _close_engine(self) -> None:
         self.batcher.close(drain=False, timeout=CLOSE_S)
@@ -261,10 +267,10 @@ class Worker:
             DoorbellIgnored: if this worker does not answer for the job: it runs elsewhere, or was given back.
             RerankqError: how the job ended, where it was not ranked.
         """
-        if self.life.reached(Phase.HANDING_BACK) or self.leases.hung:
+        if self.life.reached(Phase.HANDING_BACK) or self.leases.hung or self.life.exit_status:
             # Doorbells for its own jobs, handed back, are sent at once: they are for others. A claim would count as a
             # heartbeat.
-            raise DoorbellIgnored("this worker is stopping, or its device hangs: a sweeper will send another doorbell")
+            raise DoorbellIgnored("this worker is stopping, or its device failed: a sweeper will send another doorbell")
         claim = self.ledger.ask(calls.claim_unless_suspect(job_id, self.id, self.limits))
         if not isinstance(claim, Deferred):
             return self._rerank(job_id, claim)
@@ -290,22 +296,28 @@ class Worker:
             return answer_unclaimed(claim)
         if claim.refill_window:
             self.sweeper.refill_window()
-        work = Work()
+        slot = self.record.begin(job_id, claim.fence)
+        work = Work(slot)
         self.leases.hold(job_id, claim.fence, work)
+        accused = False
         try:
             with self._on_device(claim, work):
                 ranking = self._rank(claim, work)
                 # Before the next suspect has the device: a crash from then on is that one's.
                 state = self._report(calls.complete(job_id, claim.fence, ranking, self.limits))
         except EngineDied as error:
-            # One of the jobs on the device may have caused it. Their leases lapse, and they come back as suspects:
-            # handed back, a job that kills the device would go round for ever.
             self._shut_down(error)
-            raise DoorbellIgnored(f"job {job_id} left to its lease: {error}") from error
+            # One of the jobs on the device may have caused it. They come back as suspects, when this process is found
+            # to have ended: handed back, a job that kills the device would go round for ever.
+            accused = slot.on_device
+            if not accused:
+                self._hand_back(claim)
+            raise DoorbellIgnored(
+                f"job {job_id} {'left to its lease' if accused else 'handed back'}: {error}"
+            ) from error
         except (EngineClosed, BrokerUnavailable, QueueFull) as error:
             # Not the job's fault: another worker, or this one when it is back, will rank it.
-            with suppress(RerankqError):
-                self.ledger.ask(calls.hand_back([(job_id, claim.fence)]))
+            self._hand_back(claim)
             raise DoorbellIgnored(f"job {job_id} handed back: {error}") from error
         except OtherModel as other:
             raise DoorbellIgnored(f"job {job_id} rerouted to {self._reroute(claim, other)}") from other
@@ -314,9 +326,15 @@ class Worker:
             raise
         finally:
             self.leases.release(job_id, claim.fence)
+            if not accused:
+                self.record.end(slot)
         if state != "done":
             raise DoorbellIgnored(f"job {job_id} was {state} meanwhile: this ranking is ignored")
         return summary(ranking)
+
+    def _hand_back(self, claim: Claim) -> None:
+        with suppress(RerankqError):
+            self.ledger.ask(calls.hand_back([(claim.id, claim.fence)]))
 
     def _rank(self, claim: Claim, work: Work) -> Ranking:
         # Before it is parsed: any client that can write to the ledger decides what a payload holds.
@@ -354,14 +372,14 @@ class Worker:
             # Claimed while the others were handed back.
             raise EngineClosed("this worker is stopping")
         interactive = claim.priority == "interactive"
-        if not claim.suspect:
-            with self.device.shared(interactive=interactive, check=work.raise_if_cancelled):
-                yield
-            return
-        with self.device.exclusive(interactive=interactive, check=work.raise_if_cancelled):
-            work.raise_if_cancelled()
-            if not self._report(calls.isolate(claim.id, claim.fence, self.id)):
-                raise JobCancelled("the lease was lost")
+        lock = self.device.exclusive if claim.suspect else self.device.shared
+        with ExitStack() as held:
+            with work.waiting():
+                held.enter_context(lock(interactive=interactive, check=work.raise_if_cancelled))
+            if claim.suspect:
+                work.raise_if_cancelled()
+                if not self._report(calls.isolate(claim.id, claim.fence, self.id)):
+                    raise JobCancelled("the lease was lost")
             yield
 
     def _fail(self, claim: Claim, error: Exception) -> None:

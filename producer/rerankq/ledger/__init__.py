@@ -8,7 +8,7 @@ from ..connections import ledger as connect
 from ..connections import ledger_async as connect_async
 from ..connections import listening as subscription
 from . import calls, keys
-from .calls import Acceptance, Call, Claim, Counted, Deferred, Doorbell, JobSnapshot, NewJob, Retrial, Swept
+from .calls import Acceptance, Call, Claim, Counted, Deferred, Doorbell, JobSnapshot, NewJob, Recovered, Retrial, Swept
 from .lease_policy import LeasePolicy, Server, Watch
 from .limits import LedgerLimits
 from .registry import WorkerInfo
@@ -28,6 +28,7 @@ __all__ = [
     "LedgerLimits",
     "NewJob",
     "Overview",
+    "Recovered",
     "Retrial",
     "Server",
     "Swept",

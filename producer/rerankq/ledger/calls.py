@@ -116,6 +116,14 @@ class Swept(NamedTuple):
     overdue: tuple[str, ...] = ()
 
 
+class Recovered(NamedTuple):
+    """What became of the jobs of a worker that ended: queued again unsuspected, as suspects, or dead."""
+
+    unsuspected: int
+    suspects: int
+    dead: int
+
+
 class Counted(NamedTuple):
     """How many messages the broker held of each queue, and when it was asked, by the ledger's clock."""
 
@@ -359,6 +367,15 @@ def beat(worker: str, info: str, *, forget_after_s: float) -> Call[float]:
 def sign_off(workers: Sequence[str]) -> Call[int]:
     """Take workers that have ended out of the registry; answers how many of them it held."""
     return Call("sign_off", workers, _int)
+
+
+def recover(worker: str, waiting: Iterable[tuple[str, int]], limits: LedgerLimits) -> Call[Recovered]:
+    """Queue again what a worker held whose process has ended for certain, and take it out of the registry.
+
+    The claims in *waiting*, ``(id, fence)``, had only waited: they are no suspects, all others are.
+    """
+    args = (worker, limits.max_attempts, limits.channel, *(part for claim in waiting for part in claim))
+    return Call("recover", args, lambda answer: Recovered(*map(_int, _list(answer))))
 
 
 def _ranking(job_id: str, text: bytes) -> Ranking:

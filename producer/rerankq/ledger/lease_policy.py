@@ -9,6 +9,8 @@ The scripts see the figures as the table ``POLICY``; ``prelude.lua`` applies the
 - The death that would set a job aside waits for the second sign: the worker signed off, another worker on its machine
   finds its process ended, or it was silent for three leases, 10 s at least. Until then the claim stands, and a
   worker that was only paused completes the job.
+- The lease of a worker whose process has certainly ended is not waited for: who finds that, on its machine, says so and
+  says which of its jobs only waited. Those are queued again without suspicion, each two times at most.
 - A worker whose device hangs or died gives no signs of life, and claims nothing.
 - Every lease has the length that its own worker set. The sweeper judges no lapsed lease until it has watched the
   ledger for that long without a break (outage, restarted or replaced server, clock set forward, pause).
@@ -38,6 +40,9 @@ ALIVE_LEAST_S = 10.0
 SWEEPER_LOCK_S = 3
 #: Seconds for which a worker may be paused and still clear the jobs that became suspects because of its silence.
 ACCUSED_KEPT_S = 86_400
+#: Deaths that a job may live through unsuspected because it only waited. A job that ends its worker some time after its
+#: batch seems to have waited, so it must become a suspect in the end.
+SPARED_AT_MOST = 2
 
 
 class Server(NamedTuple):
@@ -146,5 +151,6 @@ def as_lua() -> str:
         "alive_least_s": ALIVE_LEAST_S,
         "sweeper_lock_ms": 1_000 * SWEEPER_LOCK_S,
         "accused_kept_s": ACCUSED_KEPT_S,
+        "spared_at_most": SPARED_AT_MOST,
     }
     return f"local POLICY = {{{', '.join(f'{name} = {figure:g}' for name, figure in figures.items())}}}\n"

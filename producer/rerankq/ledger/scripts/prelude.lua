@@ -213,6 +213,30 @@ local function accuse(owner, id, fence, death)
   redis.call('EXPIRE', accused_key(owner), POLICY.accused_kept_s)
 end
 
+-- Queue a running job again that its worker will not finish; answers whether it is dead instead.
+-- job: its owner, suspect, deaths and fence. alone: which job its worker had alone on the device; '' if there was one, nil
+-- if there was none. may_return: its worker may turn out to live, so what is counted here can be taken back.
+local function requeue_lost(id, key, job, alone, max_attempts, channel, may_return)
+  local owner = job.owner or ''
+  redis.call('ZREM', KEY.running, id)
+  -- Another job was alone on that device: this one is innocent.
+  if alone and alone ~= id then queue_again(key, id, job.suspect) return false end
+  if may_return then accuse(owner, id, job.fence, alone == id) end
+  if not alone then queue_again(key, id, job.suspect + 1) return false end
+  -- It was alone on the device when its worker died: this death counts. That there was one alone stays known, for the
+  -- jobs that were parked beside it.
+  redis.call('HSET', KEY.alone, owner, '')
+  local deaths = redis.call('HINCRBY', key, 'deaths', 1)
+  if deaths < max_attempts then queue_again(key, id, job.suspect + 1) return false end
+  redis.call('HDEL', key, 'owner', 'claim')
+  redis.call('HSET', key, 'state', 'dead', 'suspect', job.suspect + 1, 'ended', stamp(now()), 'error_type', 'JobDead',
+    'error', 'its worker died ' .. deaths .. ' times while alone with it')
+  redis.call('PERSIST', key)
+  redis.call('ZADD', KEY.dead, stamp(now()), id)
+  redis.call('PUBLISH', channel .. ':job:' .. id, 'dead')
+  return true
+end
+
 -- This worker lives: its jobs that were accused because of its silence are cleared.
 local function clear_accused(owner)
   if redis.call('HGET', KEY.alone, owner) == '' then redis.call('HDEL', KEY.alone, owner) end

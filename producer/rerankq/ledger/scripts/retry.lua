@@ -7,7 +7,7 @@ local key = job_key(id)
 local state = current_state(id, ttl, channel)
 if state ~= 'dead' or not intact(key) then return {state, 0, '', ''} end
 redis.call('ZREM', KEY.dead, id)
-redis.call('HDEL', key, 'started', 'ended', 'error_type', 'error', 'lost')
+redis.call('HDEL', key, 'started', 'ended', 'error_type', 'error', 'lost', 'spared')
 redis.call('HSET', key, 'claims', 0, 'deaths', 0, 'done_pairs', 0, 'forgiven', redis.call('HGET', key, 'fence'))
 note(key, 'retried', '')
 -- Still a suspect: if it kills again, it does so alone.

@@ -41,25 +41,9 @@ local function judge_lapsed(id)
   if alone == id and job.deaths + 1 >= max_attempts and not gone(owner, lease) then wait = wait or 1 end
   if wait then return redis.call('ZADD', KEY.running, stamp(time + wait), id) end
 
-  redis.call('ZREM', KEY.running, id)
   note(key, 'lease-over', owner)
   lapsed = lapsed + 1
-  -- Another job was alone on that device: this one is innocent.
-  if alone and alone ~= id then return queue_again(key, id, job.suspect) end
-  accuse(owner, id, job.fence, alone == id)
-  if not alone then return queue_again(key, id, job.suspect + 1) end
-  -- It was alone on the device when its worker died: this death counts. That there was one alone stays known, for the
-  -- jobs that were parked beside it.
-  redis.call('HSET', KEY.alone, owner, '')
-  local deaths = redis.call('HINCRBY', key, 'deaths', 1)
-  if deaths < max_attempts then return queue_again(key, id, job.suspect + 1) end
-  dead = dead + 1
-  redis.call('HDEL', key, 'owner', 'claim')
-  redis.call('HSET', key, 'state', 'dead', 'suspect', job.suspect + 1, 'ended', stamp(time), 'error_type', 'JobDead',
-    'error', 'its worker died ' .. deaths .. ' times while alone with it')
-  redis.call('PERSIST', key)
-  redis.call('ZADD', KEY.dead, stamp(time), id)
-  redis.call('PUBLISH', channel .. ':job:' .. id, 'dead')
+  if requeue_lost(id, key, job, alone, max_attempts, channel, true) then dead = dead + 1 end
 end
 
 local over = redis.call('ZRANGEBYSCORE', KEY.running, '-inf', stamp(time), 'LIMIT', 0, limit)

@@ -120,11 +120,15 @@ class Batcher:
         priority: Priority = "interactive",
         keys: Sequence[bytes | None] | None = None,
         tenant: str = "",
+        note_on_device: Callable[[bool], None] | None = None,
     ) -> Ticket:
         """Queue a job's pairs for the device; returns at once.
 
         ``keys``, one per pair, identify what is to be computed: pairs with equal keys are computed once while one of
-        them is in flight; None shares with no other. The ticket fails at once if a pair has no tokens, more than the
+        them is in flight; None shares with no other. ``note_on_device`` is told True before a batch with any of these
+        pairs is launched, and False once none is on the device; a batch that failed is there until it was retried, and
+        the last one of an engine that died for ever. It is called with the batcher's lock held, and never after the
+        ticket has ended. The ticket fails at once if a pair has no tokens, more than the
         engine reads, or unknown ones. Raises EngineDied or EngineClosed if the engine no longer computes, and
         ValueError for an unknown priority or a wrong number of keys.
         """
@@ -138,7 +142,8 @@ class Batcher:
         hash(tuple(keys))
         reason = self._refusal(pairs)
         now = self._clock()
-        ticket = Ticket(len(pairs), JobQueue(_PRIORITIES[priority], tenant), now, self._lock, self._withdraw)
+        queue = JobQueue(_PRIORITIES[priority], tenant)
+        ticket = Ticket(len(pairs), queue, now, self._lock, self._withdraw, note_on_device=note_on_device)
         with self._lock:
             if self._death is not None:
                 raise EngineDied(self._death)
@@ -227,6 +232,8 @@ class Batcher:
         shared = known or pair
         shared.waiters.append((ticket, index))
         ticket.shared.append(shared)
+        if shared.on_device:
+            ticket.enter_device()
         if known is not None:
             self._tally.joined_pairs += 1
         elif pair.key is not None:
@@ -333,7 +340,10 @@ class Batcher:
             share = window.lengths[chosen[bulk[chosen]]].sum() / window.lengths[chosen].sum()
             cost_of_bulk = share * cost(window.lengths[chosen], padded=self._engine.padded)
             self._bulk = self._bulk.after(now, predict(cost_of_bulk))
-        return self._waiting.take(window, chosen, led_by=turn, least=min(self._fill_tokens, budget))
+        batch = self._waiting.take(window, chosen, led_by=turn, least=min(self._fill_tokens, budget))
+        for shared in batch:
+            shared.enter_device()
+        return batch
 
     def _cost(self, pairs: Sequence[SharedPair]) -> int:
         return cost([shared.length for shared in pairs], padded=self._engine.padded)
@@ -407,6 +417,7 @@ class Batcher:
                 for ticket, _ in shared.waiters[:1]:
                     ticket.tokens += shared.length
                 for ticket, index in shared.waiters:
+                    ticket.leave_device()
                     ticket.deliver(index, logit)
                     touched.add(ticket)
             for ticket in touched:

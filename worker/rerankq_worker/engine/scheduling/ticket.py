@@ -29,6 +29,8 @@ class Ticket:
         now: float,
         lock: threading.Lock,
         withdraw: Callable[[Ticket, EngineError], None],
+        *,
+        note_on_device: Callable[[bool], None] | None = None,
     ) -> None:
         self.pairs = count
         self.done_pairs = 0
@@ -38,6 +40,8 @@ class Ticket:
         self.shared: list[SharedPair] = []
         self._submitted = self._ended = now
         self._withdraw = withdraw
+        self._note_on_device = note_on_device
+        self._pairs_on_device = 0
         self._changed = threading.Condition(lock)
         self._logits = np.full(count, np.nan, dtype=np.float32)
         self._error: EngineError | None = None
@@ -77,6 +81,18 @@ class Ticket:
 
     # -- for the batcher, with its lock held -------------------------------------------------------------------------
 
+    def enter_device(self) -> None:
+        """Count a pair that goes to the device, or that is there for another ticket already."""
+        self._pairs_on_device += 1
+        if self._pairs_on_device == 1 and self._note_on_device is not None:
+            self._note_on_device(True)
+
+    def leave_device(self) -> None:
+        """Count a pair that the device is done with."""
+        self._pairs_on_device -= 1
+        if not self._pairs_on_device and self._note_on_device is not None:
+            self._note_on_device(False)
+
     def deliver(self, index: int, logit: float) -> None:
         """Store one logit."""
         self._logits[index] = logit
@@ -98,15 +114,22 @@ class Ticket:
 class SharedPair:
     """A pair to be computed, with every ticket that waits for its logit."""
 
-    __slots__ = ("index", "key", "length", "pair", "queues", "waiters")
+    __slots__ = ("index", "key", "length", "on_device", "pair", "queues", "waiters")
 
     def __init__(self, pair: TokenisedPair, length: int, key: bytes | None) -> None:
         self.pair = pair
         self.key = key
         self.length = length
         self.index = NOT_WAITING
+        self.on_device = False
         self.queues: list[JobQueue] = []
         self.waiters: list[tuple[Ticket, int]] = []
+
+    def enter_device(self) -> None:
+        """Tell its tickets that it goes to the device: before it does, since it may end the process there."""
+        self.on_device = True
+        for ticket, _ in self.waiters:
+            ticket.enter_device()
 
     def remove_waiter(self, ticket: Ticket) -> None:
         """Remove a ticket from those that wait for this pair."""
