@@ -89,11 +89,13 @@ def test_a_poison_job_ends_dead_and_its_neighbours_are_ranked(
     wanted = jobs(30)
     poison = RerankJob(id="poison", query="what kills?", chunks=["poison", "harmless"], fusion="model")
     ids = client.submit_many([*wanted[:10], poison, *wanted[10:]])
-    for _ in range(6):  # a supervisor: a worker that died is started again
+    deaths = 0
+    while client.status("poison").state != "dead":  # a supervisor: a worker that died is started again
         wait_until(lambda: worker.process.poll() is not None or client.status("poison").state == "dead", 60)
-        if client.status("poison").state == "dead":
-            break
-        worker.start()
+        if worker.process.poll() is not None:
+            deaths += 1
+            worker.start()
+        assert deaths <= 1 + 2, "once beside others, and as often as counts alone"
     if worker.process.poll() is not None:
         worker.start()
     got = answers(client, ids)

@@ -1,4 +1,4 @@
-"""When a worker dies, all its jobs are suspect; only the one that kills again while alone is blamed."""
+"""When a worker dies, the jobs that were at work are suspects; only the one that kills again while alone is blamed."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -7,6 +7,7 @@ import redis
 
 from rerankq import Client, JobDead, Ranking, RerankJob
 from rerankq.settings import Settings
+from rerankq_worker.crash_record import CrashRecords
 
 
 def test_two_poison_jobs_are_both_found_and_no_neighbour_is_blamed(
@@ -31,7 +32,7 @@ def test_two_poison_jobs_are_both_found_and_no_neighbour_is_blamed(
             assert ledger.hget(f"rerankq:job:{one.id}", "deaths") == b"0"
         for one in poison:
             history = ledger.hget(f"rerankq:job:{one.id}", "history").decode()
-            assert history.index("alone") < history.rindex("lease-over")
+            assert history.index("alone") < history.rindex("worker-ended")
 
 
 def test_a_job_that_kills_runs_once_more_than_the_deaths_that_count(
@@ -76,3 +77,33 @@ def test_suspects_of_an_innocent_death_run_one_at_a_time_and_are_cleared(
         alone.sort()
         assert len(alone) >= 2
         assert all(end <= start for (_, end), (start, _) in pairwise(alone)), "one after the other"
+
+
+def test_jobs_that_only_waited_when_their_worker_was_killed_run_again_unsuspected_without_waiting_for_their_leases(
+    client: Client, start_worker: Callable, settings: Settings, wait_until: Callable
+):
+    env = {"RERANKQ_LEASE_S": "120", "RERANKQ_MODEL": "stub:1e-6"}
+    killed = start_worker("hanging", HANGS="device", **env)
+    on_device = client.submit(RerankJob(id="on-device", query="q", chunks=["word " * 400], fusion="model"))
+    records = CrashRecords(settings.ledger)
+    with redis.Redis.from_url(settings.ledger) as ledger:
+        wait_until(lambda: client.status(on_device).state == "running")
+        owner = ledger.hget(f"rerankq:job:{on_device}", "owner").decode()
+        # Its batch hangs: what comes now waits behind it.
+        wait_until(
+            lambda: not records.waiting(owner) and records._path(records._folder(), owner).read_bytes().count(b"D")
+        )
+        waiting = client.submit_many(
+            [RerankJob(id=f"waits-{at}", query=f"q {at}", chunks=["a", "b"], fusion="model") for at in range(20)]
+        )
+        wait_until(lambda: {name for name, _ in records.waiting(owner)} == set(waiting))
+        killed.kill()
+        start_worker(**env)
+        got = dict(client.as_completed([on_device, *waiting], timeout=60))
+        assert all(isinstance(answer, Ranking) for answer in got.values())
+        histories = {one: ledger.hget(f"rerankq:job:{one}", "history").decode() for one in got}
+        suspected = {one: int(ledger.hget(f"rerankq:job:{one}", "suspect")) for one in got}
+    assert suspected == {on_device: 1} | dict.fromkeys(waiting, 0)
+    assert {one for one, history in histories.items() if " spared " in history} == set(waiting)
+    assert {one for one, history in histories.items() if " alone " in history} == {on_device}
+    assert records.ended() == []

@@ -103,6 +103,7 @@ def every_call(name: str, fence: int) -> list[calls.Call[Any]]:
         calls.renew([("neighbour", 0, 0), (name, fence, 1)], TERMS),
         calls.isolate(name, fence, "w"),
         calls.hand_back([(name, fence)]),
+        calls.recover("w0", [(name, fence)], TERMS),
         calls.refill_window([QUEUE], TERMS),
         calls.claim(name, "w", TERMS),
         calls.submit(new_job(name), TERMS),
