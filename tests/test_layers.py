@@ -36,7 +36,9 @@ ARROWS: dict[str, set[str]] = {
     # Of the dialects only the path that reads them knows HTTP; they are pure.
     "rerankq.gateway.rerank_call": {"rerankq.contract"},
     "rerankq.gateway.dialects": {"rerankq.contract", "rerankq.errors", "rerankq.gateway.rerank_call"},
-    "rerankq.gateway": _CLIENT | {"rerankq.gateway.rerank_call", "rerankq.gateway.dialects"},
+    # The pages show the shipped sample, and the deployment what is in the ledger.
+    "rerankq.gateway": _CLIENT
+    | {"rerankq.gateway.rerank_call", "rerankq.gateway.dialects", "rerankq.ledger", "rerankq.local"},
     "rerankq.cli": _CLIENT | {"rerankq.broker", "rerankq.local", "rerankq.rescoring", "rerankq.doctor"},
     "rerankq": {"rerankq.client", "rerankq.contract", "rerankq.errors", "rerankq.settings"},
     "rerankq_worker.engine.protocol": {"rerankq_worker.engine.errors"},

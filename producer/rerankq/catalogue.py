@@ -54,6 +54,13 @@ def profiles(conf_dir: Path | None = None) -> dict[str, Fusion]:
 
 
 @lru_cache(maxsize=8)
+def descriptions(conf_dir: Path | None = None) -> dict[str, str]:
+    """Read what each fusion profile is for, by its name; profiles without a description are left out."""
+    tables = _tables(find("fusion.toml", conf_dir), "profile")
+    return {name: str(table["description"]) for name, table in tables.items() if "description" in table}
+
+
+@lru_cache(maxsize=8)
 def models(conf_dir: Path | None = None) -> dict[str, ModelCard]:
     """Read the model catalogue, by name.
 

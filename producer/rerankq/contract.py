@@ -441,6 +441,9 @@ class RerankJob(Written):
         pattern=r"^[A-Za-z0-9._@-]{0,128}$",
     )
     return_text: bool = _field("worker", "Return the chunks' texts in the ranking.", default=False)
+    explain: bool = _field(
+        "worker", "Tell what each signal added to each score: ``parts`` of the ranked chunks.", default=False
+    )
 
     def chunk_names(self) -> list[str]:
         """Name each chunk as the ranking does.
@@ -467,6 +470,11 @@ class RankedChunk(Record):
     score: float = Field(description="Fused score: the ranking's order. Compare it within one ranking.")
     scores: dict[str, float] = Field(
         default_factory=dict, description="Every signal that took part, by name, after normalising."
+    )
+    parts: dict[str, float] = Field(
+        default_factory=dict,
+        description="What each of these signals added to the score, if the job asked for it with ``explain``. Their "
+        "sum is the score.",
     )
     model_logit: float | None = Field(None, description="The model's raw output. None: the chunk was not scored.")
     missing: list[str] = Field(

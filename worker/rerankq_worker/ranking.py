@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ def ranked_chunks(
     logits: NDArray[np.float64],
     truncated: NDArray[np.bool_],
     cached: NDArray[np.bool_],
+    parts: Mapping[str, NDArray[np.float64]] = MappingProxyType({}),
 ) -> list[Fields]:
     """Order a job's chunks by fused score, then logit, and cut them; gives the fields of each that stays, best first.
 
@@ -33,6 +36,7 @@ def ranked_chunks(
     scores, cut, known = blended.scores.tolist(), truncated.tolist(), cached.tolist()
     raw = _or_none(logits)
     signals = {name: _or_none(row) for name, row in blended.normalised.items()}
+    added = {name: _or_none(row) for name, row in parts.items()}
     return [
         _chunk(
             job,
@@ -41,6 +45,8 @@ def ranked_chunks(
             id=names[at],
             score=scores[at],
             scores={name: value for name, row in signals.items() if (value := row[at]) is not None},
+            # Only where it was asked for: a producer of an older version refuses fields that it does not know.
+            **({"parts": {name: value for name, row in added.items() if (value := row[at]) is not None}} if added else {}),
             missing=blended.missing[at],
             model_logit=raw[at],
             truncated=cut[at],

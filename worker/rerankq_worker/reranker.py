@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rerankq.contract import Fusion, ModelName, Priority, Ranking, RerankJob, Timings, Usage
 from rerankq.errors import JobFailed
 
-from .fusion import Analyser, FusionSpec, blend, rank_feature_scores, signals_needed, token_signal
+from .fusion import Analyser, FusionSpec, blend, contributions, rank_feature_scores, signals_needed, token_signal
 from .ranking import ranked_chunks, ranking_of, unscored_chunks
 from .scoring import Scored, ScoreOptions, Scorer
 from .work import Work
@@ -57,10 +57,18 @@ class Reranker:
         if "model" in needed:
             texts = [chunk.model_text for chunk in job.chunks]
             scored = self._scorer.score(job.query, texts, ScoreOptions.of(job, priority), work)
-        blended = blend(self._signals(job, fusion, scored, needed), fusion)
+        signals = self._signals(job, fusion, scored, needed)
+        blended = blend(signals, fusion)
         return ranking_of(
             job,
-            ranked_chunks(job, blended, logits=scored.logits, truncated=scored.truncated, cached=scored.cached),
+            ranked_chunks(
+                job,
+                blended,
+                logits=scored.logits,
+                truncated=scored.truncated,
+                cached=scored.cached,
+                parts=contributions(signals, fusion) if job.explain else {},
+            ),
             job_id=job_id,
             model=model,
             usage=Usage(

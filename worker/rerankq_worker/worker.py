@@ -116,6 +116,26 @@ class Lifecycle:
             return self._changed.wait_for(lambda: self.reached(phase), timeout_s)
 
 
+class RankedTotals:
+    """What this process has ranked: jobs, their pairs, and how many of these came from the score cache. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs = self._pairs = self._cached_pairs = 0
+
+    def add(self, ranking: Ranking) -> None:
+        """Count a ranking."""
+        with self._lock:
+            self._jobs += 1
+            self._pairs += ranking.usage.pairs
+            self._cached_pairs += ranking.usage.cached_pairs
+
+    def figures(self) -> dict[str, int]:
+        """Give the totals by name."""
+        with self._lock:
+            return {"jobs": self._jobs, "pairs": self._pairs, "cached_pairs": self._cached_pairs}
+
+
 class Worker:
     """One process, one engine: everything that lives from the start of the worker to its end.
 
@@ -146,6 +166,7 @@ class Worker:
         self.suspects = SuspectSlots(settings.concurrency)
         self.device = SharedExclusiveLock()
         self._handing_back = threading.Lock()
+        self._ranked = RankedTotals()
 
         self.engine = engine.load(
             self.model,
@@ -330,6 +351,7 @@ class Worker:
                 self.record.end(slot)
         if state != "done":
             raise DoorbellIgnored(f"job {job_id} was {state} meanwhile: this ranking is ignored")
+        self._ranked.add(ranking)
         return summary(ranking)
 
     def _hand_back(self, claim: Claim) -> None:
@@ -439,6 +461,7 @@ class Worker:
             "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
             "channel": self.limits.channel,
             "max_length": self.engine.max_length,
+            **self._ranked.figures(),
         }
 
     def _can_work(self) -> bool:

@@ -361,6 +361,10 @@ class AsyncClient:
         await self._refresh_registry(not_before=time.monotonic() - REGISTRY_TTL_S)
         return [worker for worker in self._workers if worker.age_s <= self.limits.lease_policy.alive_for_s]
 
+    async def load(self) -> calls.Load:
+        """Count the jobs that run, wait and are dead, by queue, with the age of the oldest."""
+        return await self._ask(calls.load())
+
     async def serving(self, model: str | None = None) -> tuple[str, list[WorkerInfo]]:
         """Name the model that ranks the jobs that name *model* (None = the default), and list its living workers.
 

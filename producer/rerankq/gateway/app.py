@@ -13,7 +13,7 @@ from .. import __version__
 from ..client.asynchronous import AsyncClient
 from ..errors import RerankqError
 from ..settings import Settings
-from . import dialect_routes, failures, job_routes
+from . import deployment_routes, dialect_routes, failures, job_routes, pages
 from .ranker import Ranker
 
 
@@ -50,4 +50,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = given
     app.include_router(dialect_routes.router())
     app.include_router(job_routes.routes)
+    app.include_router(deployment_routes.routes)
+    app.include_router(pages.routes)
     return app

@@ -134,6 +134,24 @@ class Counted(NamedTuple):
 NOT_COUNTED = Counted()
 
 
+class WaitingQueue(NamedTuple):
+    """What waits in a queue: jobs of so many tenants, their pairs, and the age of the oldest in seconds, if known."""
+
+    name: str
+    jobs: int
+    pairs: int
+    tenants: int
+    oldest_s: float | None
+
+
+class Load(NamedTuple):
+    """What the ledger has to do: jobs running, jobs set aside as dead, and the queues in which jobs wait, by name."""
+
+    running: int
+    dead: int
+    queues: tuple[WaitingQueue, ...]
+
+
 def submit(new_job: NewJob, limits: LedgerLimits) -> Call[Acceptance]:
     """Accept a job: this write *is* acceptance."""
     args = (
@@ -284,6 +302,21 @@ def forget(job_id: str, limits: LedgerLimits, *, dead: bool = False) -> Call[Sta
 def dead(first: int = 0, last: int = -1) -> Call[list[str]]:
     """List the ids of dead jobs from position *first* to *last*, the longest dead first; -1 is the last."""
     return Call("dead", (first, last), lambda answer: [_text(job_id) for job_id in _list(answer)])
+
+
+def load() -> Call[Load]:
+    """Count what runs and what waits. Changes nothing; its time grows with the tenants that have jobs waiting."""
+
+    def read(answer: object) -> Load:
+        now, running, dead_jobs, *queues = _list(answer)
+        waiting = []
+        for queue in queues:
+            name, jobs, pairs, tenants, oldest = _list(queue)
+            age_s = max(0.0, float(_bytes(now)) - float(_bytes(oldest))) if oldest else None
+            waiting.append(WaitingQueue(_text(name), _int(jobs), _int(pairs), _int(tenants), age_s))
+        return Load(_int(running), _int(dead_jobs), tuple(sorted(waiting)))
+
+    return Call("load", (), read)
 
 
 def record(job_id: str, *, with_payload: bool = False) -> Call[DeadJob | State]:

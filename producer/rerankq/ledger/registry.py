@@ -23,6 +23,10 @@ class WorkerInfo(NamedTuple):
     process: str = ""
     channel: str = ""
     max_length: int = 0  # tokens of a pair that its model reads; 0 = an older version, which does not say
+    # Since it started; 0 also where an older version does not say.
+    jobs: int = 0
+    pairs: int = 0
+    cached_pairs: int = 0
 
     @property
     def suffix(self) -> str:
@@ -56,4 +60,7 @@ def _worker(name: str, entry: str, now: float) -> WorkerInfo:
         process=str(info.get("process", "")),
         channel=str(info.get("channel", "")),
         max_length=int(info.get("max_length", 0)),
+        jobs=int(info.get("jobs", 0)),
+        pairs=int(info.get("pairs", 0)),
+        cached_pairs=int(info.get("cached_pairs", 0)),
     )

@@ -2,7 +2,7 @@
 
 from . import ragflow
 from .analyser import Analyser, analyse, warm
-from .blending import DEFAULT_RULES, Blend, FusionSpec, blend, fuse, signals_needed
+from .blending import DEFAULT_RULES, Blend, FusionSpec, blend, contributions, fuse, signals_needed
 from .coverage import idf_weights, token_similarity
 from .features import rank_feature_scores
 from .normalise import normalise_identity, normalise_minmax, normalise_percent, normalise_ragflow, normalise_sigmoid
@@ -17,6 +17,7 @@ __all__ = [
     "TextFields",
     "analyse",
     "blend",
+    "contributions",
     "fuse",
     "idf_weights",
     "normalise_identity",

@@ -111,6 +111,57 @@ def blend(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> Blend:
         ValueError: on a signal, rule or method that does not exist, a weight that is negative or not finite, or
             signals of different lengths.
     """
+    prepared = _prepare(signals, fusion)
+    chunks = prepared.chunks
+    if fusion.method == "rrf":
+        shares = reciprocal_rank_fusion(prepared.rows, fusion.rrf_k, prepared.weights)
+        scores = shares if prepared.rows else np.zeros(chunks)
+    else:
+        scores = prepared.weighted_sum(prepared.normalised)
+    weighted = [name for name in DEFAULT_RULES if fusion.weights.get(name, 0.0) > 0]
+    return Blend(scores, prepared.normalised, _missing(weighted, prepared.normalised, chunks))
+
+
+def contributions(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> dict[str, Floats]:
+    """Tell what each active signal added to the scores of :func:`blend`; NaN where a chunk lacks it.
+
+    They are the scores that are left if all other signals were zero, so they add up to the scores (but for rounding),
+    shared-out weights included.
+
+    Raises:
+        ValueError: as :func:`blend`.
+    """
+    prepared = _prepare(signals, fusion)
+    parts = {}
+    for name, row in prepared.normalised.items():
+        if fusion.method == "rrf":
+            part = reciprocal_rank_fusion({name: prepared.rows[name]}, fusion.rrf_k, prepared.weights)
+        else:
+            # Zero times a row keeps its gaps: by them weights are shared out.
+            part = prepared.weighted_sum(
+                {other: values if other == name else 0.0 * values for other, values in prepared.normalised.items()}
+            )
+        parts[name] = np.where(np.isnan(row), np.nan, part)
+    return parts
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The active signals' raw rows and normalised ones, their rules, and the weights, scaled so that they add up."""
+
+    rows: dict[str, Floats]
+    normalised: dict[str, Floats]
+    rules: dict[str, str]
+    weights: dict[str, float]
+    chunks: int
+
+    def weighted_sum(self, normalised: Mapping[str, Floats]) -> Floats:
+        shared = {name: row for name, row in normalised.items() if self.rules[name] != "raw"}
+        extra = {name: row for name, row in normalised.items() if self.rules[name] == "raw"}
+        return _shared_sum(shared, self.weights, self.chunks) + _plain_sum(extra, self.weights, self.chunks)
+
+
+def _prepare(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> _Prepared:
     _check(signals, fusion)
     rows = {name: known(values) for name, values in signals.items() if values is not None}
     if len({row.size for row in rows.values()}) > 1:
@@ -122,15 +173,7 @@ def blend(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> Blend:
     active = [name for name in DEFAULT_RULES if _is_active(rows.get(name), fusion.weights.get(name, 0.0))]
     rules = {name: fusion.normalise.get(name, DEFAULT_RULES[name]) for name in active}
     normalised = {name: RULES[rule](rows[name]) for name, rule in rules.items()}
-    if fusion.method == "rrf":
-        shares = reciprocal_rank_fusion({name: rows[name] for name in active}, fusion.rrf_k, weights)
-        scores = shares if active else np.zeros(chunks)
-    else:
-        shared = {name: row for name, row in normalised.items() if rules[name] != "raw"}
-        extra = {name: row for name, row in normalised.items() if rules[name] == "raw"}
-        scores = _shared_sum(shared, weights, chunks) + _plain_sum(extra, weights, chunks)
-    weighted = [name for name in DEFAULT_RULES if fusion.weights.get(name, 0.0) > 0]
-    return Blend(scores, normalised, _missing(weighted, normalised, chunks))
+    return _Prepared({name: rows[name] for name in active}, normalised, rules, weights, chunks)
 
 
 def _check(signals: Mapping[str, ArrayLike | None], fusion: FusionSpec) -> None:
