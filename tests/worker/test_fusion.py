@@ -84,6 +84,35 @@ def test_fused_scores_and_missing_signals_equal_their_slow_twin(job):
     assert [sorted(names) for names in blend.missing] == [sorted(names) for names in missing]
 
 
+@given(jobs())
+def test_contributions_add_up_to_the_scores_and_are_those_of_the_other_signals_at_zero(job):
+    signals, spec = job
+    blended, parts = fusion.blend(signals, spec), fusion.contributions(signals, spec)
+    assert parts.keys() == blended.normalised.keys()
+    for name, row in parts.items():
+        assert np.isnan(row).tolist() == np.isnan(blended.normalised[name]).tolist()
+        if spec.method == "weighted":
+            others = {other: [None if v is None else 0.0 for v in values] for other, values in signals.items()}
+            alone, _ = slow_fused(others | {name: signals[name]}, spec)
+            assert np.nan_to_num(row) == pytest.approx(np.where(np.isnan(row), 0, alone), abs=1e-9)
+    total = np.sum([np.nan_to_num(row) for row in parts.values()], axis=0) if parts else 0
+    assert total == pytest.approx(blended.scores, rel=1e-9, abs=1e-9)
+
+
+def test_a_shared_out_weight_shows_in_what_the_other_signals_add():
+    spec = Spec(weights={"model": 0.5, "keyword": 0.5}, normalise=PLAIN)
+    parts = fusion.contributions({"model": [0.4, 0.4], "keyword": [0.2, None]}, spec)
+    assert parts["model"].tolist() == pytest.approx([0.2, 0.4])
+    assert parts["keyword"][0] == pytest.approx(0.1)
+
+
+def test_contributions_of_reciprocal_ranks_are_the_weights_by_rank():
+    spec = Spec("rrf", weights={"model": 1.0, "keyword": 2.0}, rrf_k=60)
+    parts = fusion.contributions({"model": [3.0, 1.0], "keyword": [0.0, 9.0]}, spec)
+    assert parts["model"].tolist() == pytest.approx([1 / 61, 1 / 62])
+    assert parts["keyword"].tolist() == pytest.approx([2 / 62, 2 / 61])
+
+
 @given(jobs(), st.randoms(use_true_random=False))
 def test_the_order_in_which_chunks_arrive_changes_no_score(job, random):
     signals, spec = job

@@ -171,6 +171,21 @@ JOBS = st.builds(
 )
 
 
+def test_parts_of_scores_are_told_to_a_job_that_asks_and_add_up(world: World):
+    fusion = Fusion(weights={"model": 0.7, "token": 0.3, "vector": 0.5})
+    chunks = [
+        Chunk(text=text, vector_score=score) for text, score in zip(TEXTS, [0.1, None, 0.3, 0.4, 0.5], strict=True)
+    ]
+    job = RerankJob(query="what pulls the sea", chunks=chunks, fusion=fusion)
+    told = world.rank(job.model_copy(update={"explain": True}))
+    for chunk in told.chunks:
+        assert chunk.parts.keys() == chunk.scores.keys()
+        assert sum(chunk.parts.values()) == pytest.approx(chunk.score)
+    silent = world.rank(job)
+    assert [chunk.model_copy(update={"parts": {}, "cached": True}) for chunk in told.chunks] == silent.chunks
+    assert not any("parts" in chunk.model_fields_set for chunk in silent.chunks)
+
+
 @given(JOBS)
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_ranking_is_what_plain_scoring_and_plain_fusion_say(world: World, job: RerankJob):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -44,9 +44,9 @@ def ranked_chunks(
             position,
             id=names[at],
             score=scores[at],
-            scores={name: value for name, row in signals.items() if (value := row[at]) is not None},
-            # Only where it was asked for: a producer of an older version refuses fields that it does not know.
-            **({"parts": {name: value for name, row in added.items() if (value := row[at]) is not None}} if added else {}),
+            scores=_present(signals, at),
+            # Left out unless asked for: a producer of an older version refuses fields that it does not know.
+            **({"parts": _present(added, at)} if added else {}),
             missing=blended.missing[at],
             model_logit=raw[at],
             truncated=cut[at],
@@ -81,6 +81,10 @@ def _chunk(job: RerankJob, at: int, position: int, **fields: Any) -> Fields:
     if chunk.metadata:
         fields["metadata"] = chunk.metadata
     return fields
+
+
+def _present(rows: Mapping[str, Sequence[float | None]], at: int) -> dict[str, float]:
+    return {name: value for name, row in rows.items() if (value := row[at]) is not None}
 
 
 def _or_none(row: NDArray[np.float64]) -> list[float | None]:

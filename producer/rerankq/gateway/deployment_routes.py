@@ -156,7 +156,7 @@ async def read_dead(
     request: Request,
     job_id: str,
     caller: Sender,
-    payload: Annotated[bool, Query(description="Answer the job with all its texts, too.")] = False,  # noqa: FBT002
+    payload: Annotated[bool, Query(description="Answer the job with all its texts, too.")] = False,
 ) -> DeadJob:
     """Show why a job is dead; with its texts only if they are asked for."""
     return await _dead_job(request, job_id, caller, payload=payload)
