@@ -19,7 +19,20 @@ TERMS = LedgerLimits("fuzz", max_attempts=2, lease_s=1_000)
 QUEUE = "rerankq.bulk"
 FIELDS = (
     *("state", "content", "queue", "tenant", "priority", "pairs", "deadline", "label", "model", "payload", "created"),
-    *("fence", "claims", "deaths", "suspect", "done_pairs", "owner", "claim", "started", "ended", "history", "ranking"),
+    *(
+        "fence",
+        "claims",
+        "deaths",
+        "suspect",
+        "spared",
+        "done_pairs",
+        "owner",
+        "claim",
+        "started",
+        "ended",
+        "history",
+        "ranking",
+    ),
 )
 GONE = None
 values = st.one_of(
@@ -65,12 +78,12 @@ def sweep(ledger: Ledger) -> None:
     ledger.ask(calls.sweep("s", TERMS, counted=counted, grace_s=0))
 
 
-def bring_to(ledger: Ledger, name: str, state: str) -> int:
+def bring_to(ledger: Ledger, name: str, state: str, owner: str = "w0") -> int:
     """Bring a job into a state by the ledger's own means; answers the fence of its last claim."""
     assert ledger.ask(calls.submit(new_job(name), TERMS)).state == "queued"
     if state == "queued":
         return 0
-    claim = take(ledger, name, "w0")
+    claim = take(ledger, name, owner)
     if state == "done":
         ranking = Ranking(job_id=name, model=ModelName(name="m", fingerprint="f"), chunks=[])
         ledger.ask(calls.complete(name, claim.fence, ranking, TERMS))
@@ -123,7 +136,7 @@ def test_every_call_on_a_damaged_record_answers_or_raises_one_of_our_errors(
     ledger.redis.flushall()
     fence = bring_to(ledger, "damaged", state)
     bring_to(ledger, "waiting", "queued")
-    held = bring_to(ledger, "held", "running")
+    held = bring_to(ledger, "held", "running", owner="another")
     damage(ledger, "damaged", how)
     wanted = every_call("damaged", fence)
     order.shuffle(wanted)
