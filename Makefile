@@ -81,7 +81,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	@$(PIP) --editable '.[all]' --group dev
+	@$(PIP) --editable '.[all]' --group dev --group frameworks
 	@touch $@
 
 # torch apart, as above: its lowest version would be another build. The tools that run the tests are as new as they come.

