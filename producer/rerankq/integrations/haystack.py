@@ -1,11 +1,11 @@
 """Haystack: a ranker. Extra ``haystack``."""
 
-from __future__ import annotations
+# No postponed annotations: earlier versions of Haystack compare those of `run` as they stand.
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from haystack import Document, component, default_from_dict, default_to_dict
 
@@ -102,7 +102,7 @@ class RerankqRanker:
         )
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RerankqRanker:
+    def from_dict(cls, data: dict[str, Any]) -> Self:
         """Make a ranker of what :meth:`to_dict` answered."""
         return default_from_dict(cls, data)
 
