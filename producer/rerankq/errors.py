@@ -10,6 +10,7 @@ RerankqError
 ├── QueueFull            the backlog is at its limit; retry after ``retry_after_s``
 ├── ModelUnknown         no worker serves this model
 ├── NoWorker             no worker serves this model at the moment; retry later
+├── GatewayStopping      the gateway ended while the caller waited; retry
 ├── JobFailed            the worker tried and could not
 ├── JobExpired           not started before its deadline
 ├── JobCancelled         somebody cancelled it
@@ -95,6 +96,13 @@ class ModelUnknown(RerankqError):
 
 class NoWorker(RerankqError):
     """Raised when somebody waits for an answer, and no worker serves the model at the moment."""
+
+    http_status = 503
+    retryable = True
+
+
+class GatewayStopping(RerankqError):
+    """Raised when the gateway ends while somebody waits there; the same call can be sent again."""
 
     http_status = 503
     retryable = True

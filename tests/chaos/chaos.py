@@ -273,7 +273,12 @@ def judge(made: list[Order], events: list[dict[str, Any]], alone: dict[int, Any]
         "seconds_from_a_kill_until_the_first_of_its_jobs_runs_again": verdict.spread(
             [min(one.again_s.values()) for one in clear if one.again_s]
         ),
+        "seconds_from_a_kill_until_its_jobs_are_queued_again": verdict.spread(
+            [seconds for one in kills for seconds in one.queued_s.values()]
+        ),
         "seconds_from_a_kill_until_its_jobs_run_again": verdict.spread(times(kills)),
+        "of_them_interactive": verdict.spread(times(kills, "interactive")),
+        "of_them_bulk": verdict.spread(times(kills, "bulk")),
         "the_same_with_redis_in_reach_all_the_while": verdict.spread(times(clear)),
         "jobs_of_hung_workers_run_elsewhere_after_s": verdict.spread(
             times([one for one in run.lost if one.kind == "hang"])
@@ -287,8 +292,13 @@ def judge(made: list[Order], events: list[dict[str, Any]], alone: dict[int, Any]
     }
 
 
-def times(lost: list[Orphans]) -> list[float]:
-    return [seconds for one in lost for seconds in one.again_s.values()]
+def times(lost: list[Orphans], priority: str = "") -> list[float]:
+    return [
+        seconds
+        for one in lost
+        for job_id, seconds in one.again_s.items()
+        if not priority or one.priorities.get(job_id) == priority
+    ]
 
 
 def _until(holds: Callable[[], bool], seconds: float, workers: list[Worker]) -> None:

@@ -12,6 +12,7 @@ import uvicorn
 
 from rerankq import Client
 from rerankq.gateway.app import create_app
+from rerankq.gateway.server import Server
 from rerankq.local.embedded import free_port
 from rerankq.local.stack import Stack
 from rerankq.settings import Settings
@@ -66,7 +67,7 @@ class RunningGateway:
         config = uvicorn.Config(
             create_app(self.settings), port=self.settings.port, log_level="error", timeout_graceful_shutdown=5
         )
-        self.server = uvicorn.Server(config)
+        self.server = Server(config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
         self.thread.start()
         wait_for_gateway(self.url)

@@ -185,3 +185,19 @@ def test_many_callers_wait_at_once(slow):
         thread.join()
     assert [answer.status_code for answer in answers] == [200] * 20
     assert len({json.dumps(answer.json()) for answer in answers}) == 1
+
+
+def test_who_waits_while_the_gateway_stops_is_told_to_ask_again_and_its_job_is_cancelled(slow, monkeypatch, wait_until):
+    monkeypatch.setattr("rerankq.gateway.server.ANSWER_WITHIN_S", 0.1)
+    answers = []
+    caller = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{slow.url}/v2/rerank", json=body(documents=["x"] * 99), timeout=60))
+    )
+    caller.start()
+    wait_until(lambda: states_of(slow.settings.ledger) == ["running"])
+    slow.server.should_exit = True
+    caller.join(30)
+    assert answers[0].status_code == 503
+    assert int(answers[0].headers["retry-after"]) >= 1
+    assert answers[0].json()["code"] == "GatewayStopping"
+    wait_until(lambda: states_of(slow.settings.ledger) == ["cancelled"])

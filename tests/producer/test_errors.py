@@ -18,6 +18,7 @@ STATUS = {
     "JobRejected": (422, False),
     "JobTooLarge": (413, False),
     "NoWorker": (503, True),
+    "GatewayStopping": (503, True),
     "QueueFull": (429, True),
     "ModelUnknown": (404, True),
     "JobFailed": (500, False),

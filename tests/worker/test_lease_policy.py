@@ -14,8 +14,9 @@ def watch_at(now: float, *, uptime_s: float = 1000.0, ledger_now: float = 5000.0
     return Watch(POLICY).saw(now, now, ledger_now=ledger_now, server=Server("a", uptime_s))
 
 
-def test_a_lease_is_renewed_twice_before_it_could_lapse():
-    assert POLICY.renew_every_s == 4.0
+def test_a_lease_is_renewed_twice_before_it_could_lapse_and_progress_told_every_second():
+    assert LeasePolicy(1.5).renew_every_s == 0.5
+    assert POLICY.renew_every_s == 1.0
 
 
 @pytest.mark.parametrize(("lease_s", "seconds"), [(1.0, 60.0), (6.0, 60.0), (8.0, 80.0)])

@@ -23,7 +23,7 @@ JOIN_S = 1.0
 
 
 class Leases:
-    """Holds claimed jobs; every third of a lease one script renews them all.
+    """Holds claimed jobs; every second, or third of a lease, one script renews them all.
 
     *device_hangs* is asked first. Of a hung device's jobs those that only wait are handed back; the leases of the
     others lapse, so that other workers take them as suspects, and *give_up* is called once they have.

@@ -34,8 +34,9 @@ async def rerank(request: Request, caller: Annotated[Caller, Depends(caller_of)]
     asked = parsed(dialect.request, body)
     options = caller.allowed(options_of(request.headers))
     call = dialect.call_of(asked)
+    ranker = ranker_of(request)
     try:
-        reply = await unless_gone(request, ranker_of(request).rank(call, options))
+        reply = await unless_gone(request, ranker.rank(call, options), closing=ranker.closing)
     except CallerGone:
         return Response(status_code=CALLER_GONE)
     answer = dialect.response_of(asked, reply)

@@ -133,7 +133,7 @@ async def read(
 ) -> Response:
     """Read a job, waiting for its end for some seconds."""
     try:
-        answer = await unless_gone(request, _answer(request, job_id, wait))
+        answer = await unless_gone(request, _answer(request, job_id, wait), closing=ranker_of(request).closing)
     except CallerGone:
         return Response(status_code=499)
     return Response(answer.model_dump_json(), media_type="application/json", headers={"X-Rerankq-Job": job_id})

@@ -16,8 +16,8 @@ from starlette.requests import Request
 
 from .. import catalogue
 from ..client.asynchronous import AsyncClient
-from ..contract import Ranking
-from ..errors import JobExpired, JobTimedOut, NoWorker, RerankqError
+from ..contract import Ranking, RerankJob
+from ..errors import GatewayStopping, JobExpired, JobTimedOut, NoWorker, RerankqError
 from .call_options import split_model
 from .hosted_models import is_hosted_elsewhere
 from .rerank_call import CallOptions, RerankCall, RerankReply, first_stage_reply, job_of_call, reply_of
@@ -35,21 +35,24 @@ class CallerGone(Exception):
     """Raised where the caller has closed its connection."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await *work*; if the caller hangs up first, cancel it.
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T], *, closing: asyncio.Event) -> T:
+    """Await *work*; if the caller hangs up first, or the gateway ends (*closing*), cancel it.
 
     Raises:
         CallerGone: if it hung up.
+        GatewayStopping: if the gateway ends.
     """
     working = asyncio.create_task(work)
     gone = asyncio.create_task(_gone(request))
+    stopping = asyncio.create_task(closing.wait())
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise CallerGone
-        return working.result()
+        await asyncio.wait({working, gone, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise CallerGone if gone.done() else GatewayStopping("the gateway is stopping; ask again")
     finally:
         gone.cancel()
+        stopping.cancel()
         if not working.done():
             working.cancel()
             with suppress(asyncio.CancelledError):
@@ -97,6 +100,8 @@ class Ranker:
         self.waiters = Waiters()
         self._timeout_s = timeout_s
         self._cancelling: set[asyncio.Task[None]] = set()
+        #: Set when the gateway ends: who still waits is told to ask again.
+        self.closing = asyncio.Event()
 
     async def rank(self, call: RerankCall, options: CallOptions) -> RerankReply:
         """Rank a call's documents.
@@ -113,23 +118,24 @@ class Ranker:
         if job is None:
             model = await self._require_worker(call.model)
             return reply_of(call, options, Ranking(job_id="", model={"name": model, "fingerprint": ""}, chunks=[]))
-        began = time.monotonic()
+        await self._require_worker(call.model)
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._require_worker(call.model)
-                await self.client.submit(job)
-        except TimeoutError:
-            return self._late(call, options, job_id, timeout_s)
-        try:
-            with self.waiters.waiting(job_id):
-                ranking = await self.client.result(job_id, max(0.0, timeout_s - (time.monotonic() - began)))
-        except (JobTimedOut, JobExpired):
+            ranking = await self._ranking(job, job_id, timeout_s)
+        except (TimeoutError, JobTimedOut, JobExpired):
             self._cancel(job_id)
             return self._late(call, options, job_id, timeout_s)
         except asyncio.CancelledError:
+            # Its caller hung up; the job may have been accepted, or be about to be.
             self._cancel(job_id)
             raise
         return reply_of(call, options, ranking)
+
+    async def _ranking(self, job: RerankJob, job_id: str, timeout_s: float) -> Ranking:
+        began = time.monotonic()
+        async with asyncio.timeout(timeout_s):
+            await self.client.submit(job)
+        with self.waiters.waiting(job_id):
+            return await self.client.result(job_id, max(0.0, timeout_s - (time.monotonic() - began)))
 
     def _late(self, call: RerankCall, options: CallOptions, job_id: str, timeout_s: float) -> RerankReply:
         if options.on_timeout == "first-stage":

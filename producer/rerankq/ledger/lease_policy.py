@@ -67,8 +67,8 @@ class LeasePolicy:
 
     @property
     def renew_every_s(self) -> float:
-        """Time between renewals of a lease."""
-        return self.lease_s / 3
+        """Time between renewals of a lease; they tell how far a job is, too, to whoever follows it."""
+        return min(self.lease_s / 3, BEAT_S)
 
     @property
     def alive_for_s(self) -> float:
@@ -82,8 +82,8 @@ class LeasePolicy:
 
     @property
     def longest_gap_s(self) -> float:
-        """Longest time between two sweeps in which every worker could still renew its leases."""
-        return max(BREAK_S, self.lease_s - self.renew_every_s)
+        """Longest time between two sweeps in which every worker could still renew its leases, each third of one."""
+        return max(BREAK_S, self.lease_s * 2 / 3)
 
     @property
     def judged_within_s(self) -> float:

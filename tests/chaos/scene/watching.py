@@ -17,13 +17,15 @@ ANSWER_S = 2.0
 
 @dataclass
 class Orphans:
-    """The jobs that a worker held when it was lost, and for each when it ran again (seconds after)."""
+    """The jobs that a worker held when it was lost, and for each when it was queued and ran again (seconds after)."""
 
     kind: str
     at_s: float
     lost_at: float
     claims: dict[str, int]
     again_s: dict[str, float] = field(default_factory=dict)
+    queued_s: dict[str, float] = field(default_factory=dict)
+    priorities: dict[str, str] = field(default_factory=dict)
     # Those that ended without running again: cancelled, or their worker completed them after all.
     ended: set[str] = field(default_factory=set)
 
@@ -59,12 +61,16 @@ class Watch:
         """Note which orphans have been claimed again since, by our own clock: that of Redis may have been set."""
         for orphans in lost:
             try:
-                found = self._read(orphans.waiting, "claims", "state")
+                found = self._read(orphans.waiting, "claims", "state", "priority")
             except RedisError:
                 return
-            for one, (claims, state) in found.items():
+            for one, (claims, state, priority) in found.items():
+                after_s = time.time() - orphans.lost_at
+                orphans.priorities[one] = priority or ""
+                if state == "queued" or (claims is not None and int(claims) > orphans.claims[one]):
+                    orphans.queued_s.setdefault(one, after_s)
                 if claims is not None and int(claims) > orphans.claims[one]:
-                    orphans.again_s[one] = time.time() - orphans.lost_at
+                    orphans.again_s[one] = after_s
                 elif state not in {"queued", "running"}:
                     orphans.ended.add(one)
 
