@@ -92,13 +92,15 @@ class RedisServer:
         return time.time()
 
     def thaw(self) -> None:
-        self.process().resume()
+        # Killed while it hung, and not started again yet: then there is nothing to continue.
+        with suppress(RuntimeError):
+            self.process().resume()
 
     def process(self) -> psutil.Process:
         return program_of(self._part)
 
     def close(self) -> None:
-        with suppress(psutil.Error, RuntimeError):
+        with suppress(psutil.Error):
             self.thaw()
         self._part.ask_to_stop()
         self._part.wait()
