@@ -70,6 +70,9 @@ ARROWS: dict[str, set[str]] = {
         "rerankq.contract", "rerankq.errors", "rerankq_worker.fusion", "rerankq_worker.ranking",
         "rerankq_worker.scoring", "rerankq_worker.work",
     },
+    "rerankq_worker.backend": _DATA | {
+        "rerankq.ledger", "rerankq_worker.engine", "rerankq_worker.cache", "rerankq_worker.scoring",
+    },
     "rerankq_worker.locks": set(),
     "rerankq_worker.doorbell": {"rerankq.broker"},
     "rerankq_worker.slots": {"rerankq.contract", "rerankq.ledger"},
@@ -84,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     "rerankq_worker.worker": _CLIENT | {"rerankq.ledger", "rerankq.broker"} | {
         f"rerankq_worker.{name}"
         for name in (
-            "engine", "fusion", "cache", "scoring", "reranker", "work", "leases", "locks", "slots", "sweeping",
+            "engine", "fusion", "cache", "backend", "reranker", "work", "leases", "locks", "slots", "sweeping",
             "shutdown", "crash_record",
         )
     },

@@ -1,15 +1,20 @@
-"""The catalogues in ``conf/``: models and fusion profiles."""
+"""The catalogues in ``conf/``: models, models on other servers, and fusion profiles."""
 
 from __future__ import annotations
 
 import tomllib
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from .contract import Fusion
 from .errors import JobRejected, SettingsInvalid
+
+#: What the name of a model on another server begins with; the rest names its table ``[remote.NAME]``.
+REMOTE = "remote:"
 
 
 class ModelCard(BaseModel):
@@ -23,6 +28,71 @@ class ModelCard(BaseModel):
     licence: str
     choose_when: str
     aliases: list[str] = []
+
+
+DialectName = Literal[
+    "cohere",
+    "dashscope",
+    "infinity",
+    "jina",
+    "localai",
+    "siliconflow",
+    "tei",
+    "vllm",
+    "voyage",
+    "xinference",
+]
+
+
+def _bare_url(url: str) -> str:
+    parts = urlsplit(url)
+    # Reading the port raises ValueError where it is no number.
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
+        msg = "expected http://HOST/PATH or https://HOST/PATH, the full address that requests are posted to"
+        raise ValueError(msg)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        msg = "expected an address without user, password, query and fragment; a key belongs into api_key_env"
+        raise ValueError(msg)
+    return url
+
+
+class RemoteCard(BaseModel):
+    """An entry of the model catalogue whose scores another server gives.
+
+    What of it changes a score is part of the fingerprint by which scores are cached; see ``conf/models.toml`` for what
+    each field means.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    dialect: DialectName
+    url: Annotated[str, AfterValidator(_bare_url)]
+    model: str = ""
+    revision: str = ""
+    api_key_env: str = Field("", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")
+    score: Literal["logit", "probability"]
+    max_length: int = Field(ge=1)
+    max_documents: int = Field(ge=1)
+    max_text_chars: int | None = Field(None, ge=1)
+    max_query_chars: int | None = Field(None, ge=1)
+    max_request_chars: int | None = Field(None, ge=1)
+    concurrency: int = Field(4, ge=1, le=1024)
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0)
+    timeout_s: float = Field(60, gt=0, le=600)
+    retry_for_s: float = Field(300, ge=0, le=86_400)
+    parameters: dict[str, JsonValue] = {}
+    choose_when: str = ""
+    aliases: list[str] = []
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> Self:
+        if not self.model and self.dialect != "tei":
+            msg = f"model: the dialect {self.dialect} needs the model's name on that server"
+            raise ValueError(msg)
+        return self
 
 
 def find(name: str, conf_dir: Path | None = None) -> Path:
@@ -74,11 +144,48 @@ def models(conf_dir: Path | None = None) -> dict[str, ModelCard]:
         raise SettingsInvalid(f"{path}: {error}") from None
 
 
+@lru_cache(maxsize=8)
+def remotes(conf_dir: Path | None = None) -> dict[str, RemoteCard]:
+    """Read the models on other servers, by their full names, ``remote:NAME``.
+
+    Raises:
+        SettingsInvalid: naming the file and each malformed field.
+    """
+    path = find("models.toml", conf_dir)
+    found = {}
+    for name, table in _tables(path, "remote", required=False).items():
+        try:
+            found[REMOTE + name] = RemoteCard.model_validate(table)
+        except ValidationError as error:
+            # Without what was given: a key may stand in the wrong place.
+            mistakes = [
+                f"{path}: remote.{name}.{'.'.join(map(str, one['loc'])) or 'dialect'}: {one['msg']}"
+                for one in error.errors(include_url=False, include_input=False, include_context=False)
+            ]
+            raise SettingsInvalid("\n".join(mistakes)) from None
+    return found
+
+
+def remote(name: str, conf_dir: Path | None = None) -> RemoteCard:
+    """Return the entry of a model on another server, by its full name.
+
+    Raises:
+        SettingsInvalid: if there is none, naming those that there are.
+    """
+    known = remotes(conf_dir)
+    if name not in known:
+        path, listed = find("models.toml", conf_dir), ", ".join(sorted(known)) or "none"
+        raise SettingsInvalid(f"{path} has no table [remote.{name.removeprefix(REMOTE)}]; there are: {listed}")
+    return known[name]
+
+
 def canonical(name: str, conf_dir: Path | None = None) -> str:
     """Return the full name of a model or alias in the catalogue; any other name without slashes at its end."""
     name = name.rstrip("/") or name
-    for full, card in models(conf_dir).items():
-        if name in card.aliases:
+    aliases = {full: card.aliases for full, card in models(conf_dir).items()}
+    aliases |= {full: card.aliases for full, card in remotes(conf_dir).items()}
+    for full, others in aliases.items():
+        if name in others:
             return full
     return name
 
@@ -97,9 +204,10 @@ def resolve(fusion: Fusion | str, conf_dir: Path | None = None) -> Fusion:
     return known[fusion]
 
 
-def _tables(path: Path, section: str) -> dict[str, dict[str, object]]:
+def _tables(path: Path, section: str, *, required: bool = True) -> dict[str, dict[str, Any]]:
     try:
         with path.open("rb") as file:
-            return dict(tomllib.load(file)[section])
+            read = tomllib.load(file)
+        return dict(read[section] if required else read.get(section, {}))
     except (tomllib.TOMLDecodeError, KeyError) as error:
         raise SettingsInvalid(f"{path}: expected TOML with a table [{section}]: {error}") from None

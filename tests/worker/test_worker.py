@@ -22,6 +22,7 @@ from rerankq.client.submission import prepare
 from rerankq.errors import BrokerUnavailable, JobRejected, JobTooLarge
 from rerankq.ledger import Deferred, Doorbell, calls
 from rerankq.settings import Settings
+from rerankq_worker import backend
 from rerankq_worker import worker as worker_module
 from rerankq_worker.crash_record import CrashRecords, waiting_jobs
 from rerankq_worker.engine import EngineDied, PairFailed
@@ -37,7 +38,7 @@ def test_a_ranked_job_is_done_and_summed_up_without_its_text(worker: Any):
     found = snapshot(worker)
     assert found.status.state == "done"
     assert sorted(chunk.index for chunk in found.ranking.chunks) == [0, 1]
-    assert found.ranking.model.fingerprint == worker.engine.fingerprint
+    assert found.ranking.model.fingerprint == worker.backend.engine.fingerprint
 
 
 def test_a_second_doorbell_of_a_job_does_nothing(worker: Any):
@@ -64,7 +65,7 @@ def test_a_worker_that_cannot_work_claims_no_job(worker: Any, why: str):
 
 
 def test_a_job_whose_engine_is_closed_meanwhile_is_handed_back_and_not_failed(worker: Any):
-    worker.batcher.close()
+    worker.backend.batcher.close()
     with pytest.raises(DoorbellIgnored, match="handed back"):
         worker.rerank(submit(worker))
     assert state(worker) == "queued"
@@ -162,7 +163,7 @@ def test_a_pair_that_cannot_be_scored_fails_its_job_and_says_why(worker: Any, mo
     def break_down(_: object) -> None:
         raise ValueError("no such token")
 
-    monkeypatch.setattr(worker.engine, "forward", break_down)
+    monkeypatch.setattr(worker.backend.engine, "forward", break_down)
     with pytest.raises(PairFailed):
         worker.rerank(submit(worker))
     found = snapshot(worker)
@@ -344,13 +345,13 @@ def take_away(worker: Any, name: str = "a") -> None:
 
 def in_the_middle(worker: Any, monkeypatch: pytest.MonkeyPatch, what: Callable[[], None]) -> None:
     """Let something happen while the device computes."""
-    forward = worker.engine.forward
+    forward = worker.backend.engine.forward
 
     def forward_and_meanwhile(batch: Any) -> Any:
         what()
         return forward(batch)
 
-    monkeypatch.setattr(worker.engine, "forward", forward_and_meanwhile)
+    monkeypatch.setattr(worker.backend.engine, "forward", forward_and_meanwhile)
 
 
 def test_a_job_cancelled_while_it_runs_stays_cancelled(worker: Any, monkeypatch: pytest.MonkeyPatch):
@@ -414,8 +415,8 @@ def test_a_job_is_at_work_in_each_of_its_steps_and_none_is_left_in_the_record(wo
 
     for owner, name in (
         (worker, "_rank"),
-        (worker.engine, "tokenise"),
-        (worker.engine, "launch"),
+        (worker.backend.engine, "tokenise"),
+        (worker.backend.engine, "launch"),
         (worker.reranker, "_signals"),
         (worker, "_report"),
     ):
@@ -430,14 +431,14 @@ def test_a_job_is_at_work_in_each_of_its_steps_and_none_is_left_in_the_record(wo
 
 def test_a_job_that_waits_in_the_queue_is_not_at_work(worker: Any, monkeypatch: pytest.MonkeyPatch):
     launched, goes_on = threading.Event(), threading.Event()
-    forward = worker.engine.forward
+    forward = worker.backend.engine.forward
 
     def forward_later(batch: Any) -> Any:
         launched.set()
         assert goes_on.wait(WAIT_S)
         return forward(batch)
 
-    monkeypatch.setattr(worker.engine, "forward", forward_later)
+    monkeypatch.setattr(worker.backend.engine, "forward", forward_later)
     threads = [threading.Thread(target=worker.rerank, args=(submit(worker, "a"),), daemon=True)]
     threads[0].start()
     assert launched.wait(WAIT_S)
@@ -478,19 +479,19 @@ def test_a_worker_whose_device_hangs_exits_with_a_status_of_its_own(worker: Any,
     stuck, ended = threading.Event(), []
     monkeypatch.setattr(worker_module.os, "_exit", ended.append)
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + (3_600 if stuck.is_set() else 0))
-    monkeypatch.setattr(worker_module, "time", clock)
+    monkeypatch.setattr(backend, "time", clock)
 
     def check_an_hour_later() -> None:
-        assert not worker._device_hangs()
+        assert not worker._hangs()
         stuck.set()
-        assert worker._device_hangs()
+        assert worker._hangs()
         worker._give_up()
         stuck.clear()
 
     in_the_middle(worker, monkeypatch, check_an_hour_later)
     worker.rerank(submit(worker))
     assert ended == [70]
-    assert not worker._device_hangs()
+    assert not worker._hangs()
 
 
 def away(worker: Any, monkeypatch: pytest.MonkeyPatch, script: str, times: int) -> list[str]:
@@ -590,7 +591,7 @@ def test_the_doorbell_window_is_refilled_at_once_when_a_claim_says_so(worker: An
 def test_the_registry_shows_model_fingerprint_and_queues_of_a_worker(worker: Any):
     worker.sweeper.beat()
     (shown,) = worker.ledger.workers()
-    assert (shown.model, shown.fingerprint, shown.queues) == ("stub:0", worker.engine.fingerprint, QUEUES)
+    assert (shown.model, shown.fingerprint, shown.queues) == ("stub:0", worker.backend.engine.fingerprint, QUEUES)
 
 
 @pytest.mark.parametrize(

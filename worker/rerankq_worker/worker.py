@@ -1,4 +1,4 @@
-"""The worker, put together and alive: engine, ledger, cache and doorbells; how each job ends; how the worker ends."""
+"""The worker, put together and alive: backend, ledger, cache and doorbells; how each job ends; how the worker ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,14 +28,14 @@ from rerankq.ledger.limits import LedgerLimits
 from rerankq.ledger.runner import Ledger
 from rerankq.settings import Settings
 
-from . import cache, engine
+from . import cache
+from .backend import Backend, LocalBackend
 from .crash_record import CrashRecords
-from .engine import Batcher, EngineClosed, EngineDied, EngineError
+from .engine import EngineClosed, EngineDied, EngineError
 from .fusion.analyser import Analyser
 from .leases import Leases
 from .locks import SharedExclusiveLock
 from .reranker import Reranker
-from .scoring import LocalScorer
 from .shutdown import ShutdownWatchdog, within
 from .slots import Slots, SuspectSlots
 from .sweeping import CancelListener, Sweeper, recover_ended
@@ -137,7 +136,7 @@ class RankedTotals:
 
 
 class Worker:
-    """One process, one engine: everything that lives from the start of the worker to its end.
+    """One process, one backend: everything that lives from the start of the worker to its end.
 
     *on_free_slot* is called whenever a job that ended makes room for another where there was none.
     """
@@ -168,20 +167,13 @@ class Worker:
         self._handing_back = threading.Lock()
         self._ranked = RankedTotals()
 
-        self.engine = engine.load(
-            self.model,
-            settings.device,
-            settings.dtype,
-            max_batch_tokens=settings.max_batch_tokens,
-            runtime=settings.runtime,
-        )
-        self.batcher = Batcher(self.engine, seconds_per_token=engine.seconds_per_token(self.engine))
+        scores = cache.ScoreCache(cache.connect(settings.cache), ttl_s=settings.cache_ttl_s)
+        self.backend: Backend = LocalBackend(self.model, settings, scores)
         analyser = Analyser()
         analyser.warm()
-        scores = cache.ScoreCache(cache.connect(settings.cache), ttl_s=settings.cache_ttl_s)
-        self.reranker = Reranker(LocalScorer(self.engine, self.batcher, scores), analyser, name=self.model)
+        self.reranker = Reranker(self.backend.scorer, analyser, name=self.model)
 
-        self.leases = Leases(self.ledger, self.limits, device_hangs=self._device_hangs, give_up=self._give_up)
+        self.leases = Leases(self.ledger, self.limits, device_hangs=self._hangs, give_up=self._give_up)
         self.listener = CancelListener(self.ledger, self.limits, self.leases.cancel)
         self.sweeper = Sweeper(
             self.ledger,
@@ -261,11 +253,13 @@ class Worker:
         """Hand back what is still held, sign off, and let the device go; in a few seconds, whatever hangs."""
         self.life.advance(Phase.HANDING_BACK)
         within(HAND_BACK_S, self.hand_back)
-        within(CLOSE_S, self.listener.stop, partial(self.doorbells.close, CLOSE_S / 2), self._close_engine)
+        within(
+            CLOSE_S,
+            self.listener.stop,
+            partial(self.doorbells.close, CLOSE_S / 2),
+            partial(self.backend.close, CLOSE_S),
+        )
         self.record.close()
-
-    def _close_engine(self) -> None:
-        self.batcher.close(drain=False, timeout=CLOSE_S)
 
     def begin_to_stop(self, *, hurry: bool) -> None:
         """Begin to drain; in a *hurry*, hand back now. Returns at once."""
@@ -428,49 +422,24 @@ class Worker:
                     raise
 
     def figures(self) -> dict[str, Any]:
-        """Say what the engine is and did, as ``celery inspect stats`` and Flower show it."""
-        stats = self.batcher.stats()
-        return {
-            "worker": self.id,
-            "model": self.model,
-            "device": self.engine.device,
-            "dtype": self.engine.dtype,
-            "batches": stats.batches,
-            "pairs": stats.pairs,
-            "joined_pairs": stats.joined_pairs,
-            "failed_pairs": stats.failed_pairs,
-            "tokens": stats.tokens,
-            "padded_tokens": stats.padded_tokens,
-            "pairs_per_batch": round(stats.pairs / stats.batches, 1) if stats.batches else 0,
-            "padding": round(stats.padding, 4),
-            "out_of_memory": stats.out_of_memory,
-            "busy_s": round(stats.busy_s, 1),
-            "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
-            "waiting_pairs": stats.waiting_pairs,
-        }
+        """Say what scores and what it did, as ``celery inspect stats`` and Flower show it."""
+        return {"worker": self.id, "model": self.model, **self.backend.figures()}
 
     def _describe(self) -> dict[str, Any]:
-        stats = self.batcher.stats()
         return {
             "model": self.model,
             "aliases": sorted(self.names - {self.model}),
-            "fingerprint": self.engine.fingerprint,
             "version": __version__,
-            "device": f"{self.engine.device} ({self.engine.dtype})",
-            "pairs_per_s": round(stats.pairs / max(1.0, stats.busy_s), 1) if stats.busy_s else 0,
-            "last_progress_s": round(time.monotonic() - stats.last_progress, 1),
             "channel": self.limits.channel,
-            "max_length": self.engine.max_length,
             **self._ranked.figures(),
+            **self.backend.description(),
         }
 
     def _can_work(self) -> bool:
-        return not self.leases.hung and self.batcher.stats().alive
+        return not self.leases.hung and self.backend.can_work
 
-    def _device_hangs(self) -> bool:
-        stats = self.batcher.stats()
-        running = None if stats.batch_started is None else time.monotonic() - stats.batch_started
-        return self.limits.lease_policy.hangs(running, stats.batch_predicted_s or 0.0)
+    def _hangs(self) -> bool:
+        return self.backend.hangs(self.limits.lease_policy)
 
     def _give_up(self) -> None:
         logger.critical("the device hangs and the leases have lapsed: exiting, to be started again")
