@@ -143,6 +143,21 @@ def model_rows(_: str) -> Iterator[list[str]]:
         ]
 
 
+def remote_rows(_: str) -> Iterator[list[str]]:
+    """Rows for the models of the catalogue that are on other servers."""
+    yield ["`RERANKQ_MODEL`", "dialect", "model there", "posts to", "key in", "scores", "reads at most"]
+    for name, card in catalogue.remotes().items():
+        yield [
+            f"`{name}`",
+            card.dialect,
+            f"`{card.model}`" if card.model else "its own",
+            f"`{card.url}`",
+            f"`{card.api_key_env}`" if card.api_key_env else "–",
+            "logits" if card.score == "logit" else "probabilities",
+            f"{card.max_length} tokens, {card.max_documents} texts a request",
+        ]
+
+
 def figure_rows(_: str) -> Iterator[list[str]]:
     """Rows for the README: what the benchmarks measured, in a few lines."""
     bulk, known, idle = result("throughput.auto"), result("cached"), result("latency")
@@ -230,6 +245,7 @@ TABLES: dict[str, Callable[[str], Iterable[list[str]]]] = {
     "errors": error_rows,
     "profiles": profile_rows,
     "models": model_rows,
+    "remotes": remote_rows,
     "figures": figure_rows,
     "ledger-size": ledger_size_rows,
 }

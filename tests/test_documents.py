@@ -14,6 +14,7 @@ import pytest
 import typer.main
 
 from rerankq import Fusion, RerankJob
+from rerankq.catalogue import RemoteCard
 from rerankq.cli.app import app
 from rerankq.ledger import keys
 from rerankq.settings import Settings
@@ -181,7 +182,11 @@ def test_the_jobs_and_profiles_that_are_shown_are_well_formed():
     for job in jobs:
         RerankJob.model_validate_json(job)
     for profile in profiles:
-        for fusion in tomllib.loads(profile)["profile"].values():
+        shown = tomllib.loads(profile)
+        assert set(shown) <= {"profile", "remote"}
+        for card in shown.get("remote", {}).values():
+            RemoteCard.model_validate(card)
+        for fusion in shown.get("profile", {}).values():
             Fusion(**fusion)
 
 

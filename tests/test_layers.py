@@ -70,8 +70,14 @@ ARROWS: dict[str, set[str]] = {
         "rerankq.contract", "rerankq.errors", "rerankq_worker.fusion", "rerankq_worker.ranking",
         "rerankq_worker.scoring", "rerankq_worker.work",
     },
+    # A worker without a device: neither it nor what it imports needs torch.
+    "rerankq_worker.remote": _DATA | {
+        "rerankq", "rerankq.ledger", "rerankq_worker.engine", "rerankq_worker.engine.errors", "rerankq_worker.cache",
+        "rerankq_worker.scoring", "rerankq_worker.work",
+    },
     "rerankq_worker.backend": _DATA | {
         "rerankq.ledger", "rerankq_worker.engine", "rerankq_worker.cache", "rerankq_worker.scoring",
+        "rerankq_worker.remote",
     },
     "rerankq_worker.locks": set(),
     "rerankq_worker.doorbell": {"rerankq.broker"},
@@ -115,6 +121,7 @@ FOREIGN: dict[str, set[str]] = {
     "transformers": _ENGINE_ROOMS,
     "tokenizers": _ENGINE_ROOMS,
     "sentence_transformers": _ENGINE_ROOMS,
+    "httpx": {"rerankq_worker.remote"},
     "typer": {"rerankq.cli"},
     "fastapi": {"rerankq.gateway"},
     "starlette": {"rerankq.gateway"},

@@ -101,7 +101,8 @@ class Settings(BaseSettings):
     model: str = _setting(
         "BAAI/bge-reranker-base",
         "both",
-        "The model: a name in `models.toml`, a name on the Hugging Face hub, a folder, `bundled`, or `stub`.",
+        "The model: a name in `models.toml` (`remote:NAME` is on another server), a name on the Hugging Face hub, a "
+        "folder, `bundled`, or `stub`.",
     )
     default_model: str = _setting(
         "",
@@ -304,6 +305,17 @@ class Settings(BaseSettings):
     def channel(self) -> str:
         """The prefix of pub/sub channels: pub/sub ignores database numbers, so it carries the deployment's name."""
         return f"rerankq:{self.deployment or urls.database_of(self.ledger)}"
+
+
+def secret(name: str, path: str | os.PathLike[str] = ENV_FILE) -> str:
+    """Read the variable that a catalogue entry names for a key: from the environment, else from the file of settings.
+
+    Empty if it is in neither.
+    """
+    if given := os.environ.get(name):
+        return given
+    bindings = parse_stream(io.StringIO(_bytes_of(Path(path).expanduser()).decode("utf-8-sig")))
+    return next((one.value or "" for one in bindings if one.key == name), "")
 
 
 def _cannot_keep_jobs(url: str | None) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
+from rerankq import catalogue
+from rerankq.errors import SettingsInvalid
 from rerankq.ledger.lease_policy import LeasePolicy
-from rerankq.settings import Settings
+from rerankq.settings import Settings, secret
 
 from . import engine
 from .cache import ScoreCache
@@ -36,6 +38,24 @@ class Backend(Protocol):
 
     def close(self, timeout_s: float) -> None:
         """Stop; whoever waits for scores gets EngineClosed, and its job is handed back."""
+
+
+def load_backend(model: str, settings: Settings, scores: ScoreCache) -> Backend:
+    """Load a model, or make ready to ask the server that the catalogue names for ``remote:NAME``.
+
+    Raises:
+        EngineError: if the model cannot be loaded.
+        SettingsInvalid: if the catalogue has no such server, or its key or its packages are missing.
+    """
+    if not model.startswith(catalogue.REMOTE):
+        return LocalBackend(model, settings, scores)
+    card = catalogue.remote(model, settings.conf_dir)
+    try:
+        # httpx is in an extra of its own.
+        from .remote import RemoteBackend  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise SettingsInvalid(f"{model} needs {error.name}: pip install 'rerankq[remote]'") from None
+    return RemoteBackend(model, card, scores, api_key=secret(card.api_key_env) if card.api_key_env else "")
 
 
 class LocalBackend:

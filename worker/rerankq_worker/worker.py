@@ -29,7 +29,7 @@ from rerankq.ledger.runner import Ledger
 from rerankq.settings import Settings
 
 from . import cache
-from .backend import Backend, LocalBackend
+from .backend import load_backend
 from .crash_record import CrashRecords
 from .engine import EngineClosed, EngineDied, EngineError
 from .fusion.analyser import Analyser
@@ -168,7 +168,7 @@ class Worker:
         self._ranked = RankedTotals()
 
         scores = cache.ScoreCache(cache.connect(settings.cache), ttl_s=settings.cache_ttl_s)
-        self.backend: Backend = LocalBackend(self.model, settings, scores)
+        self.backend = load_backend(self.model, settings, scores)
         analyser = Analyser()
         analyser.warm()
         self.reranker = Reranker(self.backend.scorer, analyser, name=self.model)

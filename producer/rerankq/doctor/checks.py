@@ -56,7 +56,10 @@ class Server:
 
 @dataclass(frozen=True)
 class RegisteredWorker:
-    """A worker in the registry; ``age_s`` is the time since its last report, in seconds."""
+    """A worker in the registry; ``age_s`` is the time since its last report, in seconds.
+
+    ``trouble`` says why the server that it asks for scores gives none.
+    """
 
     id: str
     model: str
@@ -66,6 +69,7 @@ class RegisteredWorker:
     device: str = ""
     age_s: float = 0.0
     channel: str = ""
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -251,6 +255,8 @@ def _of_worker(worker: RegisteredWorker, snapshot: Snapshot) -> Iterator[Finding
         yield Finding("note", subject, f"{said}: if it does not return, it was killed, hangs or is cut off")
         return
     yield Finding("ok", subject, said)
+    if worker.trouble:
+        yield Finding("wrong", subject, f"gets no scores from {worker.device}: {worker.trouble}; its jobs are waiting")
     if worker.channel and worker.channel != snapshot.channel:
         said = f"belongs to another deployment on the same ledger: its channels begin with {worker.channel}, ours with"
         advice = "give each its own RERANKQ_LEDGER_URL, or both the same RERANKQ_DEPLOYMENT"

@@ -139,7 +139,15 @@ def _workers(settings: Settings) -> list[RegisteredWorker]:
     with closing(connect(settings.ledger)) as redis:
         return [
             RegisteredWorker(
-                seen.id, seen.model, seen.fingerprint, seen.queues, seen.version, seen.device, seen.age_s, seen.channel
+                seen.id,
+                seen.model,
+                seen.fingerprint,
+                seen.queues,
+                seen.version,
+                seen.device,
+                seen.age_s,
+                seen.channel,
+                seen.trouble,
             )
             for seen in Ledger(redis).workers()
             if seen.age_s <= LeasePolicy(settings.lease_s).alive_for_s

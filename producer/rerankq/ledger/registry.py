@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 
 class WorkerInfo(NamedTuple):
-    """A worker's entry in the registry; ``age_s`` is the time since its last sign of life."""
+    """A worker's entry in the registry; ``age_s`` is the time since its last sign of life.
+
+    ``trouble`` says why it gets no scores at present, although it lives: another server does not give them.
+    """
 
     id: str
     model: str
@@ -23,6 +26,7 @@ class WorkerInfo(NamedTuple):
     process: str = ""
     channel: str = ""
     max_length: int = 0  # tokens of a pair that its model reads; 0 = an older version, which does not say
+    trouble: str = ""
     # Since it started; 0 also where an older version does not say.
     jobs: int = 0
     pairs: int = 0
@@ -60,6 +64,7 @@ def _worker(name: str, entry: str, now: float) -> WorkerInfo:
         process=str(info.get("process", "")),
         channel=str(info.get("channel", "")),
         max_length=int(info.get("max_length", 0)),
+        trouble=str(info.get("trouble", "")),
         jobs=int(info.get("jobs", 0)),
         pairs=int(info.get("pairs", 0)),
         cached_pairs=int(info.get("cached_pairs", 0)),
