@@ -209,5 +209,5 @@ def _tables(path: Path, section: str, *, required: bool = True) -> dict[str, dic
         with path.open("rb") as file:
             read = tomllib.load(file)
         return dict(read[section] if required else read.get(section, {}))
-    except (tomllib.TOMLDecodeError, KeyError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise SettingsInvalid(f"{path}: expected TOML with a table [{section}]: {error}") from None

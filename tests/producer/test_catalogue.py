@@ -92,3 +92,80 @@ def test_missing_catalogue_is_named_with_the_folders_searched(tmp_path: Path):
         catalogue.find("none.toml")
     with pytest.raises(SettingsInvalid, match=rf"^none\.toml: not found in {tmp_path}, \S+/conf, \S+/conf$"):
         catalogue.find("none.toml", tmp_path)
+
+
+REMOTE = """
+[models]
+[remote.mine]
+dialect = "jina"
+url = "https://h.example/v1/rerank"
+model = "m"
+score = "probability"
+max_length = 512
+max_documents = 10
+aliases = ["short"]
+"""
+
+
+def remote(folder: Path, *changed: tuple[str, str]) -> Path:
+    text = REMOTE
+    for old, new in changed:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "models.toml").write_text(text)
+    return folder
+
+
+def test_model_on_another_server_is_found_by_its_full_name_and_by_its_alias(tmp_path: Path):
+    remote(tmp_path)
+    assert catalogue.canonical("short", tmp_path) == catalogue.canonical("remote:mine", tmp_path) == "remote:mine"
+    card = catalogue.remote("remote:mine", tmp_path)
+    assert (card.url, card.concurrency, card.timeout_s, card.retry_for_s) == ("https://h.example/v1/rerank", 4, 60, 300)
+    with pytest.raises(SettingsInvalid, match=r"no table \[remote\.other\]; there are: remote:mine"):
+        catalogue.remote("remote:other", tmp_path)
+
+
+def test_catalogue_without_other_servers_has_none(tmp_path: Path):
+    (tmp_path / "models.toml").write_text(MODELS)
+    assert catalogue.remotes(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('dialect = "jina"', 'dialect = "klingon"', "remote.mine.dialect: Input should be"),
+        ('dialect = "jina"', "", "remote.mine.dialect: Field required"),
+        ('model = "m"', "", "the dialect jina needs the model's name"),
+        ('score = "probability"', "", "remote.mine.score: Field required"),
+        ('score = "probability"', 'score = "percent"', "remote.mine.score: Input should be"),
+        ("max_documents = 10", "max_documents = 0", "remote.mine.max_documents: Input should be greater"),
+        ("max_documents = 10", "max_documents = 10\ntimeout_s = nan", "remote.mine.timeout_s"),
+        ("max_documents = 10", "max_documents = 10\nrequests_per_minute = 0", "remote.mine.requests_per_minute"),
+        ("max_documents = 10", "max_documents = 10\nmax_document = 10", "remote.mine.max_document: Extra inputs"),
+        ("max_documents = 10", 'max_documents = 10\napi_key = "sk-1"', "remote.mine.api_key: Extra inputs"),
+        ("max_documents = 10", 'max_documents = 10\napi_key_env = "sk-1"', "remote.mine.api_key_env: String should"),
+        ("https://h.example/v1/rerank", "ftp://h/x", "remote.mine.url: .*expected http://HOST/PATH"),
+        ("https://h.example/v1/rerank", "h.example/v1", "remote.mine.url: .*expected http://HOST/PATH"),
+        ("https://h.example/v1/rerank", "https:///v1", "remote.mine.url: .*expected http://HOST/PATH"),
+        ("https://h.example/v1/rerank", "https://h:port/v1", "remote.mine.url"),
+        ("https://h.example/v1/rerank", "https://u:sk-1@h/v1", "remote.mine.url: .*a key belongs into api_key_env"),
+        ("https://h.example/v1/rerank", "https://h/v1?key=sk-1", "remote.mine.url: .*a key belongs into api_key_env"),
+        ("[remote.mine]", "[remote]\nmine = 3\n[other]", "remote.mine"),
+        ("[models]\n[remote.mine]", "remote = 3\n[models]\n[other]", "expected TOML with a table"),
+    ],
+)
+def test_malformed_entry_of_another_server_is_named_with_its_field_and_without_its_value(
+    tmp_path: Path, old: str, new: str, said: str
+):
+    with pytest.raises(SettingsInvalid, match=said) as raised:
+        catalogue.remotes(remote(tmp_path, (old, new)))
+    assert "sk-1" not in str(raised.value)
+    assert "models.toml" in str(raised.value)
+
+
+def test_all_mistakes_of_an_entry_are_reported_together(tmp_path: Path):
+    with pytest.raises(SettingsInvalid) as raised:
+        catalogue.remotes(
+            remote(tmp_path, ("max_length = 512", "max_length = -1"), ("documents = 10", "documents = -1"))
+        )
+    assert len(str(raised.value).splitlines()) == 2

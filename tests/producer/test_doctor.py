@@ -106,6 +106,7 @@ EVICTING = [
             "ledger: a script failed: x",
         ),
         (replace(WELL, workers=[replace(WORKER, age_s=19.9)]), "no worker is running; jobs are waiting"),
+        (replace(WELL, workers=[replace(WORKER, trouble="HTTP 503")]), "gets no scores from cuda:0: HTTP 503"),
         (replace(WELL, workers=[replace(WORKER, channel="rerankq:6")], channel="rerankq:1"), "another deployment"),
         (
             replace(WELL, workers=[replace(WORKER, channel="rerankq:1")], channel="rerankq:1", answered=set()),

@@ -2,8 +2,11 @@
 
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from rerankq import catalogue
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS = tomllib.loads((REPOSITORY / "conf" / "models.toml").read_text(encoding="utf-8"))["models"]
@@ -35,8 +38,17 @@ def test_the_models_the_project_promises_are_there():
     }
 
 
+def test_every_model_on_another_server_is_well_formed_and_sends_its_key_encrypted():
+    cards = catalogue.remotes()
+    assert {card.dialect for card in cards.values()} == set(get_args(catalogue.DialectName))
+    for name, card in cards.items():
+        assert name == f"remote:{card.dialect}"
+        assert not card.api_key_env or card.url.startswith("https://"), name
+
+
 def test_no_name_or_alias_means_two_models():
-    names = [name for full, card in MODELS.items() for name in (full, *card.get("aliases", []))]
+    cards = [*MODELS.items(), *((name, card.model_dump()) for name, card in catalogue.remotes().items())]
+    names = [name for full, card in cards for name in (full, *card.get("aliases", []))]
     assert len(names) == len(set(names))
 
 
