@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -144,11 +145,16 @@ def pgvector_url(wait_until):
         pytest.skip("no PostgreSQL with pgvector here")
     # Not pytest's own folder: another user may not enter it.
     folder, port = Path(tempfile.mkdtemp(prefix="rerankq-postgresql-")), free_port()
-    user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
-    if user:
-        shutil.chown(folder, user["user"], user["group"])
-    options = {"cwd": folder, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, **user}
+    options = {"cwd": folder, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}}
+    if os.geteuid() == 0:
+        nobody = pwd.getpwnam("nobody")
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        options |= {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
     try:
+        try:
+            subprocess.run([binaries / "initdb", "--version"], check=True, capture_output=True, **options)
+        except PermissionError:
+            pytest.skip(f"{binaries} is in a folder that only root may enter")
         initdb = [binaries / "initdb", "--pgdata", folder / "data", "--auth", "trust", "--username", "postgres"]
         subprocess.run([*initdb, "--no-sync", "--encoding", "UTF8"], check=True, capture_output=True, **options)
         server = [binaries / "postgres", "-D", folder / "data", "-h", "127.0.0.1", "-p", str(port), "-k", ""]
