@@ -36,9 +36,14 @@ ARROWS: dict[str, set[str]] = {
     # Of the dialects only the path that reads them knows HTTP; they are pure.
     "rerankq.gateway.rerank_call": {"rerankq.contract"},
     "rerankq.gateway.dialects": {"rerankq.contract", "rerankq.errors", "rerankq.gateway.rerank_call"},
+    # Deliveries are kept in the ledger.
+    "rerankq.gateway.webhooks": _CLIENT | {"rerankq.ledger"},
     # The pages show the shipped sample, and the deployment what is in the ledger.
     "rerankq.gateway": _CLIENT
-    | {"rerankq.gateway.rerank_call", "rerankq.gateway.dialects", "rerankq.ledger", "rerankq.local"},
+    | {
+        "rerankq.gateway.rerank_call", "rerankq.gateway.dialects", "rerankq.gateway.webhooks", "rerankq.ledger",
+        "rerankq.local",
+    },
     # Options, clients and the way to a ranking; then a module for each framework, which knows no other.
     "rerankq.integrations": _CLIENT,
     "rerankq.integrations.langchain": {"rerankq.integrations", "rerankq.errors"},
@@ -126,6 +131,7 @@ FOREIGN: dict[str, set[str]] = {
     "fastapi": {"rerankq.gateway"},
     "starlette": {"rerankq.gateway"},
     "uvicorn": {"rerankq.gateway"},
+    "httpcore": {"rerankq.gateway.webhooks"},
     "rich": {"rerankq.cli"},
     "langchain_core": {"rerankq.integrations.langchain"},
     "llama_index": {"rerankq.integrations.llama_index"},

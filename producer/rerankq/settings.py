@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -201,6 +202,28 @@ class Settings(BaseSettings):
         le=HOUR_S,
         allow_inf_nan=False,
     )
+    webhook_secret: str = _setting(
+        "",
+        "gateway",
+        "Signs webhooks whose caller gives no secret. Without it, each caller must give one.",
+        repr=False,
+        pattern=r"^$|^[\x21-\x7e]{8,}$",
+        max_length=256,
+    )
+    webhook_networks: Annotated[list[IPv4Network | IPv6Network], NoDecode] = _setting(
+        [],
+        "gateway",
+        "Networks that webhooks may lead to although they are not public, separated by commas, e.g. `10.1.0.0/16`.",
+    )
+    webhook_give_up_s: float = _setting(
+        86_400,
+        "gateway",
+        "How long after a job's end its webhook is tried again if the receiver fails.",
+        unit="seconds",
+        ge=0,
+        le=YEAR_S,
+        allow_inf_nan=False,
+    )
     conf_dir: Path | None = _setting(
         None, "both", "Folder whose models.toml and fusion.toml are read instead of the ones in the package."
     )
@@ -230,7 +253,7 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         return bare
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "webhook_networks", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         if isinstance(value, str) and value.startswith("["):

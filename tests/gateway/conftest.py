@@ -1,6 +1,9 @@
 """A gateway with a real worker behind it, and gateways of a test's own."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,5 +104,33 @@ def start_worker() -> Iterator[Callable[[Settings], None]]:
             stack = running.enter_context(Stack(settings))
             with Client(settings) as client:
                 stack.wait_until_ready(client)
+
+        yield start
+
+
+class GatewayProcess:
+    """A gateway in a process of its own, which can be killed."""
+
+    def __init__(self, port: int, **variables: str) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        environment = {**os.environ, **{f"RERANKQ_{name.upper()}": value for name, value in variables.items()}}
+        command = [sys.executable, "-m", "rerankq.cli", "gateway", "--port", str(port)]
+        self._process = subprocess.Popen(command, env=environment)
+        wait_for_gateway(self.url)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def start_gateway_process() -> Iterator[Callable[..., GatewayProcess]]:
+    """Start gateways that can be killed; settings by keyword, as their variables are written."""
+    with ExitStack() as running:
+
+        def start(**variables: str) -> GatewayProcess:
+            gateway = GatewayProcess(free_port(0), **variables)
+            running.callback(gateway.kill)
+            return gateway
 
         yield start

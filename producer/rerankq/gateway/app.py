@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +16,7 @@ from ..errors import RerankqError
 from ..settings import Settings
 from . import deployment_routes, dialect_routes, failures, job_routes, pages
 from .ranker import Ranker
+from .webhooks.delivering import Webhooks
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -26,8 +28,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     given = settings or Settings()
 
     @asynccontextmanager
+    async def delivering() -> AsyncIterator[Webhooks]:
+        webhooks = Webhooks(given)
+        running = asyncio.create_task(webhooks.run())
+        try:
+            yield webhooks
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+            await webhooks.aclose()
+
+    @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncClient(given) as client:
+        async with AsyncClient(given) as client, delivering() as app.state.webhooks:
             app.state.ranker = Ranker(client, timeout_s=given.request_timeout_s)
             try:
                 yield

@@ -21,6 +21,7 @@ from .bodies import json_object
 from .callers import Caller, caller_of
 from .dialect_routes import ranker_of
 from .ranker import CallerGone, unless_gone
+from .webhooks.delivering import Webhooks, WebhookStatus
 
 # Seconds: of one long poll, and between looks at a job that is followed.
 MAX_WAIT_S = 600.0
@@ -43,6 +44,13 @@ class Accepted(BaseModel):
     job_id: str
     state: str
     links: Links
+
+
+class WebhookList(BaseModel):
+    """What became of a job's webhooks."""
+
+    job_id: str
+    webhooks: list[WebhookStatus]
 
 
 class JobAnswer(BaseModel):
@@ -70,6 +78,12 @@ def client_of(request: Request) -> AsyncClient:
     return ranker_of(request).client
 
 
+def webhooks_of(request: Request) -> Webhooks:
+    """Find the application's webhooks."""
+    webhooks: Webhooks = request.app.state.webhooks
+    return webhooks
+
+
 def job_from(body: dict[str, Any], caller: Caller, idempotency_key: str | None) -> RerankJob:
     """Read a job: its tenant and priority within what the caller may; its id from an idempotency key.
 
@@ -95,10 +109,15 @@ async def submit(
     caller: Sender,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:
-    """Submit a job: 202 once it is written down."""
+    """Submit a job: 202 once it is written down, and with it who is to be told of its end (`webhook`)."""
     client = client_of(request)
-    job_id = await client.submit(job_from(await json_object(request), caller, idempotency_key))
-    state = (await client.status(job_id)).state
+    body = await json_object(request)
+    job, webhook = job_from(body, caller, idempotency_key), await webhooks_of(request).read(body.get("webhook"))
+    job_id = await client.submit(job)
+    if webhook is None:
+        state = (await client.status(job_id)).state
+    else:
+        state = await webhooks_of(request).add(job_id, webhook)
     accepted = Accepted(job_id=job_id, state=state, links=links_of(job_id))
     return JSONResponse(accepted.model_dump(), 202, {"Location": accepted.links.self, "X-Rerankq-Job": job_id})
 
@@ -110,15 +129,21 @@ async def submit_batch(request: Request, caller: Sender) -> Response:
     jobs = body.get("jobs")
     if not isinstance(jobs, list) or not jobs:
         raise JobRejected("expected a list of jobs", field="jobs")
-    made = []
+    webhooks = webhooks_of(request)
+    for_all = await webhooks.read(body.get("webhook"))
+    made, told = [], []
     for at, fields in enumerate(jobs):
         if not isinstance(fields, dict):
             raise JobRejected("expected a job", field=f"jobs.{at}")
         try:
             made.append(job_from(fields, caller, None))
+            told.append(await webhooks.read(fields.get("webhook")) or for_all)
         except JobRejected as error:
             raise JobRejected(str(error), field=f"jobs.{at}") from None
     ids = await client_of(request).submit_many(made)
+    for one, webhook in zip(ids, told, strict=True):
+        if webhook is not None:
+            await webhooks.add(one, webhook)
     return JSONResponse(
         {"jobs": [Accepted(job_id=one, state="queued", links=links_of(one)).model_dump() for one in ids]}, 202
     )
@@ -165,6 +190,13 @@ async def _answer(request: Request, job_id: str, wait_s: float) -> JobAnswer:
         error_type=type(error).__name__ if error else None,
         links=links_of(job_id),
     )
+
+
+@routes.get("/{job_id}/webhooks", response_model=WebhookList)
+async def read_webhooks(request: Request, job_id: str, caller: Sender) -> Response:  # noqa: ARG001
+    """Say what became of a job's webhooks; those that were given up are kept for a week."""
+    found = await webhooks_of(request).of_job(job_id)
+    return Response(WebhookList(job_id=job_id, webhooks=found).model_dump_json(), media_type="application/json")
 
 
 @routes.get("/{job_id}/events", response_class=EventSourceResponse)

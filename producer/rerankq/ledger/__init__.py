@@ -7,7 +7,7 @@ The first lines of each script say what it does; :mod:`.calls` builds a call of 
 from ..connections import ledger as connect
 from ..connections import ledger_async as connect_async
 from ..connections import listening as subscription
-from . import calls, keys
+from . import calls, keys, webhooks
 from .calls import Acceptance, Call, Claim, Counted, Deferred, Doorbell, JobSnapshot, NewJob, Recovered, Retrial, Swept
 from .lease_policy import LeasePolicy, Server, Watch
 from .limits import LedgerLimits
@@ -42,5 +42,6 @@ __all__ = [
     "source",
     "subscription",
     "translated",
+    "webhooks",
     "yield_to_loop",
 ]

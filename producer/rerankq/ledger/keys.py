@@ -45,6 +45,8 @@ WORKERS = Key("rerankq:workers", "hash")
 SWEEPER = Key("rerankq:sweeper", "string")
 CLOCK = Key("rerankq:clock", "string")
 TURN = Key("rerankq:turn", "number")
+WEBHOOK = Key("rerankq:webhook", "hash", ("ID",))
+WEBHOOKS = Key("rerankq:webhooks", "sorted set")
 
 ALL = tuple(value for value in list(globals().values()) if isinstance(value, Key))
 

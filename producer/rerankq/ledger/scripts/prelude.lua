@@ -88,6 +88,13 @@ local function note(key, event, detail)
   end
 end
 
+-- Tell that a job has ended: whoever waits, and the gateway that looks at webhooks next. It looks now and then anyway,
+-- and a user of Redis from before there were webhooks may not write that key: no reason to fail.
+local function tell_ended(id, state, channel)
+  redis.call('PUBLISH', channel .. ':job:' .. id, state)
+  redis.pcall('ZADD', KEY.webhooks, 'XX', stamp(now()), id)
+end
+
 local function whole(text) return text and #text < 17 and string.match(text, '^%d+$') end
 local function seconds(text) return text and #text < 20 and string.match(text, '^%d+%.?%d*$') end
 
@@ -109,7 +116,7 @@ local function end_job(key, id, state, ttl, channel)
   redis.call('HDEL', key, 'owner', 'claim', 'payload')
   redis.call('HSET', key, 'state', state, 'ended', stamp(now()))
   redis.call('EXPIRE', key, ttl)
-  redis.call('PUBLISH', channel .. ':job:' .. id, state)
+  tell_ended(id, state, channel)
 end
 
 -- Whether every field that the scripts count with is there and is a number. Anybody who may write here can damage a record.
@@ -233,7 +240,7 @@ local function requeue_lost(id, key, job, alone, max_attempts, channel, may_retu
     'error', 'its worker died ' .. deaths .. ' times while alone with it')
   redis.call('PERSIST', key)
   redis.call('ZADD', KEY.dead, stamp(now()), id)
-  redis.call('PUBLISH', channel .. ':job:' .. id, 'dead')
+  tell_ended(id, 'dead', channel)
   return true
 end
 
@@ -284,4 +291,19 @@ local function restore_to_index(id, key, state)
       redis.call('SADD', tenants_key(queue), tenant)
     end
   end
+end
+
+local function webhook_key(id) return KEY.webhook .. ':' .. id end
+
+-- Put a job's webhooks where the soonest of them belongs in the line; false if none waits to be delivered.
+local function plan_webhooks(id)
+  local found, soonest = redis.call('HGETALL', webhook_key(id)), nil
+  for at = 1, #found, 2 do
+    if string.find(found[at], '|next', 1, true) then
+      local next_at = tonumber(found[at + 1]) or 0
+      if not soonest or next_at < soonest then soonest = next_at end
+    end
+  end
+  if soonest then redis.call('ZADD', KEY.webhooks, stamp(soonest), id) else redis.call('ZREM', KEY.webhooks, id) end
+  return soonest ~= nil
 end
