@@ -28,7 +28,9 @@ def test_an_address_that_is_not_the_publics_is_refused(address):
         refuse_inside(ipaddress.ip_address(address))
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "93.184.215.14", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "93.184.215.14", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+)
 def test_a_public_address_is_allowed(address):
     refuse_inside(ipaddress.ip_address(address))
 

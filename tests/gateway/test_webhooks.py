@@ -44,7 +44,7 @@ class Receiver:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
-            do_GET = do_POST
+            do_GET = do_POST  # noqa: N815 - the library calls it so
 
             def log_message(self, *_):
                 pass
@@ -248,8 +248,18 @@ def test_each_job_of_a_batch_is_told(start_gateway, receiver, wait_until):
     [
         *("http://127.0.0.1:8080/", "http://localhost:8080/", "http://2130706433:8080/", "http://0x7f.1:8080/"),
         *("http://0177.0.0.1:8080/", "http://0:8080/", "http://0.0.0.0:8080/", "http://[::1]:8080/"),
-        *("http://[::ffff:127.0.0.1]:8080/", "http://[::ffff:7f00:1]:8080/", "http://169.254.169.254/latest/meta-data/"),
-        *("http://[fe80::1]/", "http://[fd00:ec2::254]/", "http://10.0.0.1/", "http://192.168.0.1/", "http://①②⑦.⓪.⓪.①/"),
+        *(
+            "http://[::ffff:127.0.0.1]:8080/",
+            "http://[::ffff:7f00:1]:8080/",
+            "http://169.254.169.254/latest/meta-data/",
+        ),
+        *(
+            "http://[fe80::1]/",
+            "http://[fd00:ec2::254]/",
+            "http://10.0.0.1/",
+            "http://192.168.0.1/",
+            "http://①②⑦.⓪.⓪.①/",
+        ),
         *("http://127.1/", "http://[::]/", "http://100.100.100.200/"),
     ],
 )

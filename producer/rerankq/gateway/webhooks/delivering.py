@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 from pydantic import BaseModel, ValidationError
@@ -181,7 +181,9 @@ class Webhooks:
         except DeliveryFailed as failure:
             late = self._clock() - ended_at >= self._settings.webhook_give_up_s
             if failure.final or late:
-                logger.warning("webhook of job %s given up after %s tries: %s", taken.job_id, tried["attempts"], failure)
+                logger.warning(
+                    "webhook of job %s given up after %s tries: %s", taken.job_id, tried["attempts"], failure
+                )
                 told = record.model_copy(update={**tried, "state": "given_up", "error": str(failure), "body": None})
                 await self._report(taken, told.model_dump_json(), wait_s=None, keep_s=KEEP_GIVEN_UP_S)
                 return
