@@ -212,6 +212,21 @@ def test_added_tokens_that_reach_across_a_boundary_are_read_as_in_the_whole_text
     assert not pair.truncated
 
 
+@pytest.mark.parametrize("query_max_tokens", [3, 20])
+@pytest.mark.parametrize("max_length", [100, 150])
+def test_pairs_with_such_tokens_are_cut_to_the_limits_asked_for(greedy, query_max_tokens, max_length):
+    ours, tokenizer = greedy
+    assert ours[1].caches_chunks
+    query, chunk = "fever pain and adults " * 20, TEXTS[1] * 6
+    options = {"max_length": max_length, "query_max_tokens": query_max_tokens}
+    for pair in ours[1].pairs(query, [chunk, f"<both> {chunk}"], **options):
+        assert (pair.length, pair.truncated) == (max_length, True)
+        text = tokenizer.decode(pair.ids.tolist(), skip_special_tokens=False)
+        kept = text.partition(" passage")[0].removeprefix("<|im_start|>query ")
+        assert query.startswith(kept)
+        assert query_max_tokens - 2 < len(ids_of(tokenizer, f" {kept}")) <= query_max_tokens
+
+
 def test_chunks_are_cached_across_queries(qwen):
     ours = ChatPairs(qwen, QWEN3, max_length=512)
     first = ours.pairs(QUERY, TEXTS)

@@ -19,6 +19,8 @@ from rerankq_worker.engine.tokenising.whole_pairs import WholeChats, WholePairs
 MAX_LENGTH = 48
 IN_MARKS = Rendering("<|im_start|>", "<|im_end|><|im_start|>", "<|im_end|>")
 WORDS = " ".join(TEXTS[:2]).split()
+#: Lines of a table, each of them one token: more characters for a token than are read at first.
+RULES = ["-" * 18, "=" * 100]
 
 
 def twin(query, chunk, *, frame, max_length, query_max_tokens):
@@ -34,8 +36,14 @@ def twin(query, chunk, *, frame, max_length, query_max_tokens):
     return query, chunk, True
 
 
+def with_rules(name):
+    tokenizer = reading(name).tokenizer
+    tokenizer.add_tokens(RULES)
+    return tokenizer
+
+
 def by_marks(pairs_of, name):
-    tokenizer, whole = reading(name).tokenizer, reading(name).tokenizer
+    tokenizer, whole = with_rules(name), with_rules(name)
     probe = whole.encode("fever", "pain")
     ours = pairs_of(tokenizer, max_length=MAX_LENGTH)
 
@@ -54,7 +62,7 @@ def by_marks(pairs_of, name):
 
 
 def by_chat(pairs_of):
-    tokenizer, whole = reading("chat bytes").tokenizer, reading("chat bytes").tokenizer
+    tokenizer, whole = with_rules("chat bytes"), with_rules("chat bytes")
 
     def ids(text):
         return whole.encode(text, add_special_tokens=False).ids
@@ -141,6 +149,19 @@ def test_a_long_query_and_a_long_chunk_are_truncated_to_their_first_tokens(ways,
         ids(query)[:60], ids(chunk)[:60], frame=len(framed([], [])), max_length=MAX_LENGTH, query_max_tokens=1
     )
     assert pair.ids.tolist() == framed(read, kept)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=len)
+@pytest.mark.parametrize("name", WAYS)
+def test_texts_of_long_tokens_are_read_until_the_pair_is_full(ways, name, rule):
+    pairs, ids, framed = ways[name]
+    for query, chunk in (("fever", rule * 200), (rule * 30, "pain"), ("fever", rule * 30)):
+        [pair] = pairs(query, [chunk])
+        read, kept, cut = twin(
+            ids(query), ids(chunk), frame=len(framed([], [])), max_length=MAX_LENGTH, query_max_tokens=128
+        )
+        assert pair.ids.tolist() == framed(read, kept)
+        assert pair.truncated is cut
 
 
 def test_another_truncation_rule_gives_another_fingerprint():
