@@ -144,9 +144,11 @@ def test_a_long_query_keeps_half_the_room_at_most_and_the_chunk_gets_the_rest(
 
 #: One word where nothing stands between, which tokens of a query part into more.
 PARTED = Rendering("<|im_start|> requir", "ements<|im_end|>", "<|im_end|>")
+#: The same before a longer end, whose tokens are not the query's either.
+PARTED_BEFORE_MORE = Rendering(PARTED.before, PARTED.between, "<|im_end|>\n<|im_start|>assistant\n<think>")
 
 
-@pytest.mark.parametrize("render", [QWEN3, PARTED])
+@pytest.mark.parametrize("render", [QWEN3, PARTED, PARTED_BEFORE_MORE])
 @pytest.mark.parametrize("query", ["x", "\n", "?\n\n", "痛み", "which drug reduces fever and pain?"])
 def test_a_pair_in_a_tight_length_is_no_longer_than_that(qwen, render, query):
     ours, chunk = ChatPairs(qwen, render, max_length=128), TEXTS[1] * 3
