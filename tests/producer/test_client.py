@@ -10,7 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import redis
@@ -776,6 +776,35 @@ def test_a_timeout_is_kept_though_the_event_loop_is_blocked(client: Client, call
     finally:
         hold.set()
     assert client.status("a").state == "unknown"
+
+
+class Iterating(Future):
+    """Work that is not done for long, while the event loop that does it iterates before every check."""
+
+    def __init__(self, thread: loop_thread.LoopThread) -> None:
+        super().__init__()
+        self._thread, self._checks = thread, 3 * loop_thread.BLOCKED_CHECKS
+
+    def result(self, timeout: float | None = None) -> str:  # noqa: ARG002  # the name in concurrent.futures
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._thread.loop).result()
+        self._checks -= 1
+        if self._checks:
+            raise TimeoutError
+        return "done"
+
+
+def test_a_long_wait_is_no_blocked_event_loop(client: Client):
+    client.status("a")
+    assert SHARED.current.wait(Iterating(SHARED.current), None) == "done"
+
+
+def test_a_timeout_of_the_work_itself_ends_the_wait_for_it(client: Client):
+    async def late() -> None:
+        raise TimeoutError("of its own")
+
+    client.status("a")
+    with pytest.raises(TimeoutError, match="of its own"):
+        SHARED.current.wait(SHARED.current.soon(late()), 20)
 
 
 @pytest.mark.usefixtures("quick_looks")

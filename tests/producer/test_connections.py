@@ -26,6 +26,7 @@ from rerankq import BrokerUnavailable, Client, urls
 from rerankq.broker.celery_app import make_app
 from rerankq.broker.doorbells import DoorbellSender
 from rerankq.connections import opening as connections
+from rerankq.connections.sentinel import Master
 from rerankq.ledger import Doorbell, connect
 from rerankq.ledger.runner import Ledger
 from rerankq.local.embedded import free_port
@@ -43,6 +44,68 @@ def test_an_outage_of_all_sentinels_is_an_error_of_one_line():
         client.status("job")
     with connect(NOBODY) as connection, pytest.raises(BrokerUnavailable, match=said):
         Ledger(connection).workers()
+
+
+class Deaf:
+    """Accepts connections on the loopback, counts them, and answers nothing: closes them at once or (*holds*) never."""
+
+    def __init__(self, *, holds: bool) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._holds = holds
+        self.accepted: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                one, _ = self._listener.accept()
+                self.accepted.append(one)
+                if not self._holds:
+                    one.close()
+
+    def close(self) -> None:
+        # A listener that is only closed goes on accepting in its thread.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        for one in [self._listener, *self.accepted]:
+            one.close()
+
+
+def test_the_sentinel_that_answered_last_is_asked_first(tmp_path: Path):
+    binary, watching = shutil.which("redis-server"), free_port()
+    if binary is None:
+        skip_on_a_laptop("no redis-server here")
+    lines = [f"port {watching}", f"dir {tmp_path}", f"sentinel monitor jobs 127.0.0.1 {free_port()} 1"]
+    lines += ["sentinel down-after-milliseconds jobs 600000"]
+    (tmp_path / "sentinel.conf").write_text("\n".join(lines) + "\n")
+    with ExitStack() as stack:
+        dead = stack.enter_context(closing(Deaf(holds=False)))
+        start([binary, tmp_path / "sentinel.conf", "--sentinel"], watching, stack)
+        url = f"sentinel://127.0.0.1:{dead.port},127.0.0.1:{watching}/0?master=jobs"
+        master = Master.of(urls.read(url, urls.REDIS))
+        first = master.address()
+        asked = len(dead.accepted)
+        assert asked
+        assert [master.address(), asyncio.run(master.address_async())] == [first, first]
+        assert len(dead.accepted) == asked
+
+
+def test_a_command_of_the_ledger_is_not_sent_again_after_a_slow_answer():
+    with closing(Deaf(holds=True)) as server:
+        url = f"redis://127.0.0.1:{server.port}/0?socket_timeout=0.2"
+        with connect(url) as connection, pytest.raises(redis.TimeoutError):
+            connection.ping()
+        assert len(server.accepted) == 1
+
+
+def test_an_answer_of_the_cache_is_awaited_for_less_long_than_one_of_the_ledger():
+    limits = {}
+    for role, opened in (("cache", connections.cache), ("ledger", connections.ledger)):
+        with opened("redis://127.0.0.1:1/0") as connection:
+            limits[role] = connection.connection_pool.connection_kwargs["socket_timeout"]
+    assert limits == {"cache": connections.CACHE_ANSWER_S, "ledger": connections.ANSWER_S}
+    assert connections.CACHE_ANSWER_S < 1
 
 
 # A server that hangs, and then answers ------------------------------------------------------------------------------

@@ -37,6 +37,18 @@ def test_a_worker_that_is_gone_still_names_the_default_model_but_not_its_weights
     assert place(None, worker("m", "old", age_s=1_000), worker("m", "new")) == Route("m", ("new",), "")
 
 
+def test_a_worker_that_takes_no_jobs_any_more_names_neither_the_default_model_nor_its_weights():
+    stopping = worker("former", "old")._replace(queues=())
+    assert place(None, stopping) == Route("the default", (), "")
+    assert place(None, stopping, worker("m", "new")) == Route("m", ("new",), "")
+
+
+def test_an_alias_of_a_worker_that_is_gone_is_unknown():
+    gone = worker("full/name", aliases=("short",), age_s=LIVE_S + 1)
+    with pytest.raises(ModelUnknown, match=r"'short'; served here: none"):
+        place("short", gone)
+
+
 def test_the_model_of_a_living_worker_goes_before_that_of_one_that_is_gone():
     assert place(None, worker("former", "a", age_s=1_000), worker("new", "z")) == Route("new", ("z",), "")
 
