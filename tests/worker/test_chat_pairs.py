@@ -205,6 +205,7 @@ beside_added_tokens = st.lists(
 @example(query="what", chunk="x <|end|>")
 @example(query="what", chunk="alone")
 @example(query="what", chunk="{ is }")
+@example(query="what", chunk="is }")
 @settings(by_property, max_examples=300)
 def test_added_tokens_that_reach_across_a_boundary_are_read_as_in_the_whole_text(greedy, at, query, chunk):
     ours, tokenizer = greedy

@@ -98,6 +98,18 @@ def test_a_small_jobs_batches_are_bounded_by_the_number_of_jobs_beside_it_whatev
     assert device.run_until(pairs) <= len(small) + len(others) * each
 
 
+@pytest.mark.parametrize("first", [BULK, INTERACTIVE])
+def test_a_pair_of_an_interactive_and_a_bulk_job_waits_once_and_as_interactive(first):
+    waiting, before, shared = WaitingPairs(), Pair(300), Pair(10)
+    # Its turn in the bulk job is the earlier one.
+    jobs = {BULK: [shared], INTERACTIVE: [before, shared]}
+    for priority in (first, 1 - first):
+        waiting.add(JobQueue(priority, ""), jobs[priority], 0.0)
+    window = waiting.window(100)
+    assert sorted(window.indices.tolist()) == sorted([before.index, shared.index])
+    assert window.priorities.tolist() == [INTERACTIVE, INTERACTIVE]
+
+
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("size", [600, 6_000, 60_000])
 def test_a_job_of_two_pairs_beside_a_large_job_waits_for_two_batches_at_most(padded, size):
