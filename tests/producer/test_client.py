@@ -785,7 +785,7 @@ class Iterating(Future):
         super().__init__()
         self._thread, self._checks = thread, 3 * loop_thread.BLOCKED_CHECKS
 
-    def result(self, timeout: float | None = None) -> str:  # noqa: ARG002  # the name in concurrent.futures
+    def result(self, timeout: float | None = None) -> str:
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._thread.loop).result()
         self._checks -= 1
         if self._checks:
