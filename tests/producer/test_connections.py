@@ -46,7 +46,7 @@ def test_an_outage_of_all_sentinels_is_an_error_of_one_line():
         Ledger(connection).workers()
 
 
-class Deaf:
+class Unanswering:
     """Accepts connections on the loopback, counts them, and answers nothing: closes them at once or (*holds*) never."""
 
     def __init__(self, *, holds: bool) -> None:
@@ -80,7 +80,7 @@ def test_the_sentinel_that_answered_last_is_asked_first(tmp_path: Path):
     lines += ["sentinel down-after-milliseconds jobs 600000"]
     (tmp_path / "sentinel.conf").write_text("\n".join(lines) + "\n")
     with ExitStack() as stack:
-        dead = stack.enter_context(closing(Deaf(holds=False)))
+        dead = stack.enter_context(closing(Unanswering(holds=False)))
         start([binary, tmp_path / "sentinel.conf", "--sentinel"], watching, stack)
         url = f"sentinel://127.0.0.1:{dead.port},127.0.0.1:{watching}/0?master=jobs"
         master = Master.of(urls.read(url, urls.REDIS))
@@ -92,7 +92,7 @@ def test_the_sentinel_that_answered_last_is_asked_first(tmp_path: Path):
 
 
 def test_a_command_of_the_ledger_is_not_sent_again_after_a_slow_answer():
-    with closing(Deaf(holds=True)) as server:
+    with closing(Unanswering(holds=True)) as server:
         url = f"redis://127.0.0.1:{server.port}/0?socket_timeout=0.2"
         with connect(url) as connection, pytest.raises(redis.TimeoutError):
             connection.ping()
