@@ -14,7 +14,8 @@ from .. import __version__
 from ..client.asynchronous import AsyncClient
 from ..errors import RerankqError
 from ..settings import Settings
-from . import deployment_routes, dialect_routes, failures, job_routes, pages
+from . import deployment_routes, dialect_routes, discovery, failures, job_routes, openapi, pages
+from .paths import PastedPaths
 from .ranker import Ranker
 from .webhooks.delivering import Webhooks
 
@@ -62,8 +63,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         },
     )
     app.state.settings = given
+    app.add_middleware(PastedPaths)
     app.include_router(dialect_routes.router())
+    app.include_router(discovery.routes)
     app.include_router(job_routes.routes)
     app.include_router(deployment_routes.routes)
     app.include_router(pages.routes)
+    app.openapi = openapi.described(app)  # type: ignore[method-assign]
     return app

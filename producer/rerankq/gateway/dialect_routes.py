@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from typing import Annotated
 
 from fastapi import APIRouter, Depends
 from pydantic_core import to_json
@@ -12,8 +13,9 @@ from starlette.responses import Response
 from .bodies import json_object, parsed
 from .call_options import options_of
 from .callers import Caller, caller_of
-from .dialects import PATHS, Dialect, choose
+from .dialects import PATHS, choose
 from .dialects.dialect import with_explanation
+from .openapi import operation
 from .ranker import CallerGone, Ranker, unless_gone
 from .rerank_call import RerankReply
 
@@ -29,7 +31,8 @@ def ranker_of(request: Request) -> Ranker:
 
 async def rerank(request: Request, caller: Annotated[Caller, Depends(caller_of)]) -> Response:
     """Rank documents for a query, in the dialect of the path and body."""
-    body = await json_object(request)
+    # Where the path names the model.
+    body = {**await json_object(request), **request.path_params}
     dialect = choose(request.scope["route"].path, body)
     asked = parsed(dialect.request, body)
     options = caller.allowed(options_of(request.headers))
@@ -49,7 +52,9 @@ def headers_of(reply: RerankReply) -> dict[str, str]:
     """Tell what the dialects have no room for."""
     times = reply.timings_ms
     spent = {"queued": times.queued, "tokenise": times.tokenise, "inference": times.inference, "total": times.total}
+    told = {"X-Rerankq-Warning": "; ".join(reply.warnings)} if reply.warnings else {}
     return {
+        **told,
         "X-Rerankq-Job": reply.job_id,
         "X-Rerankq-Status": "degraded" if reply.degraded else "ranked",
         "X-Rerankq-Cached-Pairs": str(reply.cached_pairs),
@@ -62,18 +67,14 @@ def router() -> APIRouter:
     """Build the paths of all dialects."""
     found = APIRouter(tags=["dialects"])
     for path, dialects in PATHS.items():
+        names = dict.fromkeys(dialect.name for dialect in dialects)
         found.add_api_route(
             path,
             rerank,
             methods=["POST"],
             name=f"rerank {path}",
-            operation_id=f"rerank{path.replace('/', '_').replace('-', '_')}",
-            summary=f"Rerank, as {' or '.join(dialect.name for dialect in dialects)} does",
-            openapi_extra={"requestBody": {"required": True, "content": _content(dialects)}},
+            operation_id="rerank" + re.sub(r"\W+", "_", path.replace("{model:path}", "model")),
+            summary=f"Rerank: {', '.join(names)}",
+            openapi_extra=operation(dialects),
         )
     return found
-
-
-def _content(dialects: tuple[Dialect[Any], ...]) -> dict[str, Any]:
-    schemas = [dialect.request.model_json_schema() for dialect in dialects]
-    return {"application/json": {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}}

@@ -1,28 +1,49 @@
-"""Names of rerank models that providers host, and nobody else can serve."""
+"""Which model a caller's name means here: names that providers host stand for the deployment's default model."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
+
+from .. import catalogue
+from ..ledger.registry import WorkerInfo
 
 # Callers that changed nothing but the base URL still name them: the deployment's default model answers. Open models are
 # not among them: who names one that is not served here is told so.
 _PATTERNS = (
-    "rerank-*",  # Cohere, Voyage ("rerank-2.5"), Pinecone
+    "rerank-*",  # Cohere, Voyage ("rerank-2.5")
     "rerank",
+    "cohere-rerank-*",
+    "cohere.rerank-*",
+    "cohere/rerank-*",
     "jina-reranker-*",
     "jina-colbert-*",
+    "jina_ai/jina-*",
     "voyage-rerank-*",
+    "voyage/rerank-*",
     "mxbai-rerank-*",
     "nv-rerank*",
     "nvidia/nv-rerank*",
+    "nvidia/rerank-*",
     "nvidia/llama-*-rerank*",
-    "gte-rerank*",
-    "qwen3-rerank*",
-    "cohere.rerank-*",
+    "gte-rerank",
+    "gte-rerank-*",
+    "qwen3-rerank",
+    "qwen3*-vl-rerank",
+    "qwen3*-text-rerank",
+    "pinecone-rerank-*",
     "amazon.rerank-*",
-    "text-rerank*",
+    "ctxl-rerank-*",
+    "green-rerank",
+    "text-rerank",
+    "text-rerank-*",
     "default",
 )
+# RAGFlow names a model and its provider with this between them.
+_PROVIDER_SEPARATOR = "___"
+#: Behind the name of a model in listings where its own name does not say what it is.
+RERANKER = "-reranker"
 
 
 def is_hosted_elsewhere(name: str) -> bool:
@@ -32,3 +53,51 @@ def is_hosted_elsewhere(name: str) -> bool:
     (True, False)
     """
     return any(fnmatchcase(name.lower(), pattern) for pattern in _PATTERNS)
+
+
+def listed_name(name: str) -> str:
+    """Name a model so that clients that go by names see a reranker.
+
+    >>> listed_name("bge-reranker-base"), listed_name("ms-marco-MiniLM-L6-v2")
+    ('bge-reranker-base', 'ms-marco-MiniLM-L6-v2-reranker')
+    """
+    return name if "rerank" in name.lower() else name + RERANKER
+
+
+def serving(model: str | None, workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
+    """List the workers that serve a model (None: the default)."""
+    if model is None:
+        return [worker for worker in workers if not worker.suffix]
+    return [worker for worker in workers if model in (worker.model, *worker.aliases)]
+
+
+def model_for(
+    name: str | None, workers: Sequence[WorkerInfo], *, listed: Collection[str] = (), conf_dir: Path | None = None
+) -> str | None:
+    """Find what a caller's model name means: a model served or *listed*, the default (None), or the name as it is.
+
+    Names are compared whole; then without a provider behind ``___``; then as this gateway lists them.
+
+    >>> bundled = WorkerInfo("w", "bundled", (), "", ("rerankq.interactive",), 0.0, 0.0)
+    >>> model_for("bundled___Xinference", [bundled]), model_for("bundled-reranker", [bundled])
+    ('bundled', 'bundled')
+    >>> model_for("rerank-v3.5", [bundled]), model_for("BAAI/bge-reranker-v2-m3", [bundled])
+    (None, 'BAAI/bge-reranker-v2-m3')
+    """
+    if name is None:
+        return None
+    for one in _spellings(name):
+        full = catalogue.canonical(one, conf_dir)
+        if serving(full, workers) or serving(one, workers) or full in listed:
+            return one
+    bare = name.partition(_PROVIDER_SEPARATOR)[0] or name
+    return None if is_hosted_elsewhere(bare) else bare
+
+
+def _spellings(name: str) -> Iterator[str]:
+    yield name
+    bare = name.partition(_PROVIDER_SEPARATOR)[0]
+    if bare:
+        yield bare
+        if bare.endswith(RERANKER):
+            yield bare.removesuffix(RERANKER)

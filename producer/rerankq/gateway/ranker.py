@@ -19,8 +19,17 @@ from ..client.asynchronous import AsyncClient
 from ..contract import Ranking, RerankJob
 from ..errors import GatewayStopping, JobExpired, JobTimedOut, NoWorker, RerankqError
 from .call_options import split_model
-from .hosted_models import is_hosted_elsewhere
-from .rerank_call import CallOptions, RerankCall, RerankReply, first_stage_reply, job_of_call, reply_of
+from .hosted_models import model_for, serving
+from .rerank_call import (
+    CallOptions,
+    RerankCall,
+    RerankReply,
+    ScoreCall,
+    first_stage_reply,
+    job_of_call,
+    joined,
+    reply_of,
+)
 
 logger = logging.getLogger("rerankq.gateway")
 
@@ -103,14 +112,24 @@ class Ranker:
         #: Set when the gateway ends: who still waits is told to ask again.
         self.closing = asyncio.Event()
 
-    async def rank(self, call: RerankCall, options: CallOptions) -> RerankReply:
-        """Rank a call's documents.
+    async def rank(self, call: RerankCall | ScoreCall, options: CallOptions) -> RerankReply:
+        """Rank a call's documents; with several queries, by a job for each.
 
         Raises:
             JobTimedOut: after the caller's time, with ``job_id``; the job was cancelled unless somebody waits for it.
             NoWorker: if no worker serves the model.
             RerankqError: as ``AsyncClient.submit`` and ``result`` do.
         """
+        if isinstance(call, RerankCall):
+            return await self._rank_one(call, options)
+        ranking = [asyncio.create_task(self._rank_one(one, options)) for one in call.calls]
+        try:
+            return joined(call, await asyncio.gather(*ranking))
+        finally:
+            for task in ranking:
+                task.cancel()
+
+    async def _rank_one(self, call: RerankCall, options: CallOptions) -> RerankReply:
         call, options = await self._resolved(call, options)
         timeout_s = self._timeout_s if options.timeout_s is None else options.timeout_s
         job_id = f"call-{secrets.token_hex(16)}"
@@ -145,17 +164,14 @@ class Ranker:
 
     async def _resolved(self, call: RerankCall, options: CallOptions) -> tuple[RerankCall, CallOptions]:
         """Split the model's name, map names of hosted models, and clamp lengths to what the model reads."""
-        conf_dir = self.client.settings.conf_dir
+        settings = self.client.settings
+        conf_dir = settings.conf_dir
         model, profile = split_model(call.model, catalogue.profiles(conf_dir))
         if profile is not None and options.fusion is None:
             options = replace(options, fusion=profile)
         workers = await self.client.recent_workers()
-        if model is not None:
-            name = catalogue.canonical(model, conf_dir)
-            served = {known for worker in workers for known in (worker.model, *worker.aliases)}
-            if name not in served and is_hosted_elsewhere(model):
-                model = None
-        longest = min((worker.max_length for worker in workers if worker.max_length), default=None)
+        model = model_for(model, workers, listed=settings.models, conf_dir=conf_dir)
+        longest = min((one.max_length for one in serving(model, workers) if one.max_length), default=None)
         if call.max_length is not None and longest is not None:
             call = replace(call, max_length=max(8, min(call.max_length, longest)))
         return replace(call, model=model), options

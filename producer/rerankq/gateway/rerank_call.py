@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..contract import Chunk, Fusion, Priority, RankedChunk, Ranking, RerankJob, Timings
+from ..errors import JobTooLarge
 
 # Scores of a document that is empty or blank: it ranks last. As a probability, and as a logit.
-BLANK_SCORE, BLANK_LOGIT = 0.0, -100.0
+# The logit is near those of models: clients that stretch scores between the lowest and the highest divide by it.
+BLANK_SCORE, BLANK_LOGIT = 0.0, -12.0
+# Queries of one call with pairs of its own: a job for each.
+MAX_QUERIES = 1_000
+# Jobs that a header names.
+MAX_JOBS_NAMED = 50
 
 
 @dataclass(frozen=True, slots=True)
 class RerankCall:
-    """What a caller asks, in any dialect. ``top_n`` None: all documents. ``max_length``: tokens of a pair."""
+    """What a caller asks, in any dialect.
+
+    ``top_n`` None: all documents. ``max_length``: tokens of a pair. ``warnings``: what of it cannot be done, for the
+    caller to read.
+    """
 
     query: str
     documents: tuple[Chunk, ...]
@@ -25,6 +35,15 @@ class RerankCall:
     priority: Priority | None = None
     max_length: int | None = None
     query_max_tokens: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreCall:
+    """Pairs with several queries: a call for each query, and the positions of its pairs."""
+
+    calls: tuple[RerankCall, ...]
+    positions: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +81,7 @@ class RerankReply:
     truncated_pairs: int = 0
     degraded: bool = False
     timings_ms: Timings = field(default_factory=Timings)
+    warnings: tuple[str, ...] = ()
 
     @property
     def billed_tokens(self) -> int:
@@ -121,7 +141,12 @@ def reply_of(call: RerankCall, options: CallOptions, ranking: Ranking) -> Rerank
         cached_pairs=ranking.usage.cached_pairs,
         truncated_pairs=ranking.usage.truncated_pairs,
         timings_ms=ranking.timings_ms,
+        warnings=(*call.warnings, *_truncation(ranking.usage.truncated_pairs)),
     )
+
+
+def _truncation(pairs: int) -> list[str]:
+    return [f"{pairs} documents were longer than the model reads, and were truncated"] if pairs else []
 
 
 def blank_documents(call: RerankCall, *, below: float, raw: bool) -> list[RankedDocument]:
@@ -147,7 +172,8 @@ def first_stage_reply(call: RerankCall, *, job_id: str, model: str) -> RerankRep
     scores = first_stage_scores(call.documents)
     order = sorted(range(len(scores)), key=lambda at: (-scores[at], at))
     documents = tuple(RankedDocument(at, scores[at]) for at in order[: call.top_n])
-    return RerankReply(job_id=job_id, model=model, documents=documents, degraded=True)
+    warnings = (*call.warnings, "no ranking in time: this is the order that was sent")
+    return RerankReply(job_id=job_id, model=model, documents=documents, degraded=True, warnings=warnings)
 
 
 def first_stage_scores(documents: Sequence[Chunk]) -> list[float]:
@@ -159,3 +185,51 @@ def first_stage_scores(documents: Sequence[Chunk]) -> list[float]:
             lowest = min(known)
             return [score if score is not None and math.isfinite(score) else min(0.0, lowest) for score in found]
     return [(len(documents) - at) / len(documents) for at in range(len(documents))]
+
+
+def by_query(call: RerankCall, queries: Sequence[str]) -> RerankCall | ScoreCall:
+    """Make a call whose documents have a query each: the call itself if they have one, else one for each query.
+
+    Raises:
+        JobTooLarge: if there are more than ``MAX_QUERIES`` queries.
+
+    >>> call = RerankCall("", (Chunk(text="a"), Chunk(text="b"), Chunk(text="c")))
+    >>> made = by_query(call, ["p", "q", "p"])
+    >>> [(one.query, positions) for one, positions in zip(made.calls, made.positions)]
+    [('p', (0, 2)), ('q', (1,))]
+    >>> by_query(call, ["p", "p", "p"]).query
+    'p'
+    """
+    positions: dict[str, list[int]] = {}
+    for at, query in enumerate(queries):
+        positions.setdefault(query, []).append(at)
+    if len(positions) > MAX_QUERIES:
+        raise JobTooLarge(f"expected at most {MAX_QUERIES} different queries, not {len(positions)}", field="queries")
+    calls = tuple(
+        replace(call, query=query, documents=tuple(call.documents[at] for at in places))
+        for query, places in positions.items()
+    )
+    return calls[0] if len(calls) == 1 else ScoreCall(calls, tuple(map(tuple, positions.values())))
+
+
+def joined(call: ScoreCall, replies: Sequence[RerankReply]) -> RerankReply:
+    """Join the replies to the calls of a call, its documents in the order of their scores."""
+    documents = [
+        replace(document, index=positions[document.index])
+        for reply, positions in zip(replies, call.positions, strict=True)
+        for document in reply.documents
+    ]
+    times = [reply.timings_ms for reply in replies]
+    slowest = {name: max(getattr(one, name) for one in times) for name in Timings.model_fields}
+    return RerankReply(
+        job_id=",".join(reply.job_id for reply in replies[:MAX_JOBS_NAMED] if reply.job_id),
+        model=replies[0].model,
+        documents=tuple(sorted(documents, key=lambda document: (-document.score, document.index))),
+        tokens=sum(reply.tokens for reply in replies),
+        pairs=sum(reply.pairs for reply in replies),
+        cached_pairs=sum(reply.cached_pairs for reply in replies),
+        truncated_pairs=sum(reply.truncated_pairs for reply in replies),
+        degraded=any(reply.degraded for reply in replies),
+        timings_ms=Timings(**slowest),
+        warnings=tuple(dict.fromkeys(warning for reply in replies for warning in reply.warnings)),
+    )

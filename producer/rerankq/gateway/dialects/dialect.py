@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from ..rerank_call import RankedDocument, RerankCall, RerankReply
+from ..rerank_call import RankedDocument, RerankCall, RerankReply, ScoreCall
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -28,8 +28,17 @@ class Dialect(Generic[Asked]):
     name: str
     request: type[Asked]
     response: Any
-    call_of: Callable[[Asked], RerankCall]
+    call_of: Callable[[Asked], RerankCall | ScoreCall]
     response_of: Callable[[Asked, RerankReply], Any]
+
+
+def scores_in_order(reply: RerankReply) -> list[float]:
+    """List the scores in the order of the documents.
+
+    >>> scores_in_order(RerankReply("id", "m", (RankedDocument(1, 0.9), RankedDocument(0, 0.1))))
+    [0.1, 0.9]
+    """
+    return [document.score for document in sorted(reply.documents, key=lambda document: document.index)]
 
 
 def explanation(document: RankedDocument) -> dict[str, Any]:
@@ -40,19 +49,31 @@ def explanation(document: RankedDocument) -> dict[str, Any]:
 
 
 def with_explanation(body: Any, reply: RerankReply) -> Any:
-    """Add an explanation to every result of a response that lists results with their ``index``.
+    """Add an explanation to every result of a response; where results are bare numbers, beside them, in their order.
 
-    >>> from rerankq.gateway.rerank_call import RankedDocument, RerankReply
-    >>> with_explanation([{"index": 3}], RerankReply("id", "m", (RankedDocument(3, 0.5),)))[0]["rerankq"]["cached"]
+    >>> reply = RerankReply("id", "m", (RankedDocument(0, 0.5),))
+    >>> with_explanation([{"index": 0}], reply)[0]["rerankq"]["cached"]
+    False
+    >>> with_explanation({"scores": [0.5]}, reply)["rerankq"][0]["cached"]
     False
     """
     by_index = {document.index: document for document in reply.documents}
-    results = body if isinstance(body, list) else next((v for v in _lists(body) if v), [])
-    for result in results:
-        if isinstance(result, dict) and result.get("index") in by_index:
-            result["rerankq"] = explanation(by_index[result["index"]])
+    results = list(_results_of(body))
+    for index, result in results:
+        if index in by_index:
+            result["rerankq"] = explanation(by_index[index])
+    if not results and isinstance(body, dict):
+        body["rerankq"] = [explanation(by_index[index]) for index in sorted(by_index)]
     return body
 
 
-def _lists(body: Mapping[str, Any]) -> list[list[Any]]:
-    return [body[key] for key in ("results", "data", "rankings") if isinstance(body.get(key), list)]
+def _results_of(body: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Find the results of a response, each with the position of its document: their own, else their place."""
+    if isinstance(body, list):
+        for place, one in enumerate(body):
+            result = one[0] if isinstance(one, list) and one else one
+            if isinstance(result, dict):
+                yield result.get("index", place), result
+    elif isinstance(body, Mapping):
+        for key in ("output", "results", "data", "rankings"):
+            yield from _results_of(body.get(key))

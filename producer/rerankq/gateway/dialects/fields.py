@@ -7,12 +7,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema, model_validator
 
-from ...contract import Chunk
+from ...contract import Chunk, Priority
 from ...errors import JobRejected
 
 # Of a document that is an object: what the chunk takes from it, beside its text.
 CHUNK_FIELDS = frozenset(Chunk.model_fields) - {"text"}
 TEXT_KEYS = ("text", "content", "page_content")
+IMAGE_KEYS = ("image", "image_url", "video", "video_url", "audio")
+IMAGE = "is an image, a video or a sound; this model reads texts"
+
+# Room for the query beside a document whose tokens are limited.
+QUERY_TOKENS = 128
 
 
 class Request(BaseModel):
@@ -32,19 +37,39 @@ class Reply(BaseModel):
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
 
+def _parts(value: object) -> object:
+    """Join the texts of a message in parts, as OpenAI writes them."""
+    parts = value.get("content") if isinstance(value, Mapping) else None
+    if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
+        return value
+    if any(part.get("type", "text") != "text" for part in parts):
+        raise ValueError(IMAGE)
+    return "\n".join(str(part.get("text", "")) for part in parts)
+
+
 def _document(value: object) -> object:
+    value = _parts(value)
+    if isinstance(value, Mapping) and not _text_of(value) and any(key in value for key in IMAGE_KEYS):
+        raise ValueError(IMAGE)
     if isinstance(value, str) or (isinstance(value, Mapping) and value):
         return value
     msg = "expected a text, or an object with a text"
     raise ValueError(msg)
 
 
-Document = Annotated[
-    str | dict[str, JsonValue],
-    BeforeValidator(_document),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "minProperties": 1}]}),
-]
-Documents = Annotated[list[Document], Field(min_length=1, description="Texts, or objects with a field `text`.")]
+def _query(value: object) -> object:
+    value = _document(value)
+    if isinstance(value, Mapping):
+        text = _text_of(value)
+        if text is None:
+            msg = "expected a text, or an object with a text"
+            raise ValueError(msg)
+        return text
+    return value
+
+
+def _text_of(document: Mapping[str, Any]) -> str | None:
+    return next((document[key] for key in TEXT_KEYS if isinstance(document.get(key), str)), None)
 
 
 def _limit(value: object) -> object:
@@ -54,10 +79,22 @@ def _limit(value: object) -> object:
     return value
 
 
-# How many results: 0 means all of them, as more than there are documents does.
-TopN = Annotated[int, BeforeValidator(_limit), Field(ge=0, le=1_000_000)]
-Tokens = Annotated[int, BeforeValidator(_limit), Field(ge=-1)]
-Query = Annotated[str, Field(min_length=1)]
+_TEXT_OR_OBJECT = {"anyOf": [{"type": "string"}, {"type": "object", "minProperties": 1}]}
+Document = Annotated[str | dict[str, JsonValue], BeforeValidator(_document), WithJsonSchema(_TEXT_OR_OBJECT)]
+Documents = Annotated[list[Document], Field(min_length=1, description="Texts, or objects with a field `text`.")]
+Query = Annotated[
+    str,
+    BeforeValidator(_query),
+    Field(min_length=1, description="The question, or an object with a field `text`."),
+    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "object", "required": ["text"]}]}),
+]
+TopN = Annotated[
+    int,
+    BeforeValidator(_limit),
+    Field(ge=0, description="How many results. 0, or more than there are documents: all of them."),
+]
+Tokens = Annotated[int, BeforeValidator(_limit), Field(ge=-1, description="Tokens. 0 or -1: no limit of the call.")]
+Flag = Annotated[bool, Field(description='A truth value, or `"true"` or `"false"`.')]
 
 
 def chunks_of(
@@ -82,9 +119,10 @@ def chunks_of(
 def _chunk(document: str | Mapping[str, Any], rank_fields: list[str], field: str) -> Chunk:
     if isinstance(document, str):
         return _made({"text": document}, field)
-    if rank_fields:
+    # Cohere's default: the text alone. Its name before it would change the score.
+    if rank_fields and rank_fields != ["text"]:
         return _made({"text": _lines(document, rank_fields)}, field)
-    text = next((document[key] for key in TEXT_KEYS if isinstance(document.get(key), str)), None)
+    text = _text_of(document)
     if text is None:
         # As structured documents are read elsewhere: every field that can be written as a line.
         text = _lines(document, [key for key in document if key not in {"id", "metadata"}])
@@ -108,3 +146,56 @@ def _lines(document: Mapping[str, Any], fields: Iterable[str]) -> str:
     return "\n".join(
         f"{name}: {document[name]}" for name in fields if isinstance(document.get(name), str | int | float)
     )
+
+
+def text_of(document: str | Mapping[str, Any]) -> str:
+    r"""Write a document back as a text.
+
+    >>> text_of("a"), text_of({"text": "b"}), text_of({"name": "Ann", "age": 5})
+    ('a', 'b', 'name: Ann\nage: 5')
+    """
+    if isinstance(document, str):
+        return document
+    text = _text_of(document)
+    return _lines(document, document) if text is None else text
+
+
+def pair_tokens(*, document: int | None = None, query: int | None = None, pair: int | None = None) -> int | None:
+    """Make one limit of a pair from limits of its parts; None, 0 and -1 are no limit.
+
+    >>> pair_tokens(document=500), pair_tokens(document=500, query=20), pair_tokens(document=500, pair=256)
+    (628, 520, 256)
+    >>> pair_tokens(pair=-1) is None
+    True
+    """
+    limits = []
+    if document and document > 0:
+        limits.append(document + (query if query and query > 0 else QUERY_TOKENS))
+    if pair and pair > 0:
+        limits.append(pair)
+    return min(limits, default=None)
+
+
+def query_tokens(limit: int | None) -> int | None:
+    """Read the limit of a query: 0 and -1 are no limit.
+
+    >>> query_tokens(64), query_tokens(-1)
+    (64, None)
+    """
+    return limit if limit and limit > 0 else None
+
+
+def priority_of(number: int | None) -> Priority | None:
+    """Read a priority as Cohere and vLLM write it: 0 is the most urgent, above waits.
+
+    >>> priority_of(0), priority_of(7), priority_of(None)
+    ('interactive', 'bulk', None)
+    """
+    if number is None:
+        return None
+    return "bulk" if number > 0 else "interactive"
+
+
+def unsupported(instruction: str | None) -> tuple[str, ...]:
+    """Say that an instruction has no effect."""
+    return ("the model takes no instruction: it was ignored",) if instruction else ()

@@ -1,0 +1,16 @@
+"""LocalAI's rerank: it returns the documents."""
+
+from __future__ import annotations
+
+from .dialect import Dialect
+from .fields import Flag
+from .results import ResultsReply, ResultsRequest, call_of, response_of
+
+
+class LocalAIRequest(ResultsRequest):
+    """Body of a request."""
+
+    return_documents: Flag = True
+
+
+LOCALAI = Dialect("localai", LocalAIRequest, ResultsReply, call_of, response_of)
