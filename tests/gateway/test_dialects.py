@@ -56,7 +56,7 @@ def test_a_recorded_request_is_answered_in_its_clients_dialect(row):
     results = results_in(body, row.read)
     assert sorted(index for index, _, _ in results) == [0, 1, 2]
     assert {index: score for index, score, _ in results} == {0: 0.1, 1: 0.9, 2: 0.5}
-    if row.read[1]:
+    if dialect.name != "vllm-score" and row.read[1]:
         assert [index for index, _, _ in results] == [1, 2, 0]
     assert next(document for index, _, document in results if index == 1) == row.document
 
@@ -92,7 +92,7 @@ def test_every_path_below_a_prefix_has_its_dialects(mount, below):
         ("/jina/v1/v1/rerank", "/jina/v1/rerank"),
         ("/infinity//rerank", "/infinity/rerank"),
         ("/v1/v1/score", "/v1/score"),
-        ("/v1/retrieval/nvidia/reranking", "/reranking"),
+        ("/v1/retrieval/nvidia/reranking", "/nvidia/reranking"),
         ("/nv-rerankqa-mistral-4b-v3/reranking", "/reranking"),
         ("/projects/x/cohere/v2/rerank", "/cohere/v2/rerank"),
         ("/projects/x/openai/v1/models", "/v1/models"),
@@ -179,21 +179,13 @@ def test_a_response_costs_a_token_at_least():
     assert body["usage"] == {"prompt_tokens": 1, "total_tokens": 1}
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith("/plain")])
-def test_null_optionals_and_unknown_fields_are_accepted(path):
-    row = next(row for row in RECORDED if choose(path, row.body) is choose(path, {}) and choose_alone(path, row.body))
-    names = choose(path, row.body).request.model_fields
-    body = {**{name: None for name in names if name != "model"}, **row.body, "unknown": [{"a": 1}], "user": None}
-    dialect = choose(path, row.body)
+@pytest.mark.parametrize("row", ROWS)
+def test_null_optionals_and_unknown_fields_are_accepted(row):
+    dialect = choose(route_of(row.path), row.body)
+    given = {name for name, field in dialect.request.model_fields.items() if field.is_required()}
+    nulls = dict.fromkeys(name for name in dialect.request.model_fields if name not in given)
+    body = {**nulls, **row.body, "unknown": [{"a": 1}], "user": None}
     assert dialect.call_of(parsed(dialect.request, body)).query == QUERY
-
-
-def choose_alone(path, body):
-    try:
-        parsed(choose(path, body).request, body)
-    except JobRejected:
-        return False
-    return True
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from .dialects import MOUNTS, PATHS
 DISCOVERY = frozenset(
     {"/models", "/v1/models", "/info", "/v1/info", "/api/tags", "/api/show", "/health", "/infinity/models"}
 )
-_ONE_MODEL = re.compile(r"/(v1/)?models/.+|/(v1/)?inference/.+")
+_ONE_MODEL = re.compile(r"(/v1)?/models/.+|(/deepinfra)?(/v1)?/inference/.+")
 _FIXED = frozenset(path for path in PATHS if "{" not in path) | DISCOVERY
 # What stands before a path that we know when a base URL already had a path: versions, paths of rerank, and the paths
 # below which providers keep their APIs.
@@ -49,10 +49,7 @@ def canonical_path(path: str) -> str:
 
 
 def _is_ours(path: str) -> bool:
-    if path in _FIXED:
-        return True
-    mount, _, below = path.lstrip("/").partition("/")
-    return bool(_ONE_MODEL.fullmatch(f"/{below}" if mount in MOUNTS else path))
+    return path in _FIXED or bool(_ONE_MODEL.fullmatch(path))
 
 
 class PastedPaths:

@@ -66,7 +66,7 @@ _SCORE = (VLLM_SCORE, PLAIN)
 _RANKING = (NVIDIA, MIXEDBREAD)
 
 # Without a sign, documents are returned: Dify's plugins read them without asking for them.
-_RERANK = {"/rerank": JINA, "/v1/rerank": JINA, "/v2/rerank": COHERE}
+_RERANK: dict[str, AnyDialect] = {"/rerank": JINA, "/v1/rerank": JINA, "/v2/rerank": COHERE}
 
 
 def _at(paths: str, *dialects: AnyDialect) -> dict[str, tuple[AnyDialect, ...]]:
