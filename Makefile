@@ -16,7 +16,7 @@ STAMP := $(VENV)/rerankq-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest lint format docs bench chaos differential stateful soak mutate audit clean
+.PHONY: help install demo test test-lowest lint format docs bench chaos differential stateful clients soak mutate audit clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ differential: $(STAMP)  ## Hold scores against sentence-transformers' predict, e
 
 stateful: $(STAMP)  ## Compare the ledger with its plain model over EXAMPLES=5000 sequences of calls; make test tries 100.
 	STATEFUL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/producer/test_ledger_twin.py
+
+clients: $(STAMP)  ## Run the clients that people have (Cohere's, LiteLLM, LangChain …) against a live gateway; needs a network once.
+	$(BIN)/python tests/clients/run.py
 
 soak: $(STAMP)  ## See whether memory, threads, connections and open files stay flat (MINUTES=30).
 	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)

@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "rerankq.rescoring": _CLIENT,
     "rerankq.doctor": _CLIENT | {"rerankq.ledger", "rerankq.broker", "rerankq.connections", "rerankq.local"},
     # Of the dialects only the path that reads them knows HTTP; they are pure.
-    "rerankq.gateway.rerank_call": {"rerankq.contract"},
+    "rerankq.gateway.rerank_call": {"rerankq.contract", "rerankq.errors"},
     "rerankq.gateway.dialects": {"rerankq.contract", "rerankq.errors", "rerankq.gateway.rerank_call"},
     # Deliveries are kept in the ledger.
     "rerankq.gateway.webhooks": _CLIENT | {"rerankq.ledger"},

@@ -87,6 +87,8 @@ def test_an_instruction_is_ignored_with_a_warning(http):
         "rerank-v3.5",
         "bundled",
         "bundled___Xinference",
+        "reranker",
+        "Pro/bundled",
         "bundled-reranker",
         "nv-rerank-qa-mistral-4b:1",
         "default",

@@ -14,6 +14,7 @@ from ..ledger.registry import WorkerInfo
 _PATTERNS = (
     "rerank-*",  # Cohere, Voyage ("rerank-2.5")
     "rerank",
+    "reranker",  # Open WebUI's default
     "cohere-rerank-*",
     "cohere.rerank-*",
     "cohere/rerank-*",
@@ -42,6 +43,8 @@ _PATTERNS = (
 )
 # RAGFlow names a model and its provider with this between them.
 _PROVIDER_SEPARATOR = "___"
+# Before the name of a model: providers' own marks of where it runs.
+_PROVIDER_PREFIXES = ("fireworks/", "Pro/")
 #: Behind the name of a model in listings where its own name does not say what it is.
 RERANKER = "-reranker"
 
@@ -90,8 +93,9 @@ def model_for(
         full = catalogue.canonical(one, conf_dir)
         if serving(full, workers) or serving(one, workers) or full in listed:
             return one
-    bare = name.partition(_PROVIDER_SEPARATOR)[0] or name
-    return None if is_hosted_elsewhere(bare) else bare
+    if any(map(is_hosted_elsewhere, _spellings(name))):
+        return None
+    return name.partition(_PROVIDER_SEPARATOR)[0] or name
 
 
 def _spellings(name: str) -> Iterator[str]:
@@ -99,5 +103,8 @@ def _spellings(name: str) -> Iterator[str]:
     bare = name.partition(_PROVIDER_SEPARATOR)[0]
     if bare:
         yield bare
+        for prefix in _PROVIDER_PREFIXES:
+            if bare.startswith(prefix):
+                yield bare.removeprefix(prefix)
         if bare.endswith(RERANKER):
             yield bare.removesuffix(RERANKER)
