@@ -442,7 +442,10 @@ class RerankJob(Written):
     )
     return_text: bool = _field("worker", "Return the chunks' texts in the ranking.", default=False)
     explain: bool = _field(
-        "worker", "Tell what each signal added to each score: ``parts`` of the ranked chunks.", default=False
+        "worker",
+        "Tell what each signal added to each score, and where truncated chunks were cut: ``parts`` and ``span`` of the "
+        "ranked chunks.",
+        default=False,
     )
 
     def chunk_names(self) -> list[str]:
@@ -484,7 +487,8 @@ class RankedChunk(Record):
     cached: bool = Field(False, description="The model's score came from the score cache.")
     span: tuple[int, int] | None = Field(
         None,
-        description="Start and end of the window that scored best. Always None while there are no windows.",
+        description="Start and end of what the model read of a truncated chunk (its title, a space, its text), if the "
+        "job asked for it with ``explain``. None: all of it, or it is not known.",
         json_schema_extra=_unit("characters"),
     )
     text: str | None = Field(None, description="The chunk's text, if the job asked for it with ``return_text``.")

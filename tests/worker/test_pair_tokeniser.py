@@ -199,6 +199,20 @@ def test_a_cut_query_flags_every_pair_even_where_the_chunk_is_whole(tokenisers, 
     assert [pair.truncated for pair in ours.pairs("word", ["tiny", ""])] == [False, False]
 
 
+@pytest.mark.parametrize("query", [QUERY, QUERY * 9], ids=["short query", "cut query"])
+@pytest.mark.parametrize("name", NAMES)
+def test_characters_read_are_all_that_the_pair_depends_on(tokenisers, name, query):
+    ours, _ = tokenisers[name]
+    chunk = " ".join("abcdefghij" * 40)
+    end = ours.characters_read(query, chunk)
+    assert 0 < end < len(chunk)
+    read = chunk[:end].rstrip()
+    whole, other, shorter = ours.pairs(query, [chunk, read + " z" * 100, read[:-2] + " z" * 100])
+    assert whole.ids.tolist() == other.ids.tolist() != shorter.ids.tolist()
+    assert ours.characters_read(query, "short") == len("short"), "only the query is cut"
+    assert ours.characters_read("q", chunk, max_length=32) < ours.characters_read("q", chunk)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_reading_only_the_head_of_a_huge_chunk_changes_no_id(tokenisers, name, text):

@@ -171,6 +171,17 @@ JOBS = st.builds(
 )
 
 
+def test_a_truncated_chunk_tells_how_far_it_was_read_cached_or_not_if_the_job_asks(world: World):
+    long = "word " * 400
+    job = RerankJob(query="a query", chunks=[{"title": "Title", "text": long}, "short"], fusion=MODEL, max_length=13)
+    assert [chunk.span for chunk in world.rank(job).chunks] == [None, None]
+    asked = job.model_copy(update={"explain": True})
+    for _ in range(2):
+        spans = {chunk.index: chunk.span for chunk in world.rank(asked).chunks}
+        # 13 tokens: three marks, two words of the query, the title and seven words.
+        assert spans == {0: (0, len("Title" + 7 * " word")), 1: None}
+
+
 def test_parts_of_scores_are_told_to_a_job_that_asks_and_add_up(world: World):
     fusion = Fusion(weights={"model": 0.7, "token": 0.3, "vector": 0.5})
     chunks = [

@@ -25,10 +25,12 @@ def ranked_chunks(
     truncated: NDArray[np.bool_],
     cached: NDArray[np.bool_],
     parts: Mapping[str, NDArray[np.float64]] = MappingProxyType({}),
+    characters_read: Mapping[int, int] = MappingProxyType({}),
 ) -> list[Fields]:
     """Order a job's chunks by fused score, then logit, and cut them; gives the fields of each that stays, best first.
 
-    The arrays have shape ``(chunks,)``; a logit is NaN where the model scored nothing.
+    The arrays have shape ``(chunks,)``; a logit is NaN where the model scored nothing. ``characters_read`` is by
+    position.
     """
     names = job.chunk_names()
     order = rank(blended.scores, job.min_score, job.top_k, logits=logits).tolist()
@@ -47,6 +49,7 @@ def ranked_chunks(
             scores=_present(signals, at),
             # Left out unless asked for: a producer of an older version refuses fields that it does not know.
             **({"parts": _present(added, at)} if added else {}),
+            **({"span": (0, characters_read[at])} if at in characters_read else {}),
             missing=blended.missing[at],
             model_logit=raw[at],
             truncated=cut[at],

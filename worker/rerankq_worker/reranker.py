@@ -68,6 +68,7 @@ class Reranker:
                 truncated=scored.truncated,
                 cached=scored.cached,
                 parts=contributions(signals, fusion) if job.explain else {},
+                characters_read=scored.characters_read,
             ),
             job_id=job_id,
             model=model,

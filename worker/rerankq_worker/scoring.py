@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +18,9 @@ from .cache import CachedScores, ScoreCache, score_fingerprint
 from .engine import QUERY_MAX_TOKENS, Batcher, Engine, PairLimits, TicketCancelled, TokenisedPair, text_hash
 from .work import Work
 
+# Truncated pairs of which it is remembered how far they were read, at 200 bytes each.
+REMEMBERED_CUTS = 50_000
+
 
 @dataclass(frozen=True)
 class ScoreOptions:
@@ -29,6 +32,7 @@ class ScoreOptions:
     cache: Literal["use", "refresh", "bypass"] = "use"
     priority: Priority = "interactive"
     tenant: str = ""
+    explain: bool = False
 
     @classmethod
     def of(cls, job: RerankJob, priority: Priority) -> ScoreOptions:
@@ -40,6 +44,7 @@ class ScoreOptions:
             cache=job.cache,
             priority=priority,
             tenant=job.tenant,
+            explain=job.explain,
         )
 
 
@@ -48,7 +53,8 @@ class Scored:
     """The model's side of a job: one entry for each text, and what they cost.
 
     ``logits`` are float64, NaN where a text was not scored. ``cached`` says which came from the score cache,
-    ``truncated`` of which pairs the model read a part only. ``tokens`` are those computed; times are in seconds.
+    ``truncated`` of which pairs the model read a part only. ``characters_read`` says for truncated texts, by position,
+    how far they were read, if the options asked and it is known. ``tokens`` are those computed; times are in seconds.
     """
 
     logits: NDArray[np.float64]
@@ -58,6 +64,7 @@ class Scored:
     tokenise_s: float = 0
     waiting_s: float = 0
     inference_s: float = 0
+    characters_read: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def nothing(cls, texts: int) -> Scored:
@@ -94,6 +101,7 @@ class LocalScorer:
         self._engine = engine
         self._batcher = batcher
         self._cache = cache
+        self._characters_read: dict[tuple[str, bytes, bytes], int | None] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -108,6 +116,26 @@ class LocalScorer:
     def score(self, query: str, texts: Sequence[str], options: ScoreOptions, work: Work) -> Scored:
         """Score each text; see :class:`Scorer`."""
         names = self._named(query, texts, options)
+        scored = self._score(query, texts, options, work, names)
+        if not options.explain or not scored.truncated.any():
+            return scored
+        read = {
+            at: self._read(query, texts[at], options, names, at) for at in np.flatnonzero(scored.truncated).tolist()
+        }
+        return replace(scored, characters_read={at: end for at, end in read.items() if end is not None})
+
+    def _read(self, query: str, text: str, options: ScoreOptions, names: _Named, at: int) -> int | None:
+        """Tell how far a truncated text is read; remembered, because who asks once asks again with other weights."""
+        key = (names.fingerprint, names.query, names.texts[at])
+        if key not in self._characters_read:
+            if len(self._characters_read) >= REMEMBERED_CUTS:
+                self._characters_read.clear()
+            self._characters_read[key] = self._engine.characters_read(
+                query, text, max_length=names.max_length, query_max_tokens=options.query_max_tokens
+            )
+        return self._characters_read.get(key)
+
+    def _score(self, query: str, texts: Sequence[str], options: ScoreOptions, work: Work, names: _Named) -> Scored:
         known = CachedScores.nothing(len(texts))
         if options.cache == "use":
             known = self._cache.read(names.fingerprint, names.query, names.texts)

@@ -24,7 +24,7 @@ from .models.runtimes import Choice, Environment, choose, openvino_installed, pr
 from .protocol import QUERY_MAX_TOKENS, Logits, LogitsFuture, TokenisedPair, finished
 from .scheduling.unqueued import score_in_batches
 from .tokenising.pair_format import pair_tokeniser_for
-from .tokenising.pair_tokeniser import Tokeniser
+from .tokenising.pair_tokeniser import PairTokeniser, Tokeniser
 
 #: Default tokens per batch. On a CPU tokens per second hardly change from 512 to 4096 (measured, 22 M parameters), and
 #: the smaller the batch, the shorter an interactive pair waits; a GPU needs many tokens to be busy.
@@ -111,6 +111,14 @@ class CrossEncoderEngine:
         return self._tokeniser.pairs(
             query, chunks, max_length=max_length, query_max_tokens=query_max_tokens, hashes=hashes
         )
+
+    def characters_read(
+        self, query: str, chunk: str, *, max_length: int | None = None, query_max_tokens: int = QUERY_MAX_TOKENS
+    ) -> int | None:
+        """Tell how many characters of a chunk are kept in a pair that does not fit; None where pairs are read whole."""
+        if not isinstance(self._tokeniser, PairTokeniser):
+            return None
+        return self._tokeniser.characters_read(query, chunk, max_length=max_length, query_max_tokens=query_max_tokens)
 
     def launch(self, batch: Sequence[TokenisedPair]) -> LogitsFuture:
         """Start one batch; asynchronous on CUDA, finished on return elsewhere."""

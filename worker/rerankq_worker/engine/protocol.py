@@ -98,6 +98,11 @@ class Engine(Protocol):
         are equal, and only there.
         """
 
+    def characters_read(
+        self, query: str, chunk: str, *, max_length: int | None = None, query_max_tokens: int = QUERY_MAX_TOKENS
+    ) -> int | None:
+        """Tell how many characters of a chunk are kept in a pair that does not fit; None where that is not known."""
+
     def launch(self, batch: Sequence[TokenisedPair]) -> LogitsFuture:
         """Start one batch; returns before it is finished where the device works asynchronously.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -75,8 +77,7 @@ class StubEngine:
         hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order; words are tokens."""
-        length = checked_length(max_length, self.max_length)
-        limits = PairLimits.within(length, special_tokens=_SPECIAL_TOKENS, query_max_tokens=query_max_tokens)
+        limits = self._limits(max_length, query_max_tokens)
         asked = _words(query, limits.total + 1)
         pairs = []
         for chunk in chunks:
@@ -86,6 +87,19 @@ class StubEngine:
             ids = np.array([*head, *read[: kept[1]], _CLOSE], dtype=np.uint32).view(np.int32)
             pairs.append(TokenisedPair(ids, len(head), kept != (len(asked), len(read))))
         return pairs
+
+    def characters_read(
+        self, query: str, chunk: str, *, max_length: int | None = None, query_max_tokens: int = QUERY_MAX_TOKENS
+    ) -> int | None:
+        """Tell how many characters of a chunk are kept in a pair that does not fit."""
+        limits = self._limits(max_length, query_max_tokens)
+        kept = limits.beside(min(len(_words(query, limits.total + 1)), limits.query))
+        ends = [word.end() for word in islice(re.finditer(r"\S+", chunk), kept + 1)]
+        return len(chunk) if len(ends) <= kept else ends[kept - 1]
+
+    def _limits(self, max_length: int | None, query_max_tokens: int) -> PairLimits:
+        length = checked_length(max_length, self.max_length)
+        return PairLimits.within(length, special_tokens=_SPECIAL_TOKENS, query_max_tokens=query_max_tokens)
 
     def launch(self, batch: Sequence[TokenisedPair]) -> LogitsFuture:
         """Run the batch; it is finished when this returns."""

@@ -89,10 +89,10 @@ function showTiles(found, rate) {
   const tiles = [
     ['Workers', count(found.workers.length), '', !found.workers.length],
     ['Jobs running', count(found.running)],
-    ['Jobs waiting', count(found.waiting_jobs), counted(found.waiting_pairs, 'pair')],
+    ['Jobs waiting', count(found.waiting_jobs), found.waiting_pairs ? counted(found.waiting_pairs, 'pair') : ''],
     ['Oldest waits', found.oldest_s === null ? '–' : duration(found.oldest_s)],
     ['Ranked now', rate === null ? '–' : rate < 10 ? rate.toFixed(1) : count(Math.round(rate)), 'pairs/s'],
-    ['From the score cache', pairs ? `${Math.round((100 * cached) / pairs)} %` : '–', pairs ? `of ${counted(pairs, 'pair')}` : ''],
+    ['Score cache', pairs ? `${Math.round((100 * cached) / pairs)} %` : '–', pairs ? `of ${counted(pairs, 'pair')}` : ''],
     ['Dead jobs', count(found.dead), '', found.dead > 0],
   ];
   byId('tiles').replaceChildren(...tiles.map(([name, value, more, alert]) => make('div', { class: `tile${alert ? ' alert' : ''}` }, make('dt', {}, name), make('dd', {}, value, ...(more ? [' ', make('small', {}, more)] : [])))));
@@ -104,6 +104,8 @@ function showSpark() {
   const most = Math.max(...waiting, 1);
   const points = waiting.map((value, at) => `${((at / Math.max(1, HISTORY - 1)) * width).toFixed(1)} ${(height - 3 - (value / most) * (height - 8)).toFixed(1)}`);
   const svg = byId('spark');
+  svg.toggleAttribute('hidden', Math.max(...waiting) === 0);
+  byId('spark-about').hidden = svg.hasAttribute('hidden');
   svg.setAttribute('viewBox', `0 0 ${width} ${height}`);
   svg.setAttribute('aria-label', `Pairs waiting: ${count(waiting.at(-1))} now, ${count(Math.max(...waiting))} at most since this page was opened`);
   const last = (((waiting.length - 1) / Math.max(1, HISTORY - 1)) * width).toFixed(1);

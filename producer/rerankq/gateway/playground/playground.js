@@ -32,6 +32,8 @@ const state = {
   everyOpen: false,
   judgements: new Judgements(),
   running: null,
+  // The text was changed, and its job's fields are not in the controls yet.
+  fresh: false,
 };
 
 /* What goes in */
@@ -52,6 +54,8 @@ function readInput() {
   }
   fitTopK();
   noteSignals();
+  if (state.fresh) takeJob();
+  state.fresh = false;
 }
 
 /** Put the fields of a job that came with its chunks into the controls. */
@@ -72,8 +76,8 @@ function takeJob() {
 
 async function loadText(text) {
   byId('chunks').value = text;
+  state.fresh = true;
   readInput();
-  takeJob();
   if (!state.input.fault && state.input.chunks.length && byId('query').value.trim()) await run();
 }
 
@@ -514,7 +518,9 @@ function factsOf({ ranking, seconds }, chunks) {
 function showLegend() {
   const parts = state.outcome.sides.flatMap(({ whole }) => whole.chunks.flatMap((chunk) => Object.entries(chunk.parts)));
   const used = new Set(parts.filter(([, part]) => part).map(([name]) => name));
-  byId('legend').replaceChildren(...SIGNALS.filter((name) => used.has(name)).map((name) => make('li', {}, make('span', { class: `swatch of-${name}` }), name)));
+  const swatches = SIGNALS.filter((name) => used.has(name)).map((name) => make('li', {}, make('span', { class: `swatch of-${name}` }), name));
+  const lines = state.outcome.sides.length > 1 ? 'lines: from the left ranking to the right one' : 'lines: from the first stage to the ranking';
+  byId('legend').replaceChildren(...swatches, make('li', { class: 'lines' }, lines));
 }
 
 function offerFirstStages() {
@@ -596,8 +602,9 @@ function showCode() {
   byId('code-dialog').showModal();
 }
 
-async function copy(event) {
-  const shown = byId(event.currentTarget.dataset.copies);
+async function copy({ currentTarget: button }) {
+  const name = button.dataset.copies;
+  const shown = byId(name);
   let done = true;
   try {
     await navigator.clipboard.writeText(shown.textContent);
@@ -606,19 +613,26 @@ async function copy(event) {
     getSelection().selectAllChildren(shown);
     done = document.execCommand('copy');
   }
-  byId('copied').textContent = done ? `Copied: ${event.currentTarget.dataset.copies}.` : 'It is selected: copy it with Ctrl+C.';
+  byId('copied').textContent = done ? `Copied: ${name}.` : 'It is selected: copy it with Ctrl+C.';
 }
 
 /* Beginning */
 
 async function readDeployment() {
-  state.deployment = await call('/v1/deployment');
-  const names = [...new Set(state.deployment.workers.filter((worker) => worker.queues.length).map((worker) => worker.model))].sort();
+  let names = [];
+  try {
+    state.deployment = await call('/v1/deployment');
+    names = [...new Set(state.deployment.workers.filter((worker) => worker.queues.length).map((worker) => worker.model))].sort();
+  } catch (error) {
+    // Some keys rank and may not see the deployment: then only the default model is offered.
+    if (error.status !== 403) throw error;
+  }
   const select = byId('model');
   const chosen = select.value;
   const listed = new Set(names);
+  const usual = state.deployment?.default_model;
   if (chosen) listed.add(chosen);
-  select.replaceChildren(make('option', { value: '' }, `${state.deployment.default_model} (default)`), ...[...listed].filter((name) => name !== state.deployment.default_model).map((name) => make('option', { value: name }, name)));
+  select.replaceChildren(make('option', { value: '' }, usual ? `${usual} (default)` : 'the default'), ...[...listed].filter((name) => name !== usual).map((name) => make('option', { value: name }, name)));
   select.value = chosen;
   offerComparisons(names);
 }
@@ -659,7 +673,8 @@ function listen() {
   });
   on('cancel', 'click', cancel);
   on('query', 'input', () => { byId('query-fault').hidden = true; });
-  on('chunks', 'input', settled(READ_SETTLE_MS, () => { readInput(); if (state.input.job) takeJob(); }));
+  on('chunks', 'input', () => { state.fresh = true; });
+  on('chunks', 'input', settled(READ_SETTLE_MS, readInput));
   on('format', 'change', readInput);
   on('sample', 'change', (event) => { loadSample(Number(event.target.value)); event.target.value = ''; });
   on('try', 'click', () => loadSample(0));

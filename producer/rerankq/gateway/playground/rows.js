@@ -133,7 +133,10 @@ function write(element, chunk, ranked, opened) {
   }
   const unread = make('span', { class: 'unread' }, piece(end, to));
   const told = end < letters.length ? 'cut here: the model read no further' : 'the query was cut: the model read all of this chunk';
-  element.replaceChildren(...before, piece(from, Math.min(end, to)), ' ', make('mark', {}, told), ' ', unread, ...after);
+  const mark = make('mark', {}, told);
+  element.replaceChildren(...before, piece(from, Math.min(end, to)), ' ', mark, ' ', unread, ...after);
+  // Once it is on the page: the place is what a person opened it for.
+  requestAnimationFrame(() => { element.scrollTop = mark.offsetTop - element.offsetTop - element.clientHeight / 2; });
 }
 
 function arithmetic(ranked, fusion, active) {

@@ -13,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 
 from ..errors import ModelUnusable
 from ..protocol import QUERY_MAX_TOKENS, PairLimits, TokenisedPair, checked_length
-from .text_reading import CACHE_BYTES, ChunkReader, encode_prefixes
+from .text_reading import CACHE_BYTES, ChunkReader, characters_of, encode_prefixes
 from .token_id_cache import TokenPrefix
 
 #: Queries and chunks of scripts and lengths that templates may treat differently.
@@ -108,9 +108,8 @@ class PairTokeniser:
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order; cached chunks take a hundredth of the time."""
         marks = self.template
-        length = checked_length(max_length, self.max_length)
         fixed = marks.special_tokens + self._prompt_tokens
-        limits = PairLimits.within(length, special_tokens=fixed, query_max_tokens=query_max_tokens)
+        limits = self._limits(max_length, query_max_tokens)
         most = self._prompt_tokens + limits.total
         [asked] = encode_prefixes(self._tokenizer, [marks.query_prompt + query], most)
         whole, cut = (
@@ -124,6 +123,22 @@ class PairTokeniser:
             limits,
             dtype=self._chunks.dtype,
         )
+
+    def characters_read(
+        self, query: str, chunk: str, *, max_length: int | None = None, query_max_tokens: int = QUERY_MAX_TOKENS
+    ) -> int | None:
+        """Tell how many characters of a chunk are kept in a pair that does not fit."""
+        limits = self._limits(max_length, query_max_tokens)
+        [asked] = encode_prefixes(
+            self._tokenizer, [self.template.query_prompt + query], self._prompt_tokens + limits.total
+        )
+        kept = len(asked.ids(self._prompt_tokens + limits.query)) - self._prompt_tokens
+        return characters_of(self._tokenizer, chunk, limits.beside(kept))
+
+    def _limits(self, max_length: int | None, query_max_tokens: int) -> PairLimits:
+        length = checked_length(max_length, self.max_length)
+        fixed = self.template.special_tokens + self._prompt_tokens
+        return PairLimits.within(length, special_tokens=fixed, query_max_tokens=query_max_tokens)
 
     def _verify(self, query: str, chunk: str) -> None:
         whole = self._tokenizer.encode(self.template.query_prompt + query, chunk)

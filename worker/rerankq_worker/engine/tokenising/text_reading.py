@@ -135,6 +135,15 @@ def prefix_with_tokens(tokenizer: Tokenizer, text: str, count: int) -> str:
     return head
 
 
+def characters_of(tokenizer: Tokenizer, text: str, count: int) -> int:
+    """Return how many characters of a text its first ``count`` tokens cover; all, if it has no more."""
+    head = prefix_with_tokens(tokenizer, text, count)
+    offsets = tokenizer.encode(replace_surrogates(head), add_special_tokens=False).offsets
+    if len(offsets) <= count:
+        return len(text)
+    return int(offsets[count - 1][1]) if count else 0
+
+
 def _limits(tokens: int) -> Iterator[int]:
     limit = _CHARACTERS_PER_TOKEN * tokens
     while limit < MAX_CHARACTERS:
