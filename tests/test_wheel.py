@@ -67,6 +67,13 @@ def test_it_holds_every_file_of_the_packages(names):
         assert {path.relative_to(package.parent).as_posix() for path in files} <= names
 
 
+def test_it_holds_the_pages_of_the_gateway(names):
+    folder = "rerankq/gateway/playground"
+    expected = {"index.html", "deployment.html", "style.css", "playground.js", "deployment.js", "icon.svg"}
+    assert {f"{folder}/{name}" for name in expected} <= names
+    assert not any("axe" in name for name in names), "axe-core is for tests only"
+
+
 def test_it_holds_nothing_else(names):
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"rerankq", "rerankq_worker"}
 
