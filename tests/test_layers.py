@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "rerankq.gateway": _CLIENT
     | {
         "rerankq.gateway.rerank_call", "rerankq.gateway.dialects", "rerankq.gateway.webhooks", "rerankq.ledger",
-        "rerankq.local",
+        "rerankq.local", "rerankq.broker", "rerankq.connections",
     },
     # Options, clients and the way to a ranking; then a module for each framework, which knows no other.
     "rerankq.integrations": _CLIENT,
@@ -132,6 +132,8 @@ FOREIGN: dict[str, set[str]] = {
     "starlette": {"rerankq.gateway"},
     "uvicorn": {"rerankq.gateway"},
     "httpcore": {"rerankq.gateway.webhooks"},
+    "limits": {"rerankq.gateway"},
+    "prometheus_client": {"rerankq.gateway"},
     "rich": {"rerankq.cli"},
     "langchain_core": {"rerankq.integrations.langchain"},
     "llama_index": {"rerankq.integrations.llama_index"},

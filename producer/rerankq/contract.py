@@ -573,6 +573,7 @@ class JobStatus(Record):
     )
     attempts: int = Field(0, description="How often a worker has claimed it.")
     error: str | None = Field(None, description="Why there is no ranking.")
+    tenant: str = Field("", description="As the job gave it.")
 
 
 class JobEvent(Record):

@@ -8,6 +8,8 @@ RerankqError
 ├── JobRejected          the job is not well formed; do not retry
 │   └── JobTooLarge      the job is over a limit; send less
 ├── QueueFull            the backlog is at its limit; retry after ``retry_after_s``
+├── RateLimited          the caller asks more than it may; retry after ``retry_after_s``
+├── NotAllowed           the caller may not do this
 ├── ModelUnknown         no worker serves this model
 ├── NoWorker             no worker serves this model at the moment; retry later
 ├── GatewayStopping      the gateway ended while the caller waited; retry
@@ -85,6 +87,23 @@ class QueueFull(RerankqError):
     def __init__(self, message: str, *, retry_after_s: float = 5.0, accepted: Sequence[str] = ()) -> None:
         super().__init__(message, accepted=accepted)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(RerankqError):
+    """Raised when a caller of the gateway asks more than it may; ``retry_after_s`` says when it may ask again."""
+
+    http_status = 429
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 60.0, accepted: Sequence[str] = ()) -> None:
+        super().__init__(message, accepted=accepted)
+        self.retry_after_s = retry_after_s
+
+
+class NotAllowed(RerankqError):
+    """Raised when a caller of the gateway may not do what it asks."""
+
+    http_status = 403
 
 
 class ModelUnknown(RerankqError):

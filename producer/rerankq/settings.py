@@ -32,9 +32,6 @@ HOW_TO_SET_A_URL = (
 
 PREFIX = "RERANKQ_"
 ENV_FILE = ".env"
-# Settings of features that do not exist yet: accepted silently, so that a deployment can name them already.
-TO_COME = frozenset({"API_KEYS"})
-
 # Options of a URL that name a file or a folder.
 FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 
@@ -224,6 +221,30 @@ class Settings(BaseSettings):
         le=YEAR_S,
         allow_inf_nan=False,
     )
+    api_keys: str = _setting(
+        "",
+        "gateway",
+        "Who may call the gateway: a TOML file of keys, or `NAME:HASH` separated by commas (`rerankq key NAME` makes "
+        "one). Without any, it listens on the loopback only, and whoever reaches it may call.",
+        repr=False,
+    )
+    open_access: bool = _setting(
+        False, "gateway", "Whether the gateway may listen on another address than the loopback without API keys."
+    )
+    allowed_hosts: Annotated[list[str], NoDecode] = _setting(
+        [],
+        "gateway",
+        "Host names, separated by commas, under which the gateway is reached, beside addresses and names without a "
+        "dot; `*.` before a name allows its subdomains. Default: all with API keys, else `localhost`.",
+    )
+    cors_origins: Annotated[list[str], NoDecode] = _setting(
+        [],
+        "gateway",
+        "Origins, separated by commas, whose pages may call the gateway from a browser (`https://app.example.com`).",
+    )
+    open_metrics: bool = _setting(
+        False, "gateway", "Whether `/metrics` can be read without a key where there are API keys."
+    )
     conf_dir: Path | None = _setting(
         None, "both", "Folder whose models.toml and fusion.toml are read instead of the ones in the package."
     )
@@ -253,7 +274,7 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         return bare
 
-    @field_validator("models", "webhook_networks", mode="before")
+    @field_validator("models", "webhook_networks", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         if isinstance(value, str) and value.startswith("["):
@@ -270,6 +291,24 @@ class Settings(BaseSettings):
         for option in FILES:
             if not Path(address.options.get(option, ".")).exists():
                 msg = f"option {option} names a file that does not exist here"
+                raise ValueError(msg)
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if not re.fullmatch(r"https?://[^/\s*?#@]+", origin):
+                msg = "expected origins like https://app.example.com, without a path and without *"
+                raise ValueError(msg)
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _host_names(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not re.fullmatch(r"(\*\.)?[A-Za-z0-9._-]+", name):
+                msg = "expected host names like rerank.example.com or *.example.com, without a port"
                 raise ValueError(msg)
         return value
 
@@ -421,7 +460,7 @@ def _unknown(names: Iterable[str]) -> Iterator[str]:
     known = [name.upper() for name in Settings.model_fields]
     for name in dict.fromkeys(name.upper() for name in names):
         ours = name.removeprefix(PREFIX)
-        if ours != name and ours not in {*known, *TO_COME}:
+        if ours != name and ours not in known:
             near = difflib.get_close_matches(ours, known, 1)
             yield f"{name} is not a setting and has no effect" + (f"; did you mean {PREFIX}{near[0]}?" if near else "")
 

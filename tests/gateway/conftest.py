@@ -11,11 +11,9 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
-import uvicorn
 
 from rerankq import Client
-from rerankq.gateway.app import create_app
-from rerankq.gateway.server import Server
+from rerankq.gateway.server import Server, config_of
 from rerankq.local.embedded import free_port
 from rerankq.local.stack import Stack
 from rerankq.settings import Settings
@@ -67,10 +65,7 @@ class RunningGateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings.model_copy(update={"port": free_port(0)})
         self.url = url_of(self.settings)
-        config = uvicorn.Config(
-            create_app(self.settings), port=self.settings.port, log_level="error", timeout_graceful_shutdown=5
-        )
-        self.server = Server(config)
+        self.server = Server(config_of(self.settings))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
         self.thread.start()
         wait_for_gateway(self.url)

@@ -8,7 +8,7 @@ import pytest
 
 import rerankq
 from rerankq import errors
-from rerankq.errors import JobRejected, QueueFull, RerankqError
+from rerankq.errors import JobRejected, QueueFull, RateLimited, RerankqError
 
 STATUS = {
     "SettingsInvalid": (500, False),
@@ -20,6 +20,8 @@ STATUS = {
     "NoWorker": (503, True),
     "GatewayStopping": (503, True),
     "QueueFull": (429, True),
+    "RateLimited": (429, True),
+    "NotAllowed": (403, False),
     "ModelUnknown": (404, True),
     "JobFailed": (500, False),
     "JobExpired": (504, False),
@@ -66,7 +68,7 @@ def test_every_error_is_documented_and_exported():
 @pytest.mark.parametrize("name", STATUS)
 def test_an_error_survives_a_trip_to_another_process(name: str):
     error = getattr(errors, name)("why", accepted=["a", "b"])
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | RateLimited):
         error.retry_after_s = 7.0
     assert error.accepted == ["a", "b"]
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):

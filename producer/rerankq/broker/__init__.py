@@ -3,7 +3,18 @@
 from typing import Any
 
 from ..settings import Settings
-from .celery_app import AHEAD, BULK, IN_LINE, INTERACTIVE, TASK, forget_celerys_environment, make_app, queue, round_trip
+from .celery_app import (
+    AHEAD,
+    BULK,
+    IN_LINE,
+    INTERACTIVE,
+    TASK,
+    forget_celerys_environment,
+    make_app,
+    queue,
+    reach,
+    round_trip,
+)
 from .doorbells import DoorbellSender, MessageCounts
 
 __all__ = [
@@ -17,6 +28,7 @@ __all__ = [
     "forget_celerys_environment",
     "make_app",
     "queue",
+    "reach",
     "round_trip",
 ]
 

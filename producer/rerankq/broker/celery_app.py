@@ -212,6 +212,16 @@ def round_trip(settings: Settings, timeout_s: float) -> None:
             queue.queue.delete()
 
 
+def reach(settings: Settings) -> None:
+    """Connect to the broker once.
+
+    Raises:
+        An error of the broker's library: if it does not answer.
+    """
+    with closing(make_app(settings)) as app, _connection_with_limits(app) as connection:
+        connection.ensure_connection(max_retries=1, interval_start=0)
+
+
 def _connection_with_limits(app: Celery) -> Connection:
     connection = app.connection_for_write()
     if connection.transport.driver_type == "amqp":

@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import RerankqError, SettingsInvalid
 from ..local.worker_command import WorkerNotInstalled
 from ..rescoring.inputs import InputFault
-from . import dead, demo, doctor, jobs, render, rescore, services, submit
+from . import dead, demo, doctor, jobs, keys, render, rescore, services, submit
 from .options import FAILED, WRONG
 
 
@@ -83,6 +83,7 @@ for command in (
     services.up,
     services.worker,
     services.gateway,
+    keys.key,
     submit.submit,
     jobs.result,
     jobs.status,

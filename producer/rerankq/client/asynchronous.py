@@ -352,9 +352,18 @@ class AsyncClient:
 
     async def workers(self) -> list[WorkerInfo]:
         """List the workers that are alive."""
+        live_s = self.limits.lease_policy.alive_for_s
+        return [worker for worker in await self.registered_workers() if worker.age_s <= live_s]
+
+    async def registered_workers(self) -> list[WorkerInfo]:
+        """List the workers that have not signed off: those that are alive, and those that lately were."""
         async with self._here().turn():
-            found = await self._here().ledger.workers()
-        return [worker for worker in found if worker.age_s <= self.limits.lease_policy.alive_for_s]
+            return await self._here().ledger.workers()
+
+    async def backlog(self) -> dict[str, int]:
+        """Count the pairs that wait: in all queues (``*``), in each, and in each for a tenant (``QUEUE|TENANT``)."""
+        async with self._here().turn():
+            return await self._here().ledger.backlog()
 
     async def recent_workers(self) -> list[WorkerInfo]:
         """List the workers that were alive a second ago at most: costs nothing most of the time."""

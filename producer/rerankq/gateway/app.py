@@ -9,24 +9,62 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from .. import __version__
 from ..client.asynchronous import AsyncClient
-from ..errors import RerankqError
+from ..errors import RerankqError, SettingsInvalid
 from ..settings import Settings
-from . import deployment_routes, dialect_routes, discovery, failures, job_routes, openapi, pages
+from . import deployment_routes, dialect_routes, discovery, failures, health, job_routes, metrics, openapi, pages
+from .admission import Admission
+from .edge import Edge, is_loopback
+from .health import Health
+from .keys import KnownKeys
+from .metrics import CountRequests, Metrics
 from .paths import PastedPaths
 from .ranker import Ranker
+from .rates import Rates
 from .webhooks.delivering import Webhooks
+
+# Headers of answers that a page of another origin may read, where it may call at all.
+EXPOSED = [
+    *(f"X-Rerankq-{name}" for name in ("Job", "Status", "Cached-Pairs", "Truncated")),
+    "Server-Timing",
+    "Retry-After",
+    "Location",
+]
+
+
+class Gateway(FastAPI):
+    """The application inside its edge, which even the framework's own answers pass."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Put all layers together, the outermost first."""
+        settings: Settings = self.state.settings
+        open_to_all = not self.state.keys
+        guarded = settings.allowed_hosts or (open_to_all and is_loopback(settings.host))
+        return Edge(
+            super().build_middleware_stack(),
+            allowed_hosts=settings.allowed_hosts if guarded else None,
+            same_origin=open_to_all,
+            cors_origins=settings.cors_origins,
+        )
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the gateway's application for the deployment that the settings name.
 
     Raises:
-        SettingsInvalid: if they name none.
+        SettingsInvalid: if they name none, or would open it to others than this machine without keys.
     """
     given = settings or Settings()
+    keys = KnownKeys(given.api_keys)
+    if not (keys or given.open_access or is_loopback(given.host)):
+        raise SettingsInvalid(
+            f"RERANKQ_HOST: {given.host} can be reached from elsewhere, and there are no API keys: set "
+            "RERANKQ_API_KEYS (`rerankq key NAME` makes one), or RERANKQ_OPEN_ACCESS=true to let everybody in"
+        )
 
     @asynccontextmanager
     async def delivering() -> AsyncIterator[Webhooks]:
@@ -44,12 +82,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncClient(given) as client, delivering() as app.state.webhooks:
             app.state.ranker = Ranker(client, timeout_s=given.request_timeout_s)
+            app.state.rates = Rates(given.ledger)
+            app.state.health = Health(client)
             try:
                 yield
             finally:
                 await app.state.ranker.aclose()
+                await app.state.rates.aclose()
+                await app.state.health.aclose()
 
-    app = FastAPI(
+    app = Gateway(
         title="rerankq",
         version=__version__,
         summary="Rerank jobs over HTTP, in its own API and in the dialects of other servers.",
@@ -63,11 +105,32 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         },
     )
     app.state.settings = given
+    app.state.keys = keys
+    app.state.metrics = Metrics(
+        known_tenants=lambda: keys.tenants,
+        waiting=lambda: len(app.state.ranker.waiters),
+    )
+    # The last that is added comes first: who is let in depends on the path that is served, whatever was pasted.
+    app.add_middleware(Admission, keys=keys, open_metrics=given.open_metrics, timeout_s=given.request_timeout_s)
+    app.add_middleware(CountRequests, metrics=app.state.metrics, dialect_of=dialect_routes.dialect_of)
     app.add_middleware(PastedPaths)
-    app.include_router(dialect_routes.router())
-    app.include_router(discovery.routes)
-    app.include_router(job_routes.routes)
-    app.include_router(deployment_routes.routes)
-    app.include_router(pages.routes)
+    if given.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=given.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
+        )
+    for routes in (
+        dialect_routes.router(),
+        discovery.routes,
+        job_routes.routes,
+        deployment_routes.routes,
+        health.routes,
+        metrics.routes,
+        pages.routes,
+    ):
+        app.include_router(routes)
     app.openapi = openapi.described(app)  # type: ignore[method-assign]
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
@@ -10,14 +11,17 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..contract import Chunk
 from .bodies import json_object, parsed
 from .call_options import options_of
 from .callers import Caller, caller_of
 from .dialects import PATHS, choose
 from .dialects.dialect import with_explanation
+from .metrics import record_of
 from .openapi import operation
 from .ranker import CallerGone, Ranker, unless_gone
-from .rerank_call import RerankReply
+from .rates import Rates, tokens_in
+from .rerank_call import RerankCall, RerankReply
 
 # As nginx logs a caller that hung up; nobody reads it.
 CALLER_GONE = 499
@@ -29,17 +33,46 @@ def ranker_of(request: Request) -> Ranker:
     return ranker
 
 
+async def spend(request: Request, caller: Caller, calls: Sequence[tuple[str, Sequence[Chunk]]]) -> None:
+    """Count the pairs and tokens of calls, each a query with its chunks, before they are ranked.
+
+    Raises:
+        RateLimited: if they are more than their caller's key may send for now.
+        JobTooLarge: if they are more than it may ever send at once.
+    """
+    if caller.key is not None:
+        rates: Rates = request.app.state.rates
+        pairs = sum(len(chunks) for _, chunks in calls)
+        tokens = sum(tokens_in(query, chunks) for query, chunks in calls)
+        await rates.spend_pairs(caller.key, pairs=pairs, tokens=tokens)
+
+
+def dialect_of(path: str) -> str:
+    """Name the dialect of a path, as metrics do where a request is refused unread.
+
+    >>> dialect_of("/v2/rerank"), dialect_of("/v1/jobs/a"), dialect_of("/nothing")
+    ('cohere', 'native', 'other')
+    """
+    if path in PATHS:
+        return PATHS[path][0].name
+    return "native" if path.startswith("/v1/jobs") else "other"
+
+
 async def rerank(request: Request, caller: Annotated[Caller, Depends(caller_of)]) -> Response:
     """Rank documents for a query, in the dialect of the path and body."""
+    options = caller.allowed(options_of(request.headers))
+    ranker, record = ranker_of(request), record_of(request)
+    await ranker.refuse_if_full(options)
     # Where the path names the model.
     body = {**await json_object(request), **request.path_params}
     dialect = choose(request.scope["route"].path, body)
+    record.dialect, record.tenant = dialect.name, options.tenant
     asked = parsed(dialect.request, body)
-    options = caller.allowed(options_of(request.headers))
     call = dialect.call_of(asked)
-    ranker = ranker_of(request)
+    calls = [call] if isinstance(call, RerankCall) else call.calls
+    await spend(request, caller, [(one.query, one.documents) for one in calls])
     try:
-        reply = await unless_gone(request, ranker.rank(call, options), closing=ranker.closing)
+        reply = record.reply = await unless_gone(request, ranker.rank(call, options), closing=ranker.closing)
     except CallerGone:
         return Response(status_code=CALLER_GONE)
     answer = dialect.response_of(asked, reply)

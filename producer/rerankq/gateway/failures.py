@@ -16,8 +16,8 @@ from ..errors import BrokerUnavailable, RerankqError
 
 logger = logging.getLogger("rerankq.gateway")
 
-# Seconds after which to try again where nothing better is known.
-RETRY_AFTER_S = 5.0
+# Seconds after which to try again where there is no queue to say when: an outage, a worker that is not there.
+OUTAGE_RETRY_S = 5.0
 # As Text Embeddings Inference names kinds of errors.
 _ERROR_TYPES = {401: "unauthorized", 403: "unauthorized", 429: "overloaded", 503: "unhealthy", 504: "overloaded"}
 
@@ -54,7 +54,7 @@ def of_error(error: RerankqError) -> Response:
     more = {"job_id": job_id} if job_id else {}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is None and error.http_status == 503:
-        retry_after_s = RETRY_AFTER_S
+        retry_after_s = OUTAGE_RETRY_S
     return failure(
         error.http_status,
         # Where the ledger is, is nobody's business out there.
@@ -64,6 +64,12 @@ def of_error(error: RerankqError) -> Response:
         retry_after_s=retry_after_s,
         more={**more, "accepted": error.accepted} if error.accepted else more,
     )
+
+
+def no_key(*, presented: bool) -> Response:
+    """Answer a request that needs a key, and has none that is known."""
+    said = "this API key is not known here" if presented else "an API key is needed: Authorization: Bearer KEY"
+    return failure(401, said, kind="KeyUnknown", headers={"WWW-Authenticate": "Bearer"})
 
 
 async def on_error(_: Request, error: Exception) -> Response:

@@ -19,13 +19,16 @@ from ..errors import JobRejected, JobTimedOut, JobUnknown, RerankqError
 from ..identity import digest
 from .bodies import json_object
 from .callers import Caller, caller_of
-from .dialect_routes import ranker_of
+from .dialect_routes import ranker_of, spend
 from .ranker import CallerGone, unless_gone
+from .rerank_call import CallOptions
 from .webhooks.delivering import Webhooks, WebhookStatus
 
 # Seconds: of one long poll, and between looks at a job that is followed.
 MAX_WAIT_S = 600.0
 LOOK_EVERY_S = 0.5
+# Whoever submits waits for nothing but the answer that the job is written down.
+AT_ONCE = CallOptions(timeout_s=1.0)
 
 Sender = Annotated[Caller, Depends(caller_of)]
 
@@ -89,18 +92,33 @@ def job_from(body: dict[str, Any], caller: Caller, idempotency_key: str | None) 
 
     Raises:
         JobRejected: naming the field.
+        NotAllowed: if it names another tenant than its caller's.
     """
     fields = {name: value for name, value in body.items() if name != "webhook"}
     if idempotency_key is not None and fields.get("id") is None:
         fields["id"] = f"key-{digest('idempotency', caller.name, idempotency_key)}"
-    if caller.tenant is not None:
-        fields["tenant"] = caller.tenant
+    fields["tenant"] = caller.tenant_of(named) if isinstance(named := fields.get("tenant") or "", str) else named
     if caller.ceiling == "bulk":
         fields["priority"] = "bulk"
     return parse_job(fields)
 
 
 routes = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+
+async def status_for(request: Request, job_id: str, caller: Sender) -> JobStatus:
+    """Read a job's status.
+
+    Raises:
+        JobUnknown: if there is no such job, or it is another tenant's: which of the two is not told.
+    """
+    status = await client_of(request).status(job_id)
+    if status.state == "unknown" or not caller.may_see(status.tenant):
+        raise JobUnknown(f"job {job_id} is not known: never submitted, forgotten, or past its time to live")
+    return status
+
+
+Known = Annotated[JobStatus, Depends(status_for)]
 
 
 @routes.post("", status_code=202, response_model=Accepted)
@@ -111,8 +129,10 @@ async def submit(
 ) -> Response:
     """Submit a job: 202 once it is written down, and with it who is to be told of its end (`webhook`)."""
     client = client_of(request)
+    await ranker_of(request).refuse_if_full(AT_ONCE)
     body = await json_object(request)
     job, webhook = job_from(body, caller, idempotency_key), await webhooks_of(request).read(body.get("webhook"))
+    await spend(request, caller, [(job.query, job.chunks)])
     job_id = await client.submit(job)
     if webhook is None:
         state = (await client.status(job_id)).state
@@ -125,6 +145,7 @@ async def submit(
 @routes.post("/batch", status_code=202)
 async def submit_batch(request: Request, caller: Sender) -> Response:
     """Submit several jobs: none is accepted if one is malformed."""
+    await ranker_of(request).refuse_if_full(AT_ONCE)
     body = await json_object(request)
     jobs = body.get("jobs")
     if not isinstance(jobs, list) or not jobs:
@@ -140,6 +161,7 @@ async def submit_batch(request: Request, caller: Sender) -> Response:
             told.append(await webhooks.read(fields.get("webhook")) or for_all)
         except JobRejected as error:
             raise JobRejected(str(error), field=f"jobs.{at}") from None
+    await spend(request, caller, [(job.query, job.chunks) for job in made])
     ids = await client_of(request).submit_many(made)
     for one, webhook in zip(ids, told, strict=True):
         if webhook is not None:
@@ -153,22 +175,20 @@ async def submit_batch(request: Request, caller: Sender) -> Response:
 async def read(
     request: Request,
     job_id: str,
-    caller: Sender,  # noqa: ARG001 - who may read at all
+    caller: Sender,
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the job's end.")] = 0,
 ) -> Response:
     """Read a job, waiting for its end for some seconds."""
     try:
-        answer = await unless_gone(request, _answer(request, job_id, wait), closing=ranker_of(request).closing)
+        answer = await unless_gone(request, _answer(request, job_id, wait, caller), closing=ranker_of(request).closing)
     except CallerGone:
         return Response(status_code=499)
     return Response(answer.model_dump_json(), media_type="application/json", headers={"X-Rerankq-Job": job_id})
 
 
-async def _answer(request: Request, job_id: str, wait_s: float) -> JobAnswer:
+async def _answer(request: Request, job_id: str, wait_s: float, caller: Caller) -> JobAnswer:
     client = client_of(request)
-    status = await client.status(job_id)
-    if status.state == "unknown":
-        raise JobUnknown(f"job {job_id} is not known: never submitted, forgotten, or past its time to live")
+    status = await status_for(request, job_id, caller)
     ranking, error = None, None
     if wait_s > 0 or status.state in ENDED:
         try:
@@ -193,14 +213,14 @@ async def _answer(request: Request, job_id: str, wait_s: float) -> JobAnswer:
 
 
 @routes.get("/{job_id}/webhooks", response_model=WebhookList)
-async def read_webhooks(request: Request, job_id: str, caller: Sender) -> Response:  # noqa: ARG001
+async def read_webhooks(request: Request, job_id: str, status: Known) -> Response:  # noqa: ARG001 - the caller's own
     """Say what became of a job's webhooks; those that were given up are kept for a week."""
     found = await webhooks_of(request).of_job(job_id)
     return Response(WebhookList(job_id=job_id, webhooks=found).model_dump_json(), media_type="application/json")
 
 
 @routes.get("/{job_id}/events", response_class=EventSourceResponse)
-async def follow(request: Request, job_id: str, caller: Sender) -> AsyncIterator[ServerSentEvent]:  # noqa: ARG001
+async def follow(request: Request, job_id: str, status: Known) -> AsyncIterator[ServerSentEvent]:
     """Follow a job by server-sent events: `state`, `progress`, and at its end `ranking` or `error`."""
     client = client_of(request)
     with ranker_of(request).waiters.waiting(job_id):
@@ -229,7 +249,7 @@ def _last_event(ending: asyncio.Task[Ranking]) -> ServerSentEvent:
 
 
 @routes.delete("/{job_id}")
-async def cancel(request: Request, job_id: str, caller: Sender) -> Response:  # noqa: ARG001
+async def cancel(request: Request, job_id: str, status: Known) -> Response:  # noqa: ARG001 - it is the caller's
     """Cancel a job, for everybody who submitted the same content."""
     state = await client_of(request).cancel(job_id)
     return JSONResponse({"job_id": job_id, "state": state})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 import time
 from collections import Counter
@@ -17,9 +18,10 @@ from starlette.requests import Request
 from .. import catalogue
 from ..client.asynchronous import AsyncClient
 from ..contract import Ranking, RerankJob
-from ..errors import GatewayStopping, JobExpired, JobTimedOut, NoWorker, RerankqError
+from ..errors import GatewayStopping, JobExpired, JobTimedOut, NoWorker, QueueFull, RerankqError
 from .call_options import split_model
 from .hosted_models import model_for, serving
+from .queue_state import QueueState, is_hopeless, retry_after_s
 from .rerank_call import (
     CallOptions,
     RerankCall,
@@ -36,8 +38,10 @@ logger = logging.getLogger("rerankq.gateway")
 T = TypeVar("T")
 # Seconds after its caller's time for which a job may still be started: it is cancelled before, if the gateway lives.
 DEADLINE_MARGIN_S = 1.0
-# Seconds after which a call that had no time may be tried again.
-RETRY_AFTER_S = 5.0
+# Seconds that reading the queue's state may take once a call's time is over.
+LAST_LOOK_S = 0.5
+# Seconds between tries to submit while the queue is full.
+LONGEST_PAUSE_S = 1.0
 
 
 class CallerGone(Exception):
@@ -107,6 +111,7 @@ class Ranker:
     def __init__(self, client: AsyncClient, *, timeout_s: float) -> None:
         self.client = client
         self.waiters = Waiters()
+        self.queue = QueueState(client)
         self._timeout_s = timeout_s
         self._cancelling: set[asyncio.Task[None]] = set()
         #: Set when the gateway ends: who still waits is told to ask again.
@@ -118,6 +123,7 @@ class Ranker:
         Raises:
             JobTimedOut: after the caller's time, with ``job_id``; the job was cancelled unless somebody waits for it.
             NoWorker: if no worker serves the model.
+            QueueFull: before it is submitted, if so much waits that it cannot be ranked within the caller's time.
             RerankqError: as ``AsyncClient.submit`` and ``result`` do.
         """
         if isinstance(call, RerankCall):
@@ -139,28 +145,81 @@ class Ranker:
             return reply_of(call, options, Ranking(job_id="", model={"name": model, "fingerprint": ""}, chunks=[]))
         await self._require_worker(call.model)
         try:
-            ranking = await self._ranking(job, job_id, timeout_s)
+            ranking = await self._ranking(job, options, timeout_s)
         except (TimeoutError, JobTimedOut, JobExpired):
             self._cancel(job_id)
-            return self._late(call, options, job_id, timeout_s)
+            return await self._late(call, options, job, timeout_s)
         except asyncio.CancelledError:
             # Its caller hung up; the job may have been accepted, or be about to be.
             self._cancel(job_id)
             raise
         return reply_of(call, options, ranking)
 
-    async def _ranking(self, job: RerankJob, job_id: str, timeout_s: float) -> Ranking:
-        began = time.monotonic()
+    async def _ranking(self, job: RerankJob, options: CallOptions, timeout_s: float) -> Ranking:
+        began, job_id = time.monotonic(), job.id or ""
         async with asyncio.timeout(timeout_s):
-            await self.client.submit(job)
+            await self._refuse_hopeless(job, options, timeout_s)
+            await self._submit(job, ends_at=began + timeout_s)
         with self.waiters.waiting(job_id):
             return await self.client.result(job_id, max(0.0, timeout_s - (time.monotonic() - began)))
 
-    def _late(self, call: RerankCall, options: CallOptions, job_id: str, timeout_s: float) -> RerankReply:
+    async def _submit(self, job: RerankJob, *, ends_at: float) -> None:
+        """Submit a job; while the queue is full, wait for room here.
+
+        Raises:
+            QueueFull: if there will be none in the caller's time.
+        """
+        while True:
+            try:
+                await self.client.submit(job)
+            except QueueFull as full:
+                left_s = ends_at - time.monotonic()
+                if full.retry_after_s > left_s:
+                    raise
+                # Not all at the same moment.
+                await asyncio.sleep(min(full.retry_after_s, LONGEST_PAUSE_S) * random.uniform(0.5, 1.0))  # noqa: S311
+            else:
+                return
+
+    async def refuse_if_full(self, options: CallOptions) -> None:
+        """Refuse a call before its body is read, if the queue is full for longer than the call has time.
+
+        Raises:
+            QueueFull: says when to come back.
+        """
+        excess = (await self.queue.backlog()).get("*", 0) - self.client.settings.max_queued_pairs
+        if excess < 0:
+            return
+        pace = sum(worker.pairs_per_s for worker in (await self.client.serving())[1])
+        expected_s = excess / pace if pace else None
+        timeout_s = self._timeout_s if options.timeout_s is None else options.timeout_s
+        if expected_s is None or expected_s > timeout_s:
+            message = f"{excess + self.client.settings.max_queued_pairs} pairs are waiting, and no more may"
+            raise QueueFull(message, retry_after_s=retry_after_s(expected_s, timeout_s=timeout_s))
+
+    async def _refuse_hopeless(self, job: RerankJob, options: CallOptions, timeout_s: float) -> None:
+        """Refuse a call whose time cannot suffice, unless it takes its first stage then.
+
+        Raises:
+            QueueFull: says when to come back.
+        """
+        if options.on_timeout == "first-stage":
+            return
+        expected_s, pairs = await self.queue.expected(job.model, priority=job.priority, tenant=job.tenant)
+        if is_hopeless(expected_s, timeout_s):
+            message = f"{pairs} pairs are waiting, about {expected_s:.0f} s of work; this call has {timeout_s:g} s"
+            raise QueueFull(message, retry_after_s=retry_after_s(expected_s, timeout_s=timeout_s))
+
+    async def _late(self, call: RerankCall, options: CallOptions, job: RerankJob, timeout_s: float) -> RerankReply:
+        job_id = job.id or ""
         if options.on_timeout == "first-stage":
             return first_stage_reply(call, job_id=job_id, model=call.model or "")
+        expected_s = None
+        with suppress(RerankqError, TimeoutError):
+            async with asyncio.timeout(LAST_LOOK_S):
+                expected_s = (await self.queue.expected(job.model, priority=job.priority, tenant=job.tenant)).seconds
         message = f"job {job_id}: no ranking within {timeout_s:g} s; it was cancelled"
-        raise JobTimedOut(message, job_id=job_id, retry_after_s=RETRY_AFTER_S) from None
+        raise JobTimedOut(message, job_id=job_id, retry_after_s=retry_after_s(expected_s)) from None
 
     async def _resolved(self, call: RerankCall, options: CallOptions) -> tuple[RerankCall, CallOptions]:
         """Split the model's name, map names of hosted models, and clamp lengths to what the model reads."""

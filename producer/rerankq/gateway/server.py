@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
+import sys
+from contextlib import suppress
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..settings import Settings
 from .app import create_app
@@ -17,12 +21,81 @@ STOP_WITHIN_S = 8
 BACKLOG = 4096
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM."""
-    config = uvicorn.Config(
+# Seconds in which the headers of a request have to come, the first and each further one of a connection; and their
+# bytes at most. uvicorn has no limit for either.
+HEADERS_WITHIN_S = 20.0
+MOST_HEADER_BYTES = 65_536
+
+
+class BoundedHeaders(HttpToolsProtocol):
+    """Closes connections whose headers do not come, or do not end."""
+
+    headers_within_s = HEADERS_WITHIN_S
+    _deadline: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """Read what came."""
+        reading_headers = self._deadline is not None
+        super().data_received(data)
+        if reading_headers and self._deadline is not None:
+            if not self._header_bytes:
+                # The first of a further request: its time begins.
+                self._expect_headers()
+            self._header_bytes += len(data)
+            if self._header_bytes > MOST_HEADER_BYTES and not self.transport.is_closing():
+                self.transport.write(STATUS_LINE[431] + b"content-length: 0\r\nconnection: close\r\n\r\n")
+                self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        """Begin to serve a request."""
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, if there is none yet."""
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _expect_headers(self) -> None:
+        self._stop_waiting()
+        self._deadline = self.loop.call_later(self.headers_within_s, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        self._header_bytes = 0
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+def config_of(settings: Settings) -> uvicorn.Config:
+    """Write uvicorn's options.
+
+    Raises:
+        SettingsInvalid: as ``create_app`` does.
+    """
+    return uvicorn.Config(
         create_app(settings),
         host=settings.host,
         port=settings.port,
+        http=BoundedHeaders,
+        # No route speaks it.
+        ws="none",
         log_level="warning",
         backlog=BACKLOG,
         timeout_graceful_shutdown=STOP_WITHIN_S,
@@ -30,7 +103,20 @@ def serve(settings: Settings) -> None:
         access_log=False,
         server_header=False,
     )
-    Server(config).run()
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    config = config_of(settings)
+    # A file for every caller that waits: as many as the system allows.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    server = Server(config)
+    with suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        sys.exit(1)  # uvicorn has said why
 
 
 class Server(uvicorn.Server):

@@ -277,7 +277,7 @@ def snapshot(job_id: str, limits: LedgerLimits, *, with_ranking: bool = False) -
     """
 
     def read(answer: object) -> JobSnapshot:
-        state, done, pairs, created, started, ended, claims, error_type, error, ranking = _list(answer)
+        state, done, pairs, created, started, ended, claims, error_type, error, tenant, ranking = _list(answer)
         status = JobStatus(
             job_id=job_id,
             state=_state(state),
@@ -288,6 +288,7 @@ def snapshot(job_id: str, limits: LedgerLimits, *, with_ranking: bool = False) -
             ended_at=_time(ended),
             attempts=_int(claims),
             error=_text(error) or None,
+            tenant=_text(tenant),
         )
         return JobSnapshot(status, _text(error_type), _ranking(job_id, _bytes(ranking)) if ranking else None)
 

@@ -235,6 +235,12 @@ class AsyncLedger:
             clock, found = await pipe.execute()
         return workers_of(_seconds(clock), found)
 
+    async def backlog(self) -> dict[str, int]:
+        """Count the pairs that wait: in all queues (``*``), in each, and in each for a tenant (``QUEUE|TENANT``)."""
+        with reraise_cancelled(), translated():
+            found: Any = await self.redis.hgetall(keys.BACKLOG())
+        return {name.decode(errors="replace"): int(count) for name, count in found.items() if count.isdigit()}
+
 
 def _seconds(clock: tuple[int, int]) -> float:
     return clock[0] + clock[1] / 1e6

@@ -1,0 +1,41 @@
+"""``rerankq key``: make an API key for the gateway."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..contract import Priority
+from ..rescoring.inputs import InputFault
+from .options import Json
+from .render import print_json
+
+
+def key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the key is called: letters, digits, dots, dashes.")],
+    tenant: Annotated[
+        str | None, typer.Option(help="The tenant of all its jobs; '*': it may name any. Default: NAME.")
+    ] = None,
+    priority: Annotated[str, typer.Option(help="The most urgent priority of its jobs: interactive or bulk.")] = (
+        "interactive"
+    ),
+    operator: Annotated[bool, typer.Option("--operator", help="It may see metrics and dead jobs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make an API key for the gateway. Prints the key, once, and the entry for the file that RERANKQ_API_KEYS names."""
+    # Here, not at the top: the rest of the command line does without.
+    from ..gateway.keys import ApiKey, entry_of, hash_of, new_key  # noqa: PLC0415
+
+    made = new_key()
+    try:
+        given: Priority = priority  # type: ignore[assignment]  # checked by the model
+        entry = ApiKey(name=name, hash=hash_of(made), tenant=tenant, priority=given, operator=operator)
+    except ValueError as error:
+        raise InputFault(str(error)) from None
+    if as_json:
+        print_json({"key": made, **entry.model_dump(exclude_none=True)})
+        return
+    print(f"# The key, shown this once; its caller sends it as Authorization: Bearer KEY\n{made}\n")
+    print(f"# For the file that RERANKQ_API_KEYS names; or alone: RERANKQ_API_KEYS={entry.name}:{entry.hash}")
+    print(entry_of(entry))
