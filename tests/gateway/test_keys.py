@@ -12,7 +12,7 @@ from tides import DOCUMENTS, QUERY
 from rerankq import Client
 from rerankq.errors import SettingsInvalid
 from rerankq.gateway.app import create_app
-from rerankq.gateway.keys import ApiKey, KeyRing, entry_of, hash_of, new_key, parse_keys
+from rerankq.gateway.keys import ApiKey, KnownKeys, entry_of, hash_of, new_key, parse_keys
 from rerankq.gateway.rates import KEY_PREFIX, Rates
 from rerankq.settings import Settings
 
@@ -110,19 +110,19 @@ def test_made_keys_are_long_and_never_the_same():
 
 def test_a_changed_file_of_keys_holds_at_once_and_a_broken_one_leaves_the_last(tmp_path):
     file = keys_file(tmp_path, one={})
-    ring = KeyRing(str(file))
-    assert ring.find(SECRETS["one"]) is not None
+    known = KnownKeys(str(file))
+    assert known.find(SECRETS["one"]) is not None
     keys_file(tmp_path, two={})
-    ring.refresh()
-    assert ring.find(SECRETS["one"]) is None
-    assert ring.find(SECRETS["two"]) is not None
+    known.refresh()
+    assert known.find(SECRETS["one"]) is None
+    assert known.find(SECRETS["two"]) is not None
     for broken in ("[[keys]]\nname = 5", ""):
         file.write_text(broken)
-        ring.refresh()
-        assert ring.find(SECRETS["two"]) is not None
+        known.refresh()
+        assert known.find(SECRETS["two"]) is not None
     file.unlink()
-    ring.refresh()
-    assert ring.find(SECRETS["two"]) is not None
+    known.refresh()
+    assert known.find(SECRETS["two"]) is not None
 
 
 # Who is let in ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ..errors import JobRejected, NotAllowed, RerankqError
 from . import failures
 from .call_options import options_of
 from .callers import Caller, caller_with, presented_key
-from .keys import KeyRing
+from .keys import KnownKeys
 from .rates import Rates
 
 # What anybody may read: pages without data, and whether the gateway is well.
@@ -44,7 +44,7 @@ class Admission:
     (POST) hold one of the key's places until they are answered.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: KeyRing, open_metrics: bool, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, *, keys: KnownKeys, open_metrics: bool, timeout_s: float) -> None:
         self._app = app
         self._keys = keys
         self._open_metrics = open_metrics

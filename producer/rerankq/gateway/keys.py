@@ -145,7 +145,7 @@ def _repeated(values: Iterable[str]) -> list[str]:
     return [value for value, count in Counter(values).items() if count > 1]
 
 
-class KeyRing:
+class KnownKeys:
     """The keys that are valid now. A file of them is read again when it changes; while it is wrong, the last ones hold.
 
     Raises (made): SettingsInvalid, if the setting is wrong.
