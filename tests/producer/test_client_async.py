@@ -567,6 +567,9 @@ ASYNC_CALLS: dict[str, Callable[[AsyncClient], Any]] = {
     "drop_dead": lambda client: client.drop_dead("a"),
     "rerank": lambda client: client.rerank("q", ["x"]),
     "workers": lambda client: client.workers(),
+    "registered_workers": lambda client: client.registered_workers(),
+    "backlog": lambda client: client.backlog(),
+    "load": lambda client: client.load(),
     "recent_workers": lambda client: client.recent_workers(),
     "serving": lambda client: client.serving(),
 }
