@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,3 +190,34 @@ def test_an_untrusted_certificate_is_refused(tls: str):
             connection.ensure_connection(max_retries=1, interval_start=0)
     finally:
         app.close()
+
+
+FORKING = """
+import os, sys
+from rerankq import Client, RerankJob
+from rerankq.settings import Settings
+
+with_worker = Settings(_env_file=None, broker_url=sys.argv[1], model="stub")
+client = Client(with_worker)
+assert client.rerank("before", ["x"], timeout=60).chunks
+pid = os.fork()
+for at in range(5):
+    assert client.rerank(f"{'child' if pid == 0 else 'parent'} {at}", ["x"], timeout=60).chunks
+if pid == 0:
+    # Its end must send nothing over the encrypted connections that it inherited.
+    client.close()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+# Those would be cut by the server now: their counters of records would not fit any more.
+for at in range(5):
+    assert client.rerank(f"after {at}", ["x"], timeout=60).chunks
+client.close()
+"""
+
+
+def test_a_forked_child_and_its_parent_each_have_encrypted_connections_of_their_own(tls: str, start_worker: Callable):
+    start_worker(url=tls)
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKING, tls], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
