@@ -362,12 +362,17 @@ def main() -> int:
         args.model = f"stub:{seconds_per_token(shape, args.busy):.2g}"
     here, before = machine(), {one.pid for one in psutil.Process().children(recursive=True)}
     folder = Path(tempfile.mkdtemp(prefix="rerankq-chaos-"))
+    answer: dict[str, Any] = {}
     try:
         answer = {"seed": args.seed, "fsync": args.fsync, "model": args.model, "sentinel": args.sentinel}
         answer |= shape._asdict()
         answer |= carry_out(args, shape, folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # What the producers and servers wrote is kept where something is to be found out from it.
+        if answer.get("wrong") or answer.get("never_run_again"):
+            print(f"journals: {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
     answer["processes_left_behind"] = leftovers(before)
     if args.json:
         print(json.dumps(answer))

@@ -76,7 +76,9 @@ def faults(
     for lost in by_kind["unknown"]:
         accepted_at = max(event["at"] for event in by_kind["accepted"] if event["at"] <= lost["at"])
         if not in_fsync_window(accepted_at, redis_deaths):
-            answer.append("accepted, then unknown, with no death of Redis to blame")
+            since = min((accepted_at - death for death in redis_deaths if death <= accepted_at), default=None)
+            after = "" if since is None else f"; accepted {since:.1f} s after the last one"
+            answer.append(f"accepted, then unknown, with no death of Redis to blame{after}")
     ending = by_kind["ended"][0]
     allowed = {
         "plain": {"ranking"},
