@@ -84,14 +84,17 @@ def test_every_service_restarts_and_says_how_it_is():
 
 def test_every_port_is_published_on_the_loopback_only():
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(ports) == 2
+    assert len(ports) == 3
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
 def test_no_secret_has_a_default():
     text = (REPOSITORY / "docker-compose.yml").read_text()
     names = set(re.findall(r"\$\{([A-Z_]+)", text))
-    assert names == {"REDIS_PASSWORD", "FLOWER_BASIC_AUTH", "REDIS_PORT", "FLOWER_PORT"}
+    assert names == {
+        "REDIS_PASSWORD", "FLOWER_BASIC_AUTH", "REDIS_PORT", "FLOWER_PORT", "GATEWAY_PORT",
+        "RERANKQ_OPEN_ACCESS", "RERANKQ_ALLOWED_HOSTS",
+    }  # fmt: skip
     for secret in ("REDIS_PASSWORD", "FLOWER_BASIC_AUTH"):
         assert f"${{{secret}:?" in text
         assert f"${{{secret}:-" not in text
@@ -106,7 +109,7 @@ def test_the_worker_asks_for_a_gpu_and_the_override_does_not():
 
 
 def test_whoever_needs_redis_waits_until_it_answers():
-    for name in ("worker", "flower"):
+    for name in ("worker", "gateway", "flower"):
         needs = SERVICES[name]["depends_on"]
         assert {need: how["condition"] for need, how in needs.items()} == {
             "redis": "service_healthy",
@@ -126,6 +129,23 @@ def test_every_setting_that_workers_read_is_passed_on_to_them():
     environment = SERVICES["worker"]["environment"]
     passed_on = {name.removeprefix("RERANKQ_").lower() for name in environment}
     assert {name for name in Settings.model_fields if read_by(name) in {"worker", "both"}} - passed_on == set()
+
+
+def test_every_setting_that_the_gateway_reads_is_passed_on_to_it():
+    environment = SERVICES["gateway"]["environment"]
+    passed_on = {name.removeprefix("RERANKQ_").lower() for name in environment}
+    assert passed_on <= Settings.model_fields.keys()
+    assert {name for name in Settings.model_fields if read_by(name) != "worker"} - passed_on == set()
+
+
+def test_the_gateway_listens_to_all_inside_its_container_only():
+    service = SERVICES["gateway"]
+    assert service["environment"]["RERANKQ_HOST"] == "0.0.0.0"
+    assert service["ports"] == ["127.0.0.1:${GATEWAY_PORT:-8080}:8080"]
+    assert "/health/live" in service["healthcheck"]["test"][-1]
+    dockerfile = (REPOSITORY / "docker/gateway.Dockerfile").read_text()
+    assert "'.[gateway,cli]'" in dockerfile
+    assert "torch" not in dockerfile.replace("no torch", "")
 
 
 ROLES = {"BROKER": ("redis", "0"), "LEDGER": ("redis", "1"), "CACHE": ("redis-cache", "0")}

@@ -1,5 +1,6 @@
 """Redis as SECURITY.md asks for it: users with the rights of conf/redis-acl.conf alone, and TLS."""
 
+import asyncio
 import os
 import shutil
 import socket
@@ -15,6 +16,9 @@ import redis
 from rerankq import BrokerUnavailable, Client, JobUnknown, Ranking, RerankJob, __version__
 from rerankq.broker.celery_app import make_app
 from rerankq.doctor.collect import collect
+from rerankq.errors import RateLimited
+from rerankq.gateway.keys import ApiKey
+from rerankq.gateway.rates import Rates
 from rerankq.local.embedded import binaries, free_port
 from rerankq.settings import Settings
 
@@ -121,6 +125,23 @@ FORBIDDEN = {
         ("PUBLISH", "rerankq:1:cancel", "x"), ("CONFIG", "GET", "*"), ("FLUSHALL",),
     ],
 }  # fmt: skip
+
+
+def test_the_gateway_counts_rates_with_the_rights_of_a_producer(urls: dict[str, str]):
+    key = ApiKey(name="one", hash="a" * 64, requests_per_minute=1, concurrent=1)
+
+    async def use() -> None:
+        rates = Rates(urls["producer"])
+        try:
+            await rates.spend_request(key)
+            with pytest.raises(RateLimited):
+                await rates.spend_request(key)
+            async with rates.place(key, within_s=5):
+                pass
+        finally:
+            await rates.aclose()
+
+    asyncio.run(use())
 
 
 def test_no_role_can_do_more(urls: dict[str, str]):

@@ -24,7 +24,7 @@ async def json_object(request: Request) -> dict[str, Any]:
     if not raw.strip():
         raise JobRejected("expected a JSON object, not an empty body", field="body")
     try:
-        found = from_json(raw)
+        found = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         raise JobRejected(f"not JSON: {error}", field="body") from None
     except RecursionError:
