@@ -102,11 +102,15 @@ HOSTILE = {
 }
 
 
+# What some paths can make sense of: an infinite score is none, a limit beyond the documents is all of them.
+ANSWERED = {"an overflowing score", "a huge number", "deep metadata"}
+
+
 @pytest.mark.parametrize("path", ["/v2/rerank", "/rerank", "/v1/jobs", "/v1/jobs/batch"])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_body_is_refused_by_what_is_wrong_with_it(http, path, name):
     answer = http.post(path, content=HOSTILE[name], headers=JSON)
-    if name in {"a byte order mark", "deep metadata"} and answer.status_code < 300:
+    if name in ANSWERED and answer.status_code == 200:
         return
     assert_told(answer, 422)
 
