@@ -4,6 +4,8 @@ import dashscope
 from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, ranked, ranked_texts
 from langchain_community.document_compressors.dashscope_rerank import DashScopeRerank
 from langchain_core.documents import Document
+from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.postprocessor.dashscope_rerank import DashScopeRerank as LlamaIndexDashScopeRerank
 
 for base in ("/api/v1", "/dashscope/api/v1"):
 
@@ -35,3 +37,11 @@ def compress():
     compressor = DashScopeRerank(dashscope_api_key=KEY, model="gte-rerank-v2", top_n=3)
     found = compressor.compress_documents([Document(text) for text in DOCUMENTS], QUERY)
     ranked_texts([one.page_content for one in found], top_n=3)
+
+
+@check("llama-index dashscope", "postprocess_nodes")
+def postprocess():
+    dashscope.base_http_api_url = f"{URL}/api/v1"
+    nodes = [NodeWithScore(node=TextNode(text=text, id_=str(at)), score=0.5) for at, text in enumerate(DOCUMENTS)]
+    found = LlamaIndexDashScopeRerank(top_n=3, api_key=KEY).postprocess_nodes(nodes, query_str=QUERY)
+    ranked([(one.node.node_id, one.score) for one in found], top_n=3)

@@ -18,7 +18,6 @@ PROVIDERS = [
     ("huggingface/default", f"{URL}/tei", True),
     ("huggingface/default", URL, True),
     ("voyage/rerank-2.5", f"{URL}/voyage", True),
-    # There the response is Voyage's if `top_k` is sent.
     ("voyage/rerank-2.5", f"{URL}/v1", True),
     ("deepinfra/default", f"{URL}/v1", False),
     ("deepinfra/default", f"{URL}/deepinfra", False),
@@ -39,8 +38,6 @@ for model, base, documents in PROVIDERS:
     @check(f"litellm {provider}/", f"rerank at {base.removeprefix(URL) or '/'}")
     def rerank(model=model, base=base, documents=documents, provider=provider):
         named = {} if provider in ("deepinfra", "nvidia_nim") else {"return_documents": True}
-        if model.startswith("voyage") and base.endswith("/v1"):
-            named["top_n"] = len(DOCUMENTS)
         response = litellm.rerank(model=model, query=QUERY, documents=DOCUMENTS, api_base=base, api_key=KEY, **named)
         found = pairs(response)
         if provider == "deepinfra":

@@ -1,8 +1,13 @@
-"""LangChain's NVIDIA compressor against the gateway."""
+"""What speaks to NVIDIA's ranking: LangChain's compressor, Haystack's ranker, LlamaIndex's postprocessor."""
 
-from checking import DOCUMENTS, KEY, QUERY, URL, check, ranked_texts
+from checking import DOCUMENTS, KEY, ORDER, QUERY, URL, check, ranked_texts
+from haystack import Document as HaystackDocument
+from haystack.utils import Secret
+from haystack_integrations.components.rankers.nvidia import NvidiaRanker
 from langchain_core.documents import Document
 from langchain_nvidia_ai_endpoints import NVIDIARerank
+from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.postprocessor.nvidia_rerank import NVIDIARerank as LlamaIndexNVIDIARerank
 
 for base in ("/v1", "/nvidia/v1"):
 
@@ -15,3 +20,18 @@ for base in ("/v1", "/nvidia/v1"):
         ranked_texts([one.page_content for one in found], top_n=3)
         # Logits.
         assert found[0].metadata["relevance_score"] > found[-1].metadata["relevance_score"]
+
+
+@check("haystack NvidiaRanker", "run")
+def run():
+    ranker = NvidiaRanker(api_url=f"{URL}/v1", api_key=Secret.from_token(KEY), top_k=3)
+    ranker.warm_up()
+    found = ranker.run(query=QUERY, documents=[HaystackDocument(content=text) for text in DOCUMENTS])["documents"]
+    ranked_texts([one.content for one in found], top_n=3)
+
+
+@check("llama-index nvidia", "postprocess_nodes")
+def postprocess():
+    nodes = [NodeWithScore(node=TextNode(text=text, id_=str(at)), score=0.5) for at, text in enumerate(DOCUMENTS)]
+    ranker = LlamaIndexNVIDIARerank(base_url=f"{URL}/v1", api_key=KEY, top_n=3)
+    assert [int(one.node.node_id) for one in ranker.postprocess_nodes(nodes, query_str=QUERY)] == ORDER[:3]

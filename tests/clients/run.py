@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     given = parser.parse_args()
     chosen = {name: clients[name] for name in given.names or clients}
-    pythons = {name: environment(given.environments / name, client["packages"]) for name, client in chosen.items()}
+    programs = {name: program_of(given.environments / name, client) for name, client in chosen.items()}
     settings = Settings(model="bundled", port=free_port(0), _env_file=None)
     results = []
     with Stack(settings, embedded=True, gateway=True) as stack, Client(stack.settings) as client:
@@ -48,11 +48,28 @@ def main() -> int:
         url = f"http://127.0.0.1:{settings.port}"
         about = environment_of(url)
         for name, one in chosen.items():
-            results += list(checks(name, one, pythons[name], about))
+            results += list(checks(name, one, programs[name], about))
     print(table(results))
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
     return 0 if all(result["ok"] for result in results) else 1
+
+
+def program_of(folder: Path, client: dict[str, Any]) -> tuple[Path | str, Path] | None:
+    """Make a client's environment; answer what runs its checks, and the folder where they are; None: there is none."""
+    if "packages" in client:
+        return environment(folder, client["packages"]), HERE
+    if not (shutil.which("node") and shutil.which("npm")):
+        return None
+    stamp, wanted = folder / "packages.txt", "\n".join(client["npm"])
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["npm", "install", "--silent", "--prefix", folder, *client["npm"]], check=True)
+        stamp.write_text(wanted)
+    for program in client["checks"]:
+        # Packages are looked for beside the program that imports them.
+        shutil.copy(HERE / program, folder / program)
+    return "node", folder
 
 
 def environment(folder: Path, packages: list[str]) -> Path:
@@ -76,18 +93,25 @@ def environment_of(url: str) -> dict[str, str]:
 
     answer = httpx.post(f"{url}/rerank", json={"query": QUERY, "docs": DOCUMENTS}, timeout=60)
     answer.raise_for_status()
-    return {**os.environ, "GATEWAY_URL": url, "GATEWAY_SCORES": json.dumps(answer.json()["scores"])}
+    told = {"GATEWAY_URL": url, "GATEWAY_SCORES": json.dumps(answer.json()["scores"])}
+    return {**os.environ, **told, "GATEWAY_QUERY": QUERY, "GATEWAY_DOCUMENTS": json.dumps(DOCUMENTS)}
 
 
-def checks(name: str, client: dict[str, Any], python: Path, about: dict[str, str]) -> Iterator[dict[str, Any]]:
+def checks(
+    name: str, client: dict[str, Any], runs: tuple[Path | str, Path] | None, about: dict[str, str]
+) -> Iterator[dict[str, Any]]:
     """Run the checks of a client; answer their results as they come."""
+    if runs is None:
+        print(f"{name}: skipped, as there is no node or no npm", file=sys.stderr)
+        return
+    interpreter, folder = runs
     source = client.get("source")
     if source and not os.environ.get(source):
         print(f"{name}: skipped, as {source} does not name a folder with its source", file=sys.stderr)
         return
     for program in client["checks"]:
         done = subprocess.run(
-            [python, HERE / program], env=about, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            [interpreter, folder / program], env=about, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
         lines = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("CHECK ")]
         failed = done.returncode or not lines or not all(line["ok"] for line in lines)

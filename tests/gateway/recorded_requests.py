@@ -147,6 +147,16 @@ RECORDED = [
         TEXT,
     ),
     Recorded("litellm voyage", "/v1/rerank", {"model": "rerank-2.5", **ASKED, "top_k": 3}, "voyage", DATA),
+    Recorded("voyageai in JavaScript", "/v1/rerank", {"model": "rerank-2", **ASKED}, "voyage", DATA),
+    Recorded("Voyage's lite model", "/v1/rerank", {"model": "rerank-lite-1", **ASKED}, "voyage", DATA),
+    Recorded(
+        "Cohere's model, of which Voyage's is one letter off",
+        "/v1/rerank",
+        {"model": "rerank-v2.5", **ASKED},
+        "jina",
+        RESULTS,
+        OBJECT,
+    ),
     Recorded(
         "litellm deepinfra",
         "/inference/default",

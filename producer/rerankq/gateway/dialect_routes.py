@@ -108,6 +108,6 @@ def router() -> APIRouter:
             name=f"rerank {path}",
             operation_id="rerank" + re.sub(r"\W+", "_", path.replace("{model:path}", "model")),
             summary=f"Rerank: {', '.join(names)}",
-            openapi_extra=operation(dialects),
+            openapi_extra=operation(path, dialects),
         )
     return found

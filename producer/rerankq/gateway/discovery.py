@@ -17,11 +17,23 @@ from .bodies import json_object
 from .callers import Caller, caller_of
 from .dialect_routes import ranker_of
 from .hosted_models import listed_name, model_for, serving
+from .openapi import failing
 
 # Of workers of earlier versions, which do not say what their model reads.
 _LENGTH = 512
 
-routes = APIRouter(tags=["models"])
+routes = APIRouter(tags=["models"], responses=failing("401", "503"))
+_OF_ONE = failing("404", "422")
+_SHOW_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "properties": {"model": {"type": "string"}}, "required": ["model"]}
+            }
+        },
+    }
+}
 Sender = Annotated[Caller, Depends(caller_of)]
 
 
@@ -79,8 +91,8 @@ async def infinity_models(request: Request, caller: Sender) -> Response:  # noqa
     return JSONResponse({"object": "list", "data": [{**one, "owned_by": "infinity"} for one in await _listed(request)]})
 
 
-@routes.get("/v1/models/{model:path}")
-@routes.get("/models/{model:path}")
+@routes.get("/v1/models/{model:path}", responses=_OF_ONE)
+@routes.get("/models/{model:path}", responses=_OF_ONE)
 async def model(request: Request, model: str, caller: Sender) -> Response:  # noqa: ARG001
     """Describe a model, as OpenAI and Xinference do."""
     return JSONResponse(await _described(request, model))
@@ -141,7 +153,7 @@ async def tags(request: Request, caller: Sender) -> Response:  # noqa: ARG001
     )
 
 
-@routes.post("/api/show")
+@routes.post("/api/show", responses=_OF_ONE, openapi_extra=_SHOW_BODY)
 async def show(request: Request, caller: Sender) -> Response:  # noqa: ARG001
     """Describe a model, as Ollama and LocalAI do."""
     body = await json_object(request)

@@ -58,13 +58,27 @@ def described(app: FastAPI) -> Callable[[], dict[str, Any]]:
     return openapi
 
 
-def operation(dialects: tuple[Dialect[Any], ...]) -> dict[str, Any]:
+def failing(*statuses: str) -> dict[int | str, dict[str, Any]]:
+    """Describe the errors of an operation."""
+    schema = _schemas()[0][Failure, "serialization"]
+    return {
+        status: {
+            "description": _FAILURES[status],
+            "content": {"application/json": {"schema": schema}},
+            **({"headers": _RETRY_AFTER} if status in {"429", "503", "504"} else {}),
+        }
+        for status in statuses
+    }
+
+
+def operation(path: str, dialects: tuple[Dialect[Any], ...]) -> dict[str, Any]:
     """Describe the bodies that a path of some dialects takes and answers."""
     names, _ = _schemas()
     asked = [names[dialect.request, "validation"] for dialect in dialects]
     answered = [names[dialect.response, "serialization"] for dialect in dialects]
-    failed = {"application/json": {"schema": names[Failure, "serialization"]}}
+    named = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}] if "{" in path else []
     return {
+        **({"parameters": named} if named else {}),
         "requestBody": {"required": True, "content": {"application/json": {"schema": _any_of(asked)}}},
         "responses": {
             "200": {
@@ -74,14 +88,7 @@ def operation(dialects: tuple[Dialect[Any], ...]) -> dict[str, Any]:
                 },
                 "content": {"application/json": {"schema": _any_of(answered)}},
             },
-            **{
-                status: {
-                    "description": text,
-                    "content": failed,
-                    **({"headers": _RETRY_AFTER} if status in {"429", "503", "504"} else {}),
-                }
-                for status, text in _FAILURES.items()
-            },
+            **failing(*_FAILURES),
         },
     }
 

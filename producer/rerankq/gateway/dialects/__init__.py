@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,6 +41,9 @@ def _texts_read_as_results(body: Body) -> bool:
     return _holds("texts", "model", without=("documents", "return_text", "raw_scores", "truncate"))(body)
 
 
+# Voyage's: rerank-2.5, rerank-lite-1; Cohere's have a v before the number.
+_VOYAGE_MODEL = re.compile(r"rerank-(lite-)?[0-9]")
+
 #: How a request tells its dialect on a path of several, tried in this order.
 _SIGNS: tuple[tuple[AnyDialect, Callable[[Body], bool]], ...] = (
     (TEI_RESULTS, _texts_read_as_results),
@@ -52,6 +56,7 @@ _SIGNS: tuple[tuple[AnyDialect, Callable[[Body], bool]], ...] = (
     (PINECONE, _holds("parameters", "documents")),
     (VOYAGE, _holds("top_k", "documents", without=("top_n",))),
     (VOYAGE, _holds("truncation", "documents", without=("top_n",))),
+    (VOYAGE, lambda body: bool(_VOYAGE_MODEL.match(str(body.get("model")))) and _holds(without=("top_n",))(body)),
     (INFINITY, _holds("raw_scores", "documents")),
     (XINFERENCE, _holds("return_len")),
     (XINFERENCE, _holds("kwargs")),
