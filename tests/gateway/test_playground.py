@@ -353,6 +353,21 @@ def test_two_profiles_stand_side_by_side(page):
     assert page.locator(".column").count() == 1
 
 
+def test_two_models_that_are_served_stand_side_by_side(visit, start_gateway, start_worker):
+    gateway = start_gateway(model="stub")
+    for model in ("stub", "stub:2e-6"):
+        start_worker(gateway.settings.model_copy(update={"model": model, "default_model": "stub"}))
+    page = visit(base=gateway.url)
+    ready(page)
+    until(page, "document.querySelectorAll('#compare optgroup').length === 2")
+    rank(page, TIDES)
+    settle(page, lambda: page.select_option("#compare", "model:stub:2e-6"))
+    assert page.locator(".column h3").all_inner_texts() == ["stub", "stub:2e-6"]
+    assert "model stub:2e-6" in page.locator(".column:last-child .facts").inner_text()
+    settle(page, lambda: page.select_option("#model", "stub:2e-6"))
+    assert page.locator(".column h3").first.inner_text() == "stub:2e-6"
+
+
 def test_a_thousand_chunks_are_ranked_and_shown_in_parts(page):
     chunks = [{"text": f"Chunk {number} about tides."} for number in range(1_000)]
     rank(page, chunks)

@@ -458,6 +458,7 @@ OTHER: dict[str, Any] = {
     "skip_at_or_below": 3,
     "tenant": "t",
     "return_text": True,
+    "explain": True,
 }
 
 
