@@ -4,6 +4,7 @@ import json
 
 import httpx
 import pytest
+from test_keys import bearer, keys_file
 
 from rerankq import Client, RerankJob
 from rerankq.ledger import LedgerLimits, calls, connect
@@ -119,3 +120,28 @@ def test_fusion_profiles_are_told_with_their_numbers_and_what_they_are_for(api):
     for one in profiles.values():
         job = {"query": "q", "chunks": ["a"], "fusion": one["fusion"]}
         assert api.post("/v1/jobs", json=job).status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/deployment"),
+        ("GET", "/v1/dead"),
+        ("GET", "/v1/dead/poison?payload=true"),
+        ("POST", "/v1/dead/poison/retry"),
+        ("DELETE", "/v1/dead/poison"),
+    ],
+)
+def test_where_there_are_keys_only_an_operators_sees_the_deployment_and_its_dead_jobs(
+    start_gateway, tmp_path, method, path
+):
+    gateway = start_gateway(api_keys=str(keys_file(tmp_path, one={}, all={"tenant": "*", "operator": True})))
+    kill(gateway.settings, "poison")
+    with httpx.Client(base_url=gateway.url) as api:
+        assert api.request(method, path).status_code == 401
+        refused = api.request(method, path, headers=bearer("one"))
+        assert (refused.status_code, SECRET in refused.text) == (403, False)
+        assert api.request(method, path, headers=bearer("all")).status_code == 200
+        assert api.get("/v1/fusion-profiles", headers=bearer("one")).status_code == 200
+        for public in ("/", "/deployment", "/playground/playground.js"):
+            assert api.get(public).status_code == 200

@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from test_deployment_routes import SECRET, kill
+from test_keys import SECRETS, keys_file
 
 from rerankq import Client
 from rerankq.rescoring.inputs import judgements
@@ -108,6 +110,7 @@ def until(page, expression: str, arg: object = None) -> None:
 def ready(page) -> None:
     until(page, "document.querySelectorAll('#profile option').length > 3")
     until(page, "document.querySelectorAll('#sample option').length === 7")
+    until(page, "document.querySelectorAll('#compare option').length > 3")
 
 
 def settle(page, work: Callable[[], object]) -> None:
@@ -353,10 +356,11 @@ def test_two_profiles_stand_side_by_side(page):
     assert page.locator(".column").count() == 1
 
 
-def test_two_models_that_are_served_stand_side_by_side(visit, start_gateway, start_worker):
+def test_two_models_that_are_served_stand_side_by_side(visit, start_gateway, start_worker, wait_until):
     gateway = start_gateway(model="stub")
     for model in ("stub", "stub:2e-6"):
         start_worker(gateway.settings.model_copy(update={"model": model, "default_model": "stub"}))
+    wait_until(lambda: len(httpx.get(f"{gateway.url}/v1/deployment").json()["workers"]) == 2)
     page = visit(base=gateway.url)
     ready(page)
     until(page, "document.querySelectorAll('#compare optgroup').length === 2")
@@ -535,6 +539,28 @@ def test_a_key_is_asked_for_sent_and_kept_in_the_tab_only(visit):
     page.click("#open-key")
     page.click("#forget-key")
     assert page.evaluate("sessionStorage.length") == 0
+
+
+def test_with_a_key_that_is_no_operators_one_ranks_and_the_deployment_says_what_it_needs(
+    visit, start_gateway, start_worker, tmp_path
+):
+    gateway = start_gateway(api_keys=str(keys_file(tmp_path, one={}, all={"tenant": "*", "operator": True})))
+    start_worker(gateway.settings)
+    page = visit(base=gateway.url, expected="Failed to load resource.*40[13]")
+    page.wait_for_selector("#key-dialog[open]")
+    page.fill("#key", SECRETS["one"])
+    page.keyboard.press("Enter")
+    ready(page)
+    rank(page, TIDES)
+    assert len(order(page)) == 3
+    page.click("nav a[href='/deployment']")
+    page.wait_for_selector("#notice .notice")
+    assert "need the key of an operator" in page.inner_text("#notice")
+    page.click("#open-key")
+    page.fill("#key", SECRETS["all"])
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#workers tbody tr")
+    assert page.inner_text("#notice") == ""
 
 
 def test_without_a_worker_the_job_waits_is_explained_and_is_cancelled(visit, start_gateway, wait_until):

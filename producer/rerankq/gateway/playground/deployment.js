@@ -29,10 +29,8 @@ async function read() {
   } catch (error) {
     if (!(error instanceof CallFailed)) console.error(error);
     notice(plainly(error));
-    if (error.status === 401 || error.status === 403) {
-      pause(true);
-      askForKey(() => pause(false));
-    }
+    if (error.status === 401 || error.status === 403) pause(true);
+    if (error.status === 401) askForKey(() => pause(false));
   }
 }
 
@@ -218,5 +216,5 @@ async function showTexts(button, job, box) {
 
 byId('pause').addEventListener('click', () => pause(!state.paused));
 document.addEventListener('visibilitychange', () => { if (!document.hidden && !state.paused) read(); });
-readyKeyDialog(read);
+readyKeyDialog(() => pause(false));
 follow();

@@ -112,8 +112,9 @@ export function plainly(error) {
       return { text: `This page has a fault: ${error.message}`, serious: true };
     case 0:
       return { text: `The gateway cannot be reached (${error.message}). Is it running, and is the network there?`, serious: true };
-    case 401:
     case 403:
+      return { text: `Not allowed: ${error.message}`, serious: true };
+    case 401:
       return { text: `The gateway asks for an API key, or does not accept this one: ${error.message}`, serious: true };
     case 413:
       return { text: `Too large: ${error.message}. Send fewer or shorter chunks.`, serious: true };

@@ -17,10 +17,15 @@ const ROWS = 50;
 // Seconds after which a job that no worker takes is explained, and for which it may wait to be taken.
 const EXPLAIN_AFTER_S = 2.5;
 const WAIT_S = 600;
+// Milliseconds after which the list of models is read again, when something was ranked.
+const MODELS_AGE_MS = 10_000;
 
 const state = {
   profiles: [],
   samples: [],
+  // Names of the models that are served, and when they were read; what the deployment does, if this key may see it.
+  models: [],
+  readAt: 0,
   deployment: null,
   // The fusion as the controls have it.
   fusion: null,
@@ -341,6 +346,7 @@ async function run({ reveal = true } = {}) {
     notice(null);
     fitThreshold(found.flatMap(({ whole }) => whole.chunks.map((chunk) => chunk.score)));
     show();
+    if (performance.now() - state.readAt > MODELS_AGE_MS) readDeployment().catch(() => {});
     if (reveal && matchMedia('(max-width: 59.99rem)').matches) byId('results').scrollIntoView({ block: 'start' });
   } catch (error) {
     running.abort();
@@ -371,20 +377,20 @@ async function explainWaiting(running) {
   try {
     await readDeployment();
   } catch { /* the job itself will say it */ }
-  if (state.running !== running || !state.deployment) return;
-  const { workers, waiting_pairs: pairs } = state.deployment;
-  const model = byId('model').value || state.deployment.default_model;
-  if (!workers.some((worker) => worker.model === model || worker.aliases.includes(model))) {
-    notice({ text: `No worker serves ${model} at the moment. The job waits until one is started (rerankq worker), or until you cancel it.`, serious: false });
+  if (state.running !== running) return;
+  const model = byId('model').value || state.deployment?.default_model;
+  const pairs = state.deployment?.waiting_pairs ?? 0;
+  if (model ? !state.models.includes(model) : !state.models.length) {
+    notice({ text: `No worker serves ${model ?? 'the default model'} at the moment. The job waits until one is started (rerankq worker), or until you cancel it.`, serious: false });
   } else {
-    notice({ text: `The job waits for its turn: ${counted(pairs, 'pair')} are waiting.`, serious: false });
+    notice({ text: `The job waits for its turn${pairs ? `: pairs waiting: ${count(pairs)}` : ''}.`, serious: false });
   }
 }
 
 function failed(error) {
   if (!(error instanceof CallFailed)) console.error(error);
   notice(plainly(error));
-  if (error.status === 401 || error.status === 403) askForKey(start);
+  if (error.status === 401) askForKey(start);
 }
 
 function notice(found) {
@@ -618,13 +624,15 @@ async function copy({ currentTarget: button }) {
 
 /* Beginning */
 
+/** Read which models are served, and what the deployment does, if this key may see it. */
 async function readDeployment() {
-  let names = [];
+  const { data } = await call('/v1/models');
+  const names = [...new Set(data.map((model) => model.root))].sort();
+  state.models = names;
+  state.readAt = performance.now();
   try {
     state.deployment = await call('/v1/deployment');
-    names = [...new Set(state.deployment.workers.filter((worker) => worker.queues.length).map((worker) => worker.model))].sort();
   } catch (error) {
-    // Some keys rank and may not see the deployment: then only the default model is offered.
     if (error.status !== 403) throw error;
   }
   const select = byId('model');
