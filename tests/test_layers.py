@@ -36,20 +36,34 @@ ARROWS: dict[str, set[str]] = {
     # Of the dialects only the path that reads them knows HTTP; they are pure.
     "rerankq.gateway.rerank_call": {"rerankq.contract", "rerankq.errors"},
     "rerankq.gateway.dialects": {"rerankq.contract", "rerankq.errors", "rerankq.gateway.rerank_call"},
+    "rerankq.gateway.call_options": {"rerankq.contract", "rerankq.errors", "rerankq.gateway.rerank_call"},
+    "rerankq.gateway.hosted_models": _DATA
+    | {"rerankq.ledger", "rerankq.gateway.rerank_call", "rerankq.gateway.call_options"},
+    # What the gateway and the command line share: no HTTP.
+    "rerankq.batches": _CLIENT
+    | {
+        "rerankq.ledger", "rerankq.gateway.rerank_call", "rerankq.gateway.dialects", "rerankq.gateway.call_options",
+        "rerankq.gateway.hosted_models",
+    },
     # Deliveries are kept in the ledger.
     "rerankq.gateway.webhooks": _CLIENT | {"rerankq.ledger"},
     # The pages show the shipped sample, and the deployment what is in the ledger.
     "rerankq.gateway": _CLIENT
     | {
         "rerankq.gateway.rerank_call", "rerankq.gateway.dialects", "rerankq.gateway.webhooks", "rerankq.ledger",
-        "rerankq.local", "rerankq.broker", "rerankq.connections",
+        "rerankq.local", "rerankq.broker", "rerankq.connections", "rerankq.gateway.call_options",
+        "rerankq.gateway.hosted_models", "rerankq.batches",
     },
     # Options, clients and the way to a ranking; then a module for each framework, which knows no other.
     "rerankq.integrations": _CLIENT,
     "rerankq.integrations.langchain": {"rerankq.integrations", "rerankq.errors"},
     "rerankq.integrations.llama_index": {"rerankq.integrations"},
     "rerankq.integrations.haystack": {"rerankq.integrations", "rerankq.client", "rerankq.contract"},
-    "rerankq.cli": _CLIENT | {"rerankq.broker", "rerankq.local", "rerankq.rescoring", "rerankq.doctor"},
+    "rerankq.cli": _CLIENT
+    | {
+        "rerankq.broker", "rerankq.local", "rerankq.rescoring", "rerankq.doctor", "rerankq.batches",
+        "rerankq.gateway.rerank_call",
+    },
     "rerankq": {"rerankq.client", "rerankq.contract", "rerankq.errors", "rerankq.settings"},
     "rerankq_worker.engine.protocol": {"rerankq_worker.engine.errors"},
     "rerankq_worker.engine.errors": set(),

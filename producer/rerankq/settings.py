@@ -245,6 +245,26 @@ class Settings(BaseSettings):
     open_metrics: bool = _setting(
         False, "gateway", "Whether `/metrics` can be read without a key where there are API keys."
     )
+    files_dir: Path | None = _setting(
+        None,
+        "gateway",
+        "Folder of uploaded files and batches, shared by all gateways of a deployment. Default: `rerankq/files` in the "
+        "user's folder of data (`~/.local/share`).",
+    )
+    file_ttl_s: int = _setting(
+        30 * 86_400,
+        "gateway",
+        "How long files are kept that name no time of their own, and batches after their end.",
+        unit="seconds",
+        ge=HOUR_S,
+        le=10 * YEAR_S,
+    )
+    max_file_bytes: int = _setting(
+        536_870_912, "gateway", "Largest size of an uploaded file.", unit="bytes", ge=1, le=1 << 40
+    )
+    max_batch_lines: int = _setting(
+        1_000_000, "gateway", "Largest number of lines of a batch.", unit="lines", ge=1, le=100_000_000
+    )
     conf_dir: Path | None = _setting(
         None, "both", "Folder whose models.toml and fusion.toml are read instead of the ones in the package."
     )
@@ -362,6 +382,13 @@ class Settings(BaseSettings):
         if self.cache_url:
             return self.cache_url
         return _beside(self.ledger, 1) if _cannot_keep_jobs(self.broker) else _beside(self.broker, 2)
+
+    @property
+    def files(self) -> Path:
+        """The folder of files and batches."""
+        if self.files_dir is not None:
+            return self.files_dir
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "rerankq" / "files"
 
     @property
     def channel(self) -> str:

@@ -1,6 +1,7 @@
 """A gateway with a real worker behind it, and gateways of a test's own."""
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from rerankq import Client
 from rerankq.gateway.server import Server, config_of
+from rerankq.local import worker_command
 from rerankq.local.embedded import free_port
 from rerankq.local.stack import Stack
 from rerankq.settings import Settings
@@ -127,5 +129,38 @@ def start_gateway_process() -> Iterator[Callable[..., GatewayProcess]]:
             gateway = GatewayProcess(free_port(0), **variables)
             running.callback(gateway.kill)
             return gateway
+
+        yield start
+
+
+class WorkerProcess:
+    """A worker in a process of its own, which can be killed."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        environment = {
+            **worker_command.tuned(os.environ),
+            **worker_command.environment(settings),
+            "RERANKQ_LEASE_S": str(settings.lease_s),
+        }
+        self._process = subprocess.Popen(worker_command.command(name=name), env=environment)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def start_worker_process(wait_until: Callable[..., None]) -> Iterator[Callable[[Settings], WorkerProcess]]:
+    """Start workers that can be killed."""
+    with ExitStack() as running:
+        names = (f"worker-{number}" for number in itertools.count())
+
+        def start(settings: Settings) -> WorkerProcess:
+            with Client(settings) as client:
+                before = {one.id for one in client.workers()}
+                worker = WorkerProcess(settings, next(names))
+                running.callback(worker.kill)
+                wait_until(lambda: any(one.queues and one.id not in before for one in client.workers()), 60)
+            return worker
 
         yield start

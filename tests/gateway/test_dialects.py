@@ -11,9 +11,9 @@ from tides import DOCUMENTS, QUERY
 
 from rerankq.contract import RankedChunk
 from rerankq.errors import JobRejected, JobTooLarge
-from rerankq.gateway.bodies import parsed
 from rerankq.gateway.dialects import MOUNTS, PATHS, choose
 from rerankq.gateway.dialects.dialect import with_explanation
+from rerankq.gateway.dialects.fields import parsed
 from rerankq.gateway.paths import canonical_path
 from rerankq.gateway.rerank_call import RankedDocument, RerankReply, ScoreCall, joined
 

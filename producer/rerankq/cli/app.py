@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import RerankqError, SettingsInvalid
 from ..local.worker_command import WorkerNotInstalled
 from ..rescoring.inputs import InputFault
-from . import dead, demo, doctor, jobs, keys, render, rescore, services, submit
+from . import batch, dead, demo, doctor, jobs, keys, render, rescore, services, submit
 from .options import FAILED, WRONG
 
 
@@ -89,6 +89,7 @@ for command in (
     jobs.status,
     jobs.cancel,
     rescore.rescore,
+    batch.batch,
     doctor.doctor,
 ):
     app.command()(command)

@@ -44,23 +44,28 @@ def print_message(text: str) -> None:
 
 
 class PairRate(ProgressColumn):
-    """Pairs a second."""
+    """Pairs, or what else is counted, a second."""
+
+    def __init__(self, unit: str = "pairs") -> None:
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
         """Write the rate."""
         rate = task.finished_speed or task.speed
-        return Text(f"{rate:,.0f} pairs/s" if rate else "")
+        return Text(f"{rate:,.0f} {self._unit}/s" if rate else "")
 
 
 class PairProgress:
-    """A progress bar of pairs on standard error; nothing if that is not a terminal."""
+    """A progress bar of pairs, or of another unit, on standard error; nothing if that is not a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "pairs") -> None:
+        self._unit = unit
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            PairRate(),
+            PairRate(unit),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
@@ -99,7 +104,7 @@ class PairProgress:
 
     def start(self, pairs: int | None, done: int = 0) -> None:
         """Start counting at *done*, up to *pairs*; None = unknown."""
-        self._progress.reset(self._task, total=pairs, completed=done, description="pairs")
+        self._progress.reset(self._task, total=pairs, completed=done, description=self._unit)
 
     def advance(self, pairs: int) -> None:
         """Count *pairs* more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -16,9 +16,23 @@ from .. import __version__
 from ..client.asynchronous import AsyncClient
 from ..errors import RerankqError, SettingsInvalid
 from ..settings import Settings
-from . import deployment_routes, dialect_routes, discovery, failures, health, job_routes, metrics, openapi, pages
+from . import (
+    batch_routes,
+    deployment_routes,
+    dialect_routes,
+    discovery,
+    failures,
+    health,
+    job_routes,
+    metrics,
+    openapi,
+    pages,
+)
 from .admission import Admission
+from .batch_runner import BatchRunner
+from .batch_store import BatchStore
 from .edge import Edge, is_loopback
+from .file_store import FileStore
 from .health import Health
 from .keys import KnownKeys
 from .metrics import CountRequests, Metrics
@@ -66,21 +80,27 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "RERANKQ_API_KEYS (`rerankq key NAME` makes one), or RERANKQ_OPEN_ACCESS=true to let everybody in"
         )
 
+    files, batches = FileStore(given.files), BatchStore(given.files)
+
     @asynccontextmanager
-    async def delivering() -> AsyncIterator[Webhooks]:
+    async def working() -> AsyncIterator[Webhooks]:
+        """Deliver webhooks and run batches beside the calls."""
         webhooks = Webhooks(given)
-        running = asyncio.create_task(webhooks.run())
+        running = [
+            asyncio.create_task(webhooks.run()),
+            asyncio.create_task(BatchRunner(given, batches, files).run()),
+        ]
         try:
             yield webhooks
         finally:
-            running.cancel()
-            with suppress(asyncio.CancelledError):
-                await running
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
             await webhooks.aclose()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncClient(given) as client, delivering() as app.state.webhooks:
+        async with AsyncClient(given) as client, working() as app.state.webhooks:
             app.state.ranker = Ranker(client, timeout_s=given.request_timeout_s)
             app.state.rates = Rates(given.ledger)
             app.state.health = Health(client)
@@ -105,6 +125,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         },
     )
     app.state.settings = given
+    app.state.files, app.state.batches = files, batches
     app.state.keys = keys
     app.state.metrics = Metrics(
         known_tenants=lambda: keys.tenants,
@@ -126,6 +147,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         dialect_routes.router(),
         discovery.routes,
         job_routes.routes,
+        batch_routes.router(given.max_file_bytes),
         deployment_routes.routes,
         health.routes,
         metrics.routes,

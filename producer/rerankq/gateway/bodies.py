@@ -1,17 +1,13 @@
-"""Request bodies: JSON in, models out, errors that name the field."""
+"""Request bodies: JSON in, errors that say what was expected."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
 from ..errors import JobRejected
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 async def json_object(request: Request) -> dict[str, Any]:
@@ -32,21 +28,3 @@ async def json_object(request: Request) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise JobRejected(f"expected a JSON object, not {type(found).__name__}", field="body")
     return found
-
-
-def parsed(model: type[Model], body: Mapping[str, Any]) -> Model:
-    """Read a body as a model.
-
-    Raises:
-        JobRejected: naming the first fields that are wrong, and what was expected.
-    """
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        faults = error.errors(include_url=False, include_input=False, include_context=False)
-        said = [
-            (".".join(str(part) for part in fault["loc"]), fault["msg"].removeprefix("Value error, "))
-            for fault in faults[:5]
-        ]
-        rest = "".join(f"; {place}: {message}" for place, message in said[1:])
-        raise JobRejected(said[0][1] + rest, field=said[0][0] or "body") from None

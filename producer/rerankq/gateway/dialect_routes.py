@@ -12,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..contract import Chunk
-from .bodies import json_object, parsed
+from .bodies import json_object
 from .call_options import options_of
 from .callers import Caller, caller_of
 from .dialects import PATHS, choose
 from .dialects.dialect import with_explanation
+from .dialects.fields import parsed
 from .metrics import record_of
 from .openapi import operation
 from .ranker import CallerGone, Ranker, unless_gone

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .. import catalogue
 from ..ledger.registry import WorkerInfo
+from ..settings import Settings
+from .call_options import split_model
+from .rerank_call import CallOptions, RerankCall
 
 # Callers that changed nothing but the base URL still name them: the deployment's default model answers. Open models are
 # not among them: who names one that is not served here is told so.
@@ -108,3 +112,17 @@ def _spellings(name: str) -> Iterator[str]:
                 yield bare.removeprefix(prefix)
         if bare.endswith(RERANKER):
             yield bare.removesuffix(RERANKER)
+
+
+def resolve(
+    call: RerankCall, options: CallOptions, workers: Sequence[WorkerInfo], settings: Settings
+) -> tuple[RerankCall, CallOptions]:
+    """Split the model's name, map names of hosted models, and clamp lengths to what the model reads."""
+    model, profile = split_model(call.model, catalogue.profiles(settings.conf_dir))
+    if profile is not None and options.fusion is None:
+        options = replace(options, fusion=profile)
+    model = model_for(model, workers, listed=settings.models, conf_dir=settings.conf_dir)
+    longest = min((one.max_length for one in serving(model, workers) if one.max_length), default=None)
+    if call.max_length is not None and longest is not None:
+        call = replace(call, max_length=max(8, min(call.max_length, longest)))
+    return replace(call, model=model), options

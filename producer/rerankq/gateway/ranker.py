@@ -10,17 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from .. import catalogue
 from ..client.asynchronous import AsyncClient
 from ..contract import Ranking, RerankJob
 from ..errors import GatewayStopping, JobExpired, JobTimedOut, NoWorker, QueueFull, RerankqError
-from .call_options import split_model
-from .hosted_models import model_for, serving
+from .hosted_models import resolve
 from .queue_state import QueueState, is_hopeless, retry_after_s
 from .rerank_call import (
     CallOptions,
@@ -223,17 +220,7 @@ class Ranker:
 
     async def _resolved(self, call: RerankCall, options: CallOptions) -> tuple[RerankCall, CallOptions]:
         """Split the model's name, map names of hosted models, and clamp lengths to what the model reads."""
-        settings = self.client.settings
-        conf_dir = settings.conf_dir
-        model, profile = split_model(call.model, catalogue.profiles(conf_dir))
-        if profile is not None and options.fusion is None:
-            options = replace(options, fusion=profile)
-        workers = await self.client.recent_workers()
-        model = model_for(model, workers, listed=settings.models, conf_dir=conf_dir)
-        longest = min((one.max_length for one in serving(model, workers) if one.max_length), default=None)
-        if call.max_length is not None and longest is not None:
-            call = replace(call, max_length=max(8, min(call.max_length, longest)))
-        return replace(call, model=model), options
+        return resolve(call, options, await self.client.recent_workers(), self.client.settings)
 
     async def _require_worker(self, model: str | None) -> str:
         """Answer the full name of the model that will rank the call.

@@ -152,7 +152,7 @@ def lines(source: str, *, max_bytes: int = MAX_LINE_BYTES, skipped: Skipped | No
     number = 0
     name = "standard input" if source == STDIN else source
     try:
-        with _opened(source) as file:
+        with opened(source) as file:
             while raw := file.readline(max_bytes + 1):
                 number += 1
                 if len(raw) > max_bytes:
@@ -295,7 +295,13 @@ def _judgement(line: Line, cells: Sequence[str], columns: JudgementColumns) -> t
 
 
 @contextmanager
-def _opened(source: str) -> Iterator[IO[bytes]]:
+def opened(source: str) -> Iterator[IO[bytes]]:
+    """Open a file, or standard input for ``-``; what is compressed is read decompressed.
+
+    Raises:
+        InputFault: if it is of a kind that cannot be read.
+        OSError: if it cannot be opened.
+    """
     if source != STDIN:
         with Path(source).open("rb") as file:
             yield _decompressed(source, file)
@@ -303,6 +309,13 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
         raise InputFault("standard input is closed")
     else:
         yield _decompressed("standard input", sys.stdin.buffer)
+
+
+def is_compressed(source: str) -> bool:
+    """Whether a file begins as one that :func:`opened` decompresses, or cannot read."""
+    with Path(source).open("rb") as file:
+        beginning = file.read(_LONGEST_SIGNATURE)
+    return any(signature.match(beginning) for signature, _ in (*COMPRESSED, *UNREADABLE))
 
 
 class _Rewound(io.RawIOBase):

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from ...contract import Chunk, Priority
 from ...errors import JobRejected
+
+Model = TypeVar("Model", bound=BaseModel)
 
 # Of a document that is an object: what the chunk takes from it, beside its text.
 CHUNK_FIELDS = frozenset(Chunk.model_fields) - {"text"}
@@ -199,3 +210,21 @@ def priority_of(number: int | None) -> Priority | None:
 def unsupported(instruction: str | None) -> tuple[str, ...]:
     """Say that an instruction has no effect."""
     return ("the model takes no instruction: it was ignored",) if instruction else ()
+
+
+def parsed(model: type[Model], body: Mapping[str, Any]) -> Model:
+    """Read a body as a model.
+
+    Raises:
+        JobRejected: naming the first fields that are wrong, and what was expected.
+    """
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False, include_context=False)
+        said = [
+            (".".join(str(part) for part in fault["loc"]), fault["msg"].removeprefix("Value error, "))
+            for fault in faults[:5]
+        ]
+        rest = "".join(f"; {place}: {message}" for place, message in said[1:])
+        raise JobRejected(said[0][1] + rest, field=said[0][0] or "body") from None

@@ -1,0 +1,110 @@
+"""rerankq batch: the lines of a file answered from the command line, resumed after a kill."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from tides import DOCUMENTS, QUERY
+
+from rerankq.settings import Settings
+
+
+def lines_of(*names: str) -> bytes:
+    body = {"query": QUERY, "documents": DOCUMENTS}
+    return b"".join(
+        json.dumps({"custom_id": name, "url": "/v1/rerank", "body": body}).encode() + b"\n" for name in names
+    )
+
+
+@pytest.fixture
+def command(redis_url, start_worker_process):
+    """Start the command against a worker; answers the process."""
+    start_worker_process(Settings(broker_url=redis_url, model="stub:0.002", _env_file=None))
+    environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url, "RERANKQ_MODEL": "stub:0.002"}
+
+    def start(*arguments: object) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "rerankq.cli", "batch", *map(str, arguments)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return start
+
+
+def test_lines_are_answered_in_order_from_files_pipes_and_compressed_ones(command, tmp_path):
+    source, packed, answers = (tmp_path / name for name in ("in.jsonl", "in.jsonl.gz", "out.jsonl"))
+    content = lines_of("a", "b", "c")
+    source.write_bytes(content)
+    packed.write_bytes(gzip.compress(content))
+    told = []
+    for argument, given in ((source, b""), (packed, b""), ("-", content)):
+        running = command(argument, "--output", answers, "--force", "--json")
+        out, error = running.communicate(given, timeout=90)
+        assert running.returncode == 0, error
+        assert json.loads(out)["ranked"] == 3
+        told.append([json.loads(one) for one in answers.read_text().splitlines()])
+        assert not answers.with_name("out.jsonl.part").exists()
+    assert [one["custom_id"] for one in told[0]] == ["a", "b", "c"]
+    assert all(one["response"]["status_code"] == 200 for one in told[0])
+    scores = [[one["response"]["body"]["results"] for one in each] for each in told]
+    assert scores[0] == scores[1] == scores[2]
+    again = command(source, "--output", answers)
+    _, error = again.communicate(timeout=60)
+    assert (again.returncode, b"--force" in error) == (2, True)
+
+
+def test_a_malformed_line_is_named_answered_and_changes_the_status(command, tmp_path):
+    source, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(lines_of("a") + b'{"custom_id": "b", "body": {"query": "q"}}\nnot json\n' + lines_of("c"))
+    running = command(source, "--output", answers)
+    _, error = running.communicate(timeout=90)
+    assert running.returncode == 2
+    assert f"{source}:2: body.documents".encode() in error
+    assert f"{source}:3: line".encode() in error
+    told = [json.loads(one) for one in answers.read_text().splitlines()]
+    assert [one["custom_id"] for one in told] == ["a", "b", None, "c"]
+    assert [one["response"]["status_code"] for one in told] == [200, 422, 422, 200]
+
+
+def test_after_a_kill_the_same_command_answers_the_rest(command, tmp_path):
+    source, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    names = [f"n{at}" for at in range(600)]
+    source.write_bytes(lines_of(*names))
+    part = answers.with_name("out.jsonl.part")
+    first = command(source, "--output", answers)
+    ends = time.monotonic() + 60
+    while not part.exists() or part.read_bytes().count(b"\n") < 50:
+        assert first.poll() is None, first.stderr.read()
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    before = part.read_bytes().count(b"\n") - 1
+    assert 0 < before < 600
+    second = command(source, "--output", answers)
+    _, error = second.communicate(timeout=120)
+    assert second.returncode == 0, error
+    assert [json.loads(one)["custom_id"] for one in answers.read_text().splitlines()] == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--endpoint", "/v1/chat/completions"], "--endpoint"),
+        (["--fusion", "none-such"], "fusion"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, arguments, said):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(lines_of("a"))
+    command = [sys.executable, "-m", "rerankq.cli", "batch", source, "--output", tmp_path / "out.jsonl", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
