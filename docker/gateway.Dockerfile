@@ -10,7 +10,8 @@ COPY conf conf
 COPY producer producer
 COPY worker worker
 RUN pip install --constraint constraints.txt '.[gateway,cli]' \
- && useradd --create-home --uid 10001 rerankq
+ && useradd --create-home --uid 10001 rerankq \
+ && install --directory --owner=rerankq /var/lib/rerankq/files
 USER rerankq
 WORKDIR /home/rerankq
 EXPOSE 8080

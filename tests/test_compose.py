@@ -155,7 +155,10 @@ def test_what_must_last_is_on_a_named_volume():
     assert "ledger:/data" in SERVICES["redis"]["volumes"]
     assert "models:/var/lib/rerankq/models" in SERVICES["worker"]["volumes"]
     assert "/var/lib/rerankq/models" in (REPOSITORY / "docker/worker.Dockerfile").read_text()
-    assert GPU["volumes"].keys() == {"ledger", "models"}
+    assert "files:/var/lib/rerankq/files" in SERVICES["gateway"]["volumes"]
+    assert SERVICES["gateway"]["environment"]["RERANKQ_FILES_DIR"] == "/var/lib/rerankq/files"
+    assert "/var/lib/rerankq/files" in (REPOSITORY / "docker/gateway.Dockerfile").read_text()
+    assert GPU["volumes"].keys() == {"files", "ledger", "models"}
 
 
 def test_every_file_that_compose_names_exists():
