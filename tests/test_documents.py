@@ -16,6 +16,7 @@ import typer.main
 from rerankq import Fusion, RerankJob
 from rerankq.catalogue import RemoteCard
 from rerankq.cli.app import app
+from rerankq.gateway.keys import ApiKey
 from rerankq.ledger import keys
 from rerankq.settings import Settings
 
@@ -183,7 +184,9 @@ def test_the_jobs_and_profiles_that_are_shown_are_well_formed():
         RerankJob.model_validate_json(job)
     for profile in profiles:
         shown = tomllib.loads(profile)
-        assert set(shown) <= {"profile", "remote"}
+        assert set(shown) <= {"profile", "remote", "keys"}
+        for key in shown.get("keys", []):
+            ApiKey(**key)
         for card in shown.get("remote", {}).values():
             RemoteCard.model_validate(card)
         for fusion in shown.get("profile", {}).values():
