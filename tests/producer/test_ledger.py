@@ -776,6 +776,23 @@ def test_the_backlog_limit_refuses_and_says_how_much_waits_but_takes_a_large_job
     assert ledger.ask(calls.submit(new_job("one more"), limits)).state == "full"
 
 
+def test_the_load_counts_jobs_by_queue_with_and_without_a_doorbell_and_the_age_of_the_oldest(ledger: Ledger):
+    limits = TERMS._replace(doorbell_window=1)
+    submit(ledger, "sent", "waits", tenant="a", pairs=2, limits=limits)
+    submit(ledger, "other", tenant="b", limits=limits)
+    submit(ledger, "urgent", priority="interactive", limits=limits)
+    claim(ledger, "urgent")
+    created = float(ledger.redis.hget("rerankq:job:waits", "created"))
+    ledger.redis.hset("rerankq:job:waits", "created", created - 50)
+    ledger.redis.hset("rerankq:job:other", "created", "damaged")
+    found = ledger.ask(calls.load())
+    assert (found.running, found.dead) == (1, 0)
+    [bulk] = found.queues
+    assert (bulk.name, bulk.jobs, bulk.pairs, bulk.tenants) == (BULK, 3, 5, 2)
+    assert bulk.oldest_s is not None
+    assert 50 <= bulk.oldest_s < 200
+
+
 def test_the_texts_of_a_job_are_dropped_however_it_ends(ledger: Ledger):
     submit(ledger, "done", "failed", "cancelled", "stopped", "expired", payload=b"the texts")
     ledger.ask(calls.complete("done", claim(ledger, "done").fence, ranking("done"), TERMS))

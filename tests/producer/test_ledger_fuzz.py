@@ -113,6 +113,7 @@ def every_call(name: str, fence: int) -> list[calls.Call[Any]]:
     return [
         calls.snapshot(name, TERMS, with_ranking=True),
         calls.record(name, with_payload=True),
+        calls.load(),
         calls.renew([("neighbour", 0, 0), (name, fence, 1)], TERMS),
         calls.isolate(name, fence, "w"),
         calls.hand_back([(name, fence)]),
