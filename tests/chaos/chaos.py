@@ -43,6 +43,10 @@ WAIT_FOR_JOBS_S, PATIENCE_S = 5.0, 240.0
 WORTH_A_BLOW = 4
 
 
+# Seconds for which a former master may take itself for the master; docs/reliability.md says so.
+SPLIT_BRAIN_S = 2.0
+
+
 class Run:
     """One run: carries out the schedule, tends the workers, and notes what became of the jobs they held."""
 
@@ -63,6 +67,7 @@ class Run:
         self.watch = Watch(server.url)
         self.lost: list[Orphans] = []
         self.redis_deaths: list[float] = []
+        self.split_brains: list[float] = []
         self.cuts: list[tuple[float, float]] = []
         self.holes: list[tuple[float, float]] = []
         self.freezes: list[tuple[float, float]] = []
@@ -135,6 +140,7 @@ class Run:
 
         def again() -> None:
             self._server.start()
+            self._note_split_brain()
             self.outages.append((died, time.time()))
 
         self._at(self.now() + blow.length_s, again)
@@ -148,9 +154,15 @@ class Run:
 
         def thaw() -> None:
             self._server.thaw()
+            self._note_split_brain()
             self.freezes.append((at, time.time()))
 
         self._at(self.now() + blow.length_s, thaw)
+
+    def _note_split_brain(self) -> None:
+        """A master that is back before Sentinel told it of its successor forgets what it accepts until then."""
+        if isinstance(self._server, WatchedRedis):
+            self.split_brains.append(time.time() + SPLIT_BRAIN_S)
 
     def _set_the_clock(self, blow: Blow) -> None:
         if self._clock is not None:
@@ -252,12 +264,13 @@ def carry_out(args: argparse.Namespace, shape: Shape, folder: Path) -> dict[str,
 
 def judge(made: list[Order], events: list[dict[str, Any]], alone: dict[int, Any], run: Run) -> dict[str, Any]:
     by_order = defaultdict(list)
+    excuses = [*run.redis_deaths, *run.split_brains]
     for event in events:
         by_order[event["order"]].append(event)
     wrong = {
         order.number: found
         for order in made
-        if (found := verdict.faults(order, by_order[order.number], alone.get(order.number), run.redis_deaths))
+        if (found := verdict.faults(order, by_order[order.number], alone.get(order.number), excuses))
     }
     away = [*run.outages, *run.cuts, *run.holes, *run.freezes, *((at, at) for at in run.clock_steps)]
     kills = [one for one in run.lost if one.kind == "kill" and one.claims]

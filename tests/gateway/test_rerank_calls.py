@@ -201,3 +201,12 @@ def test_who_waits_while_the_gateway_stops_is_told_to_ask_again_and_its_job_is_c
     assert int(answers[0].headers["retry-after"]) >= 1
     assert answers[0].json()["code"] == "GatewayStopping"
     wait_until(lambda: states_of(slow.settings.ledger) == ["cancelled"])
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_refused_with_words_and_not_by_a_reset(http, chunked):
+    part = b"x" * (1 << 20)
+    content = (part for _ in range(60)) if chunked else part * 60
+    answer = http.post("/v2/rerank", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+    assert answer.json()["message"] == "the body is too large"

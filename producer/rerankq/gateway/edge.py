@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -39,6 +40,8 @@ DOCS = ("/docs", "/redoc")
 # A body may begin so many seconds late, and must then come as fast as this many bytes a second on average.
 BODY_GRACE_S = 15.0
 BODY_BYTES_PER_S = 10_000
+# Seconds for which what comes of a body that was refused is read.
+DISCARD_S = 5.0
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -130,13 +133,14 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(scope, send)
+        body = _Body(receive)
+        answer = _Answer(scope, send, body)
         refused = self._refusal(scope)
         if refused is not None:
             await refused(scope, receive, answer.send)
             return
         try:
-            await self._app(scope, _Body(receive).receive, answer.send)
+            await self._app(scope, body.receive, answer.send)
         except Exception:
             if not answer.begun:
                 logger.exception("unexpected error")
@@ -203,11 +207,19 @@ class _Body:
         self._complete = message["type"] != "http.request" or not message.get("more_body", False)
         return message
 
+    async def discard(self) -> None:
+        """Read what is still to come, for some seconds: a client that is sending would not see the answer, else."""
+        with suppress(TimeoutError, BodyTooSlow):
+            async with asyncio.timeout(DISCARD_S):
+                while not self._complete:
+                    await self.receive()
+
 
 class _Answer:
     """An answer on its way out: gets the headers that it lacks."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send, body: _Body) -> None:
+        self._body = body
         self._path = scope["path"]
         self._scope = scope
         self._send = send
@@ -228,7 +240,8 @@ class _Answer:
             if self._path.startswith(DOCS):
                 headers["Content-Security-Policy"] = _DOCS_POLICY
             if message["status"] in {408, 413}:
-                # What is still to come of the body is not read.
+                if message["status"] == 413:
+                    await self._body.discard()
                 headers["Connection"] = "close"
         if self._replaced:
             return

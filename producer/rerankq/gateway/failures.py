@@ -83,6 +83,8 @@ async def on_error(_: Request, error: Exception) -> Response:
 async def on_http_exception(_: Request, error: Exception) -> Response:
     """Answer what the framework raises: no such path, wrong method, too large."""
     assert isinstance(error, HTTPException)  # noqa: S101
+    if error.status_code == 413:
+        return failure(413, "the body is too large", kind="BodyTooLarge", field="body")
     return failure(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
 
