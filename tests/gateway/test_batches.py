@@ -9,6 +9,7 @@ import pytest
 from tides import DOCUMENTS, QUERY
 
 from rerankq import Client
+from rerankq.gateway.keys import hash_of
 from rerankq.settings import Settings
 
 
@@ -387,3 +388,22 @@ def test_a_batch_outlives_an_outage_of_redis(
     ended = api.ended(batch, 150)
     assert ended["request_counts"] == {"total": 300, "completed": 300, "failed": 0}
     assert [one["custom_id"] for one in api.content(ended["output_file_id"])] == [f"n{at}" for at in range(300)]
+
+
+def test_files_and_batches_of_another_tenant_are_unknown(start_gateway, tmp_path):
+    hashes = {name: hash_of(f"rerankq-{name}-and-forty-characters-of-nothing") for name in ("one", "two")}
+    keys = ",".join(f"{name}:{digest}" for name, digest in hashes.items())
+    gateway = start_gateway(files_dir=tmp_path, api_keys=keys)
+    one, two = Api(gateway.url), Api(gateway.url)
+    for api, name in ((one, "one"), (two, "two")):
+        api.http.headers["Authorization"] = f"Bearer rerankq-{name}-and-forty-characters-of-nothing"
+    batch = one.create(as_lines(line("a")))
+    file = batch["input_file_id"]
+    for path in (f"/v1/files/{file}", f"/v1/files/{file}/content", f"/v1/batches/{batch['id']}"):
+        assert one.http.get(path).status_code == 200
+        assert two.http.get(path).status_code == 404
+    assert two.http.delete(f"/v1/files/{file}").status_code == 404
+    assert two.http.post(f"/v1/batches/{batch['id']}/cancel").status_code == 404
+    assert two.http.post("/v1/batches", json={"input_file_id": file}).status_code == 404
+    assert (two.http.get("/v1/files").json()["data"], two.http.get("/v1/batches").json()["data"]) == ([], [])
+    assert len(one.http.get("/v1/files").json()["data"]) == 1

@@ -194,8 +194,8 @@ class Run:
         self._workers: list[WorkerInfo] = []
         self._workers_at = self._supervised_at = float("-inf")
 
-    def run(self) -> BatchEnds | None:
-        """Answer every line; answer what ended the batch before all had their turn.
+    def run(self) -> None:
+        """Answer every line.
 
         Raises:
             RerankqError: if the work cannot go on at the moment: what is answered stays.
@@ -206,10 +206,9 @@ class Run:
                 before = len(self._journal)
                 self._pass()
                 if len(self._journal) >= self._plan.survey.lines or (len(self._journal) == before and not self._lost):
-                    return None
+                    return
         except BatchEnds as end:
             self._end_rest(end)
-            return end
 
     def _pass(self) -> None:
         self._in_flight.clear()

@@ -8,7 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from ..batches.journal import Journal, JournalInUse, JournalOfAnother
 from ..batches.requests import Defaults, Fault
@@ -28,6 +28,8 @@ AT_ONCE = 4
 LOOK_EVERY_S, COUNT_EVERY_S, TRY_AGAIN_S = 1.0, 1.0, 5.0
 # Seconds between looks for what is past its time, and for which a stopping gateway waits for its batches.
 REMOVE_EVERY_S, STOP_WITHIN_S = 3_600.0, 6.0
+# What a batch is in the end, by the code of the lines that it had not reached.
+ENDINGS: dict[str, Status] = {"batch_cancelled": "cancelled", "batch_expired": "expired"}
 
 
 class GatewayStops(Exception):
@@ -151,8 +153,8 @@ class BatchWork:
         with Client(self._settings) as client:
             if batch.status == "validating":
                 self._begin(client, found)
-            ended = self._run(client, found, max_line)
-        self._finish(ended)
+            self._run(client, found, max_line)
+        self._finish()
 
     def _begin(self, client: Client, found: Survey) -> None:
         named = {*found.models, *(str(one) for one in [(self._stored.batch.request_params or {}).get("model")] if one)}
@@ -161,7 +163,7 @@ class BatchWork:
         self._stored = self._stored.model_copy(update={"known_models": sorted(known)})
         self._change(status="in_progress", in_progress_at=int(time.time()), request_counts=counts)
 
-    def _run(self, client: Client, found: Survey, max_line: int) -> BatchEnds | None:
+    def _run(self, client: Client, found: Survey, max_line: int) -> None:
         batch = self._stored.batch
         options = replace(options_of(self._stored.headers), tenant=self._stored.tenant)
         plan = Plan(
@@ -174,16 +176,23 @@ class BatchWork:
             expires_at=batch.expires_at,
         )
         run = Run(plan, self._journal, client, self._settings, supervise=self._supervise, advance=self._advance)
-        return run.run()
+        run.run()
 
     def _supervise(self) -> None:
         if self._stops.is_set():
             raise GatewayStops
         batch = self._stored.batch
         if self._batches.cancelled_at(batch.id) is not None:
-            raise BatchEnds("batch_cancelled", "the batch was cancelled before this line was ranked")
+            self._end("batch_cancelled", "the batch was cancelled before this line was ranked")
         if time.time() >= batch.expires_at:
-            raise BatchEnds("batch_expired", "the batch's completion window ended before this line was ranked")
+            self._end("batch_expired", "the batch's completion window ended before this line was ranked")
+
+    def _end(self, code: str, message: str) -> NoReturn:
+        # Written down first: whoever goes on after a crash may find every line answered.
+        if not self._stored.ending:
+            self._stored = self._stored.model_copy(update={"ending": code})
+            self._batches.write(self._stored)
+        raise BatchEnds(self._stored.ending, message)
 
     def _advance(self, _: int) -> None:
         if time.monotonic() - self._counted_at >= COUNT_EVERY_S:
@@ -195,7 +204,7 @@ class BatchWork:
         counts = self._stored.batch.request_counts.model_copy(update=done)
         self._change(request_counts=counts, **changes)
 
-    def _finish(self, ended: BatchEnds | None) -> None:
+    def _finish(self) -> None:
         cancelled_at = self._batches.cancelled_at(self._stored.batch.id)
         self._count(status="finalizing", finalizing_at=int(time.time()))
         self._journal.sync()
@@ -215,8 +224,7 @@ class BatchWork:
                 )
                 changes[field] = name
         now = int(time.time())
-        code = ended.code if ended is not None else ""
-        status: Status = {"batch_cancelled": "cancelled", "batch_expired": "expired"}.get(code, "completed")  # type: ignore[assignment]
+        status = ENDINGS.get(stored.ending, "completed")
         if status == "cancelled":
             changes["cancelling_at"] = cancelled_at
         self._change(write=False, status=status, **{f"{status}_at": now}, **changes)

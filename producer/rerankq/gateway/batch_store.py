@@ -84,13 +84,17 @@ class BatchObject(BaseModel):
 
 
 class StoredBatch(BaseModel):
-    """A batch with what only gateways know of it. ``headers`` are the options of its caller."""
+    """A batch with what only gateways know of it.
+
+    ``headers`` are the options of its caller; ``ending`` says what ends it before all its lines had their turn.
+    """
 
     batch: BatchObject
     owner: str | None = None
     tenant: str = ""
     headers: dict[str, str] = Field(default_factory=dict)
     known_models: list[str] | None = None
+    ending: str = ""
     output_id: str = Field(default_factory=lambda: new_id("file-"))
     error_id: str = Field(default_factory=lambda: new_id("file-"))
 
