@@ -1,6 +1,7 @@
 """API keys: who is let in, as which tenant, how urgently, and how much."""
 
 import asyncio
+import re
 import threading
 import time
 
@@ -8,8 +9,10 @@ import httpx
 import pytest
 import redis
 from tides import DOCUMENTS, QUERY
+from typer.testing import CliRunner
 
 from rerankq import Client
+from rerankq.cli.app import app
 from rerankq.errors import SettingsInvalid
 from rerankq.gateway.app import create_app
 from rerankq.gateway.keys import ApiKey, KnownKeys, entry_of, hash_of, new_key, parse_keys
@@ -106,6 +109,19 @@ def test_made_keys_are_long_and_never_the_same():
     made = {new_key() for _ in range(50)}
     assert len(made) == 50
     assert all(len(key) > 45 for key in made)
+
+
+def test_the_command_prints_a_key_and_an_entry_that_knows_it(tmp_path):
+    run = CliRunner().invoke(app, ["key", "search", "--tenant", "shop", "--priority", "bulk"])
+    assert run.exit_code == 0
+    (made,) = re.findall(r"^rerankq-\S+$", run.output, re.MULTILINE)
+    file = tmp_path / "keys.toml"
+    file.write_text(run.output.partition("[[keys]]")[1] + run.output.partition("[[keys]]")[2])
+    found = KnownKeys(str(file)).find(made)
+    assert found is not None
+    assert (found.own_tenant, found.priority) == ("shop", "bulk")
+    for wrong in (["key", "a b"], ["key", "a", "--priority", "high"]):
+        assert CliRunner().invoke(app, wrong).exit_code == 2
 
 
 def test_a_changed_file_of_keys_holds_at_once_and_a_broken_one_leaves_the_last(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from ..contract import Priority
 from ..rescoring.inputs import InputFault
@@ -31,11 +32,14 @@ def key(
     try:
         given: Priority = priority  # type: ignore[assignment]  # checked by the model
         entry = ApiKey(name=name, hash=hash_of(made), tenant=tenant, priority=given, operator=operator)
-    except ValueError as error:
-        raise InputFault(str(error)) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InputFault(f"{first['loc'][0]}: {first['msg']}") from None
     if as_json:
         print_json({"key": made, **entry.model_dump(exclude_none=True)})
         return
     print(f"# The key, shown this once; its caller sends it as Authorization: Bearer KEY\n{made}\n")
-    print(f"# For the file that RERANKQ_API_KEYS names; or alone: RERANKQ_API_KEYS={entry.name}:{entry.hash}")
+    alone = not entry.model_dump(exclude={"name", "hash"}, exclude_defaults=True)
+    instead = f"; or RERANKQ_API_KEYS={entry.name}:{entry.hash}" if alone else ""
+    print(f"# For the file that RERANKQ_API_KEYS names{instead}")
     print(entry_of(entry))
