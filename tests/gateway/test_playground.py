@@ -59,8 +59,8 @@ def complaints() -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def visit(browser, complaints, url) -> Iterator[Callable]:
-    """Open a page of the gateway that has a worker, or of another one."""
+def visit(browser, complaints, url, start_gateway) -> Iterator[Callable]:
+    """Open a page of the gateway that has a worker, or of another one; closed before gateways are."""
     contexts = []
 
     def go(path: str = "/", *, base: str = "", size: str = "desktop", expected: str = "", **options):
