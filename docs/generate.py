@@ -161,7 +161,8 @@ def remote_rows(_: str) -> Iterator[list[str]]:
 def figure_rows(_: str) -> Iterator[list[str]]:
     """Rows for the README: what the benchmarks measured, in a few lines."""
     bulk, known, idle = result("throughput.auto"), result("cached"), result("latency")
-    urgent, many, crash = result("priorities"), result("scaling"), result("crash")
+    urgent, many, chaos, http = result("priorities"), result("scaling"), result("chaos"), result("gateway_load")
+    queued_s = chaos["seconds_from_a_kill_until_its_jobs_are_queued_again"]
     share = many["ratios"]["8 workers ÷ linear"]
     yield ["what", "measured"]
     yield [
@@ -183,8 +184,12 @@ def figure_rows(_: str) -> Iterator[list[str]]:
     ]
     yield [
         "8 workers; a worker is killed",
-        f"{share:.1%} of 8 times one (stub engine); the first of its jobs runs again after "
-        f"{crash['killed']['seconds_until_the_first_runs_again']:.0f} s",
+        f"{share:.1%} of 8 times one (stub engine); its jobs are queued again after {queued_s['median']:.0f} s, "
+        f"{queued_s['greatest']:.0f} s at most",
+    ]
+    yield [
+        f"HTTP, with {http['waiting']} calls waiting",
+        f"adds {http['http_adds_ms']['p50']:.0f} ms to a job (median; 99th percentile {http['http_adds_ms']['p99']:.0f})",
     ]
 
 
