@@ -182,6 +182,7 @@ def accepts(psycopg, port: int) -> bool:
 
 @pytest.mark.parametrize(("page", "printed"), [("README.md", ["1", "2"]), ("docs/python.md", ["10"])])
 def test_the_python_of_a_page_runs_as_one_program(run, tmp_path, page, printed):
+    # Not what is marked `py`: another server's client.
     blocks = re.findall(
         r"^```python\n(.*?)^```", (REPOSITORY / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )

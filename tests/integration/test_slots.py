@@ -63,7 +63,8 @@ def test_an_interactive_job_is_the_next_to_be_taken_with_few_slots(client: Clien
     starts = [client.status(one).started_at for one in bulk]
     for one in statuses:
         between = [start for start in starts if start and one.submitted_at < start < one.started_at]
-        assert len(between) <= 1
+        # One, or as many as end with the same batch.
+        assert len(between) <= max(1, slots - 1)
     assert any(start is None for start in starts), "bulk jobs waited all the time"
     drain(client, bulk)
 

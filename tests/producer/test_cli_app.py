@@ -208,11 +208,13 @@ def test_every_command_has_help_and_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [
+        "batch",
         "cancel",
         "dead",
         "demo",
         "doctor",
         "gateway",
+        "key",
         "rescore",
         "result",
         "status",
