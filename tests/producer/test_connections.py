@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from queue import Empty
@@ -288,9 +288,17 @@ def test_a_late_answer_is_not_read_as_the_answer_to_the_next_command_by_asyncio(
                         await client.get("a")
                 deployment.stalling.release()
                 for _ in ROUNDS:
-                    assert await client.get("b") == b"of b"
+                    assert await answered_in_time(lambda: client.get("b")) == b"of b"
                     pipe = client.pipeline(transaction=False).get("a").get("b")
-                    assert await pipe.execute() == [b"of a", b"of b"]
+                    assert await answered_in_time(pipe.execute) == [b"of a", b"of b"]
+
+    async def answered_in_time(ask_again: Callable[[], Awaitable[Any]]) -> Any:
+        # Connecting anew may take longer than an answer may, on a busy machine.
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
+            with suppress(RedisError):
+                return await ask_again()
+        return pytest.fail("no answer")
 
     asyncio.run(ask())
 

@@ -190,7 +190,8 @@ class Ranker:
         pace = sum(worker.pairs_per_s for worker in (await self.client.serving())[1])
         expected_s = excess / pace if pace else None
         timeout_s = self._timeout_s if options.timeout_s is None else options.timeout_s
-        if expected_s is None or expected_s > timeout_s:
+        # As long as no worker has said how fast it is, there may be room in time.
+        if expected_s is not None and expected_s > timeout_s:
             message = f"{excess + self.client.settings.max_queued_pairs} pairs are waiting, and no more may"
             raise QueueFull(message, retry_after_s=retry_after_s(expected_s, timeout_s=timeout_s))
 
