@@ -967,7 +967,6 @@ print("good")
 """
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("made", ["after", "before", "used before"])
 @pytest.mark.parametrize("shared", [False, True], ids=["each its own", "shared"])
 @pytest.mark.parametrize("library", ["gevent", "eventlet"])
@@ -977,15 +976,7 @@ def test_greenlets_work_and_their_timeouts_are_kept(redis_url: str, library: str
     code = GREENLETS.format(library_patches=patches[library], made=made, shared=shared)
     environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    # Under gevent a shared client hangs now and then on a busy machine, for a reason that is not known yet.
-    for tries in (3, 2, 1) if shared else (1,):
-        try:
-            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
-        except subprocess.TimeoutExpired:
-            if tries == 1:
-                raise
-        else:
-            break
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
     assert ended.stdout == "good\n", ended.stdout + ended.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import os
 import threading
@@ -32,6 +33,7 @@ class DoorbellSender:
 
     def _begin(self) -> None:
         self._waiting: deque[Doorbell] = deque()
+        self._made_with = _thread.start_new_thread
         self._publishing = threading.Lock()
         self._wanted = threading.Condition()
         self._sending = 0
@@ -39,8 +41,20 @@ class DoorbellSender:
         self._outage = Outage()
         self._thread: threading.Thread | None = None
 
+    def _renew_if_patched(self) -> None:
+        """Begin anew where gevent or eventlet have replaced threads by greenlets since.
+
+        All greenlets are one thread to the condition that was made before: one that takes it back after waiting, while
+        another holds it, would stop them all for ever.
+        """
+        if self._made_with is not _thread.start_new_thread:
+            waiting = self._waiting
+            self._begin()
+            self._waiting = waiting
+
     def send(self, doorbells: Iterable[Doorbell]) -> None:
         """Send soon; after :meth:`close` too, by a new thread."""
+        self._renew_if_patched()
         with self._wanted:
             self._waiting.extend(doorbells)
             if self._waiting and (self._thread is None or not self._thread.is_alive()):
