@@ -129,6 +129,10 @@ def test_json_of_any_declared_type_is_read(gateway, kind):
     assert_told(httpx.post(f"{gateway.url}/v2/rerank", content=json.dumps(BODY), headers=headers), 503)
 
 
+def test_a_byte_order_mark_before_a_body_is_none_of_it(gateway):
+    assert_told(httpx.post(f"{gateway.url}/v2/rerank", content=b"\xef\xbb\xbf" + json.dumps(BODY).encode()), 503)
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
 def test_a_compressed_body_is_refused_packed(gateway, encoding):
     told = assert_told(
@@ -188,6 +192,34 @@ def test_a_connection_serves_several_requests_however_slowly_they_follow(gateway
 
 
 # Hosts and origins --------------------------------------------------------------------------------------------------
+
+
+def test_a_body_is_read_whose_sender_offers_another_protocol(gateway):
+    # As Java's client does with every request.
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAARAAAAA"}
+    told = assert_told(httpx.post(f"{gateway.url}/v2/rerank", json={"query": "q"}, headers=offer), 422)
+    assert told["field"] == "documents"
+
+
+def test_what_is_not_http_is_told_so_in_the_same_form(gateway):
+    with connected(gateway) as connection:
+        connection.sendall(b"\x16\x03\x01 nothing\r\n\r\n")
+        head, _, told = read_all(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(told)["message"] == "Invalid HTTP request received."
+
+
+def test_a_caller_that_hangs_up_before_its_body_has_come_is_no_fault_of_the_gateway(gateway, wait_until):
+    with connected(gateway) as connection:
+        connection.sendall(b'POST /v2/rerank HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"query": ')
+    wait_until(lambda: 'outcome="caller-gone"' in httpx.get(f"{gateway.url}/metrics").text)
+
+
+def test_a_program_that_names_no_host_is_served(gateway):
+    # HTTP/1.0, as checks of load balancers speak it.
+    with connected(gateway) as connection:
+        connection.sendall(b"GET /health/live HTTP/1.0\r\n\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_strangers_name_for_the_loopback_is_refused(gateway):

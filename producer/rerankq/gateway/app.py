@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from .. import __version__
@@ -121,6 +122,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             RerankqError: failures.on_error,
             HTTPException: failures.on_http_exception,
             RequestValidationError: failures.on_invalid_request,
+            ClientDisconnect: failures.on_hang_up,
             Exception: failures.on_unexpected,
         },
     )

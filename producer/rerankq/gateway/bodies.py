@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from typing import Any
 
 from pydantic_core import from_json
@@ -16,7 +17,8 @@ async def json_object(request: Request) -> dict[str, Any]:
     Raises:
         JobRejected: if it is none.
     """
-    raw = await request.body()
+    # Some programs begin every file and body with a byte order mark.
+    raw = (await request.body()).removeprefix(BOM_UTF8)
     if not raw.strip():
         raise JobRejected("expected a JSON object, not an empty body", field="body")
     try:

@@ -151,7 +151,9 @@ class Edge:
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self._allowed_hosts is not None and not is_allowed_host(hostname(host), self._allowed_hosts):
+        # Programs that speak HTTP/1.0 may send none, as load balancers' checks do; browsers always do.
+        foreign = "host" in headers and not is_allowed_host(hostname(host), self._allowed_hosts or ())
+        if self._allowed_hosts is not None and foreign:
             said = f"not a host of this gateway: {host[:200]!r}; RERANKQ_ALLOWED_HOSTS names those that are"
             return failures.failure(421, said, kind="HostRefused", field="Host")
         origin = headers.get("origin")

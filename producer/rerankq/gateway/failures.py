@@ -16,6 +16,9 @@ from ..errors import BrokerUnavailable, RerankqError
 
 logger = logging.getLogger("rerankq.gateway")
 
+# As nginx logs a caller that hung up; nobody reads it.
+CALLER_GONE = 499
+
 # Seconds after which to try again where there is no queue to say when: an outage, a worker that is not there.
 OUTAGE_RETRY_S = 5.0
 # As Text Embeddings Inference names kinds of errors.
@@ -83,6 +86,8 @@ async def on_error(_: Request, error: Exception) -> Response:
 async def on_http_exception(_: Request, error: Exception) -> Response:
     """Answer what the framework raises: no such path, wrong method, too large."""
     assert isinstance(error, HTTPException)  # noqa: S101
+    if error.status_code < 400:
+        return Response(status_code=error.status_code, headers=error.headers)
     if error.status_code == 413:
         return failure(413, "the body is too large", kind="BodyTooLarge", field="body")
     return failure(error.status_code, str(error.detail), headers=dict(error.headers or {}))
@@ -94,6 +99,11 @@ async def on_invalid_request(_: Request, error: Exception) -> Response:
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"][1:])
     return failure(422, f"{field}: {first['msg']}", kind="RequestInvalid", field=field)
+
+
+async def on_hang_up(_: Request, __: Exception) -> Response:
+    """Answer a caller that closed its connection before its body had come."""
+    return Response(status_code=CALLER_GONE)
 
 
 async def on_unexpected(_: Request, error: Exception) -> Response:

@@ -14,20 +14,21 @@ DISCOVERY = frozenset(
 )
 _ONE_MODEL = re.compile(r"(/v1)?/models/.+|(/deepinfra)?(/v1)?/inference/.+")
 _FIXED = frozenset(path for path in PATHS if "{" not in path) | DISCOVERY
+_SLASHES = re.compile("/{2,}")
 # What stands before a path that we know when a base URL already had a path: versions, paths of rerank, and the paths
 # below which providers keep their APIs.
 _NOISE = re.compile(r"(/(v\d+|rerank|reranking|openai|api|projects/[^/]+|retrieval(/[^/]+)*|nv-rerank[^/]*))*")
 
 
 def canonical_path(path: str) -> str:
-    """Say which of our paths is meant; a path that is none of ours stays as it is.
+    """Say which of our paths is meant; one that is no dialect's loses the slashes that are too many.
 
     >>> canonical_path("//rerank"), canonical_path("/v1/v1/rerank"), canonical_path("/v1/rerank/v1/rerank/")
     ('/rerank', '/v1/rerank', '/v1/rerank')
     >>> canonical_path("/v1/v2/rerank"), canonical_path("/tei/v1/models"), canonical_path("/rerank/info")
     ('/v2/rerank', '/v1/models', '/info')
     >>> canonical_path("/v1/jobs//"), canonical_path("/other/rerank")
-    ('/v1/jobs//', '/other/rerank')
+    ('/v1/jobs', '/other/rerank')
     """
     if path in _FIXED:
         return path
@@ -45,7 +46,8 @@ def canonical_path(path: str) -> str:
     for at, part in enumerate(parts[1:], 1):
         if not prefix and part in MOUNTS and _NOISE.fullmatch("".join(f"/{one}" for one in parts[:at])):
             return canonical_path("/" + "/".join(parts[at:]))
-    return path
+    single = _SLASHES.sub("/", path)
+    return single.removesuffix("/") or single
 
 
 def _is_ours(path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import resource
 import socket
 import sys
@@ -12,6 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..settings import Settings
+from . import failures
 from .app import create_app
 
 # Seconds for which a gateway that is told to stop lets callers wait, and after which connections are cut.
@@ -25,6 +27,21 @@ BACKLOG = 4096
 # bytes at most. uvicorn has no limit for either.
 HEADERS_WITHIN_S = 20.0
 MOST_HEADER_BYTES = 65_536
+
+
+_UPGRADE = re.compile(rb"^upgrade(?=[ \t]*:)", re.IGNORECASE | re.MULTILINE)
+
+
+def without_upgrade(data: bytes) -> bytes:
+    r"""Hide an offer to change the protocol in headers from the parser, which would take the body for what follows it.
+
+    Java's client offers HTTP/2 with every request. Nothing here speaks another protocol, so the offer is ignored.
+
+    >>> without_upgrade(b"POST / HTTP/1.1\r\nUpgrade: h2c\r\n\r\nUpgrade: no header")
+    b'POST / HTTP/1.1\r\nX-Upgrade: h2c\r\n\r\nUpgrade: no header'
+    """
+    headers, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"X-Upgrade", headers) + end + rest
 
 
 class BoundedHeaders(HttpToolsProtocol):
@@ -42,7 +59,7 @@ class BoundedHeaders(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read what came."""
         reading_headers = self._deadline is not None
-        super().data_received(data)
+        super().data_received(without_upgrade(data) if reading_headers else data)
         if reading_headers and self._deadline is not None:
             if not self._header_bytes:
                 # The first of a further request: its time begins.
@@ -51,6 +68,13 @@ class BoundedHeaders(HttpToolsProtocol):
             if self._header_bytes > MOST_HEADER_BYTES and not self.transport.is_closing():
                 self.transport.write(STATUS_LINE[431] + b"content-length: 0\r\nconnection: close\r\n\r\n")
                 self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, in the form of all errors."""
+        told = bytes(failures.failure(400, msg, kind="RequestInvalid").body)
+        headers = f"content-type: application/json\r\ncontent-length: {len(told)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[400] + headers.encode() + told)
+        self.transport.close()
 
     def on_headers_complete(self) -> None:
         """Begin to serve a request."""
