@@ -16,9 +16,9 @@ def submitted(http, job=JOB, **headers):
     return answer.json()["job_id"]
 
 
-def events_of(http, job_id):
-    """(event, data) of a stream until its end."""
-    found, event = [], ""
+def events_of(http, job_id, found=None):
+    """(event, data) of a stream until its end; in *found* as they come."""
+    found, event = [] if found is None else found, ""
     with http.stream("GET", f"/v1/jobs/{job_id}/events") as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         for line in stream.iter_lines():
@@ -55,6 +55,20 @@ def test_an_idempotency_key_names_one_job(http):
     other = http.post("/v1/jobs", json={**JOB, "query": "another"}, headers={"Idempotency-Key": "a"})
     assert other.status_code == 422
     assert "other content" in other.json()["message"]
+    assert other.json()["field"] == "Idempotency-Key"
+
+
+def test_an_idempotency_key_names_the_jobs_of_a_batch_by_their_places(http):
+    jobs = {"jobs": [{**JOB, "cache": "bypass"}] * 2}
+    ids = [
+        [
+            job["job_id"]
+            for job in http.post("/v1/jobs/batch", json=jobs, headers={"Idempotency-Key": key}).json()["jobs"]
+        ]
+        for key in ("first", "first", "second")
+    ]
+    assert ids[0] == ids[1]
+    assert len({*ids[0], *ids[2]}) == 4
 
 
 def test_many_jobs_are_submitted_in_one_call(http):
@@ -106,10 +120,36 @@ def test_a_job_is_followed_to_its_ranking(http):
     job_id = submitted(http, {**JOB, "query": f"{QUERY} followed"})
     events = events_of(http, job_id)
     assert events[0][0] == "state"
+    assert events[-2:-1] == [("progress", {"pairs_done": 3, "pairs_total": 3})]
+    assert [data["state"] for name, data in events if name == "state"][-1] == "done"
     name, ranking = events[-1]
     assert name == "ranking"
     assert ranking["job_id"] == job_id
     assert ranking["chunks"][0]["index"] == 1
+
+
+def test_who_has_seen_the_last_event_is_told_not_to_connect_again(http):
+    job_id = submitted(http)
+    with http.stream("GET", f"/v1/jobs/{job_id}/events") as stream:
+        (last_id,) = {line[4:] for line in stream.iter_lines() if line.startswith("id: ")}
+    again = http.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": last_id})
+    assert (again.status_code, again.content) == (204, b"")
+
+
+def test_a_follower_is_not_cut_off_by_an_outage_of_redis(restartable_redis, start_gateway, wait_until):
+    followed = []
+    with httpx.Client(base_url=start_gateway(broker_url=restartable_redis.url).url, timeout=60) as http:
+        job_id = submitted(http)
+        follower = threading.Thread(target=events_of, args=(http, job_id, followed))
+        follower.start()
+        wait_until(lambda: followed)
+        restartable_redis.kill()
+        wait_until(lambda: http.get(f"/v1/jobs/{job_id}").status_code == 503)
+        restartable_redis.start()
+        wait_until(lambda: http.delete(f"/v1/jobs/{job_id}").status_code == 200)
+        follower.join(30)
+    assert [name for name, _ in followed] == ["state", "state", "error"]
+    assert followed[-1][1]["error_type"] == "JobCancelled"
 
 
 @pytest.fixture

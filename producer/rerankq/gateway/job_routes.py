@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_jsonable_python
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..client.asynchronous import AsyncClient
 from ..contract import ENDED, JobStatus, Ranking, RerankJob, parse_job
-from ..errors import JobRejected, JobTimedOut, JobUnknown, RerankqError
+from ..errors import BrokerUnavailable, JobRejected, JobTimedOut, JobUnknown, QueueFull, RerankqError
 from ..identity import digest
 from .bodies import json_object
 from .callers import Caller, caller_of
@@ -30,7 +32,13 @@ LOOK_EVERY_S = 0.5
 # Whoever submits waits for nothing but the answer that the job is written down.
 AT_ONCE = CallOptions(timeout_s=1.0)
 
+# What a job's id begins with that was made of an idempotency key.
+KEY_PREFIX = "key-"
+# The id of a stream's last event: browsers name it when they connect again, and are told then that there is no more.
+LAST_EVENT = "ended"
+
 Sender = Annotated[Caller, Depends(caller_of)]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 
 
 class Links(BaseModel):
@@ -87,16 +95,16 @@ def webhooks_of(request: Request) -> Webhooks:
     return webhooks
 
 
-def job_from(body: dict[str, Any], caller: Caller, idempotency_key: str | None) -> RerankJob:
-    """Read a job: its tenant and priority within what the caller may; its id from an idempotency key.
+def job_from(body: dict[str, Any], caller: Caller, *idempotency_key: str) -> RerankJob:
+    """Read a job: its tenant and priority within what the caller may; its id from an idempotency key, if there is one.
 
     Raises:
         JobRejected: naming the field.
         NotAllowed: if it names another tenant than its caller's.
     """
     fields = {name: value for name, value in body.items() if name != "webhook"}
-    if idempotency_key is not None and fields.get("id") is None:
-        fields["id"] = f"key-{digest('idempotency', caller.name, idempotency_key)}"
+    if idempotency_key and fields.get("id") is None:
+        fields["id"] = f"{KEY_PREFIX}{digest('idempotency', caller.name, *idempotency_key)}"
     fields["tenant"] = caller.tenant_of(named) if isinstance(named := fields.get("tenant") or "", str) else named
     if caller.ceiling == "bulk":
         fields["priority"] = "bulk"
@@ -125,15 +133,16 @@ Known = Annotated[JobStatus, Depends(status_for)]
 async def submit(
     request: Request,
     caller: Sender,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Submit a job: 202 once it is written down, and with it who is to be told of its end (`webhook`)."""
     client = client_of(request)
     await ranker_of(request).refuse_if_full(AT_ONCE)
     body = await json_object(request)
-    job, webhook = job_from(body, caller, idempotency_key), await webhooks_of(request).read(body.get("webhook"))
+    key = () if idempotency_key is None else (idempotency_key,)
+    job, webhook = job_from(body, caller, *key), await webhooks_of(request).read(body.get("webhook"))
     await spend(request, caller, [(job.query, job.chunks)])
-    job_id = await client.submit(job)
+    (job_id,) = await _submitted(client, [job], named_by_key=bool(key))
     if webhook is None:
         state = (await client.status(job_id)).state
     else:
@@ -143,8 +152,8 @@ async def submit(
 
 
 @routes.post("/batch", status_code=202)
-async def submit_batch(request: Request, caller: Sender) -> Response:
-    """Submit several jobs: none is accepted if one is malformed."""
+async def submit_batch(request: Request, caller: Sender, idempotency_key: IdempotencyKey = None) -> Response:
+    """Submit several jobs: none is accepted if one is malformed. An idempotency key names them by their places."""
     await ranker_of(request).refuse_if_full(AT_ONCE)
     body = await json_object(request)
     jobs = body.get("jobs")
@@ -157,18 +166,29 @@ async def submit_batch(request: Request, caller: Sender) -> Response:
         if not isinstance(fields, dict):
             raise JobRejected("expected a job", field=f"jobs.{at}")
         try:
-            made.append(job_from(fields, caller, None))
+            key = () if idempotency_key is None else (idempotency_key, str(at))
+            made.append(job_from(fields, caller, *key))
             told.append(await webhooks.read(fields.get("webhook")) or for_all)
         except JobRejected as error:
             raise JobRejected(str(error), field=f"jobs.{at}") from None
     await spend(request, caller, [(job.query, job.chunks) for job in made])
-    ids = await client_of(request).submit_many(made)
+    ids = await _submitted(client_of(request), made, named_by_key=idempotency_key is not None)
     for one, webhook in zip(ids, told, strict=True):
         if webhook is not None:
             await webhooks.add(one, webhook)
     return JSONResponse(
         {"jobs": [Accepted(job_id=one, state="queued", links=links_of(one)).model_dump() for one in ids]}, 202
     )
+
+
+async def _submitted(client: AsyncClient, jobs: Sequence[RerankJob], *, named_by_key: bool) -> list[str]:
+    try:
+        return await client.submit_many(jobs)
+    except JobRejected as error:
+        if named_by_key and error.field == "id" and KEY_PREFIX in str(error):
+            said = "was used before, for a job with other content"
+            raise JobRejected(said, field="Idempotency-Key", accepted=error.accepted) from None
+        raise
 
 
 @routes.get("/{job_id}", response_model=JobAnswer)
@@ -221,33 +241,61 @@ async def read_webhooks(request: Request, job_id: str, caller: Sender) -> Respon
     return Response(WebhookList(job_id=job_id, webhooks=found).model_dump_json(), media_type="application/json")
 
 
-@routes.get("/{job_id}/events", response_class=EventSourceResponse)
+async def refuse_ended(last_event_id: Annotated[str | None, Header()] = None) -> None:
+    """Answer 204 to whoever has seen the last event: browsers connect again and again otherwise."""
+    if last_event_id == LAST_EVENT:
+        raise HTTPException(204)
+
+
+@routes.get("/{job_id}/events", response_class=EventSourceResponse, dependencies=[Depends(refuse_ended)])
 async def follow(request: Request, job_id: str, status: Known) -> AsyncIterator[ServerSentEvent]:
-    """Follow a job by server-sent events: `state`, `progress`, and at its end `ranking` or `error`."""
-    client = client_of(request)
-    with ranker_of(request).waiters.waiting(job_id):
+    """Follow a job by server-sent events: `state`, `progress`, and at its end `ranking` or `error`.
+
+    Whoever connects again is told how far the job is; after the last event, by its `Last-Event-ID`, 204.
+    """
+    client, ranker = client_of(request), ranker_of(request)
+    with ranker.waiters.waiting(job_id):
         ending = asyncio.create_task(client.result(job_id))
+        stopping = asyncio.create_task(ranker.closing.wait())
         try:
             before: JobStatus | None = None
-            while not ending.done():
-                status = await client.status(job_id)
-                if before is None or status.state != before.state:
-                    yield ServerSentEvent(event="state", data={"job_id": job_id, "state": status.state})
-                if before is not None and status.pairs_done != before.pairs_done:
-                    told = {"pairs_done": status.pairs_done, "pairs_total": status.pairs_total}
-                    yield ServerSentEvent(event="progress", data=told)
-                before = status
-                await asyncio.wait({ending}, timeout=LOOK_EVERY_S)
-            yield _last_event(ending)
+            ended = False
+            while not (ended or stopping.done()):
+                ended = ending.done()
+                # An outage of the ledger only delays.
+                with suppress(BrokerUnavailable, QueueFull):
+                    status = await client.status(job_id)
+                    for event in changes(before, status):
+                        yield event
+                    before = status
+                if not ended:
+                    await asyncio.wait({ending, stopping}, timeout=LOOK_EVERY_S)
+            if ended and not isinstance(ending.exception(), BrokerUnavailable):
+                yield last_event(ending)
         finally:
             ending.cancel()
+            stopping.cancel()
 
 
-def _last_event(ending: asyncio.Task[Ranking]) -> ServerSentEvent:
+def changes(before: JobStatus | None, now: JobStatus) -> Iterator[ServerSentEvent]:
+    """Tell what is new in a job's status; *before* None: the follower knows nothing yet.
+
+    >>> [event.event for event in changes(None, JobStatus(job_id="j", state="running", pairs_done=3, pairs_total=9))]
+    ['state', 'progress']
+    """
+    if before is None or now.state != before.state:
+        yield ServerSentEvent(event="state", data={"job_id": now.job_id, "state": now.state})
+    if now.pairs_done != (before.pairs_done if before is not None else 0):
+        yield ServerSentEvent(event="progress", data={"pairs_done": now.pairs_done, "pairs_total": now.pairs_total})
+
+
+def last_event(ending: asyncio.Task[Ranking]) -> ServerSentEvent:
+    """Tell a job's ranking, or why there is none."""
     try:
-        return ServerSentEvent(event="ranking", data=to_jsonable_python(ending.result()))
+        return ServerSentEvent(event="ranking", data=to_jsonable_python(ending.result()), id=LAST_EVENT)
     except RerankqError as error:
-        return ServerSentEvent(event="error", data={"error": str(error), "error_type": type(error).__name__})
+        told = {"error": str(error), "error_type": type(error).__name__}
+        return ServerSentEvent(event="error", data=told, id=LAST_EVENT)
 
 
 @routes.delete("/{job_id}")
