@@ -146,8 +146,17 @@ def _is_invisible(character: str) -> bool:
     return unicodedata.category(character) in {"Cc", "Cf", "Zs", "Zl", "Zp"} or bool(_INVISIBLE.match(character))
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing.
+
+    >>> is_blank(" \u200b"), is_blank("a")
+    (True, False)
+    """
+    return all(map(_is_invisible, text))
+
+
 def _not_blank(text: str) -> str:
-    if all(map(_is_invisible, text)):
+    if is_blank(text):
         msg = "must not be blank"
         raise ValueError(msg)
     return text

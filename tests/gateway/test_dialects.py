@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from recorded_requests import ASKED, RECORDED, TEXTS, results_in
 from tides import DOCUMENTS, QUERY
 
-from rerankq.contract import RankedChunk
+from rerankq.contract import Chunk, RankedChunk
 from rerankq.errors import JobRejected, JobTooLarge
 from rerankq.gateway.dialects import MOUNTS, PATHS, choose
 from rerankq.gateway.dialects.dialect import with_explanation
@@ -109,7 +109,9 @@ def test_every_path_below_a_prefix_has_its_dialects(mount, below):
         ("/tei/health", "/health"),
         ("/infinity/models", "/infinity/models"),
         ("/v1/jobs", None),
-        ("/v1/jobs/", None),
+        ("/v1/jobs/", "/v1/jobs"),
+        ("//v1/jobs//batch/", "/v1/jobs/batch"),
+        ("//", "/"),
         ("/v1/jobs/rerank", None),
         ("/elsewhere/rerank", None),
         ("/rerank/elsewhere", None),
@@ -223,6 +225,7 @@ def test_top_n_may_be_beyond_the_documents_zero_or_a_text(top_n, expected):
         ("/rerank", {**ASKED, "query": {"image": "https://x/y.png"}}, "query"),
         ("/rerank", {**ASKED, "query": 5}, "query"),
         ("/rerank", {**ASKED, "query": ""}, "query"),
+        ("/rerank", {**ASKED, "query": {"text": " \u200b"}}, "query"),
         ("/rerank", {**ASKED, "top_n": -1}, "top_n"),
         ("/rerank", {**ASKED, "top_n": True}, "top_n"),
         ("/rerank", {**ASKED, "top_n": 1.5}, "top_n"),
@@ -259,6 +262,30 @@ def test_documents_that_are_objects_are_read_by_their_fields():
     _, _, call = read("/v1/rerank", {"query": QUERY, "documents": documents})
     assert [chunk.model_text for chunk in call.documents] == ["t a", "b", "name: Ann\nage: 5"]
     assert call.documents[0].vector_score == 0.5
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"title": 5},
+        {"tags": ["sea", "moon"]},
+        {"keywords": "sea, moon"},
+        {"questions": "why?"},
+        {"tokens": 512},
+        {"pagerank": 5_000},
+        {"metadata": "none"},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_a_field_that_means_something_else_to_its_caller_is_none_of_the_chunk(field):
+    documents = [{"text": "a", "vector_score": 0.5, **field}]
+    _, _, call = read("/v1/rerank", {"query": QUERY, "documents": documents})
+    assert call.documents == (Chunk(text="a", vector_score=0.5),)
+
+
+def test_a_document_whose_text_is_no_text_comes_back_with_one():
+    dialect, asked, call = read("/v1/rerank", {"query": QUERY, "documents": [{"text": 5}] * 3})
+    assert dialect.response_of(asked, reply_to(call))["results"][0]["document"] == {"text": "text: 5"}
 
 
 def test_documents_come_back_as_they_were_sent():

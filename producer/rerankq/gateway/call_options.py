@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, get_args
 
@@ -11,6 +12,8 @@ from ..errors import JobRejected
 from .rerank_call import CallOptions
 
 PREFIX = "X-Rerankq-"
+# RAGFlow names a model and its provider with this between them.
+PROVIDER_SEPARATOR = "___"
 # Seconds; a day.
 MAX_TIMEOUT_S = 86_400.0
 
@@ -42,10 +45,18 @@ def _fusion(text: str) -> Fusion | str:
 
 def _priority(text: str) -> Priority:
     # Numbers as Cohere and vLLM take them: 0 is the most urgent.
-    if text.lstrip("-").isdecimal():
+    if re.fullmatch(r"[+-]?[0-9]{1,9}", text):
         return "interactive" if int(text) <= 0 else "bulk"
+    if text.lower() not in get_args(Priority):
+        raise ValueError("expected interactive or bulk, or a whole number: 0 is interactive, above is bulk")
     priority: Priority = _one_of(*get_args(Priority))(text)
     return priority
+
+
+def _tenant(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._@-]{1,128}", text):
+        raise ValueError("expected letters and digits of ASCII, dots, underscores, @ and hyphens; at most 128")
+    return text
 
 
 def _truth(text: str) -> bool:
@@ -55,7 +66,7 @@ def _truth(text: str) -> bool:
 _HEADERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "fusion": ("Fusion", _fusion),
     "priority": ("Priority", _priority),
-    "tenant": ("Tenant", str),
+    "tenant": ("Tenant", _tenant),
     "cache": ("Cache", _one_of("use", "refresh", "bypass")),
     "timeout_s": ("Timeout", _seconds),
     "on_timeout": ("On-Timeout", _one_of("error", "first-stage")),
@@ -84,12 +95,13 @@ def options_of(headers: Mapping[str, str]) -> CallOptions:
 
 
 def split_model(model: str | None, profiles: Collection[str]) -> tuple[str | None, str | None]:
-    """Split a model's name from the fusion profile behind it.
+    """Split a model's name from the fusion profile behind it. Blanks round a name are none of it.
 
     >>> split_model("bge-reranker-base+rrf", {"rrf"}), split_model("a+b", {"rrf"}), split_model("+rrf", {"rrf"})
     (('bge-reranker-base', 'rrf'), ('a+b', None), (None, 'rrf'))
     """
+    model = (model or "").strip()
     if not model:
         return None, None
-    name, plus, profile = model.rpartition("+")
+    name, plus, profile = model.partition(PROVIDER_SEPARATOR)[0].rpartition("+")
     return (name or None, profile) if plus and profile in profiles else (model, None)

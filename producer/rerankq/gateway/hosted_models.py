@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .. import catalogue
+from ..errors import JobRejected
 from ..ledger.registry import WorkerInfo
 from ..settings import Settings
-from .call_options import split_model
+from .call_options import PREFIX, PROVIDER_SEPARATOR, split_model
 from .rerank_call import CallOptions, RerankCall
 
 # Callers that changed nothing but the base URL still name them: the deployment's default model answers. Open models are
@@ -45,8 +46,6 @@ _PATTERNS = (
     "text-rerank-*",
     "default",
 )
-# RAGFlow names a model and its provider with this between them.
-_PROVIDER_SEPARATOR = "___"
 # Before the name of a model: providers' own marks of where it runs.
 _PROVIDER_PREFIXES = ("fireworks/", "Pro/")
 #: Behind the name of a model in listings where its own name does not say what it is.
@@ -93,18 +92,26 @@ def model_for(
     """
     if name is None:
         return None
+    known = _known(name, workers, listed=listed, conf_dir=conf_dir)
+    if known is not None:
+        return known
+    if any(map(is_hosted_elsewhere, _spellings(name))):
+        return None
+    return name.partition(PROVIDER_SEPARATOR)[0] or name
+
+
+def _known(name: str, workers: Sequence[WorkerInfo], *, listed: Collection[str], conf_dir: Path | None) -> str | None:
+    """Find the spelling of a name under which a model is served or listed; None: there is none."""
     for one in _spellings(name):
         full = catalogue.canonical(one, conf_dir)
         if serving(full, workers) or serving(one, workers) or full in listed:
             return one
-    if any(map(is_hosted_elsewhere, _spellings(name))):
-        return None
-    return name.partition(_PROVIDER_SEPARATOR)[0] or name
+    return None
 
 
 def _spellings(name: str) -> Iterator[str]:
     yield name
-    bare = name.partition(_PROVIDER_SEPARATOR)[0]
+    bare = name.partition(PROVIDER_SEPARATOR)[0]
     if bare:
         yield bare
         for prefix in _PROVIDER_PREFIXES:
@@ -117,8 +124,17 @@ def _spellings(name: str) -> Iterator[str]:
 def resolve(
     call: RerankCall, options: CallOptions, workers: Sequence[WorkerInfo], settings: Settings
 ) -> tuple[RerankCall, CallOptions]:
-    """Split the model's name, map names of hosted models, and clamp lengths to what the model reads."""
-    model, profile = split_model(call.model, catalogue.profiles(settings.conf_dir))
+    """Split the model's name, map names of hosted models, and clamp lengths to what the model reads.
+
+    Raises:
+        JobRejected: if there is no such fusion profile, by header or behind the name of a model that is known.
+    """
+    profiles = catalogue.profiles(settings.conf_dir)
+    if isinstance(options.fusion, str) and options.fusion not in profiles:
+        raise JobRejected(_no_profile(options.fusion, profiles), field=f"{PREFIX}Fusion")
+    model, profile = split_model(call.model, profiles)
+    if profile is None and model is not None:
+        _refuse_unknown_profile(model, profiles, workers, settings)
     if profile is not None and options.fusion is None:
         options = replace(options, fusion=profile)
     model = model_for(model, workers, listed=settings.models, conf_dir=settings.conf_dir)
@@ -126,3 +142,19 @@ def resolve(
     if call.max_length is not None and longest is not None:
         call = replace(call, max_length=max(8, min(call.max_length, longest)))
     return replace(call, model=model), options
+
+
+def _refuse_unknown_profile(
+    name: str, profiles: Collection[str], workers: Sequence[WorkerInfo], settings: Settings
+) -> None:
+    model, plus, profile = name.partition(PROVIDER_SEPARATOR)[0].rpartition("+")
+
+    def known(one: str) -> bool:
+        return _known(one, workers, listed=settings.models, conf_dir=settings.conf_dir) is not None
+
+    if plus and not known(name) and (not model or known(model) or is_hosted_elsewhere(model)):
+        raise JobRejected(_no_profile(profile, profiles), field="model")
+
+
+def _no_profile(name: str, profiles: Collection[str]) -> str:
+    return f"no fusion profile {name[:200]!r}; there are {', '.join(sorted(profiles))}"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer, model_validator
 
+from .. import contract
 from ..client import AsyncClient, Client
 from ..contract import Fusion, Priority, Ranking, RerankJob
 from ..urls import masked
@@ -51,7 +52,7 @@ def is_blank(chunk: Mapping[str, Any]) -> bool:
     >>> is_blank({"text": " "}), is_blank({"text": "", "title": "Tides"})
     (True, False)
     """
-    return not f"{chunk.get('title', '')}{chunk['text']}".strip()
+    return contract.is_blank(f"{chunk.get('title', '')}{chunk['text']}")
 
 
 class Adapter(BaseModel):

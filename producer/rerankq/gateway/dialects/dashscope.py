@@ -79,12 +79,12 @@ def response_of(request: DashScopeRequest, reply: RerankReply) -> dict[str, Any]
     return {
         "output": {"results": results},
         "usage": {"total_tokens": reply.billed_tokens, "input_tokens": reply.billed_tokens},
-        "request_id": reply.job_id,
+        "request_id": reply.id,
     }
 
 
 def _object(document: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"text": document} if isinstance(document, str) else {"text": text_of(document), **document}
+    return {"text": document} if isinstance(document, str) else {**document, "text": text_of(document)}
 
 
 DASHSCOPE = Dialect("dashscope", DashScopeRequest, DashScopeReply, call_of, response_of)

@@ -65,7 +65,7 @@ def response_of(_: DeepInfraRequest, reply: RerankReply) -> dict[str, Any]:
     return {
         "scores": scores_in_order(reply),
         "input_tokens": reply.billed_tokens,
-        "request_id": reply.job_id,
+        "request_id": reply.id,
         "inference_status": {
             "status": "succeeded",
             "runtime_ms": round(reply.timings_ms.total),

@@ -16,13 +16,16 @@ from pydantic import (
     model_validator,
 )
 
-from ...contract import Chunk, Priority
+from ...contract import Chunk, Priority, is_blank
 from ...errors import JobRejected
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# Of a document that is an object: what the chunk takes from it, beside its text.
-CHUNK_FIELDS = frozenset(Chunk.model_fields) - {"text"}
+# Of a document that is an object: what the chunk takes from it, beside its text. Ids of callers may repeat, and come
+# back by their positions; so does metadata.
+CHUNK_FIELDS = frozenset(Chunk.model_fields) - {"text", "id", "metadata"}
+# Nobody calls anything else so: what is wrong in them is said.
+SCORE_FIELDS = frozenset({"vector_score", "keyword_score"})
 TEXT_KEYS = ("text", "content", "page_content")
 IMAGE_KEYS = ("image", "image_url", "video", "video_url", "audio")
 IMAGE = "is an image, a video or a sound; this model reads texts"
@@ -75,7 +78,10 @@ def _query(value: object) -> object:
         if text is None:
             msg = "expected a text, or an object with a text"
             raise ValueError(msg)
-        return text
+        value = text
+    if isinstance(value, str) and is_blank(value):
+        msg = "must not be blank"
+        raise ValueError(msg)
     return value
 
 
@@ -96,7 +102,7 @@ Documents = Annotated[list[Document], Field(min_length=1, description="Texts, or
 Query = Annotated[
     str,
     BeforeValidator(_query),
-    Field(min_length=1, description="The question, or an object with a field `text`."),
+    Field(description="The question, or an object with a field `text`."),
     WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "object", "required": ["text"]}]}),
 ]
 TopN = Annotated[
@@ -113,10 +119,11 @@ def chunks_of(
 ) -> tuple[Chunk, ...]:
     r"""Make chunks of documents. Of an object the model reads the text, or what *rank_fields* names, as lines.
 
-    Fields of a chunk (``title``, ``vector_score``, ``keywords`` …) are taken where they have a chunk's types.
+    Fields of a chunk (``title``, ``keywords`` …) are taken where they have a chunk's types: callers who know nothing
+    of us have fields of these names, too.
 
     Raises:
-        JobRejected: naming the document.
+        JobRejected: naming the document that has no text, or a first-stage score that is no number.
 
     >>> chunks_of(["a", {"text": "b", "vector_score": 0.5}])[1].vector_score
     0.5
@@ -141,16 +148,27 @@ def _chunk(document: str | Mapping[str, Any], rank_fields: list[str], field: str
             raise JobRejected("expected an object with a text", field=field)
         return _made({"text": text}, field)
     more = {key: value for key, value in document.items() if key in CHUNK_FIELDS and value is not None}
-    # Ids of callers may repeat, and come back by their positions.
-    more.pop("id", None)
-    return _made({"text": text, **more}, field)
+    try:
+        return _made({"text": text, **more}, field)
+    except JobRejected:
+        fitting = {key: value for key, value in more.items() if key in SCORE_FIELDS or _fits(key, value)}
+        return _made({"text": text, **fitting}, field)
+
+
+def _fits(key: str, value: object) -> bool:
+    try:
+        Chunk(text="", **{key: value})
+    except JobRejected:
+        return False
+    return True
 
 
 def _made(fields: dict[str, Any], field: str) -> Chunk:
     try:
         return Chunk(**fields)
     except JobRejected as error:
-        raise JobRejected(str(error), field=f"{field}.{error.field}" if error.field else field) from None
+        said = str(error).removeprefix(f"{error.field}: ")
+        raise JobRejected(said, field=f"{field}.{error.field}" if error.field else field) from None
 
 
 def _lines(document: Mapping[str, Any], fields: Iterable[str]) -> str:

@@ -128,7 +128,7 @@ def response_of(request: ResultsRequest, reply: RerankReply) -> dict[str, Any]:
 def body_of(results: list[dict[str, Any]], reply: RerankReply, *, documents: int, version: str = "1") -> dict[str, Any]:
     """Write a body round its results. A search unit is a query with up to 100 documents."""
     return {
-        "id": reply.job_id,
+        "id": reply.id,
         "object": "rerank",
         "model": reply.model,
         "results": results,
@@ -150,4 +150,4 @@ def usage_of(reply: RerankReply) -> dict[str, int]:
 def _object(document: str | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(document, str):
         return {"text": document}
-    return document if isinstance(document.get("text"), str) else {"text": text_of(document), **document}
+    return document if isinstance(document.get("text"), str) else {**document, "text": text_of(document)}

@@ -38,7 +38,7 @@ def response_of(request: SglangRequest, reply: RerankReply) -> list[dict[str, An
             "score": document.score,
             **({"document": text_of(request.documents[document.index])} if request.return_documents else {}),
             "index": document.index,
-            "meta_info": {"id": reply.job_id},
+            "meta_info": {"id": reply.id},
         }
         for document in reply.documents
     ]

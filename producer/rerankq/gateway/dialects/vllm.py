@@ -102,7 +102,7 @@ def score_call_of(request: VllmScoreRequest) -> RerankCall | ScoreCall:
 def scores_of(_: VllmScoreRequest, reply: RerankReply) -> dict[str, Any]:
     """Write a reply to a score request."""
     return {
-        "id": reply.job_id,
+        "id": reply.id,
         "object": "list",
         # A clock has no place in a pure function, and no client reads it.
         "created": 0,
