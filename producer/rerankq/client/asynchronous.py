@@ -380,10 +380,12 @@ class AsyncClient:
         Raises:
             ModelUnknown: if the deployment does not have it.
         """
-        route = await self._route_of(model)
-        live_s = self.limits.lease_policy.alive_for_s
-        live = [one for one in self._workers if one.age_s <= live_s and one.queues and one.suffix == route.suffix]
-        return route.model, live
+        found = await self._serving(model)
+        if not found[1]:
+            # A worker may have registered just now.
+            await self._refresh_registry(not_before=time.monotonic())
+            found = await self._serving(model)
+        return found
 
     async def aclose(self) -> None:
         """Send the doorbells that are left and close the connections; whoever still waits gets a ClientClosed."""
@@ -485,6 +487,12 @@ class AsyncClient:
                 retry_after_s=min(60.0, max(1.0, excess / pace)) if pace else 5.0,
             )
         return None
+
+    async def _serving(self, model: str | None) -> tuple[str, list[WorkerInfo]]:
+        route = await self._route_of(model)
+        live_s = self.limits.lease_policy.alive_for_s
+        live = [one for one in self._workers if one.age_s <= live_s and one.queues and one.suffix == route.suffix]
+        return route.model, live
 
     async def _route_of(self, model: str | None) -> Route:
         await self._refresh_registry(not_before=time.monotonic() - REGISTRY_TTL_S)

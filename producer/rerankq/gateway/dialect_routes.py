@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..contract import Chunk
+from . import failures
 from .bodies import json_object
 from .call_options import options_of
 from .callers import Caller, caller_of
@@ -23,9 +24,6 @@ from .openapi import operation
 from .ranker import CallerGone, Ranker, unless_gone
 from .rates import Rates, tokens_in
 from .rerank_call import RerankCall, RerankReply
-
-# As nginx logs a caller that hung up; nobody reads it.
-CALLER_GONE = 499
 
 
 def ranker_of(request: Request) -> Ranker:
@@ -63,7 +61,7 @@ async def rerank(request: Request, caller: Annotated[Caller, Depends(caller_of)]
     """Rank documents for a query, in the dialect of the path and body."""
     options = caller.allowed(options_of(request.headers))
     ranker, record = ranker_of(request), record_of(request)
-    await ranker.refuse_if_full(options)
+    await ranker.refuse_if_full(options, within_s=ranker.time_of(options))
     # Where the path names the model.
     body = {**await json_object(request), **request.path_params}
     dialect = choose(request.scope["route"].path, body)
@@ -75,7 +73,7 @@ async def rerank(request: Request, caller: Annotated[Caller, Depends(caller_of)]
     try:
         reply = record.reply = await unless_gone(request, ranker.rank(call, options), closing=ranker.closing)
     except CallerGone:
-        return Response(status_code=CALLER_GONE)
+        return Response(status_code=failures.CALLER_GONE)
     answer = dialect.response_of(asked, reply)
     if options.explain:
         answer = with_explanation(answer, reply)

@@ -10,13 +10,24 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from ..client.asynchronous import AsyncClient
 from ..contract import Ranking, RerankJob
-from ..errors import GatewayStopping, JobExpired, JobTimedOut, NoWorker, QueueFull, RerankqError
+from ..errors import (
+    BrokerUnavailable,
+    GatewayStopping,
+    JobExpired,
+    JobTimedOut,
+    JobUnknown,
+    ModelUnknown,
+    NoWorker,
+    QueueFull,
+    RerankqError,
+)
 from .hosted_models import resolve
 from .queue_state import QueueState, is_hopeless, retry_after_s
 from .rerank_call import (
@@ -39,6 +50,14 @@ DEADLINE_MARGIN_S = 1.0
 LAST_LOOK_S = 0.5
 # Seconds between tries to submit while the queue is full.
 LONGEST_PAUSE_S = 1.0
+# How often a job is submitted again that the ledger has lost.
+RESUBMITTED = 3
+NO_ANSWER = "the queue cannot be reached"
+# Why a call that takes its first stage was not ranked, as its caller is told.
+UNRANKED: dict[type[RerankqError], str] = {
+    QueueFull: "too much waits already",
+    NoWorker: "no worker serves the model at the moment",
+}
 
 
 class CallerGone(Exception):
@@ -121,6 +140,8 @@ class Ranker:
             JobTimedOut: after the caller's time, with ``job_id``; the job was cancelled unless somebody waits for it.
             NoWorker: if no worker serves the model.
             QueueFull: before it is submitted, if so much waits that it cannot be ranked within the caller's time.
+            BrokerUnavailable: if the ledger does not answer. This and the three above: unless the caller takes its
+                first stage instead.
             RerankqError: as ``AsyncClient.submit`` and ``result`` do.
         """
         if isinstance(call, RerankCall):
@@ -132,33 +153,58 @@ class Ranker:
             for task in ranking:
                 task.cancel()
 
+    def time_of(self, options: CallOptions) -> float:
+        """Seconds that a call has."""
+        return self._timeout_s if options.timeout_s is None else options.timeout_s
+
     async def _rank_one(self, call: RerankCall, options: CallOptions) -> RerankReply:
-        call, options = await self._resolved(call, options)
-        timeout_s = self._timeout_s if options.timeout_s is None else options.timeout_s
-        job_id = f"call-{secrets.token_hex(16)}"
-        job = job_of_call(call, options, job_id=job_id, timeout_s=timeout_s + DEADLINE_MARGIN_S)
-        if job is None:
-            model = await self._require_worker(call.model)
-            return reply_of(call, options, Ranking(job_id="", model={"name": model, "fingerprint": ""}, chunks=[]))
-        await self._require_worker(call.model)
+        timeout_s, job_id = self.time_of(options), f"call-{secrets.token_hex(16)}"
+        ends_at, job, model = time.monotonic() + timeout_s, None, ""
         try:
-            ranking = await self._ranking(job, options, timeout_s)
+            # Whatever it waits for: a ledger that hangs, room in the queue, its ranking.
+            async with asyncio.timeout(timeout_s + LAST_LOOK_S):
+                # What is wrong with it is said whether there is a worker or not.
+                job_of_call(call, options, job_id=job_id, timeout_s=timeout_s)
+                call, options, model = await self._resolved(call, options)
+                job = job_of_call(call, options, job_id=job_id, timeout_s=timeout_s + DEADLINE_MARGIN_S)
+                if job is None:
+                    nothing = Ranking(job_id="", model={"name": model, "fingerprint": ""}, chunks=[])
+                    return replace(reply_of(call, options, nothing), call_id=job_id)
+                return reply_of(call, options, await self._ranking(job, options, ends_at))
         except (TimeoutError, JobTimedOut, JobExpired):
             self._cancel(job_id)
-            return await self._late(call, options, job, timeout_s)
+            if options.on_timeout == "first-stage":
+                return first_stage_reply(call, job_id=job_id, model=model or call.model or "")
+            message = f"job {job_id}: no ranking within {timeout_s:g} s; it was cancelled"
+            raise JobTimedOut(message, job_id=job_id, retry_after_s=await self._time_for(job)) from None
+        except (QueueFull, NoWorker, BrokerUnavailable) as error:
+            # It may have been accepted, where the answer was lost.
+            self._cancel(job_id)
+            if options.on_timeout == "error":
+                raise
+            return first_stage_reply(
+                call, job_id=job_id, model=model or call.model or "", why=UNRANKED.get(type(error), NO_ANSWER)
+            )
         except asyncio.CancelledError:
             # Its caller hung up; the job may have been accepted, or be about to be.
             self._cancel(job_id)
             raise
-        return reply_of(call, options, ranking)
 
-    async def _ranking(self, job: RerankJob, options: CallOptions, timeout_s: float) -> Ranking:
-        began, job_id = time.monotonic(), job.id or ""
-        async with asyncio.timeout(timeout_s):
-            await self._refuse_hopeless(job, options, timeout_s)
-            await self._submit(job, ends_at=began + timeout_s)
-        with self.waiters.waiting(job_id):
-            return await self.client.result(job_id, max(0.0, timeout_s - (time.monotonic() - began)))
+    async def _ranking(self, job: RerankJob, options: CallOptions, ends_at: float) -> Ranking:
+        job_id, tries = job.id or "", 0
+        while True:
+            left_s = max(0.0, ends_at - time.monotonic())
+            async with asyncio.timeout(left_s):
+                await self._refuse_hopeless(job, options, left_s)
+                await self._submit(job, ends_at=ends_at)
+            with self.waiters.waiting(job_id):
+                try:
+                    return await self.client.result(job_id, max(0.0, ends_at - time.monotonic()))
+                except JobUnknown:
+                    # The ledger was started again without its data; the call is here.
+                    tries += 1
+                    if tries > RESUBMITTED:
+                        raise BrokerUnavailable(f"the ledger has lost job {job_id}") from None
 
     async def _submit(self, job: RerankJob, *, ends_at: float) -> None:
         """Submit a job; while the queue is full, wait for room here.
@@ -178,18 +224,28 @@ class Ranker:
             else:
                 return
 
-    async def refuse_if_full(self, options: CallOptions) -> None:
+    async def refuse_if_full(self, options: CallOptions, *, within_s: float | None = None) -> None:
         """Refuse a call before its body is read, if the queue is full for longer than the call has time.
 
         Raises:
             QueueFull: says when to come back.
+            JobTimedOut: if the ledger does not answer *within_s* seconds.
         """
+        if options.on_timeout == "first-stage":
+            return
+        try:
+            async with asyncio.timeout(within_s):
+                await self._refuse_if_full(self.time_of(options))
+        except TimeoutError:
+            message = f"the queue did not answer within {within_s:g} s"
+            raise JobTimedOut(message, retry_after_s=retry_after_s(None)) from None
+
+    async def _refuse_if_full(self, timeout_s: float) -> None:
         excess = (await self.queue.backlog()).get("*", 0) - self.client.settings.max_queued_pairs
         if excess < 0:
             return
         pace = sum(worker.pairs_per_s for worker in (await self.client.serving())[1])
         expected_s = excess / pace if pace else None
-        timeout_s = self._timeout_s if options.timeout_s is None else options.timeout_s
         # As long as no worker has said how fast it is, there may be room in time.
         if expected_s is not None and expected_s > timeout_s:
             message = f"{excess + self.client.settings.max_queued_pairs} pairs are waiting, and no more may"
@@ -208,20 +264,33 @@ class Ranker:
             message = f"{pairs} pairs are waiting, about {expected_s:.0f} s of work; this call has {timeout_s:g} s"
             raise QueueFull(message, retry_after_s=retry_after_s(expected_s, timeout_s=timeout_s))
 
-    async def _late(self, call: RerankCall, options: CallOptions, job: RerankJob, timeout_s: float) -> RerankReply:
-        job_id = job.id or ""
-        if options.on_timeout == "first-stage":
-            return first_stage_reply(call, job_id=job_id, model=call.model or "")
+    async def _time_for(self, job: RerankJob | None) -> float:
+        """Say in how many seconds a job that came too late would be ranked."""
         expected_s = None
-        with suppress(RerankqError, TimeoutError):
-            async with asyncio.timeout(LAST_LOOK_S):
-                expected_s = (await self.queue.expected(job.model, priority=job.priority, tenant=job.tenant)).seconds
-        message = f"job {job_id}: no ranking within {timeout_s:g} s; it was cancelled"
-        raise JobTimedOut(message, job_id=job_id, retry_after_s=retry_after_s(expected_s)) from None
+        if job is not None:
+            with suppress(RerankqError, TimeoutError):
+                async with asyncio.timeout(LAST_LOOK_S):
+                    expected = await self.queue.expected(job.model, priority=job.priority, tenant=job.tenant)
+                    expected_s = expected.seconds
+        return retry_after_s(expected_s)
 
-    async def _resolved(self, call: RerankCall, options: CallOptions) -> tuple[RerankCall, CallOptions]:
-        """Split the model's name, map names of hosted models, and clamp lengths to what the model reads."""
-        return resolve(call, options, await self.client.recent_workers(), self.client.settings)
+    async def _resolved(self, call: RerankCall, options: CallOptions) -> tuple[RerankCall, CallOptions, str]:
+        """Say what a call means here, and the full name of the model that will rank it.
+
+        Raises:
+            NoWorker: if the deployment has the model, and no worker serves it now.
+            ModelUnknown: if it does not have it.
+            JobRejected: if there is no such fusion profile.
+        """
+        found = resolve(call, options, await self.client.recent_workers(), self.client.settings)
+        try:
+            return *found, await self._require_worker(found[0].model)
+        except (NoWorker, ModelUnknown):
+            # The registry was read again: the name may be a way to write that of a worker that came just now.
+            again = resolve(call, options, await self.client.recent_workers(), self.client.settings)
+            if again[0].model == found[0].model:
+                raise
+            return *again, await self._require_worker(again[0].model)
 
     async def _require_worker(self, model: str | None) -> str:
         """Answer the full name of the model that will rank the call.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..contract import Chunk, Fusion, Priority, RankedChunk, Ranking, RerankJob, Timings
+from ..contract import Chunk, Fusion, Priority, RankedChunk, Ranking, RerankJob, Timings, is_blank
 from ..errors import JobTooLarge
 
 # Scores of a document that is empty or blank: it ranks last. As a probability, and as a logit.
@@ -70,7 +70,11 @@ class RankedDocument:
 
 @dataclass(frozen=True, slots=True)
 class RerankReply:
-    """The documents best first, at most ``top_n``, and what they cost. ``tokens`` were computed for this call."""
+    """The documents best first, at most ``top_n``, and what they cost. ``tokens`` were computed for this call.
+
+    ``job_id``: the call's job, or its jobs with commas between them; empty if nothing had to be ranked, then
+    ``call_id`` names the call.
+    """
 
     job_id: str
     model: str
@@ -82,16 +86,17 @@ class RerankReply:
     degraded: bool = False
     timings_ms: Timings = field(default_factory=Timings)
     warnings: tuple[str, ...] = ()
+    call_id: str = "call"
+
+    @property
+    def id(self) -> str:
+        """Names the reply: clients take a name that is empty for a fault."""
+        return self.job_id.partition(",")[0] or self.call_id
 
     @property
     def billed_tokens(self) -> int:
         """Tokens as other servers tell them: clients take 0 for a fault."""
         return max(1, self.tokens)
-
-
-def is_blank(chunk: Chunk) -> bool:
-    """Whether there is nothing that a model could read."""
-    return not chunk.model_text or chunk.model_text.isspace()
 
 
 def job_of_call(call: RerankCall, options: CallOptions, *, job_id: str, timeout_s: float) -> RerankJob | None:
@@ -100,7 +105,7 @@ def job_of_call(call: RerankCall, options: CallOptions, *, job_id: str, timeout_
     Raises:
         JobRejected: naming the field, if no job can be made of it.
     """
-    chunks = [chunk for chunk in call.documents if not is_blank(chunk)]
+    chunks = [chunk for chunk in call.documents if not is_blank(chunk.model_text)]
     # Made even if nothing is to be ranked: a call that is wrong is wrong with blank documents, too.
     more: dict[str, object] = {}
     if call.max_length is not None:
@@ -127,7 +132,7 @@ def reply_of(call: RerankCall, options: CallOptions, ranking: Ranking) -> Rerank
 
     The score is the model's probability; with ``raw_scores`` its logit; if a fusion was asked for, the fused score.
     """
-    sent = [at for at, chunk in enumerate(call.documents) if not is_blank(chunk)]
+    sent = [at for at, chunk in enumerate(call.documents) if not is_blank(chunk.model_text)]
     raw = call.raw_scores and options.fusion is None
     documents = [RankedDocument(sent[chunk.index], _score(chunk, raw=raw), chunk) for chunk in ranking.chunks]
     lowest = min((document.score for document in documents), default=0.0)
@@ -152,14 +157,14 @@ def _truncation(pairs: int) -> list[str]:
 def blank_documents(call: RerankCall, *, below: float, raw: bool) -> list[RankedDocument]:
     """Give the blank documents in their order, with a score that no other one is below."""
     score = min(BLANK_LOGIT if raw else BLANK_SCORE, below)
-    return [RankedDocument(at, score) for at, chunk in enumerate(call.documents) if is_blank(chunk)]
+    return [RankedDocument(at, score) for at, chunk in enumerate(call.documents) if is_blank(chunk.model_text)]
 
 
 def _score(chunk: RankedChunk, *, raw: bool) -> float:
     return chunk.model_logit if raw and chunk.model_logit is not None else chunk.score
 
 
-def first_stage_reply(call: RerankCall, *, job_id: str, model: str) -> RerankReply:
+def first_stage_reply(call: RerankCall, *, job_id: str, model: str, why: str = "no ranking in time") -> RerankReply:
     """Answer with the caller's own order: by the scores that it sent, else as it sent them, with falling scores.
 
     >>> call = RerankCall("q", (Chunk(text="a", vector_score=0.2), Chunk(text="b", vector_score=0.9)))
@@ -172,7 +177,7 @@ def first_stage_reply(call: RerankCall, *, job_id: str, model: str) -> RerankRep
     scores = first_stage_scores(call.documents)
     order = sorted(range(len(scores)), key=lambda at: (-scores[at], at))
     documents = tuple(RankedDocument(at, scores[at]) for at in order[: call.top_n])
-    warnings = (*call.warnings, "no ranking in time: this is the order that was sent")
+    warnings = (*call.warnings, f"{why}: this is the order that was sent")
     return RerankReply(job_id=job_id, model=model, documents=documents, degraded=True, warnings=warnings)
 
 
