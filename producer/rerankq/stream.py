@@ -82,14 +82,20 @@ class JobStream(Generic[K]):
     _waiting: deque[dict[str, list[K]]] = field(default_factory=deque)
     _begun: bool = False
 
-    def outcomes(self, jobs: Iterable[tuple[K, RerankJob]]) -> Iterator[tuple[K, Outcome]]:
+    def outcomes(self, jobs: Iterable[tuple[K, RerankJob] | None]) -> Iterator[tuple[K, Outcome]]:
         """Yield each key with its ranking or error, in order of completion; a refused job's error comes first.
+
+        None among the jobs: those before it are to be submitted and waited for before the next one is asked for.
 
         Raises:
             RerankqError: if nothing can be submitted or waited for any more.
         """
         try:
             for batch in batches(jobs):
+                if not batch:
+                    while self._waiting:
+                        yield from self._collect()
+                    continue
                 waiting: dict[str, list[K]] = {}
                 self._waiting.append(waiting)
                 refused = []
@@ -215,11 +221,21 @@ def wait_for(
         supervise()
 
 
-def batches(jobs: Iterable[tuple[K, RerankJob]]) -> Iterator[list[tuple[K, RerankJob]]]:
-    """Group jobs, in order, into batches of bounded jobs and pairs; a job too big for one is a batch of its own."""
+def batches(jobs: Iterable[tuple[K, RerankJob] | None]) -> Iterator[list[tuple[K, RerankJob]]]:
+    """Group jobs, in order, into batches of bounded jobs and pairs; a job too big for one is a batch of its own.
+
+    None ends a batch early; an empty batch says where it was.
+    """
     batch: list[tuple[K, RerankJob]] = []
     pairs = 0
-    for key, job in jobs:
+    for one in jobs:
+        if one is None:
+            if batch:
+                yield batch
+                batch, pairs = [], 0
+            yield []
+            continue
+        key, job = one
         if batch and (len(batch) == JOBS_AT_ONCE or pairs + len(job.chunks) > PAIRS_AT_ONCE):
             yield batch
             batch, pairs = [], 0

@@ -1,6 +1,7 @@
 """API keys: who is let in, as which tenant, how urgently, and how much."""
 
 import asyncio
+import json
 import re
 import threading
 import time
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from rerankq import Client
 from rerankq.cli.app import app
-from rerankq.errors import SettingsInvalid
+from rerankq.errors import JobTooLarge, RateLimited, SettingsInvalid
 from rerankq.gateway.app import create_app
 from rerankq.gateway.keys import ApiKey, KnownKeys, entry_of, hash_of, new_key, parse_keys
 from rerankq.gateway.rates import KEY_PREFIX, Rates
@@ -132,11 +133,27 @@ def test_a_changed_file_of_keys_holds_at_once_and_a_broken_one_leaves_the_last(t
     known.refresh()
     assert known.find(SECRETS["one"]) is None
     assert known.find(SECRETS["two"]) is not None
-    for broken in ("[[keys]]\nname = 5", ""):
+    for broken in ("[[keys]]\nname = 5", "[[keys]"):
         file.write_text(broken)
+        known.refresh()
         known.refresh()
         assert known.find(SECRETS["two"]) is not None
     file.unlink()
+    known.refresh()
+    assert known.find(SECRETS["two"]) is not None
+
+
+@pytest.mark.parametrize("emptied", ["", "# none\n", "keys = []\n"])
+def test_the_last_key_that_is_taken_out_of_the_file_is_void_and_opens_nothing(tmp_path, emptied):
+    file = keys_file(tmp_path, one={})
+    known = KnownKeys(str(file))
+    file.write_text(emptied)
+    known.refresh()
+    assert known.find(SECRETS["one"]) is not None  # it may be about to be written
+    known.refresh()
+    assert known.find(SECRETS["one"]) is None
+    assert known  # keys are asked for
+    keys_file(tmp_path, two={})
     known.refresh()
     assert known.find(SECRETS["two"]) is not None
 
@@ -326,6 +343,76 @@ def test_held_places_are_renewed_for_as_long_as_the_gateway_lives(redis_url, mon
             await other.aclose()
 
     asyncio.run(hold())
+
+
+def with_rates(redis_url: str, use) -> None:
+    async def run():
+        rates = Rates(redis_url)
+        try:
+            await use(rates)
+        finally:
+            await rates.aclose()
+
+    asyncio.run(run())
+
+
+def test_a_call_that_is_refused_for_its_tokens_uses_up_no_pairs(redis_url):
+    key = ApiKey(name="one", hash=HASH, pairs_per_minute=10, tokens_per_minute=10)
+
+    async def use(rates):
+        await rates.spend_pairs(key, pairs=2, tokens=5)
+        for _ in range(5):
+            with pytest.raises(RateLimited, match="10 tokens a minute"):
+                await rates.spend_pairs(key, pairs=4, tokens=6)
+        await rates.spend_pairs(key, pairs=8, tokens=5)
+
+    with_rates(redis_url, use)
+
+
+def test_the_lines_of_a_batch_leave_a_share_of_the_rate_to_calls_and_wait(redis_url):
+    key = ApiKey(name="one", hash=HASH, pairs_per_minute=8)
+
+    async def use(rates):
+        assert await rates.spend_line(key, pairs=5, tokens=1) == 0
+        assert await rates.spend_line(key, pairs=1, tokens=1) == 0
+        assert 1 <= await rates.spend_line(key, pairs=1, tokens=1) <= 120
+        await rates.spend_pairs(key, pairs=2, tokens=1)
+        with pytest.raises(RateLimited):
+            await rates.spend_pairs(key, pairs=1, tokens=1)
+        with pytest.raises(JobTooLarge):
+            await rates.spend_line(key, pairs=9, tokens=1)
+        # One that needs more than the share of lines may take what there is.
+        other = key.model_copy(update={"name": "two"})
+        assert await rates.spend_line(other, pairs=8, tokens=1) == 0
+
+    with_rates(redis_url, use)
+
+
+def test_a_place_that_is_given_back_is_not_renewed(redis_url):
+    async def use(rates):
+        places = f"{KEY_PREFIX}:places:one"
+        assert await rates._renew(keys=[places], args=[15, "given back"])
+        assert await rates._redis.zcard(places) == 0
+
+    with_rates(redis_url, use)
+
+
+def test_the_lines_of_a_batch_count_against_the_rates_of_its_callers_key(start_gateway, tmp_path, wait_until):
+    gateway = limited(start_gateway, tmp_path, pairs_per_minute=20)
+    body = {"query": QUERY, "documents": DOCUMENTS}
+    lines = b"".join(json.dumps({"custom_id": str(at), "body": body}).encode() + b"\n" for at in range(9))
+    with httpx.Client(base_url=gateway.url, headers=bearer("one"), timeout=30) as client:
+        sent = client.post("/v1/files", files={"file": ("in.jsonl", lines)}, data={"purpose": "batch"}).json()
+        batch = client.post("/v1/batches", json={"input_file_id": sent["id"]}).json()
+        with redis.Redis.from_url(gateway.settings.ledger) as ledger:
+            # Three quarters of the rate: the sixth line waits.
+            wait_until(lambda: [int(ledger.get(key)) for key in ledger.keys(f"{KEY_PREFIX}:rate*")] == [15])
+            wait_until(lambda: len(ledger.keys("rerankq:job:*")) == 5)
+        for count, status in ((6, 429), (5, 503)):  # 503: there is no worker
+            body = {"query": QUERY, "documents": ["a"] * count}
+            assert client.post("/v2/rerank", json=body).status_code == status
+        assert client.post(f"/v1/batches/{batch['id']}/cancel").status_code == 200
+        wait_until(lambda: client.get(f"/v1/batches/{batch['id']}").json()["status"] == "cancelled")
 
 
 def test_without_redis_calls_are_not_let_through_and_not_blamed(restartable_redis, start_gateway, tmp_path):

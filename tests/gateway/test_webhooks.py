@@ -1,12 +1,15 @@
 """Webhooks against a real receiver: delivered, signed, tried again, given up, and lost by nobody's death."""
 
+import asyncio
 import hashlib
 import hmac
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -14,7 +17,7 @@ import redis
 from tides import DOCUMENTS, QUERY
 
 from rerankq import Client
-from rerankq.gateway.webhooks import delivering, message
+from rerankq.gateway.webhooks import delivering, message, posting
 from rerankq.ledger import Ledger, LedgerLimits, connect, webhooks
 from rerankq.settings import Settings
 
@@ -276,13 +279,11 @@ def test_a_name_that_leads_inside_later_is_not_connected_to(start_gateway, recei
     """As by DNS rebinding: public when it was checked, and the loopback when it is told."""
     answers = {"leads_to": "93.184.215.14"}
 
-    async def getaddrinfo(self, host, port, **_):
+    def getaddrinfo(host, port, **_):
         return [(2, 1, 6, "", (answers["leads_to"], port))]
 
-    import asyncio.base_events  # noqa: PLC0415
-
     gateway = start_gateway(webhook_secret=SECRET)
-    monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(posting, "socket", resolving_by(getaddrinfo))
     url = receiver.url.replace("127.0.0.1", "rebound.example")
     job_id = httpx.post(f"{gateway.url}/v1/jobs", json={**JOB, "webhook": url}).json()["job_id"]
     answers["leads_to"] = "127.0.0.1"
@@ -291,6 +292,71 @@ def test_a_name_that_leads_inside_later_is_not_connected_to(start_gateway, recei
     wait_until(lambda: httpx.get(told).json()["webhooks"][0]["attempts"] >= 1)
     assert "not a public address" in httpx.get(told).json()["webhooks"][0]["error"]
     assert receiver.received == []
+
+
+def resolving_by(getaddrinfo: Callable) -> SimpleNamespace:
+    return SimpleNamespace(getaddrinfo=getaddrinfo, SOCK_STREAM=socket.SOCK_STREAM, IPPROTO_TCP=socket.IPPROTO_TCP)
+
+
+def test_names_that_are_resolved_slowly_hold_up_nothing_else_of_the_gateway(monkeypatch):
+    release = threading.Event()
+
+    def getaddrinfo(*_, **__):
+        release.wait(30)
+        return []
+
+    monkeypatch.setattr(posting, "socket", resolving_by(getaddrinfo))
+
+    async def use():
+        resolving = [asyncio.create_task(posting.resolve(f"h{at}.example", 80, ())) for at in range(40)]
+        try:
+            await asyncio.sleep(0)
+            # As files and batches are read.
+            async with asyncio.timeout(10):
+                await asyncio.to_thread(lambda: None)
+        finally:
+            release.set()
+            await asyncio.gather(*resolving)
+
+    asyncio.run(use())
+
+
+def test_receivers_that_have_failed_before_leave_room_for_others(redis_url, monkeypatch):
+    reports, posted = [], []
+
+    async def use():
+        hooks = delivering.Webhooks(Settings(broker_url=redis_url, **ALLOWED, _env_file=None))
+
+        async def report(taken, record, *, wait_s, keep_s):
+            reports.append((taken.job_id, wait_s))
+
+        async def post(url, headers, body):
+            posted.append(url)
+
+        monkeypatch.setattr(hooks, "_report", report)
+        monkeypatch.setattr(hooks._poster, "post", post)
+        monkeypatch.setattr(hooks, "_again", delivering.AT_ONCE_AGAIN)
+        body = message.body_of("j", "failed", ended_at=None).decode()
+        for name, attempts in (("failed before", 1), ("first", 0)):
+            record = message.Record(
+                url=f"http://127.0.0.1:{8000 + attempts}/", added_at=0, attempts=attempts, body=body
+            )
+            await hooks._deliver(webhooks.Taken(name, "n", "token", record.model_dump_json()))
+        await hooks.aclose()
+
+    asyncio.run(use())
+    assert reports == [("failed before", delivering.CROWD_WAIT_S), ("first", None)]
+    assert posted == ["http://127.0.0.1:8000/"]
+
+
+def test_a_gateway_that_stops_hands_back_what_it_has_not_delivered(submit, start_gateway, receiver, wait_until):
+    receiver.answers = [lambda _: receiver.release.wait(30)]
+    cancel(submit, submit(receiver.url))
+    wait_until(lambda: len(receiver.received) == 1)
+    submit.gateway.stop()
+    start_gateway(**ALLOWED)
+    wait_until(lambda: len(receiver.received) == 2, delivering.LEASE_S / 3)
+    assert [headers["X-Rerankq-Attempt"] for headers, _ in receiver.received] == ["1", "1"]
 
 
 @pytest.mark.parametrize(

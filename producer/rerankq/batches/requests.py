@@ -174,7 +174,7 @@ def _object(line: RawLine) -> dict[str, Any]:
     if line.raw is None:
         raise Fault("the line is too long", field="line", code="line_too_long", status=413)
     try:
-        found = from_json(line.raw)
+        found = from_json(line.raw, allow_inf_nan=False)
     except ValueError as error:
         raise Fault(f"not JSON: {error}", field="line") from None
     except RecursionError:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -23,10 +25,14 @@ from ..stream import JobClient, JobStream, Outcome
 from .journal import Journal
 from .requests import Defaults, Fault, RawLine, Request, answer, answer_fault, fault_of, head_of, lines, request_of
 
+logger = logging.getLogger("rerankq.batches")
+
 # Seconds for which the registry of workers is not read again, and between calls of *supervise* while lines are read.
 REGISTRY_TTL_S, SUPERVISE_EVERY_S = 2.0, 1.0
 # How often a line is submitted again whose job the ledger has lost.
 TRIES = 3
+# Seconds after which a line that must wait for its turn asks again, at the latest.
+ASK_AGAIN_S = 5.0
 
 
 class BatchClient(JobClient, Protocol):
@@ -171,6 +177,8 @@ class Run:
     """One run over a batch, until every line is answered; what a run before it has answered is left as it is.
 
     *supervise* is called every second or two, and may raise: :class:`BatchEnds` ends the batch, anything else the run.
+    *admit* is asked before the jobs of a line are submitted: how many seconds they have to wait for their turn (0 =
+    none); JobTooLarge: it never comes.
     """
 
     def __init__(
@@ -182,6 +190,7 @@ class Run:
         *,
         supervise: Callable[[], None],
         advance: Callable[[int], None] = lambda _: None,
+        admit: Callable[[Sequence[RerankJob]], float] = lambda _: 0.0,
     ) -> None:
         self._plan = plan
         self._journal = journal
@@ -189,6 +198,7 @@ class Run:
         self._settings = settings
         self._supervise = supervise
         self._advance = advance
+        self._admit = admit
         self._in_flight: dict[int, _InFlight] = {}
         self._lost: dict[int, int] = {}
         self._workers: list[WorkerInfo] = []
@@ -202,10 +212,9 @@ class Run:
             OSError: if an answer cannot be written.
         """
         try:
-            while True:
-                before = len(self._journal)
+            while (before := len(self._journal)) < self._plan.survey.lines:
                 self._pass()
-                if len(self._journal) >= self._plan.survey.lines or (len(self._journal) == before and not self._lost):
+                if len(self._journal) == before and not self._lost:
                     return
         except BatchEnds as end:
             self._end_rest(end)
@@ -225,23 +234,40 @@ class Run:
         """Yield the lines that have no answer."""
         with self._plan.input.open("rb") as file:
             for line in lines(file, max_bytes=self._plan.max_line_bytes):
-                if line.number not in self._journal:
-                    yield line
+                # Before a line, too: a batch that has ended asks nobody for anything more.
                 if time.monotonic() - self._supervised_at >= SUPERVISE_EVERY_S:
                     self._supervised_at = time.monotonic()
                     self._supervise()
+                if line.number not in self._journal:
+                    yield line
 
-    def _jobs(self) -> Iterator[tuple[tuple[int, int], RerankJob]]:
+    def _jobs(self) -> Iterator[tuple[tuple[int, int], RerankJob] | None]:
         repeated: dict[str, int] = self._repeated_before()
         for line in self._lines():
             try:
-                request = request_of(line, self._plan.defaults)
-                self._refuse_repeated(request, repeated)
-                made = self._made(request)
+                with _own_fault(line.number, partial(_custom_id, line)):
+                    request = request_of(line, self._plan.defaults)
+                    self._refuse_repeated(request, repeated)
+                    made = self._made(request)
+                yield from self._turn([job for _, job in made], request.custom_id)
             except Fault as fault:
+                self._in_flight.pop(line.number, None)
                 self._answer_fault(line.number, fault)
                 continue
             yield from (((line.number, part), job) for part, job in made)
+
+    def _turn(self, jobs: Sequence[RerankJob], custom_id: str) -> Iterator[None]:
+        """Wait until it is these jobs' turn; None: the jobs before them are to be waited for first."""
+        waited = False
+        try:
+            while jobs and (wait_s := self._admit(jobs)) > 0:
+                if waited:
+                    self._sleep(min(wait_s, ASK_AGAIN_S))
+                else:
+                    waited = True
+                    yield None
+        except JobRejected as error:
+            raise fault_of(error, custom_id, within="body") from None
 
     def _repeated_before(self) -> dict[str, int]:
         """Find the first lines of the ids that may be repeated: some may be answered already."""
@@ -307,8 +333,13 @@ class Run:
         if waiting is None:  # another of its jobs has failed
             return
         if isinstance(outcome, Ranking):
-            waiting.replies[part] = reply_of(waiting.calls[part], waiting.options, outcome)
-            self._finish_if_whole(number)
+            try:
+                with _own_fault(number, lambda: waiting.request.custom_id):
+                    waiting.replies[part] = reply_of(waiting.calls[part], waiting.options, outcome)
+                self._finish_if_whole(number)
+            except Fault as fault:
+                self._in_flight.pop(number, None)
+                self._answer_fault(number, fault)
             return
         del self._in_flight[number]
         again = isinstance(outcome, JobUnknown) or (isinstance(outcome, JobRejected) and outcome.field == "id")
@@ -323,12 +354,17 @@ class Run:
         if len(waiting.replies) < len(waiting.calls):
             return
         del self._in_flight[number]
-        replies = [waiting.replies[part] for part in range(len(waiting.calls))]
-        call = waiting.request.call
-        reply = replies[0] if isinstance(call, RerankCall) else joined(call, replies)
-        self._journal.append(number, "output", answer(self._plan.name, waiting.request, reply, waiting.options))
+        with _own_fault(number, lambda: waiting.request.custom_id):
+            answered = self._answer(waiting)
+        self._journal.append(number, "output", answered)
         self._lost.pop(number, None)
         self._advance(1)
+
+    def _answer(self, whole: _InFlight) -> bytes:
+        replies = [whole.replies[part] for part in range(len(whole.calls))]
+        call = whole.request.call
+        reply = replies[0] if isinstance(call, RerankCall) else joined(call, replies)
+        return answer(self._plan.name, whole.request, reply, whole.options)
 
     def _answer_fault(self, number: int, fault: Fault) -> None:
         self._journal.append(number, "error", answer_fault(self._plan.name, number, fault))
@@ -340,7 +376,7 @@ class Run:
         with self._plan.input.open("rb") as file:
             for line in lines(file, max_bytes=self._plan.max_line_bytes):
                 if line.number not in self._journal:
-                    fault = Fault(str(end), code=end.code, status=504, custom_id=head_of(line)[0] or "")
+                    fault = Fault(str(end), code=end.code, status=504, custom_id=_custom_id(line))
                     self._answer_fault(line.number, fault)
 
     def _living_workers(self) -> Sequence[WorkerInfo]:
@@ -359,6 +395,22 @@ class Run:
             self._supervise()
 
 
+def _custom_id(line: RawLine) -> str:
+    return head_of(line)[0] or ""
+
+
+@contextmanager
+def _own_fault(number: int, custom_id: Callable[[], str]) -> Iterator[None]:
+    """Make a bug of ours the fault of its line: it is no reason to lose the answers of the others."""
+    try:
+        yield
+    except (Fault, RerankqError, OSError):
+        raise
+    except Exception:
+        logger.exception("unexpected error in line %d", number)
+        raise Fault("internal error", code="internal_error", status=500, custom_id=custom_id()) from None
+
+
 def is_served(model: str, workers: Sequence[WorkerInfo], settings: Settings) -> bool:
     """Whether the deployment has a model at the moment, or lists it."""
     full = catalogue.canonical(model, settings.conf_dir)
@@ -368,7 +420,16 @@ def is_served(model: str, workers: Sequence[WorkerInfo], settings: Settings) -> 
 
 def known_models(names: Iterable[str], workers: Sequence[WorkerInfo], settings: Settings) -> frozenset[str]:
     """Pick the models that the deployment has at the moment, as jobs name them."""
+    return frozenset(name for name in _named(names, workers, settings) if is_served(name, workers, settings))
+
+
+def unknown_models(names: Iterable[str], workers: Sequence[WorkerInfo], settings: Settings) -> frozenset[str]:
+    """Pick the models that the deployment does not have at the moment; names of hosted models are the default's."""
+    return frozenset(name for name in _named(names, workers, settings) if not is_served(name, workers, settings))
+
+
+def _named(names: Iterable[str], workers: Sequence[WorkerInfo], settings: Settings) -> set[str]:
     profiles = catalogue.profiles(settings.conf_dir)
     bare = {split_model(name, profiles)[0] for name in names}
     found = {model_for(name, workers, listed=settings.models, conf_dir=settings.conf_dir) for name in bare}
-    return frozenset(name for name in found if name is not None and is_served(name, workers, settings))
+    return {name for name in found if name is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -84,12 +84,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     files, batches = FileStore(given.files), BatchStore(given.files)
 
     @asynccontextmanager
-    async def working() -> AsyncIterator[Webhooks]:
+    async def working(rates: Rates) -> AsyncIterator[Webhooks]:
         """Deliver webhooks and run batches beside the calls."""
         webhooks = Webhooks(given)
         running = [
             asyncio.create_task(webhooks.run()),
-            asyncio.create_task(BatchRunner(given, batches, files).run()),
+            asyncio.create_task(BatchRunner(given, batches, files, rates=rates, keys=keys).run()),
         ]
         try:
             yield webhooks
@@ -101,15 +101,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncClient(given) as client, working() as app.state.webhooks:
+        async with (
+            AsyncClient(given) as client,
+            aclosing(Rates(given.ledger)) as app.state.rates,
+            working(app.state.rates) as app.state.webhooks,
+        ):
             app.state.ranker = Ranker(client, timeout_s=given.request_timeout_s)
-            app.state.rates = Rates(given.ledger)
             app.state.health = Health(client)
             try:
                 yield
             finally:
                 await app.state.ranker.aclose()
-                await app.state.rates.aclose()
                 await app.state.health.aclose()
 
     app = Gateway(

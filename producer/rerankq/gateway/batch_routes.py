@@ -13,6 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
+from .. import catalogue
 from ..batches.requests import DEFAULT_ENDPOINT, Fault, route_of
 from ..errors import JobRejected
 from .batch_store import BatchObject, BatchStore, StoredBatch
@@ -218,6 +219,8 @@ async def create_batch(request: Request, caller: Sender) -> Response:
     """
     asked = parsed(BatchRequest, await json_object(request))
     options = caller.allowed(options_of(request.headers))
+    if isinstance(options.fusion, str):
+        _require_profile(request, options.fusion)
     content = await asyncio.to_thread(files_of(request).content, asked.input_file_id, owner_of(caller))
     now = int(time.time())
     batch = BatchObject(
@@ -235,10 +238,18 @@ async def create_batch(request: Request, caller: Sender) -> Response:
         batch=batch,
         owner=owner_of(caller),
         tenant=options.tenant,
+        key=caller.key.limits if caller.key is not None else None,
         headers={PREFIX + name: value for name, value in headers.items()},
     )
     await asyncio.to_thread(batches_of(request).add, stored, content)
     return _batch(batch)
+
+
+def _require_profile(request: Request, name: str) -> None:
+    try:
+        catalogue.resolve(name, request.app.state.settings.conf_dir)
+    except JobRejected as error:
+        raise JobRejected(str(error).removeprefix(f"{error.field}: "), field=f"{PREFIX}Fusion") from None
 
 
 # Of the options of a call those that mean something for a batch.

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import RerankqError
 from .file_store import StoreUnavailable, may_see, new_id, read_json, write_whole
+from .keys import KeyLimits
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 ENDED: frozenset[Status] = frozenset({"failed", "completed", "expired", "cancelled"})
@@ -86,12 +87,14 @@ class BatchObject(BaseModel):
 class StoredBatch(BaseModel):
     """A batch with what only gateways know of it.
 
-    ``headers`` are the options of its caller; ``ending`` says what ends it before all its lines had their turn.
+    ``headers`` are the options of its caller; ``ending`` says what ends it before all its lines had their turn; ``key``
+    says how much its caller's key may, as it was when the batch was made.
     """
 
     batch: BatchObject
     owner: str | None = None
     tenant: str = ""
+    key: KeyLimits | None = None
     headers: dict[str, str] = Field(default_factory=dict)
     known_models: list[str] | None = None
     ending: str = ""
@@ -126,8 +129,9 @@ class BatchStore:
                 os.link(content, self.folder(name) / INPUT)
             except OSError:
                 shutil.copyfile(content, self.folder(name) / INPUT)
-            self.write(stored)
+            # First: a batch without a mark would never be run.
             (self._open / name).touch()
+            self.write(stored)
         except OSError as error:
             raise StoreUnavailable(f"RERANKQ_FILES_DIR: batches cannot be kept there: {error.strerror}") from error
         return stored.batch
@@ -184,7 +188,8 @@ class BatchStore:
         if batch.status in ENDED or batch.status == "finalizing":
             raise BatchEnded(f"batch {name} cannot be cancelled: it is {batch.status}")
         try:
-            (self.folder(name) / CANCEL).touch()
+            # Said twice, it is cancelling since the first time.
+            (self.folder(name) / CANCEL).open("a").close()
         except OSError as error:
             raise StoreUnavailable(f"the batch cannot be marked: {error.strerror}") from error
         return self.read(name, owner)
@@ -198,7 +203,8 @@ class BatchStore:
 
     def open(self) -> list[str]:
         """List the batches that have not ended, the oldest first."""
-        return sorted(self._names(self._open))
+        # One without a record was never accepted: its gateway was killed before.
+        return [name for name in sorted(self._names(self._open)) if (self.folder(name) / RECORD).exists()]
 
     def end(self, stored: StoredBatch) -> None:
         """Write the last state of a batch, and remove what only its run needed."""
@@ -213,8 +219,9 @@ class BatchStore:
         waiting = set(self.open())
         for name in self._names(self._batches):
             with suppress(OSError):
-                if name not in waiting and time.time() - (self.folder(name) / RECORD).stat().st_mtime > older_than_s:
+                if name not in waiting and time.time() - self.folder(name).stat().st_mtime > older_than_s:
                     shutil.rmtree(self.folder(name), ignore_errors=True)
+                    (self._open / name).unlink(missing_ok=True)
 
     @staticmethod
     def _names(folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ from .rerank_call import CallOptions
 
 # Where clients put a key: most know the first only.
 KEY_HEADERS = ("authorization", "x-api-key", "api-key")
+SCHEMES = frozenset({"bearer", "token", "apikey", "api-key"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +65,23 @@ def caller_with(key: ApiKey) -> Caller:
 def presented_key(headers: Mapping[str, str]) -> str:
     """Read the key that a request presents; empty if there is none. The scheme may be left out.
 
+    Another scheme is for somebody else: a proxy's own users, for example.
+
     >>> presented_key({"authorization": "bearer  k"}), presented_key({"authorization": "k"})
     ('k', 'k')
     >>> presented_key({"authorization": "Bearer ", "x-api-key": "k"}), presented_key({"authorization": "Bearer"})
+    ('k', '')
+    >>> presented_key({"authorization": "Basic dTpw", "x-api-key": "k"}), presented_key({"authorization": "Basic dTpw"})
     ('k', '')
     """
     for name in KEY_HEADERS:
         value = (headers.get(name) or "").strip()
         if name == "authorization":
             scheme, _, rest = value.partition(" ")
-            value = rest.strip() if scheme.lower() in {"bearer", "token", "apikey", "api-key"} else value
+            if scheme.lower() in SCHEMES:
+                value = rest.strip()
+            elif rest:  # a key has no blank in it
+                value = ""
         if value:
             return value
     return ""

@@ -49,20 +49,30 @@ def _hash(value: object) -> object:
     return f"sha256:{value.removeprefix('sha256:').lower()}"
 
 
-class ApiKey(BaseModel):
-    """A key's entry. A limit that is None is none."""
+class KeyLimits(BaseModel):
+    """How much a key may, and the name under which that is counted. A limit that is None is none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")
-    hash: Annotated[str, BeforeValidator(_hash)] = Field(repr=False)
-    tenant: str | None = Field(None, min_length=1, max_length=200, description="Default: the key's name. `*`: any.")
-    priority: Priority = Field("interactive", description="The most urgent priority that its calls may have.")
-    operator: bool = Field(False, description="May see the whole deployment, its metrics and dead jobs.")
     requests_per_minute: int | None = Field(None, ge=1, le=10**9)
     pairs_per_minute: int | None = Field(None, ge=1, le=10**12)
     tokens_per_minute: int | None = Field(None, ge=1, le=10**12)
     concurrent: int | None = Field(None, ge=1, le=10**6, description="Calls that wait for a ranking at a time.")
+
+
+class ApiKey(KeyLimits):
+    """A key's entry."""
+
+    hash: Annotated[str, BeforeValidator(_hash)] = Field(repr=False)
+    tenant: str | None = Field(None, min_length=1, max_length=200, description="Default: the key's name. `*`: any.")
+    priority: Priority = Field("interactive", description="The most urgent priority that its calls may have.")
+    operator: bool = Field(False, description="May see the whole deployment, its metrics and dead jobs.")
+
+    @property
+    def limits(self) -> KeyLimits:
+        """How much it may, without its hash."""
+        return KeyLimits(**self.model_dump(include=set(KeyLimits.model_fields)))
 
     @property
     def own_tenant(self) -> str | None:
@@ -79,7 +89,7 @@ def entry_of(key: ApiKey) -> str:
     hash = "sha256:0000000000000000000000000000000000000000000000000000000000000000"
     requests_per_minute = 60
     """
-    fields = key.model_dump(exclude_defaults=True, exclude_none=True)
+    fields = {"name": key.name, "hash": key.hash, **key.model_dump(exclude_defaults=True, exclude_none=True)}
     # JSON's strings, numbers and truth values are TOML's, too.
     return "\n".join(["[[keys]]", *(f"{name} = {json.dumps(value)}" for name, value in fields.items())])
 
@@ -145,8 +155,18 @@ def _repeated(values: Iterable[str]) -> list[str]:
     return [value for value, count in Counter(values).items() if count > 1]
 
 
+def _holds_none(file: Path) -> bool:
+    """Whether a file of keys is well formed, and has none."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8")) in ({}, {"keys": []})
+    except (OSError, ValueError):
+        return False
+
+
 class KnownKeys:
     """The keys that are valid now. A file of them is read again when it changes; while it is wrong, the last ones hold.
+
+    It is true if keys are asked for: also once the last one was taken out of the file, and nobody has one.
 
     Raises (made): SettingsInvalid, if the setting is wrong.
     """
@@ -154,11 +174,11 @@ class KnownKeys:
     def __init__(self, setting: str) -> None:
         self._setting = setting
         self._file = file_of(setting) if setting else None
-        self._mark = self._mark_now()
+        self._mark = self._emptied = self._mark_now()
         self._keys = parse_keys(setting)
 
     def __bool__(self) -> bool:
-        return bool(self._keys)
+        return bool(self._setting)
 
     @property
     def tenants(self) -> set[str]:
@@ -173,10 +193,24 @@ class KnownKeys:
                 found = key
         return found
 
+    def named(self, name: str) -> ApiKey | None:
+        """Find a key by its name."""
+        return next((key for key in self._keys if key.name == name), None)
+
     def refresh(self) -> None:
-        """Read the file again if it has changed."""
+        """Read the file again if it has changed.
+
+        One without any key in it may be about to be written: what it held is void if it is the same at the next look.
+        """
         mark = self._mark_now()
         if mark == self._mark:
+            return
+        if self._file is not None and _holds_none(self._file):
+            if mark != self._emptied:
+                self._emptied = mark
+                return
+            self._mark, self._keys = mark, ()
+            logger.warning("%s: %s holds no API keys any more: nobody is let in", SETTING, self._file)
             return
         self._mark = mark
         try:

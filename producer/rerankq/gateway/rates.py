@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
@@ -23,7 +23,7 @@ from ..connections import ledger_async
 from ..contract import Chunk
 from ..errors import BrokerUnavailable, JobTooLarge, RateLimited, RerankqError
 from ..ledger import reraise_cancelled, translated
-from .keys import ApiKey
+from .keys import KeyLimits
 
 logger = logging.getLogger("rerankq.gateway")
 
@@ -51,10 +51,13 @@ return 1
 _RENEW = """
 local time = redis.call('TIME')
 local until_s = tonumber(time[1]) + tonumber(time[2]) / 1000000 + tonumber(ARGV[1])
-for at = 2, #ARGV do redis.call('ZADD', KEYS[1], until_s, ARGV[at]) end
+-- XX: a place that is given back meanwhile stays free.
+for at = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', until_s, ARGV[at]) end
 redis.call('PEXPIRE', KEYS[1], math.ceil(tonumber(ARGV[1]) * 1000))
 return #ARGV - 1
 """
+# Of what a key may send in a minute, the share that the lines of its batches leave to its calls.
+LEFT_TO_CALLS = 0.25
 
 
 def tokens_in(query: str, chunks: Sequence[Chunk]) -> int:
@@ -90,6 +93,33 @@ def wait_for_room_s(amount: int, cost: int, counts: tuple[int, float, int, float
     return max(0.0, before_ttl_s - (left + 1) * MINUTE_S / before)
 
 
+class _Cost(NamedTuple):
+    """So much of something that a key may have ``limit`` of in a minute."""
+
+    what: str
+    limit: int
+    amount: int
+
+
+def _costs(key: KeyLimits, *, requests: int = 0, pairs: int = 0, tokens: int = 0) -> list[_Cost]:
+    """List what of it is limited.
+
+    Raises:
+        JobTooLarge: if it is more than a whole minute's.
+    """
+    found = []
+    for what, limit, amount in (
+        ("requests", key.requests_per_minute, requests),
+        ("pairs", key.pairs_per_minute, pairs),
+        ("tokens", key.tokens_per_minute, tokens),
+    ):
+        if limit is not None and amount:
+            if amount > limit:
+                raise JobTooLarge(f"{amount} {what}; this key may send {limit} a minute", field="documents")
+            found.append(_Cost(what, limit, amount))
+    return found
+
+
 class Rates:
     """The rates of keys and the places of their calls, in the ledger's Redis, over connections of its own.
 
@@ -115,44 +145,65 @@ class Rates:
         self._tasks: set[asyncio.Task[None]] = set()
         self._renewing = asyncio.create_task(self._renew_repeatedly())
 
-    async def spend_request(self, key: ApiKey | None) -> None:
+    async def spend_request(self, key: KeyLimits | None) -> None:
         """Count a request.
 
         Raises:
             RateLimited: if it is one too many; says when the next may come.
         """
         if key is not None:
-            await self._spend(key, "requests", key.requests_per_minute, 1)
+            await self._spend(key, _costs(key, requests=1))
 
-    async def spend_pairs(self, key: ApiKey | None, *, pairs: int, tokens: int) -> None:
-        """Count the pairs of calls, and their tokens (:func:`tokens_in`), before they are ranked.
+    async def spend_pairs(self, key: KeyLimits | None, *, pairs: int, tokens: int) -> None:
+        """Count the pairs of calls, and their tokens (:func:`tokens_in`), before they are ranked: both or neither.
 
         Raises:
             RateLimited: if they are too many for now; says when they may come.
             JobTooLarge: if they are more than a whole minute's.
         """
         if key is not None:
-            await self._spend(key, "pairs", key.pairs_per_minute, pairs)
-            await self._spend(key, "tokens", key.tokens_per_minute, tokens)
+            await self._spend(key, _costs(key, pairs=pairs, tokens=tokens))
 
-    async def _spend(self, key: ApiKey, what: str, limit: int | None, cost: int) -> None:
-        if limit is None or cost == 0:
-            return
-        if cost > limit:
-            raise JobTooLarge(f"{cost} {what}; this key may send {limit} a minute", field="documents")
-        item = RateLimitItemPerMinute(limit)
-        name = (key.name, what)
+    async def spend_line(self, key: KeyLimits, *, pairs: int, tokens: int) -> float:
+        """Count a line of a batch if a share of its key's rates is left to calls then.
+
+        Answers seconds: 0 = it is counted; else when to ask again.
+
+        Raises:
+            JobTooLarge: if it is more than a whole minute's.
+        """
+        refused = await self._count(key, _costs(key, pairs=pairs, tokens=tokens), left_over=LEFT_TO_CALLS)
+        return 0.0 if refused is None else refused[1]
+
+    async def _spend(self, key: KeyLimits, costs: Sequence[_Cost]) -> None:
+        refused = await self._count(key, costs)
+        if refused is not None:
+            cost, wait_s = refused
+            raise RateLimited(f"this key may send {cost.limit} {cost.what} a minute", retry_after_s=wait_s)
+
+    async def _count(
+        self, key: KeyLimits, costs: Sequence[_Cost], *, left_over: float = 0.0
+    ) -> tuple[_Cost, float] | None:
+        """Count all *costs*, or none: answers then what is too much, and after how many seconds it may come."""
         with _within_limits():
             async with asyncio.timeout(ANSWER_WITHIN_S):
-                if await self._limiter.hit(item, *name, cost=cost):
-                    return
-                counter = item.key_for(*name)
-                counts = await self._storage.get_sliding_window(counter, MINUTE_S)
-        wait_s = wait_for_room_s(limit, cost, counts)
-        raise RateLimited(f"this key may send {limit} {what} a minute", retry_after_s=max(1.0, wait_s))
+                if len(costs) > 1 or left_over:
+                    # Looked at first: what is refused for its tokens must not use up pairs.
+                    for cost in costs:
+                        room = min(cost.limit, cost.amount + int(left_over * cost.limit))
+                        if not await self._limiter.test(_item(cost), key.name, cost.what, cost=room):
+                            return cost, await self._wait_s(key, cost, room)
+                for cost in costs:
+                    if not await self._limiter.hit(_item(cost), key.name, cost.what, cost=cost.amount):
+                        return cost, await self._wait_s(key, cost, cost.amount)
+        return None
+
+    async def _wait_s(self, key: KeyLimits, cost: _Cost, room: int) -> float:
+        counts = await self._storage.get_sliding_window(_item(cost).key_for(key.name, cost.what), MINUTE_S)
+        return max(1.0, wait_for_room_s(cost.limit, room, counts))
 
     @asynccontextmanager
-    async def place(self, key: ApiKey | None, *, within_s: float) -> AsyncIterator[None]:
+    async def place(self, key: KeyLimits | None, *, within_s: float) -> AsyncIterator[None]:
         """Hold one of the places of a key's calls; wait for it in turn, at most *within_s* seconds.
 
         Raises:
@@ -228,6 +279,10 @@ class Rates:
         with suppress(Exception):
             async with asyncio.timeout(ANSWER_WITHIN_S):
                 await self._redis.aclose()
+
+
+def _item(cost: _Cost) -> RateLimitItemPerMinute:
+    return RateLimitItemPerMinute(cost.limit)
 
 
 def _places(name: str) -> str:

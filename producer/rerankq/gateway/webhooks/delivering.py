@@ -30,10 +30,13 @@ logger = logging.getLogger("rerankq.gateway")
 LOOK_EVERY_S, LOOK_AT_JOB_S = 0.5, 60.0
 # Seconds for which a delivery is ours: longer than it may take.
 LEASE_S = 2 * posting.DELIVERY_S
-# Deliveries at once: in all, and to one receiver, so that one that hangs does not hold up the others.
-AT_ONCE, AT_ONCE_EACH = 64, 16
+# Deliveries at once: in all, to one receiver, and of those that have failed before: receivers that hang do not hold up
+# the others.
+AT_ONCE, AT_ONCE_EACH, AT_ONCE_AGAIN = 128, 16, 64
 # Seconds after which a delivery is looked at again that found too many others on their way to its receiver.
 CROWD_WAIT_S = 1.0
+# Seconds in which a gateway that stops hands back what it has not delivered.
+HAND_BACK_WITHIN_S = 2.0
 # Seconds for which the records of deliveries are kept: of those that were given up, and of those that were not.
 KEEP_GIVEN_UP_S, KEEP_S = 7 * 86_400, 86_400
 MIN_SECRET = 8
@@ -67,6 +70,7 @@ class Webhooks:
         self._poster = Poster(settings.webhook_networks)
         self._clock = clock
         self._busy: Counter[str] = Counter()
+        self._again = 0
         self._delivering: set[asyncio.Task[None]] = set()
         self._outage = Outage()
 
@@ -123,12 +127,14 @@ class Webhooks:
                 except RerankqError as error:
                     if self._outage.fails(time.monotonic()):
                         logger.warning("webhooks wait: %s", error)
+                except Exception:
+                    logger.exception("webhooks wait")
                 await asyncio.sleep(0 if full else LOOK_EVERY_S)
         finally:
             for task in self._delivering:
                 task.cancel()
             if self._delivering:
-                await asyncio.wait(self._delivering, timeout=2.0)
+                await asyncio.wait(self._delivering, timeout=HAND_BACK_WITHIN_S)
 
     async def _take(self) -> bool:
         """Begin what is due and there is room for; answer whether there may be more."""
@@ -151,17 +157,24 @@ class Webhooks:
                 logger.warning("webhook of job %s: its record cannot be read", taken.job_id)
                 await self._report(taken, taken.record, wait_s=None, keep_s=KEEP_S)
                 return
-            receiver = _receiver(record.url)
-            if self._busy[receiver] >= AT_ONCE_EACH:
+            receiver, again = _receiver(record.url), int(record.attempts > 0)
+            if self._busy[receiver] >= AT_ONCE_EACH or (again and self._again >= AT_ONCE_AGAIN):
                 await self._report(taken, taken.record, wait_s=CROWD_WAIT_S, keep_s=KEEP_S)
                 return
             self._busy[receiver] += 1
+            self._again += again
             try:
                 await self._try(taken, record)
             finally:
+                self._again -= again
                 self._busy[receiver] -= 1
                 if not self._busy[receiver]:
                     del self._busy[receiver]
+        except asyncio.CancelledError:
+            # The gateway stops: another need not wait for the end of the lease. If it was reported, this has no effect.
+            with suppress(RerankqError):
+                await self._report(taken, taken.record, wait_s=0, keep_s=KEEP_S)
+            raise
         except RerankqError as error:
             # Its lease ends, and it is taken again.
             logger.info("webhook of job %s: %s", taken.job_id, error)

@@ -7,7 +7,9 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import httpcore
@@ -20,6 +22,9 @@ DELIVERY_S, RESOLVE_S, CONNECT_S = 15.0, 5.0, 5.0
 MAX_RESPONSE = 16_384
 # Addresses of a name that are tried.
 TRIES = 3
+# Threads that resolve names. Of their own: a name whose server is slow holds one for longer than it is waited for, and
+# files, batches and connections need the event loop's.
+_RESOLVERS = ThreadPoolExecutor(32, thread_name_prefix="rerankq-resolver")
 
 
 class DeliveryFailed(Exception):
@@ -42,9 +47,10 @@ async def resolve(host: str, port: int, allowed: Sequence[Network]) -> list[Addr
         OSError: if it has none.
     """
     loop = asyncio.get_running_loop()
+    asked = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
     try:
         async with asyncio.timeout(RESOLVE_S):
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+            found = await loop.run_in_executor(_RESOLVERS, asked)
     except TimeoutError:
         raise OSError(f"{host} was not resolved within {RESOLVE_S:g} s") from None
     except UnicodeError:
