@@ -39,11 +39,12 @@ ARROWS: dict[str, set[str]] = {
     "rerankq.gateway.call_options": {"rerankq.contract", "rerankq.errors", "rerankq.gateway.rerank_call"},
     "rerankq.gateway.hosted_models": _DATA
     | {"rerankq.ledger", "rerankq.gateway.rerank_call", "rerankq.gateway.call_options"},
+    "rerankq.gateway.paths": {"rerankq.gateway.dialects"},
     # What the gateway and the command line share: no HTTP.
     "rerankq.batches": _CLIENT
     | {
         "rerankq.ledger", "rerankq.gateway.rerank_call", "rerankq.gateway.dialects", "rerankq.gateway.call_options",
-        "rerankq.gateway.hosted_models",
+        "rerankq.gateway.hosted_models", "rerankq.gateway.paths",
     },
     # Deliveries are kept in the ledger.
     "rerankq.gateway.webhooks": _CLIENT | {"rerankq.ledger"},
@@ -52,7 +53,7 @@ ARROWS: dict[str, set[str]] = {
     | {
         "rerankq.gateway.rerank_call", "rerankq.gateway.dialects", "rerankq.gateway.webhooks", "rerankq.ledger",
         "rerankq.local", "rerankq.broker", "rerankq.connections", "rerankq.gateway.call_options",
-        "rerankq.gateway.hosted_models", "rerankq.batches",
+        "rerankq.gateway.hosted_models", "rerankq.gateway.paths", "rerankq.batches",
     },
     # Options, clients and the way to a ranking; then a module for each framework, which knows no other.
     "rerankq.integrations": _CLIENT,

@@ -1,5 +1,6 @@
 """Batches over HTTP: every line answered once and in order, whatever is killed meanwhile."""
 
+import gzip
 import json
 import time
 from collections.abc import Callable
@@ -92,7 +93,7 @@ def test_each_line_is_answered_in_its_dialect_and_in_order(api):
     requests = [
         line("a"),
         line("b", url="/rerank", body=texts),
-        line("c", url="https://api.example.org/v2/rerank"),
+        line("c", url="https://api.example.org/v2/v2/rerank/"),
         line("d", body={"query": QUERY, "documents": [" ", ""]}),
         {"custom_id": "e", "body": {"query": QUERY, "documents": DOCUMENTS, "top_n": 1}},
     ]
@@ -260,6 +261,7 @@ def test_a_batch_expires_and_says_which_lines_were_not_ranked(idle, monkeypatch)
         ({"endpoint": "/v1/chat/completions"}, "endpoint"),
         ({"completion_window": "soon"}, "completion_window"),
         ({"completion_window": "1000d"}, "completion_window"),
+        ({"completion_window": "１h"}, "completion_window"),
         ({"metadata": {"a": 5}}, "metadata.a"),
         ({"metadata": {str(at): "" for at in range(17)}}, "metadata"),
         ({"input_file_id": None}, "input_file_id"),
@@ -277,6 +279,15 @@ def test_a_file_that_is_not_there_is_not_found(idle, name):
     assert idle.http.get(f"/v1/files/{name}/content").status_code == 404
     assert idle.http.delete(f"/v1/files/{name}").status_code in {404, 405}
     assert idle.http.get("/v1/batches/batch_1").status_code == 404
+
+
+def test_a_profile_that_is_not_there_is_refused_when_the_batch_is_made(idle):
+    body = {"input_file_id": idle.upload(as_lines(line("a")))}
+    answer = idle.http.post("/v1/batches", json=body, headers={"X-Rerankq-Fusion": "none-such"})
+    assert (answer.status_code, answer.json()["field"]) == (422, "X-Rerankq-Fusion")
+    for path in ("/v1/files", "/v1/batches"):
+        answer = idle.http.get(path, params={"after": "none-such"})
+        assert (answer.status_code, answer.json()["field"]) == (422, "after")
 
 
 def test_files_are_listed_read_and_deleted(idle):
@@ -306,6 +317,9 @@ def test_a_batch_goes_on_when_its_file_is_deleted(idle, start_worker):
         ({"file": ("x", b"x")}, {}, "purpose"),
         ({"file": ("x", b"x")}, {"purpose": "fine-tune"}, "purpose"),
         ({"file": ("x", b"x")}, {"purpose": "batch", "expires_after[seconds]": "soon"}, "expires_after[seconds]"),
+        ({"file": ("x", b"x")}, {"purpose": "batch", "expires_after[seconds]": "３６００"}, "expires_after[seconds]"),
+        ({"file": ("x", gzip.compress(b"{}"))}, {"purpose": "batch"}, "file"),
+        ({"file": ("x", "{}".encode("utf-16"))}, {"purpose": "batch"}, "file"),
     ],
 )
 def test_a_malformed_upload_is_refused_by_field(idle, files, data, field):

@@ -51,6 +51,15 @@ def test_every_answer_keeps_browsers_from_guessing_framing_and_storing(gateway):
             assert_told(answer, status)
 
 
+def test_a_slash_at_the_end_of_a_path_is_answered_and_leads_to_no_other_host(start_gateway, tmp_path):
+    gateway = start_gateway(allowed_hosts="evil.example", files_dir=tmp_path)
+    headers = {"Host": "evil.example", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil.example"}
+    for path, status in (("/v1/files/", 200), ("/v1/jobs/a/", 404), ("/v1/models/", 200), ("/no/such/", 404)):
+        answer = httpx.get(gateway.url + path, headers=headers)
+        assert (answer.status_code, answer.headers.get("location")) == (status, None), path
+    assert_told(httpx.post(f"{gateway.url}/v1/jobs/", json={"query": "q"}), 422)
+
+
 def test_an_unknown_path_and_a_wrong_method_are_told_in_the_same_form(gateway):
     assert_told(httpx.get(f"{gateway.url}/no/such/path"), 404)
     wrong = httpx.put(f"{gateway.url}/v2/rerank", json=BODY)

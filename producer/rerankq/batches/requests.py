@@ -14,6 +14,7 @@ from ..errors import JobExpired, JobRejected, RerankqError
 from ..gateway.dialects import PATHS, Dialect, choose
 from ..gateway.dialects.dialect import with_explanation
 from ..gateway.dialects.fields import parsed
+from ..gateway.paths import canonical_path
 from ..gateway.rerank_call import CallOptions, RerankCall, RerankReply, ScoreCall
 from ..identity import digest
 
@@ -146,11 +147,12 @@ def route_of(url: str) -> tuple[str, dict[str, str]]:
     Raises:
         Fault: if no rerank or score call has that path.
 
-    >>> route_of("https://api.example.org/v1/rerank")
-    ('/v1/rerank', {})
+    >>> route_of("https://api.example.org/v1/rerank"), route_of("//rerank"), route_of("/v1/v1/rerank")
+    (('/v1/rerank', {}), ('/rerank', {}), ('/v1/rerank', {}))
     """
     try:
-        path = urlsplit(url).path.rstrip("/")
+        # Two slashes at the beginning come from pasting, as the rest does; no host is meant.
+        path = canonical_path(urlsplit(re.sub("^/+", "/", url)).path).rstrip("/")
     except ValueError:
         path = ""
     if path in PATHS and "{" not in path:

@@ -119,6 +119,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=__version__,
         summary="Rerank jobs over HTTP, in its own API and in the dialects of other servers.",
         lifespan=lifespan,
+        redirect_slashes=False,
         max_body_size=3 * given.max_job_bytes,
         exception_handlers={
             RerankqError: failures.on_error,

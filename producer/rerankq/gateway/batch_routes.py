@@ -5,23 +5,35 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from .. import catalogue
 from ..batches.requests import DEFAULT_ENDPOINT, Fault, route_of
 from ..errors import JobRejected
-from .batch_store import BatchObject, BatchStore, StoredBatch
+from .batch_store import BATCH_ID, BatchObject, BatchStore, StoredBatch
 from .bodies import json_object
 from .call_options import PREFIX, options_of
 from .callers import Caller, caller_of
 from .dialects.fields import parsed
-from .file_store import FileObject, FileRefused, FileStore, FileUnknown, new_id
+from .file_store import (
+    FILE_ID,
+    LONGEST_SIGNATURE,
+    FileObject,
+    FileRefused,
+    FileStore,
+    FileUnknown,
+    StoreUnavailable,
+    new_id,
+    not_lines,
+)
 
 # Seconds of a batch's window, and of a file's life.
 MIN_WINDOW_S, MAX_WINDOW_S = 60, 30 * 86_400
@@ -82,7 +94,7 @@ def window_s(text: str) -> int:
     >>> window_s("24h"), window_s("7d")
     (86400, 604800)
     """
-    found = re.fullmatch(r"(\d{1,6})([mhd])", text)
+    found = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
     seconds = int(found[1]) * _UNITS[found[2]] if found else 0
     if not MIN_WINDOW_S <= seconds <= MAX_WINDOW_S:
         raise ValueError("expected a time such as 24h, from 1m to 30d")
@@ -138,12 +150,16 @@ def owner_of(caller: Caller) -> str | None:
 async def upload(request: Request, caller: Sender) -> Response:
     """Upload a file of requests: multipart, with `file` and `purpose` (batch)."""
     settings = request.app.state.settings
-    async with request.form(max_files=1, max_fields=20) as form:
+    async with _received(request) as form:
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
             raise JobRejected("expected a multipart upload with a file", field="file")
         if purpose != "batch":
             raise JobRejected("expected batch", field="purpose")
+        what = not_lines(await file.read(LONGEST_SIGNATURE))
+        if what:
+            raise JobRejected(f"is {what}; expected lines of JSON in UTF-8", field="file")
+        await file.seek(0)
         if file.size is not None and file.size > settings.max_file_bytes:
             raise FileRefused(f"{file.size} bytes; at most {settings.max_file_bytes} are allowed")
         expires_at = _expiry(form.get("expires_after[seconds]"))
@@ -159,20 +175,35 @@ async def upload(request: Request, caller: Sender) -> Response:
     return JSONResponse(made.model_dump())
 
 
+@asynccontextmanager
+async def _received(request: Request) -> AsyncIterator[FormData]:
+    try:
+        form = await request.form(max_files=1, max_fields=20)
+    except OSError as error:  # what is large is in a temporary file meanwhile
+        raise StoreUnavailable(f"the upload cannot be kept: {error.strerror}") from error
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
 def _expiry(seconds: Any) -> int | None:
     if seconds is None:
         return None
-    if isinstance(seconds, str) and seconds.isdecimal() and MIN_FILE_LIFE_S <= int(seconds[:12]) <= MAX_FILE_LIFE_S:
+    if (
+        isinstance(seconds, str)
+        and re.fullmatch("[0-9]{1,12}", seconds)
+        and MIN_FILE_LIFE_S <= int(seconds) <= MAX_FILE_LIFE_S
+    ):
         return int(time.time()) + int(seconds)
     said = f"expected seconds, from {MIN_FILE_LIFE_S} to {MAX_FILE_LIFE_S}"
     raise JobRejected(said, field="expires_after[seconds]")
 
 
-def _paged(found: list[Any], after: str | None, limit: int) -> tuple[list[Any], bool]:
-    if after is not None:
-        at = next((place for place, one in enumerate(found) if one.id == after), len(found) - 1)
-        found = found[at + 1 :]
-    return found[:limit], len(found) > limit
+def _cursor(after: str | None, pattern: re.Pattern[str]) -> str | None:
+    if after and not pattern.fullmatch(after):
+        raise JobRejected("expected an id, as last_id of the page before", field="after")
+    return after or None
 
 
 def _ends(data: list[Any]) -> dict[str, Any]:
@@ -188,8 +219,14 @@ async def list_files(  # noqa: PLR0917 - the parameters of its path
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
     """List files, the newest first."""
-    found = await asyncio.to_thread(files_of(request).listed, owner_of(caller), purpose=purpose)
-    data, more = _paged(found if order == "desc" else found[::-1], after, limit)
+    data, more = await asyncio.to_thread(
+        files_of(request).page,
+        owner_of(caller),
+        purpose=purpose,
+        after=_cursor(after, FILE_ID),
+        limit=limit,
+        oldest_first=order == "asc",
+    )
     return JSONResponse(FileList(data=data, has_more=more, **_ends(data)).model_dump())
 
 
@@ -267,7 +304,8 @@ async def list_batches(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:
     """List batches, the newest first."""
-    listing = asyncio.to_thread(batches_of(request).page, owner_of(caller), after=after, limit=limit)
+    cursor = _cursor(after, BATCH_ID)
+    listing = asyncio.to_thread(batches_of(request).page, owner_of(caller), after=cursor, limit=limit)
     data, more = await listing
     return Response(BatchList(data=data, has_more=more, **_ends(data)).model_dump_json(), media_type="application/json")
 

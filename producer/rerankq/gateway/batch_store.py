@@ -18,7 +18,7 @@ from .keys import KeyLimits
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 ENDED: frozenset[Status] = frozenset({"failed", "completed", "expired", "cancelled"})
-_ID = re.compile(r"batch_[0-9a-f]{32}")
+BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
 RECORD, INPUT, JOURNAL, CANCEL = "batch.json", "input", "journal", "cancel"
 
 
@@ -146,7 +146,7 @@ class BatchStore:
         Raises:
             BatchUnknown: if there is none, or it is another owner's.
         """
-        if _ID.fullmatch(name):
+        if BATCH_ID.fullmatch(name):
             found = read_json(self.folder(name) / RECORD)
             if found is not None and may_see(found.get("owner"), owner):
                 with suppress(ValidationError):
@@ -226,7 +226,7 @@ class BatchStore:
     @staticmethod
     def _names(folder: Path) -> list[str]:
         try:
-            return [name for name in os.listdir(folder) if _ID.fullmatch(name)]  # noqa: PTH208 - names alone
+            return [name for name in os.listdir(folder) if BATCH_ID.fullmatch(name)]  # noqa: PTH208 - names alone
         except FileNotFoundError:
             return []
         except OSError as error:

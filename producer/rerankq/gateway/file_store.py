@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import RerankqError
 
-_ID = re.compile(r"file-[0-9a-f]{32}")
+FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 CONTENT, META = "content", "meta.json"
 
 
@@ -42,6 +42,28 @@ class StoreUnavailable(RerankqError):
 
     http_status = 503
     retryable = True
+
+
+# What files begin with that are no lines of JSON in UTF-8, and what they are.
+_NOT_LINES = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\xfd7zXZ\x00": "compressed with xz",
+    b"BZh": "compressed with bzip2",
+    b"PK\x03\x04": "a zip archive",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+LONGEST_SIGNATURE = max(map(len, _NOT_LINES))
+
+
+def not_lines(beginning: bytes) -> str:
+    r"""Say what a file is that begins so, if it cannot be lines of JSON; empty if it can.
+
+    >>> not_lines(b"\x1f\x8b\x08"), not_lines(b'{"custom_id"')
+    ('compressed with gzip', '')
+    """
+    return next((what for signature, what in _NOT_LINES.items() if beginning.startswith(signature)), "")
 
 
 class FileObject(BaseModel):
@@ -127,15 +149,28 @@ class FileStore:
         self.read(name, owner)
         return self._files / name / CONTENT
 
-    def listed(self, owner: str | None, *, purpose: str | None = None) -> list[FileObject]:
-        """List an owner's files, the newest first."""
-        found = []
-        for name in sorted(_names(self._files, _ID), reverse=True):
+    def page(
+        self,
+        owner: str | None,
+        *,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: int,
+        oldest_first: bool = False,
+    ) -> tuple[list[FileObject], bool]:
+        """List an owner's files, the newest first, and whether there are more; *after* need not be there any more."""
+        found: list[FileObject] = []
+        for name in sorted(_names(self._files, FILE_ID), reverse=not oldest_first):
+            # Names sort by time.
+            if after is not None and (name <= after if oldest_first else name >= after):
+                continue
             with suppress(FileUnknown):
                 one = self.read(name, owner)
                 if purpose is None or one.purpose == purpose:
                     found.append(one)
-        return found
+            if len(found) > limit:
+                return found[:limit], True
+        return found, False
 
     def delete(self, name: str, owner: str | None) -> None:
         """Delete a file.
@@ -143,7 +178,7 @@ class FileStore:
         Raises:
             FileUnknown: as :meth:`read` does.
         """
-        self.read(name, owner)
+        self._stored(name, owner)
         gone = self._unfinished / f"{name}-{secrets.token_hex(6)}"
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True)
@@ -157,9 +192,9 @@ class FileStore:
     def remove_old(self, *, older_than_s: float) -> None:
         """Delete the files that are past their time, and what uploads left unfinished."""
         now = time.time()
-        for name in _names(self._files, _ID):
+        for name in _names(self._files, FILE_ID):
             with suppress(FileUnknown, StoreUnavailable):
-                one = self.read(name, None)
+                one = self._stored(name, None)
                 ends_at = one.expires_at or one.created_at + older_than_s
                 if ends_at < now:
                     self.delete(name, None)
@@ -202,9 +237,15 @@ class FileStore:
         """Say what a file is.
 
         Raises:
-            FileUnknown: if there is none, or it is another owner's.
+            FileUnknown: if there is none, it is another owner's, or its time is over.
         """
-        if _ID.fullmatch(name):
+        one = self._stored(name, owner)
+        if one.expires_at is not None and one.expires_at <= time.time():
+            raise FileUnknown(f"there is no file {name} any more: its time is over")
+        return one
+
+    def _stored(self, name: str, owner: str | None) -> FileObject:
+        if FILE_ID.fullmatch(name):
             found = read_json(self._files / name / META)
             if found is not None and may_see(found.get("owner"), owner):
                 with suppress(ValidationError):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-
-from starlette.types import ASGIApp, Receive, Scope, Send
+from typing import TYPE_CHECKING
 
 from .dialects import MOUNTS, PATHS
+
+if TYPE_CHECKING:  # the command line, which reads paths too, does without
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 #: Where models are listed; below the prefixes of dialects, too.
 DISCOVERY = frozenset(
@@ -55,7 +57,7 @@ def _is_ours(path: str) -> bool:
 
 
 class PastedPaths:
-    """Middleware that routes a request by its canonical path."""
+    """Middleware that routes a request by its canonical path, a slash at its end or not."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -64,6 +66,8 @@ class PastedPaths:
         """Serve a request."""
         if scope["type"] == "http":
             path = canonical_path(scope["path"])
+            # Not redirected: that would lead to whatever host the request names, and clients send no body again.
+            path = path.removesuffix("/") or "/"
             if path != scope["path"]:
                 scope = {**scope, "path": path, "raw_path": path.encode()}
         await self._app(scope, receive, send)
