@@ -27,6 +27,9 @@ from rerankq.broker.celery_app import make_app
 from rerankq.broker.doorbells import DoorbellSender
 from rerankq.connections import opening as connections
 from rerankq.connections.sentinel import Master
+from rerankq.errors import RateLimited
+from rerankq.gateway.keys import ApiKey
+from rerankq.gateway.rates import Rates
 from rerankq.ledger import Doorbell, connect
 from rerankq.ledger.runner import Ledger
 from rerankq.local.embedded import free_port
@@ -405,6 +408,26 @@ def send(deployment: Deployment, queue: str, word: str) -> None:
     message = {"body": json.dumps(word), "content-type": "application/json", "content-encoding": "utf-8"}
     with directly(deployment) as direct:
         direct.lpush(f"rerankq:{queue}", json.dumps({**message, "headers": {}, "properties": properties}))
+
+
+@pytest.mark.parametrize("deployment", ["rediss", "sentinel", "sentinels"], indirect=True)
+def test_rates_of_the_gateway_are_counted_over_tls_and_over_sentinel(deployment: Deployment):
+    key = ApiKey(name="one", hash="a" * 64, requests_per_minute=1, concurrent=1)
+
+    async def use() -> None:
+        rates = Rates(deployment.url(1))
+        try:
+            await rates.spend_request(key)
+            with pytest.raises(RateLimited):
+                await rates.spend_request(key)
+            async with rates.place(key, within_s=5):
+                with pytest.raises(RateLimited, match="none of them ended"):
+                    async with rates.place(key, within_s=0.1):
+                        pass
+        finally:
+            await rates.aclose()
+
+    asyncio.run(use())
 
 
 @pytest.mark.parametrize("deployment", ["rediss", "sentinels"], indirect=True)
