@@ -144,7 +144,8 @@ FOREIGN: dict[str, set[str]] = {
     "httpx": {"rerankq_worker.remote"},
     "typer": {"rerankq.cli"},
     "fastapi": {"rerankq.gateway"},
-    "starlette": {"rerankq.gateway"},
+    # Of paths the types alone: a batch's lines have paths, too.
+    "starlette": {"rerankq.gateway", "rerankq.gateway.paths"},
     "uvicorn": {"rerankq.gateway"},
     "httpcore": {"rerankq.gateway.webhooks"},
     "limits": {"rerankq.gateway"},

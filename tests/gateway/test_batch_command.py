@@ -6,11 +6,16 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
+from batch_client import FakeClient
 from tides import DOCUMENTS, QUERY
+from typer.testing import CliRunner
 
+from rerankq.cli.app import app
 from rerankq.settings import Settings
+from rerankq.stream import OpenClient
 
 
 def lines_of(*names: str) -> bytes:
@@ -92,6 +97,36 @@ def test_after_a_kill_the_same_command_answers_the_rest(command, tmp_path):
     _, error = second.communicate(timeout=120)
     assert second.returncode == 0, error
     assert [json.loads(one)["custom_id"] for one in answers.read_text().splitlines()] == names
+
+
+def test_without_a_broker_a_worker_of_its_own_is_asked_and_supervised(tmp_path, monkeypatch):
+    source, answers, opened = tmp_path / "in.jsonl", tmp_path / "out.jsonl", []
+    source.write_bytes(lines_of("a", "b"))
+    client, supervised = FakeClient(), []
+
+    @contextmanager
+    def open_client(settings, model, notify):
+        opened.append((settings.broker_url, model))
+        yield OpenClient(client, None, lambda: supervised.append(1))
+
+    monkeypatch.delenv("RERANKQ_BROKER_URL", raising=False)
+    monkeypatch.setattr("rerankq.cli.batch.open_client", open_client)
+    run = CliRunner().invoke(app, ["batch", str(source), "--output", str(answers), "--model", "stub"])
+    assert (run.exit_code, opened) == (0, [(None, "stub")]), run.output
+    assert supervised
+    # The worker that was started for it serves that model as its default.
+    assert {job.model for job in client.jobs.values()} == {None}
+    assert [json.loads(one)["custom_id"] for one in answers.read_text().splitlines()] == ["a", "b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_an_input_that_cannot_be_read_is_named_with_status_2(tmp_path):
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(gzip.compress(lines_of("a", "b"))[:-9])
+    for source in (tmp_path / "missing.jsonl", tmp_path, torn):
+        run = CliRunner().invoke(app, ["batch", str(source), "--output", str(tmp_path / "out.jsonl")])
+        assert run.exit_code == 2
+        assert f"{source}: cannot be read: " in run.output
 
 
 @pytest.mark.parametrize(

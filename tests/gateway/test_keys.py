@@ -113,15 +113,17 @@ def test_made_keys_are_long_and_never_the_same():
 
 
 def test_the_command_prints_a_key_and_an_entry_that_knows_it(tmp_path):
-    run = CliRunner().invoke(app, ["key", "search", "--tenant", "shop", "--priority", "bulk"])
+    run = CliRunner().invoke(
+        app, ["key", "search", "--tenant", "shop", "--priority", "bulk", "--pairs-per-minute", "9"]
+    )
     assert run.exit_code == 0
     (made,) = re.findall(r"^rerankq-\S+$", run.output, re.MULTILINE)
     file = tmp_path / "keys.toml"
     file.write_text(run.output.partition("[[keys]]")[1] + run.output.partition("[[keys]]")[2])
     found = KnownKeys(str(file)).find(made)
     assert found is not None
-    assert (found.own_tenant, found.priority) == ("shop", "bulk")
-    for wrong in (["key", "a b"], ["key", "a", "--priority", "high"]):
+    assert (found.own_tenant, found.priority, found.pairs_per_minute) == ("shop", "bulk", 9)
+    for wrong in (["key", "a b"], ["key", "a", "--priority", "high"], ["key", "a", "--concurrent", "0"]):
         assert CliRunner().invoke(app, wrong).exit_code == 2
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import socket
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -113,14 +115,20 @@ def _check(endpoint: str, fusion: str | None, settings: Settings) -> None:
 @contextmanager
 def _on_disk(requests: str) -> Iterator[Path]:
     """Give the input as a file that can be read again: a pipe, or what is compressed, is written to one first."""
-    if requests != inputs.STDIN and Path(requests).is_file() and not inputs.is_compressed(requests):
-        yield Path(requests)
-        return
-    with tempfile.NamedTemporaryFile(prefix="rerankq-", suffix=".jsonl") as file:
-        with inputs.opened(requests) as source:
-            shutil.copyfileobj(source, file)
-        file.flush()
-        yield Path(file.name)
+    with ExitStack() as kept:
+        try:
+            if requests != inputs.STDIN and Path(requests).is_file() and not inputs.is_compressed(requests):
+                path = Path(requests)
+            else:
+                file = kept.enter_context(tempfile.NamedTemporaryFile(prefix="rerankq-", suffix=".jsonl"))
+                with inputs.opened(requests) as source:
+                    shutil.copyfileobj(source, file)
+                file.flush()
+                path = Path(file.name)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            # What gzip and bz2 raise are OSErrors without a number.
+            raise InputFault(f"{requests}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        yield path
 
 
 def _survey(requests: str, source: Path, longest: int) -> Survey:

@@ -13,7 +13,7 @@ from .options import Json
 from .render import print_json
 
 
-def key(
+def key(  # noqa: PLR0917 - typer reads them as options
     name: Annotated[str, typer.Argument(metavar="NAME", help="What the key is called: letters, digits, dots, dashes.")],
     tenant: Annotated[
         str | None, typer.Option(help="The tenant of all its jobs; '*': it may name any. Default: NAME.")
@@ -22,6 +22,12 @@ def key(
         "interactive"
     ),
     operator: Annotated[bool, typer.Option("--operator", help="It may see metrics and dead jobs.")] = False,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Requests in a minute. Default: no limit.")] = None,
+    pairs_per_minute: Annotated[int | None, typer.Option(help="Pairs in a minute. Default: no limit.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Tokens in a minute, about. Default: no limit.")] = None,
+    concurrent: Annotated[
+        int | None, typer.Option(help="Calls that wait for a ranking at a time; others wait. Default: no limit.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make an API key for the gateway. Prints the key, once, and the entry for the file that RERANKQ_API_KEYS names."""
@@ -31,7 +37,17 @@ def key(
     made = new_key()
     try:
         given: Priority = priority  # type: ignore[assignment]  # checked by the model
-        entry = ApiKey(name=name, hash=hash_of(made), tenant=tenant, priority=given, operator=operator)
+        entry = ApiKey(
+            name=name,
+            hash=hash_of(made),
+            tenant=tenant,
+            priority=given,
+            operator=operator,
+            requests_per_minute=requests_per_minute,
+            pairs_per_minute=pairs_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            concurrent=concurrent,
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InputFault(f"{first['loc'][0]}: {first['msg']}") from None
