@@ -83,7 +83,7 @@ def test_an_outage_is_waited_for_and_shown_by_the_doctor(
 
     wait_until(wrong)
     host = server.url.split("/")[2]
-    assert wrong() == [f"gets no scores from {host} (jina: m): HTTP 503; its jobs are waiting"]
+    assert wrong() == [f"gets no scores from {host} (jina: m): HTTP 503; its jobs wait or fail"]
     assert client.status(waiting).state == "running"
     server.next.clear()
     assert len(client.result(waiting, timeout=60).chunks) == 9

@@ -225,6 +225,9 @@ def test_throttling_and_faults_of_the_server_are_tried_again_and_nothing_else(st
     failure = failure_of(status, b'{"message": "why"}', "3")
     assert isinstance(failure, Transient if transient else Refused)
     assert str(failure).startswith(f"HTTP {status}: ")
+    assert getattr(failure, "trouble", "") == (
+        f"HTTP {status}, no API key was sent: set api_key_env" if status in {401, 403} else ""
+    )
     if isinstance(failure, Transient):
         assert (failure.kind, failure.retry_after_s) == (f"HTTP {status}", 3.0)
 
@@ -254,7 +257,16 @@ def test_the_words_of_an_error_are_found_in_every_form(body: bytes, said: str):
 
 
 def test_a_key_that_the_server_repeats_is_not_in_the_error():
-    assert "sk-123" not in str(failure_of(401, b'{"message": "wrong key sk-123"}', None, secret="sk-123"))
+    for filler in (0, 290, 296):
+        said = b'{"message": "' + b"x" * filler + b' wrong key sk-123"}'
+        assert "sk-" not in str(failure_of(401, said, None, secret="sk-123")), "nor is a part of it, where it is cut"
+
+
+def test_a_refused_key_is_said_to_be_that_of_its_setting():
+    refused = failure_of(401, b"no", None, secret="sk-123", api_key_env="JINA_API_KEY")
+    assert isinstance(refused, Refused)
+    assert str(refused) == "HTTP 401: no (the API key of JINA_API_KEY was sent)"
+    assert refused.trouble == "HTTP 401, the API key of JINA_API_KEY was sent"
 
 
 @pytest.mark.parametrize(
@@ -272,6 +284,7 @@ def test_a_key_that_the_server_repeats_is_not_in_the_error():
         ("Sat, 28 Nov 2026 12:00:30 GMT", 30.0),
         ("Sat, 28 Nov 2026 11:00:00 GMT", 0.0),
         ("Sat, 99 Nov 2026 11:00:00 GMT", None),
+        ("Sat, 28 Nov 2026 12:00:00 +99999999999999999999", None),
     ],
 )
 def test_retry_after_is_seconds_or_a_date(header: str | None, seconds: float | None):

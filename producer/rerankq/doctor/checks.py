@@ -256,7 +256,7 @@ def _of_worker(worker: RegisteredWorker, snapshot: Snapshot) -> Iterator[Finding
         return
     yield Finding("ok", subject, said)
     if worker.trouble:
-        yield Finding("wrong", subject, f"gets no scores from {worker.device}: {worker.trouble}; its jobs are waiting")
+        yield Finding("wrong", subject, f"gets no scores from {worker.device}: {worker.trouble}; its jobs wait or fail")
     if worker.channel and worker.channel != snapshot.channel:
         said = f"belongs to another deployment on the same ledger: its channels begin with {worker.channel}, ours with"
         advice = "give each its own RERANKQ_LEDGER_URL, or both the same RERANKQ_DEPLOYMENT"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,13 +24,14 @@ from ..engine import text_hash
 from ..scoring import Scored, ScoreOptions
 from ..work import Work
 from .dialects import DIALECTS, Reply, RerankRequest, body_of
+from .in_flight import Awaited, Claim, PairsInFlight
 from .logits import LEAST_PROBABILITY, logits_of
 from .retrying import Refused
 from .sending import Call, RequestSender, Unanswered
 from .splitting import split
 
 #: Part of every score's fingerprint: whoever changes how a text is cut or a score becomes a logit changes it.
-RULE = "rerankq remote 1"
+RULE = "rerankq remote 2"
 #: HTTP status of a request with too many texts or bytes.
 TOO_LARGE = 413
 
@@ -58,6 +59,9 @@ class RemoteScorer:
     Blank texts are not sent, as many servers refuse them: they have no score (NaN). ``truncated`` says what was cut
     here, by ``max_text_chars`` and ``max_query_chars``; what the server cuts is not known. A job's ``max_length``
     counts where the dialect can tell the server; ``query_max_tokens`` never does.
+
+    Equal pairs of jobs in flight are asked for once, where the jobs are of one tenant and priority: nobody waits for
+    a call that comes after his own.
     """
 
     def __init__(self, card: RemoteCard, sender: RequestSender, cache: ScoreCache, *, name: str) -> None:
@@ -67,6 +71,7 @@ class RemoteScorer:
         self._name = name
         self._dialect = DIALECTS[card.dialect]
         self._host = urlsplit(card.url).netloc
+        self._in_flight = PairsInFlight()
         self.fingerprint = fingerprint_of(card)
         self.max_length = card.max_length
 
@@ -83,20 +88,36 @@ class RemoteScorer:
         if options.cache == "use":
             known = self._cache.read(job.fingerprint, job.query_hash, job.hashes)
         unknown = [at for at, text in enumerate(texts) if text.strip() and not known.mask[at]]
-        work.add_known(len(texts) - len(unknown))
+        same = _groups(job.hashes, unknown)
+        # With those that another text of the job speaks for.
+        work.add_known(len(texts) - len(same))
         logits, truncated, cost = known.logits.astype(np.float64), known.truncated.copy(), _Cost()
         truncated[unknown] = job.truncated[unknown]
-        same = _groups(job.hashes, unknown)
-        with closing(self._replies(job, [group[0] for group in same.values()], work)) as replies:
-            for call, reply in replies:
-                computed = logits_of(reply.scores, probabilities=self._card.score == "probability")
-                for at, logit in zip(call.positions, computed, strict=True):
-                    logits[same[job.hashes[at]]] = logit
-                # At once: they are paid for, whatever becomes of the other calls and of the job.
-                if options.cache != "bypass":
-                    names = [job.hashes[at] for at in call.positions]
-                    self._cache.write(job.fingerprint, job.query_hash, names, computed, truncated[call.positions])
-                cost.add(call, reply)
+
+        def gain(names: Iterable[bytes], computed: Iterable[float]) -> None:
+            for name, logit in zip(names, computed, strict=True):
+                logits[same[name]] = logit
+
+        left = list(same)
+        while left:
+            claim = self._in_flight.claim(map(job.pair, left)) if options.cache == "use" else Claim({}, {})
+            others = {name: claim.others[job.pair(name)] for name in left if job.pair(name) in claim.others}
+            own = [same[name][0] for name in left if name not in others]
+            try:
+                with closing(self._replies(job, own, work)) as replies:
+                    for call, reply in replies:
+                        names = [job.hashes[at] for at in call.positions]
+                        computed = logits_of(reply.scores, probabilities=self._card.score == "probability")
+                        gain(names, computed)
+                        # At once: they are paid for, whatever becomes of the other calls and of the job.
+                        self._keep(job, claim, names, computed, truncated[call.positions])
+                        cost.add(call, reply)
+            finally:
+                self._in_flight.release(claim)
+            found = _awaited(others, work)
+            gain(found, found.values())
+            # The job that had asked for the others was cancelled or failed, maybe for a reason of its own.
+            left = [name for name in others if name not in found]
         return Scored(
             logits,
             known.mask,
@@ -106,19 +127,31 @@ class RemoteScorer:
             inference_s=cost.took_s,
         )
 
+    def _keep(
+        self,
+        job: _Job,
+        claim: Claim,
+        names: Sequence[bytes],
+        logits: NDArray[np.float32],
+        truncated: NDArray[np.bool_],
+    ) -> None:
+        """Let later jobs have these logits, and those that wait for them."""
+        if job.options.cache != "bypass":
+            self._cache.write(job.fingerprint, job.query_hash, names, logits, truncated)
+        for name, logit in zip(names, logits.tolist(), strict=True):
+            if (pair := job.pair(name)) in claim.own:
+                self._in_flight.settle(claim, pair, logit)
+
     def _prepared(self, query: str, texts: Sequence[str], options: ScoreOptions) -> _Job:
         """Cut and name a job's query and texts."""
         card = self._card
         max_length = min(options.max_length or self.max_length, self.max_length)
-        shown = query[: card.max_query_chars]
-        cut = [text[: card.max_text_chars] for text in texts]
+        shown, query_cut = _cut(query, card.max_query_chars)
+        cut = [_cut(text, card.max_text_chars) for text in texts]
         return _Job(
             query=shown,
-            texts=cut,
-            truncated=np.array(
-                [len(shown) < len(query) or len(one) < len(text) for one, text in zip(cut, texts, strict=True)],
-                np.bool_,
-            ),
+            texts=[text for text, _ in cut],
+            truncated=np.array([query_cut or text_cut for _, text_cut in cut], np.bool_),
             query_hash=text_hash(query),
             hashes=[text_hash(text) for text in texts],
             fingerprint=score_fingerprint(
@@ -205,6 +238,10 @@ class _Job:
     max_length: int
     options: ScoreOptions
 
+    def pair(self, name: bytes) -> Hashable:
+        """Name the pair of the query and a text, given by its hash; jobs with a pair of one name share its reply."""
+        return self.options.priority, self.options.tenant, self.fingerprint, self.query_hash, name
+
 
 @dataclass
 class _Cost:
@@ -221,6 +258,53 @@ class _Cost:
         if sent_at < self._first:
             self._first, self.waited_s = sent_at, call.waited_s
         self.took_s = time.monotonic() - self._first
+
+
+class _Waiting:
+    """Pairs that other jobs have asked for, as a part of a job's work."""
+
+    def __init__(self, pairs: Iterable[Awaited]) -> None:
+        self.done_pairs = 0
+        self._ended: SimpleQueue[Awaited | None] = SimpleQueue()
+        for pair in pairs:
+            pair.add_done_callback(self._ended.put)
+
+    def cancel(self) -> None:
+        """Wake the job's thread."""
+        self._ended.put(None)
+
+    def next(self) -> Awaited:
+        """Wait for the next pair that has ended; raises JobCancelled once the job was cancelled."""
+        ended = self._ended.get()
+        if ended is None:
+            raise JobCancelled("cancelled while running")
+        self.done_pairs += not ended.cancelled()
+        return ended
+
+
+def _awaited(pairs: Mapping[bytes, Awaited], work: Work) -> dict[bytes, float]:
+    """Wait for pairs that other jobs have asked for; answers the logits of those that they got."""
+    if not pairs:
+        return {}
+    waiting = _Waiting(pairs.values())
+    work.follow(waiting)
+    with work.waiting():
+        for _ in pairs:
+            waiting.next()
+    return {name: pair.result() for name, pair in pairs.items() if not pair.cancelled()}
+
+
+def _cut(text: str, most: int | None) -> tuple[str, bool]:
+    """Cut a text to so many characters, and say whether something of it is lost.
+
+    >>> _cut("a text", None), _cut(" a text ", 8), _cut("  a text  ", 6), _cut("    a text", 3)
+    (('a text', False), (' a text ', False), ('a text', False), ('a t', True))
+    """
+    if most is None or len(text) <= most:
+        return text, False
+    # What is left of a text must not be blank: many servers refuse the whole request then.
+    text = text.strip()
+    return text[:most], len(text) > most
 
 
 def _groups(hashes: Sequence[bytes], positions: Sequence[int]) -> dict[bytes, list[int]]:

@@ -9,11 +9,15 @@ from typing import Any
 
 #: Seconds of the first pause, and of the longest unless the server asks for more; each is twice the one before.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+#: Seconds for which a server's word is taken, at most, that it wants no request before: it may be nonsense.
+LONGEST_ASKED_S = 3_600.0
 #: A reply that makes no sense may have been cut on its way; a server that always answers so is not asked for ever.
 MALFORMED_TRIES = 3
 # Beside all from 500 on: request timeout, failed dependency (an engine of Text Embeddings Inference), too early, too
 # many requests.
 _RETRIED = frozenset({408, 424, 425, 429})
+# Statuses of a request whose key is missing, wrong, expired or not allowed to do this.
+_KEY_REFUSED = frozenset({401, 403})
 # Characters of a server's message that are quoted.
 _QUOTED = 300
 
@@ -41,22 +45,35 @@ class Transient(Exception):
 
 
 class Refused(Exception):
-    """Raised when the server refuses a request, with its status and its message."""
+    """Raised when the server refuses a request, with its status and its message.
 
-    def __init__(self, status: int, message: str) -> None:
+    ``trouble`` says, without the server's own words, why it will refuse others as well; empty if it may not.
+    """
+
+    def __init__(self, status: int, message: str, *, trouble: str = "") -> None:
         super().__init__(f"HTTP {status}: {message}" if message else f"HTTP {status}")
         self.status = status
+        self.trouble = trouble
 
 
-def failure_of(status: int, content: bytes, retry_after: str | None, *, secret: str = "") -> Transient | Refused:
-    """Say what a status other than success means. *secret* is nowhere in it, even if the server repeats it."""
-    said = message_in(content)
+def failure_of(
+    status: int, content: bytes, retry_after: str | None, *, secret: str = "", api_key_env: str = ""
+) -> Transient | Refused:
+    """Say what a status other than success means. *secret* is nowhere in it, even if the server repeats it.
+
+    *api_key_env* names the variable that the secret is taken from, if one is sent.
+    """
+    # Before it is shortened: of a key that is cut, the rest would stay.
+    said = message_in(content.replace(secret.encode(), b"***") if secret else content)
     said = said.replace(secret, "***") if secret else said
     if 300 <= status < 400:
         return Refused(status, "redirects are not followed; put the address that it leads to into the catalogue")
     if status >= 500 or status in _RETRIED:
         after_s = retry_after_s(retry_after, now=datetime.now(UTC))
         return Transient(f"HTTP {status}", said, status=status, retry_after_s=after_s)
+    if status in _KEY_REFUSED:
+        key = f"the API key of {api_key_env} was sent" if api_key_env else "no API key was sent: set api_key_env"
+        return Refused(status, f"{said} ({key})" if said else key, trouble=f"HTTP {status}, {key}")
     return Refused(status, said)
 
 
@@ -87,7 +104,7 @@ def retry_after_s(header: str | None, *, now: datetime) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(header)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - now).total_seconds()
     # A comparison with NaN is false.

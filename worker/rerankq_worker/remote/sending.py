@@ -25,7 +25,7 @@ from ..engine.errors import in_one_line
 from .call_queue import CallQueue
 from .dialects import DIALECTS, Reply, ReplyMalformed, read_reply
 from .rates import TokenBucket
-from .retrying import MALFORMED_TRIES, Refused, Transient, failure_of, pause_s
+from .retrying import LONGEST_ASKED_S, LONGEST_PAUSE_S, MALFORMED_TRIES, Refused, Transient, failure_of, pause_s
 
 logger = logging.getLogger("rerankq")
 
@@ -35,6 +35,10 @@ CONNECT_S = 10.0
 UNLIMITED = 1e12
 # What a reply may have at most: for each text its index and score, with room for servers that send the texts back.
 REPLY_BYTES, REPLY_BYTES_PER_TEXT = 1 << 20, 1 << 16
+# What is read of an error; its words are quoted if that is all of it.
+ERROR_BYTES = 1 << 16
+# Seconds after which the last failure says nothing of the server any more, if nothing was asked of it since.
+TROUBLE_S = 60.0
 
 
 class Unanswered(Exception):
@@ -141,10 +145,10 @@ class RequestSender:
         now = clock()
         self._requests = TokenBucket.per_minute(card.requests_per_minute or UNLIMITED, now=now)
         self._tokens = TokenBucket.per_minute(card.tokens_per_minute or UNLIMITED, now=now)
-        self._paused_until = now
+        self._paused_until, self._pause_kind = now, ""
         self._timer: asyncio.TimerHandle | None = None
         self._outage = Outage()
-        self._trouble = ""
+        self._trouble, self._trouble_at = "", now
         self._calls = self._failures = self._throttled = self._pairs = self._used = 0
         self._busy_s, self._busy_since = 0.0, now
         self._last_progress = now
@@ -198,7 +202,8 @@ class RequestSender:
             waiting=max(0, len(self._unfinished) - len(began)),
             oldest_s=now - min(began) if began else None,
             last_progress=self._last_progress,
-            trouble=self._trouble,
+            # A server that nobody asks may be well again, and readiness must not wait for jobs that wait for readiness.
+            trouble=self._trouble if self._unfinished or now - self._trouble_at < TROUBLE_S else "",
         )
 
     def _run(self, started: Future[None]) -> None:
@@ -239,7 +244,12 @@ class RequestSender:
         """Send what may be sent now; look again when the next may be."""
         while len(self._queue) and len(self._tries) < self._card.concurrency and not self._stopped.is_set():
             now = self._clock()
-            wait_s = max(self._paused_until - now, self._requests.wait_s(now, need=1), self._tokens.wait_s(now), 0.0)
+            asked_s = self._paused_until - now
+            if asked_s > max(self._card.retry_for_s, LONGEST_PAUSE_S):
+                # More patience than a call has: those that wait fail as the one did that was told so.
+                self._queue.next().fail(Unanswered(f"{self._pause_kind} (not tried; it asks to wait {asked_s:.0f} s)"))
+                continue
+            wait_s = max(asked_s, self._requests.wait_s(now, need=1), self._tokens.wait_s(now), 0.0)
             if wait_s:
                 if self._timer is not None:
                     self._timer.cancel()
@@ -270,6 +280,8 @@ class RequestSender:
             self._try_again(call, failure)
         except Refused as refused:
             self._failures += 1
+            if refused.trouble:
+                self._note_trouble(refused.trouble)
             call.fail(refused)
         except Exception as error:
             # A bug of ours fails its job alone.
@@ -286,14 +298,23 @@ class RequestSender:
                 asyncio.timeout(card.timeout_s),
                 self._client.stream("POST", card.url, content=call.body) as response,
             ):
-                content = await _content(response, REPLY_BYTES + texts * REPLY_BYTES_PER_TEXT)
+                most = REPLY_BYTES + texts * REPLY_BYTES_PER_TEXT if response.is_success else ERROR_BYTES
+                content = await _content(response, most)
         except TimeoutError:
             raise Transient(f"no answer within {card.timeout_s:g} s") from None
         except httpx.HTTPError as error:
             # The classes of httpx are named for what happened: ConnectError, ReadError, RemoteProtocolError.
             raise Transient(type(error).__name__, in_one_line(error)) from None
         if not response.is_success:
-            raise failure_of(response.status_code, content, response.headers.get("retry-after"), secret=self._api_key)
+            raise failure_of(
+                response.status_code,
+                content or b"",
+                response.headers.get("retry-after"),
+                secret=self._api_key,
+                api_key_env=card.api_key_env,
+            )
+        if content is None:
+            raise Transient("its reply is too long", f"more than {most} bytes", malformed=True)
         try:
             return read_reply(
                 self._dialect, content, response.headers, texts=texts, probabilities=card.score == "probability"
@@ -309,11 +330,13 @@ class RequestSender:
         wait_s = pause_s(call.failures, failure.retry_after_s, jitter=self._jitter())
         if failure.status == 429 or failure.retry_after_s is not None:
             # It asks for less of everybody, not of this call alone.
-            self._paused_until = max(self._paused_until, now + wait_s)
+            believed_s = min(wait_s, max(LONGEST_ASKED_S, self._card.retry_for_s))
+            self._paused_until, self._pause_kind = max(self._paused_until, now + believed_s), failure.kind
         lasted_s = now - call.failing_since
         if call.malformed >= MALFORMED_TRIES or lasted_s + wait_s > self._card.retry_for_s:
             tries = f"{call.failures} tries in {lasted_s:.0f} s" if call.failures > 1 else "one try"
-            asked = f"; it asks to wait {failure.retry_after_s:.0f} s" if failure.retry_after_s else ""
+            asked = f"; it asks to wait {failure.retry_after_s:.6g} s" if failure.retry_after_s else ""
+            self._note_trouble(failure.kind)
             call.fail(Unanswered(f"{failure} ({tries}{asked})"))
             return
         self._loop.call_later(wait_s, lambda: self._add(call, again=True))
@@ -327,9 +350,12 @@ class RequestSender:
         if failure.status == 429:
             self._throttled += 1
             return
-        self._trouble = failure.kind
+        self._note_trouble(failure.kind)
         if self._outage.fails(self._clock()):
             logger.warning("%s does not answer, trying again: %s", self._name, failure.kind)
+
+    def _note_trouble(self, kind: str) -> None:
+        self._trouble, self._trouble_at = kind, self._clock()
 
     def _note_success(self, reply: Reply) -> None:
         now = self._clock()
@@ -343,10 +369,11 @@ class RequestSender:
             logger.warning("%s answers again, after %.0f s", self._name, lasted_s)
 
 
-async def _content(response: httpx.Response, most: int) -> bytes:
+async def _content(response: httpx.Response, most: int) -> bytes | None:
+    """Read a body; None if it is longer than so many bytes."""
     found = bytearray()
     async for part in response.aiter_bytes():
         found += part
         if len(found) > most:
-            raise Transient("its reply is too long", f"more than {most} bytes", malformed=True)
+            return None
     return bytes(found)
