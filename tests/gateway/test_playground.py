@@ -246,10 +246,29 @@ def test_empty_input_is_asked_for_and_sends_nothing(page):
     page.click("#rank")
     assert page.inner_text("#query-fault") == "Write a query first."
     assert "Paste chunks first" in page.inner_text("#chunks-fault")
+    assert [page.get_attribute(field, "aria-invalid") for field in ("#query", "#chunks")] == ["true", "true"]
     page.fill("#query", "why?")
+    assert page.get_attribute("#query", "aria-invalid") == "false"
     page.click("#rank")
     assert page.evaluate("document.activeElement.id") == "chunks"
     assert sent == []
+
+
+def test_a_pasted_job_with_fields_that_no_control_can_show_is_refused_by_name(page):
+    for fields, said in [
+        ({"fusion": {"weights": {"model": "x"}}}, "fusion.weights: expected numbers by name, none below 0"),
+        ({"fusion": {"boosts": [1, None]}}, "fusion.boosts: expected numbers by name, none below 0"),
+        ({"fusion": {"normalise": "raw"}}, "fusion.normalise: expected rules by name"),
+        ({"fusion": 7}, "fusion: expected the name of a profile, or an object"),
+        ({"fusion": "nowhere"}, 'fusion: there is no profile "nowhere" here'),
+        ({"top_k": 1.5}, "top_k: expected a whole number above 0"),
+        ({"min_score": "high"}, "min_score: expected a number"),
+        ({"query": ["why?"]}, "query: expected a text"),
+        ({"fusion": {"weights": None, "boosts": None, "rrf_k": None}, "top_k": None, "model": None}, ""),
+    ]:
+        page.fill("#chunks", json.dumps({"chunks": ["one", "two"], **fields}))
+        until(page, "said => document.querySelector('#chunks-fault').textContent === said", arg=said)
+    assert page.inner_text("#chunks-read") == "2 chunks, read as a job"
 
 
 def test_texts_are_shown_as_texts_whatever_is_in_them(page):
@@ -377,8 +396,10 @@ def test_a_thousand_chunks_are_ranked_and_shown_in_parts(page):
     rank(page, chunks)
     assert "1,000 chunks ranked" in page.inner_text("#facts")
     assert page.locator(".row").count() == 50
-    page.click(".more")
+    page.focus(".more")
+    page.keyboard.press("Enter")
     assert page.locator(".row").count() == 250
+    assert page.evaluate("document.activeElement.closest('.row') === document.querySelectorAll('.row')[50]")
 
 
 # -- judgements and code --------------------------------------------------------------------------------------------
@@ -409,6 +430,8 @@ def test_judgements_are_saved_as_the_command_line_reads_them(page, tmp_path):
     assert query == {"_id": "q1", "text": "why do tides rise and fall?"}
     with (tmp_path / "qrels.tsv").open(newline="") as file:
         assert next(csv.reader(file, delimiter="\t")) == ["query-id", "corpus-id", "score"]
+    rank(page, [{"text": "another text that has the id by now", "id": "c1"}])
+    assert page.get_by_label("Relevant: c1", exact=True).get_attribute("aria-pressed") == "false"
 
 
 NASTY = ["it's \"quoted\" $HOME `id` \\ %s {} 'JSON'", "line\nbreak\ttab", "JSON", "é 你好 🌊 \u2028 \u00a0"]
@@ -491,6 +514,25 @@ def test_a_job_that_the_gateway_refuses_says_which_field(visit):
     until(page, "document.querySelector('#notice').textContent.includes('at least one weight')")
 
 
+def test_a_page_that_could_not_begin_does_so_when_it_is_used(visit, url):
+    page = visit("/icon", expected="Failed to load resource.*(404|503)")
+    refusals = iter([503])
+
+    def answer(route):
+        if next(refusals, None):
+            route.fulfill(status=503, json={"message": "the queue cannot be reached."}, headers={"Retry-After": "7"})
+        else:
+            route.continue_()
+
+    page.route("**/v1/fusion-profiles", answer)
+    page.goto(url)
+    until(page, "document.querySelector('#notice').textContent !== ''")
+    assert page.inner_text("#notice") == "Not available now: the queue cannot be reached. Try again in 7 s."
+    page.fill("#weight-model-number", "3")
+    rank(page, json.dumps({"query": "why do tides rise?", "chunks": TIDES, "fusion": "rrf"}))
+    assert (order(page)[0], page.input_value("#profile"), page.inner_text("#notice")) == (1, "rrf", "")
+
+
 def test_an_unreachable_gateway_is_said_and_the_page_goes_on_once_it_is_back(visit):
     page = visit(expected="ERR_INTERNET_DISCONNECTED")
     ready(page)
@@ -524,6 +566,11 @@ def test_a_key_is_asked_for_sent_and_kept_in_the_tab_only(visit):
     page.click("#rank")
     page.wait_for_selector("#key-dialog[open]")
     assert "asks for an API key" in page.inner_text("#notice")
+    assert not page.locator("#key-fault").is_visible()
+    page.fill("#key", "rk-mistyped")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#key-fault:not([hidden])")
+    assert page.inner_text("#key-fault") == "no such key"
     page.fill("#key", "rk-secret")
     page.keyboard.press("Enter")
     until(page, "document.querySelector('#open-key').textContent === 'API key: set'")
@@ -605,6 +652,8 @@ def test_axe_finds_no_fault_in_the_playground(visit, size, scheme):
     page.locator(".yes").first.click()
     assert faults(page) == []
     settle(page, lambda: page.select_option("#compare", "profile:rrf"))
+    if size == "desktop":
+        assert faults(page) == []
     page.click("#open-code")
     assert faults(page) == []
 
@@ -701,7 +750,7 @@ def test_dead_jobs_are_shown_without_texts_until_asked_then_retried_and_dropped(
     gateway = start_gateway()
     for name in ("one", "two"):
         kill(gateway.settings, name)
-    page = visit("/deployment", base=gateway.url)
+    page = visit("/deployment", base=gateway.url, expected="Failed to load resource.*503")
     page.wait_for_selector(".corpse")
     assert SECRET not in page.content()
     job = page.locator('[data-job="one"]')
@@ -710,6 +759,13 @@ def test_dead_jobs_are_shown_without_texts_until_asked_then_retried_and_dropped(
     job.locator("[data-does=texts]").click()
     job.locator("pre").wait_for()
     assert SECRET in job.locator("pre").inner_text()
+    answered(page, "**/v1/dead/one/retry", 503, {"message": "full"})
+    job.locator("[data-does=retry]").click()
+    job.locator(".fault:not(:empty)").wait_for()
+    with page.expect_response("**/v1/dead?limit=100"):
+        pass
+    assert job.locator(".fault").inner_text() == "Not available now: full. Try again in a moment."
+    page.unroute("**/v1/dead/one/retry")
     job.locator("[data-does=retry]").click()
     page.wait_for_selector('[data-job="one"]', state="detached")
     page.locator('[data-job="two"] [data-does=drop]').click()

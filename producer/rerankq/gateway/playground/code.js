@@ -62,7 +62,10 @@ export function pythonOf(job, origin, withKey) {
     '',
     '',
     'job_id = call("/v1/jobs", JOB)["job_id"]',
-    'for chunk in call(f"/v1/jobs/{job_id}?wait=60")["ranking"]["chunks"]:',
+    'answer = call(f"/v1/jobs/{job_id}?wait=60")',
+    'if not answer.get("ranking"):',
+    '    raise SystemExit(f"{answer[\'state\']}: {answer.get(\'error\') or \'no ranking yet\'}")',
+    'for chunk in answer["ranking"]["chunks"]:',
     '    print(chunk["rank"], round(chunk["score"], 4), chunk["id"])',
     '',
   ].join('\n');

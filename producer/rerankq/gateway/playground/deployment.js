@@ -30,7 +30,7 @@ async function read() {
     if (!(error instanceof CallFailed)) console.error(error);
     notice(plainly(error));
     if (error.status === 401 || error.status === 403) pause(true);
-    if (error.status === 401) askForKey(() => pause(false));
+    if (error.status === 401) askForKey(() => pause(false), error.message);
   }
 }
 
@@ -48,6 +48,8 @@ function pause(now) {
 }
 
 function notice(found) {
+  // The same words again would be read aloud again.
+  if (found && byId('notice').textContent === found.text) return;
   byId('notice').replaceChildren(...(found ? [make('p', { class: `notice ${found.serious ? 'bad' : 'warn'}` }, found.text)] : []));
 }
 
@@ -160,6 +162,8 @@ function deadJob(job) {
     return made;
   };
   const texts = make('div', { class: 'texts' });
+  // Beside the buttons, and not where the next reading would take it away.
+  const fault = make('p', { class: 'fault', role: 'alert' });
   const history = make('details', { open: state.opened.has(job.job_id) }, make('summary', {}, `History: ${counted(job.history.length, 'event')}`), make('ol', { class: 'history' }, ...job.history.map((event) => make('li', {}, make('span', {}, at(event.at)), make('b', {}, event.event), make('span', {}, [EVENTS[event.event], event.worker].filter(Boolean).join(' · '))))));
   history.addEventListener('toggle', () => state.opened[history.open ? 'add' : 'delete'](job.job_id));
   return make(
@@ -168,13 +172,15 @@ function deadJob(job) {
     make('p', {}, job.error || 'No reason was written down.'),
     make('p', { class: 'quiet' }, `Died ${at(job.died_at)}, accepted ${at(job.submitted_at)}. ${counted(job.deaths, 'crash', 'crashes')}, ${counted(job.pairs, 'pair')}, queue ${job.queue}${job.tenant ? `, tenant ${job.tenant}` : ''}.`),
     history,
-    make('div', { class: 'line' }, button('Retry', 'retry', (made) => act(made, job, 'retry')), button('Drop', 'drop', (made) => drop(made, job), 'danger'), button('Show its texts', 'texts', (made) => showTexts(made, job, texts), 'plain')),
+    make('div', { class: 'line' }, button('Retry', 'retry', (made) => act(made, job, 'retry', fault)), button('Drop', 'drop', (made) => drop(made, job, fault), 'danger'), button('Show its texts', 'texts', (made) => showTexts(made, job, texts, fault), 'plain')),
+    fault,
     texts,
   );
 }
 
-async function act(button, job, what) {
+async function act(button, job, what, fault) {
   button.disabled = true;
+  fault.textContent = '';
   const path = `/v1/dead/${encodeURIComponent(job.job_id)}`;
   try {
     await (what === 'retry' ? call(`${path}/retry`, { method: 'POST' }) : call(path, { method: 'DELETE' }));
@@ -183,19 +189,20 @@ async function act(button, job, what) {
     byId('dead-title').focus();
   } catch (error) {
     button.disabled = false;
-    notice(plainly(error));
+    fault.textContent = plainly(error).text;
   }
 }
 
-function drop(button, job) {
+function drop(button, job, fault) {
   const dialog = byId('drop-dialog');
   byId('drop-about').textContent = `${job.job_id}: ${counted(job.pairs, 'pair')}. Its texts and its history are forgotten.`;
   dialog.returnValue = 'keep';
-  dialog.addEventListener('close', () => { if (dialog.returnValue === 'drop') act(button, job, 'drop'); }, { once: true });
+  dialog.addEventListener('close', () => { if (dialog.returnValue === 'drop') act(button, job, 'drop', fault); }, { once: true });
   dialog.showModal();
 }
 
-async function showTexts(button, job, box) {
+async function showTexts(button, job, box, fault) {
+  fault.textContent = '';
   if (box.firstChild) {
     box.replaceChildren();
     button.textContent = 'Show its texts';
@@ -210,7 +217,7 @@ async function showTexts(button, job, box) {
     box.replaceChildren(make('pre', { tabIndex: 0, role: 'region', 'aria-label': `Texts of ${job.job_id}` }, text));
     button.textContent = 'Hide its texts';
   } catch (error) {
-    notice(plainly(error));
+    fault.textContent = plainly(error).text;
   }
 }
 

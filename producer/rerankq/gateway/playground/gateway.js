@@ -106,6 +106,7 @@ function parsed(block) {
 
 /** Say in plain words what went wrong and what helps: {text, serious}. */
 export function plainly(error) {
+  const said = error.message.replace(/\.$/, '');
   const later = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : ' Try again in a moment.';
   switch (error.status) {
     case undefined:
@@ -117,13 +118,13 @@ export function plainly(error) {
     case 401:
       return { text: `The gateway asks for an API key, or does not accept this one: ${error.message}`, serious: true };
     case 413:
-      return { text: `Too large: ${error.message}. Send fewer or shorter chunks.`, serious: true };
+      return { text: `Too large: ${said}. Send fewer or shorter chunks.`, serious: true };
     case 422:
       return { text: `The gateway refused the job: ${error.message}`, serious: true };
     case 429:
-      return { text: `Too much is waiting: ${error.message}.${later}`, serious: false };
+      return { text: `Too much is waiting: ${said}.${later}`, serious: false };
     case 503:
-      return { text: `Not available now: ${error.message}.${later}`, serious: false };
+      return { text: `Not available now: ${said}.${later}`, serious: false };
     default:
       return { text: `It did not work: ${error.message}`, serious: true };
   }

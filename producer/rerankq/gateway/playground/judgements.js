@@ -1,4 +1,4 @@
-// Judgements: which chunk is relevant for which query, and the files that `rerankq evaluate` and `tune` read.
+// Judgements: which chunk is relevant for which query, and the files that `rerankq rescore --qrels` reads.
 
 // What separates columns there, so that no id may hold it.
 const BLANK = /[\t\n\v\f\r \0]/;
@@ -7,16 +7,18 @@ const BLANK = /[\t\n\v\f\r \0]/;
 export class Judgements {
   #queries = new Map();
 
-  /** Set a grade (1 relevant, 0 not), or take it back with null. */
-  set(query, id, grade) {
+  /** Set a grade (1 relevant, 0 not), or take it back with null. A chunk without an id is named by its position. */
+  set(query, id, grade, { text }) {
     const grades = this.#queries.get(query) ?? new Map();
     if (grade === null) grades.delete(id);
-    else grades.set(id, grade);
+    else grades.set(id, { grade, text });
     this.#queries.set(query, grades);
   }
 
-  get(query, id) {
-    return this.#queries.get(query)?.get(id) ?? null;
+  /** Tell a chunk's grade; null for none, and for another chunk that has its id by now. */
+  get(query, id, { text }) {
+    const found = this.#queries.get(query)?.get(id);
+    return found?.text === text ? found.grade : null;
   }
 
   get size() {
@@ -32,7 +34,7 @@ export class Judgements {
     const rows = ['query-id\tcorpus-id\tscore'];
     let left = 0;
     for (const { id, grades } of this.#judged()) {
-      for (const [chunk, grade] of grades) {
+      for (const [chunk, { grade }] of grades) {
         if (BLANK.test(chunk)) left += 1;
         else rows.push(`${id}\t${chunk}\t${grade}`);
       }

@@ -9,7 +9,7 @@ let afterwards = () => {};
 export function readyKeyDialog(changed) {
   const [dialog, field] = [byId('key-dialog'), byId('key')];
   afterwards = changed;
-  byId('open-key').addEventListener('click', () => ask());
+  byId('open-key').addEventListener('click', () => ask(''));
   byId('forget-key').addEventListener('click', () => { field.value = ''; });
   dialog.addEventListener('close', () => {
     const answer = dialog.returnValue;
@@ -22,17 +22,19 @@ export function readyKeyDialog(changed) {
   tell();
 }
 
-function ask() {
+function ask(fault) {
+  byId('key-fault').textContent = fault;
+  byId('key-fault').hidden = !fault;
   const dialog = byId('key-dialog');
   dialog.returnValue = 'cancel';
   dialog.showModal();
   byId('key').focus();
 }
 
-/** Ask for a key because the gateway wants one. */
-export function askForKey(then) {
+/** Ask for a key because the gateway wants one; say why the one that is kept is not it, if one is. */
+export function askForKey(then, refusal) {
   afterwards = then;
-  if (!byId('key-dialog').open) ask();
+  if (!byId('key-dialog').open) ask(key.read() ? refusal : '');
 }
 
 function tell() {

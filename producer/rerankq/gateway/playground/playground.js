@@ -37,6 +37,7 @@ const state = {
   everyOpen: false,
   judgements: new Judgements(),
   running: null,
+  starting: null,
   // The text was changed, and its job's fields are not in the controls yet.
   fresh: false,
 };
@@ -44,29 +45,39 @@ const state = {
 /* What goes in */
 
 function readInput() {
-  const fault = byId('chunks-fault');
   try {
     const found = read(byId('chunks').value, byId('format').value);
     state.input = found;
-    fault.hidden = true;
+    // Its profile is among those that the gateway has, once they are read.
+    if (state.fresh && state.fusion) takeJob();
+    tellFault('chunks', '');
     byId('chunks-read').textContent = found.chunks.length ? `${counted(found.chunks.length, 'chunk')}, read as ${found.kind}` : '';
   } catch (error) {
     if (!(error instanceof Unreadable)) throw error;
     state.input = { chunks: [], job: null, fault: error.message };
     byId('chunks-read').textContent = '';
-    fault.textContent = error.message;
-    fault.hidden = false;
+    tellFault('chunks', error.message);
   }
   fitTopK();
   noteSignals();
-  if (state.fresh) takeJob();
-  state.fresh = false;
+}
+
+/** Say below a field what is wrong with it; nothing if it is in order. */
+function tellFault(id, text) {
+  byId(`${id}-fault`).textContent = text;
+  byId(`${id}-fault`).hidden = !text;
+  byId(id).setAttribute('aria-invalid', String(Boolean(text)));
 }
 
 /** Put the fields of a job that came with its chunks into the controls. */
 function takeJob() {
   const { job } = state.input;
-  if (!job) return;
+  if (job) controlBy(job);
+  state.fresh = false;
+}
+
+function controlBy(job) {
+  if (typeof job.fusion === 'string' && !state.profiles.some((one) => one.name === job.fusion)) throw new Unreadable(`fusion: there is no profile "${job.fusion}" here`);
   if (typeof job.query === 'string') byId('query').value = job.query;
   if (typeof job.fusion === 'string') chooseProfile(job.fusion);
   else if (job.fusion && typeof job.fusion === 'object') takeFusion({ ...profile().fusion, boosts: {}, normalise: {}, ...job.fusion });
@@ -93,8 +104,7 @@ async function loadFile(file) {
     await loadText(await readFile(file, FILE_BYTES));
   } catch (error) {
     if (!(error instanceof Unreadable)) throw error;
-    byId('chunks-fault').textContent = error.message;
-    byId('chunks-fault').hidden = false;
+    tellFault('chunks', error.message);
   }
 }
 
@@ -117,7 +127,7 @@ function otherFields() {
 const profile = () => state.profiles.find((one) => one.name === byId('profile').value) ?? state.profiles[0];
 
 function chooseProfile(name) {
-  if (state.profiles.some((one) => one.name === name)) byId('profile').value = name;
+  byId('profile').value = name;
   takeFusion(profile().fusion);
 }
 
@@ -201,10 +211,12 @@ function weightRow(kind, name, onChange) {
 
 function buildWeights() {
   byId('weights').append(...SIGNALS.map((name) => weightRow('weight', name, (signal, value) => {
+    if (!state.fusion) return;
     state.fusion.weights[signal] = value;
     fusionChanged();
   })));
   byId('boosts').append(...BOOSTED.map((name) => weightRow('boost', name, (field, value) => {
+    if (!state.fusion) return;
     if (value) state.fusion.boosts[field] = value;
     else delete state.fusion.boosts[field];
     fusionChanged();
@@ -310,13 +322,8 @@ const titleOf = () => `Profile ${byId('profile').value}${byId('reset').hidden ? 
 /** Check what a person can mend before anything is sent. */
 function ready() {
   const asked = byId('query').value.trim();
-  byId('query-fault').hidden = Boolean(asked);
-  byId('query-fault').textContent = asked ? '' : 'Write a query first.';
-  const fault = byId('chunks-fault');
-  if (!state.input.chunks.length && !state.input.fault) {
-    fault.textContent = 'Paste chunks first, or load a sample.';
-    fault.hidden = false;
-  }
+  tellFault('query', asked ? '' : 'Write a query first.');
+  if (!state.input.chunks.length && !state.input.fault) tellFault('chunks', 'Paste chunks first, or load a sample.');
   if (!asked) byId('query').focus();
   else if (!state.input.chunks.length) byId('chunks').focus();
   return Boolean(asked && state.input.chunks.length);
@@ -325,6 +332,9 @@ function ready() {
 async function run({ reveal = true } = {}) {
   readInput();
   if (!ready()) return;
+  // Pressed before the page knew the gateway's profiles, or after it could not read them.
+  if (!state.fusion) await start();
+  if (!state.fusion || state.input.fault) return;
   state.running?.abort();
   const running = (state.running = new AbortController());
   const wanted = jobs();
@@ -390,10 +400,12 @@ async function explainWaiting(running) {
 function failed(error) {
   if (!(error instanceof CallFailed)) console.error(error);
   notice(plainly(error));
-  if (error.status === 401) askForKey(start);
+  if (error.status === 401) askForKey(start, error.message);
 }
 
 function notice(found) {
+  // The same words again would be read aloud again.
+  if (found && byId('notice').textContent === found.text) return;
   byId('notice').replaceChildren(...(found ? [make('p', { class: `notice ${found.serious ? 'bad' : 'warn'}` }, found.text)] : []));
 }
 
@@ -450,16 +462,18 @@ function compareColumns(top) {
   const { outcome } = state;
   const [left, right] = outcome.sides;
   const from = new Map(left.whole.chunks.map((chunk) => [chunk.index, chunk.rank]));
-  const columns = [left, right].map(() => make('div', { class: 'column' }));
+  const both = [left, right].map(() => make('div', { class: 'column' }));
   const gutter = make('div', { class: 'gutter', 'aria-hidden': 'true' });
   gutter.append(document.createElementNS('http://www.w3.org/2000/svg', 'svg'));
-  top.replaceChildren(columns[0], gutter, columns[1]);
+  top.replaceChildren(both[0], gutter, both[1]);
   for (const [at, side] of [left, right].entries()) {
-    columns[at].append(make('h3', {}, side.title), make('p', { class: 'facts' }, ...factsOf(side, outcome.chunks.length)));
+    both[at].append(make('h3', {}, side.title), make('p', { class: 'facts' }, ...factsOf(side, outcome.chunks.length)));
   }
-  fill(columns[0], left, () => null);
-  fill(columns[1], right, (ranked) => ({ from: from.get(ranked.index) ?? null, to: ranked.rank, where: left.title }));
+  fill(both[0], left, () => null);
+  fill(both[1], right, (ranked) => ({ from: from.get(ranked.index) ?? null, to: ranked.rank, where: left.title }));
 }
+
+const columns = () => [...byId('rankings').querySelectorAll('.column')];
 
 function fill(column, side, movedOf) {
   const { outcome } = state;
@@ -467,7 +481,7 @@ function fill(column, side, movedOf) {
   const active = activeOf(side.whole);
   const options = (ranked) => ({
     fusion: side.job.fusion, widest, active, moved: movedOf(ranked),
-    judgement: state.judgements.get(outcome.query, ranked.id),
+    judgement: state.judgements.get(outcome.query, ranked.id, outcome.chunks[ranked.index]),
     open: state.everyOpen || state.opened.has(ranked.index),
     on: { judge, open: (index, opened) => { state.opened[opened ? 'add' : 'delete'](index); redraw(); } },
   });
@@ -479,7 +493,13 @@ function fill(column, side, movedOf) {
   if (side.ranking.chunks.length > state.shown) {
     const left = side.ranking.chunks.length - state.shown;
     const more = make('button', { type: 'button', class: 'more' }, `Show ${count(Math.min(left, 4 * ROWS))} more of ${count(left)}`);
-    more.addEventListener('click', () => { state.shown += 4 * ROWS; show(); });
+    more.addEventListener('click', () => {
+      const [next, at] = [side.ranking.chunks[state.shown], columns().indexOf(column)];
+      state.shown += 4 * ROWS;
+      show();
+      // The button is gone: whoever works with the keyboard goes on where it was.
+      columns()[at]?.querySelector(`.row[data-index="${next.index}"] button`)?.focus({ preventScroll: true });
+    });
     column.append(make('div', { class: 'stack' }, more));
   }
   addDropped(column, side, options);
@@ -499,9 +519,9 @@ function addDropped(column, side, options) {
   ];
   for (const [chunks, title] of groups) {
     if (!chunks.length) continue;
-    const list = make('ol', { class: 'rows' });
+    const list = make('ol', { class: 'rows', 'aria-label': `${title}, ${side.title}` });
     list.append(...chunks.slice(0, state.shown).map((ranked) => row(ranked, state.outcome.chunks[ranked.index], options(ranked))));
-    const section = make('section', { class: 'dropped', 'aria-label': title }, make('h3', {}, `${title}: ${counted(chunks.length, 'chunk')}`), list);
+    const section = make('section', { class: 'dropped', 'aria-label': `${title}, ${side.title}` }, make('h3', {}, `${title}: ${counted(chunks.length, 'chunk')}`), list);
     if (chunks.length > state.shown) section.append(make('p', { class: 'quiet' }, `and ${count(chunks.length - state.shown)} more`));
     column.append(section);
   }
@@ -557,15 +577,15 @@ const redraw = settled(0, () => {
     const bounds = one.getBoundingClientRect();
     return { index: Number(one.dataset.index), y: bounds.top - box.top + Math.min(bounds.height / 2, 28) };
   });
-  const columns = [...byId('rankings').querySelectorAll('.column')];
-  const after = columns.flatMap((column, at) => (at === columns.length - 1 ? middles(column) : []));
+  const shown = columns();
+  const after = middles(shown.at(-1));
   let before;
-  if (columns.length > 1) before = middles(columns[0]);
+  if (shown.length > 1) before = middles(shown[0]);
   else {
     const order = firstStage(state.outcome.chunks, byId('first-stage').value);
     before = order.map((index, at) => ({ index, y: after[at]?.y ?? box.height + 24 }));
   }
-  drawMoves(svg, before, after, { width: box.width, height: box.height, labelled: columns.length === 1 });
+  drawMoves(svg, before, after, { width: box.width, height: box.height, labelled: shown.length === 1 });
 });
 
 function light(event) {
@@ -576,7 +596,7 @@ function light(event) {
 /* Judgements and code */
 
 function judge(ranked, grade) {
-  state.judgements.set(state.outcome.query, ranked.id, grade);
+  state.judgements.set(state.outcome.query, ranked.id, grade, state.outcome.chunks[ranked.index]);
   for (const other of byId('rankings').querySelectorAll(`.row[data-index="${ranked.index}"]`)) {
     other.querySelector('.yes').setAttribute('aria-pressed', String(grade === 1));
     other.querySelector('.no').setAttribute('aria-pressed', String(grade === 0));
@@ -658,14 +678,27 @@ function offerComparisons(models) {
   if (select.selectedIndex < 0) select.value = '';
 }
 
-async function start() {
+/** Read what the controls offer; once at a time. */
+function start() {
+  state.starting ??= begin().finally(() => { state.starting = null; });
+  return state.starting;
+}
+
+async function begin() {
   try {
     const [{ profiles }, samples] = await Promise.all([call('/v1/fusion-profiles'), call('/playground/sample.json')]);
     state.profiles = profiles;
     state.samples = samples;
+    const chosen = byId('profile').value;
     byId('profile').replaceChildren(...profiles.map(({ name }) => make('option', { value: name }, name)));
     byId('sample').replaceChildren(make('option', { value: '' }, 'Load a sample …'), ...samples.map(({ query }, at) => make('option', { value: String(at) }, query)));
-    chooseProfile('default');
+    if (state.fusion && profiles.some(({ name }) => name === chosen)) byId('profile').value = chosen;
+    else {
+      chooseProfile('default');
+      // What was written before, or kept by the browser from the last visit.
+      state.fresh = true;
+      readInput();
+    }
     await readDeployment();
     notice(null);
   } catch (error) {
@@ -680,7 +713,7 @@ function listen() {
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) { event.preventDefault(); run(); }
   });
   on('cancel', 'click', cancel);
-  on('query', 'input', () => { byId('query-fault').hidden = true; });
+  on('query', 'input', () => tellFault('query', ''));
   on('chunks', 'input', () => { state.fresh = true; });
   on('chunks', 'input', settled(READ_SETTLE_MS, readInput));
   on('format', 'change', readInput);

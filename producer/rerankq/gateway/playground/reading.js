@@ -21,6 +21,7 @@ export function read(text, format = 'auto') {
   }
   if (whole && typeof whole === 'object' && Array.isArray(whole.chunks)) {
     const { chunks, ...job } = whole;
+    checkJob(job);
     return { chunks: chunks.map((value, at) => chunkOf(value, `chunk ${at + 1}`)), kind: 'a job', job };
   }
   // The body of a call in somebody's dialect: of its options only the query is sure to mean the same here.
@@ -35,6 +36,24 @@ export function read(text, format = 'auto') {
     if (!/^[[{]\s*["{[]/.test(trimmed)) return lines(text);
   }
   return jsonLines(text);
+}
+
+/** Check those fields of a job that become controls; all others the gateway checks. */
+function checkJob({ query, model, min_score: threshold, top_k: most, fusion }) {
+  const expect = (value, good, name, what) => {
+    if (value !== undefined && value !== null && !good(value)) throw new Unreadable(`${name}: expected ${what}`);
+  };
+  const isNumber = (value) => typeof value === 'number' && Number.isFinite(value);
+  const weighs = (value) => isObject(value) && Object.values(value).every((weight) => isNumber(weight) && weight >= 0);
+  expect(query, (value) => typeof value === 'string', 'query', 'a text');
+  expect(model, (value) => typeof value === 'string', 'model', 'a name');
+  expect(threshold, isNumber, 'min_score', 'a number');
+  expect(most, (value) => Number.isInteger(value) && value > 0, 'top_k', 'a whole number above 0');
+  expect(fusion, (value) => typeof value === 'string' || isObject(value), 'fusion', 'the name of a profile, or an object');
+  if (!isObject(fusion)) return;
+  for (const name of ['weights', 'boosts']) expect(fusion[name], weighs, `fusion.${name}`, 'numbers by name, none below 0');
+  expect(fusion.normalise, isObject, 'fusion.normalise', 'rules by name');
+  for (const [name, value] of Object.entries(fusion)) if (value === null) delete fusion[name];
 }
 
 function lines(text) {
