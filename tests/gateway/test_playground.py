@@ -258,6 +258,11 @@ def test_a_pasted_job_with_fields_that_no_control_can_show_is_refused_by_name(pa
     for fields, said in [
         ({"fusion": {"weights": {"model": "x"}}}, "fusion.weights: expected numbers by name, none below 0"),
         ({"fusion": {"boosts": [1, None]}}, "fusion.boosts: expected numbers by name, none below 0"),
+        (
+            {"fusion": {"weights": {"colour": 1}}},
+            "fusion.weights: expected only model, token, vector, keyword, pagerank, tags, not colour",
+        ),
+        ({"fusion": {"method": "best"}}, 'fusion.method: expected "weighted" or "rrf"'),
         ({"fusion": {"normalise": "raw"}}, "fusion.normalise: expected rules by name"),
         ({"fusion": 7}, "fusion: expected the name of a profile, or an object"),
         ({"fusion": "nowhere"}, 'fusion: there is no profile "nowhere" here'),

@@ -77,6 +77,10 @@ function takeJob() {
 }
 
 function controlBy(job) {
+  for (const [field, names] of Object.entries({ weights: SIGNALS, boosts: BOOSTED })) {
+    const other = Object.keys(job.fusion?.[field] ?? {}).find((name) => !names.includes(name));
+    if (other !== undefined) throw new Unreadable(`fusion.${field}: expected only ${names.join(', ')}, not ${other}`);
+  }
   if (typeof job.fusion === 'string' && !state.profiles.some((one) => one.name === job.fusion)) throw new Unreadable(`fusion: there is no profile "${job.fusion}" here`);
   if (typeof job.query === 'string') byId('query').value = job.query;
   if (typeof job.fusion === 'string') chooseProfile(job.fusion);
@@ -331,6 +335,8 @@ function ready() {
 
 async function run({ reveal = true } = {}) {
   readInput();
+  // What the last try said is over.
+  notice(null);
   if (!ready()) return;
   // Pressed before the page knew the gateway's profiles, or after it could not read them.
   if (!state.fusion) await start();
@@ -340,7 +346,6 @@ async function run({ reveal = true } = {}) {
   const wanted = jobs();
   const explain = setTimeout(() => explainWaiting(running), EXPLAIN_AFTER_S * 1000);
   working(true);
-  notice(null);
   try {
     const progress = wanted.map(() => ({ done: 0, total: state.input.chunks.length, state: 'queued' }));
     const found = await Promise.all(wanted.map(({ job, title }, at) => rankWhole(job, {

@@ -52,6 +52,7 @@ function checkJob({ query, model, min_score: threshold, top_k: most, fusion }) {
   expect(fusion, (value) => typeof value === 'string' || isObject(value), 'fusion', 'the name of a profile, or an object');
   if (!isObject(fusion)) return;
   for (const name of ['weights', 'boosts']) expect(fusion[name], weighs, `fusion.${name}`, 'numbers by name, none below 0');
+  expect(fusion.method, (value) => ['weighted', 'rrf'].includes(value), 'fusion.method', '"weighted" or "rrf"');
   expect(fusion.normalise, isObject, 'fusion.normalise', 'rules by name');
   for (const [name, value] of Object.entries(fusion)) if (value === null) delete fusion[name];
 }
