@@ -13,6 +13,7 @@ pytest.importorskip("haystack", reason="haystack-ai is not installed")
 from haystack import Document, Pipeline
 from haystack.components.retrievers.in_memory import InMemoryBM25Retriever
 from haystack.document_stores.in_memory import InMemoryDocumentStore
+from haystack.utils import Secret
 
 from rerankq import Client, Fusion
 from rerankq.errors import JobRejected
@@ -49,6 +50,20 @@ def test_the_best_documents_come_first_as_copies_with_their_scores(ranker):
     assert [document.score for document in found] == sorted((document.score for document in found), reverse=True)
     assert {document.id: document.meta for document in found} == {document.id: document.meta for document in given}
     assert given == documents()
+
+
+def test_a_url_in_a_secret_is_written_out_as_the_name_of_its_variable(monkeypatch):
+    monkeypatch.setenv("MY_REDIS", "redis://:secret@127.0.0.1:1/0")
+    one = RerankqRanker(url=Secret.from_env_var("MY_REDIS"))
+    written = one.to_dict()
+    assert written["init_parameters"]["url"] == {"type": "env_var", "env_vars": ["MY_REDIS"], "strict": True}
+    monkeypatch.setenv("MY_REDIS", "redis://127.0.0.1:2/0")
+    again = RerankqRanker.from_dict(written)
+    assert again.to_dict() == written
+    assert again._reranker.url == "redis://127.0.0.1:2/0"
+    with pytest.raises(ValueError, match="token"):
+        RerankqRanker(url=Secret.from_token("redis://127.0.0.1:1/0")).to_dict()
+    again.warm_up()
 
 
 def test_ranking_with_asyncio_gives_the_same(ranker):

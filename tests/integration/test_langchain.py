@@ -163,12 +163,14 @@ def test_a_cross_encoder_scores_pairs_in_order(bundled_url):
     with RerankqCrossEncoder(url=bundled_url, timeout=60) as encoder:
         scores = encoder.score(pairs)
         assert encoder.score([]) == []
+        assert encoder.score([(QUERY, " "), ("", "")]) == [0.0, 0.0]
         assert [encoder.score([pair])[0] for pair in pairs] == pytest.approx(scores, abs=1e-4)
     assert scores[0] == scores[4] > scores[2]
     assert scores[1] > scores[3]
     assert all(0 <= score <= 1 for score in scores)
     with RerankqCrossEncoder(url=bundled_url, timeout=60, raw_scores=True) as encoder:
         logits = encoder.score(pairs)
+        assert encoder.score([(QUERY, BREAD.page_content), (QUERY, ""), pairs[0]])[1] == min(0.0, logits[2])
     assert sorted(range(5), key=logits.__getitem__) == sorted(range(5), key=scores.__getitem__)
     assert min(logits) < 0
 
@@ -187,7 +189,7 @@ def test_a_cross_encoder_raises_the_errors_of_the_client(redis_url, bundled_url)
     with RerankqCrossEncoder(url=bundled_url) as encoder, pytest.raises(JobRejected, match="query"):
         encoder.score([("", "a")])
     with RerankqCrossEncoder(url=bundled_url, timeout=60, job_fields={"deadline_s": 60}) as encoder:
-        assert len(encoder.score([(QUERY, "")])) == 1
+        assert len(encoder.score([(QUERY, "a")])) == 1
 
 
 def test_langchains_reranker_takes_the_cross_encoder(bundled_url):

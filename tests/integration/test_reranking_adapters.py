@@ -260,3 +260,9 @@ def test_an_adapter_serves_one_event_loop_after_another(bundled_url):
     first, second = (asyncio.run(reranker.arank(QUERY, chunks())) for _ in range(2))
     assert first == second
     asyncio.run(reranker.aclose())
+
+
+def test_options_have_a_json_schema_without_the_clients():
+    properties = Reranker.model_json_schema()["properties"]
+    assert not {"client", "async_client"} & properties.keys()
+    assert properties["skip_at_or_below"]["minimum"] == 0

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal, Self
 
 from haystack import Document, component, default_from_dict, default_to_dict
+from haystack.utils import Secret
 
 from ..client import AsyncClient, Client
 from ..contract import Fusion, Priority
@@ -30,7 +31,7 @@ class RerankqRanker:
     def __init__(
         self,
         *,
-        url: str | None = None,
+        url: str | Secret | None = None,
         model: str | None = None,
         top_k: int | None = 10,
         min_score: float | None = None,
@@ -49,7 +50,7 @@ class RerankqRanker:
     ) -> None:
         """Make a ranker; what is not given comes from the environment (``RERANKQ_…``).
 
-        :param url: The broker's URL. One with a password is not serialised.
+        :param url: The broker's URL, or a secret that holds it. A text with a password is not serialised.
         :param model: Name of the model. None: the deployment's default.
         :param top_k: At most so many documents. None: all.
         :param min_score: Leave out what scores lower, on the scale of the fusion.
@@ -75,10 +76,11 @@ class RerankqRanker:
         self.title_key = title_key
         self.meta_fields_to_embed = list(meta_fields_to_embed or [])
         self.embedding_separator = embedding_separator
+        self._secret = url if isinstance(url, Secret) else None
         self._reranker = Reranker(
             client=client,
             async_client=async_client,
-            url=url,
+            url=url.resolve_value() if isinstance(url, Secret) else url,
             model=model,
             min_score=min_score,
             fusion=fusion,
@@ -90,7 +92,13 @@ class RerankqRanker:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Serialise the options; clients that were given are not among them."""
+        """Serialise the options; clients that were given are not among them.
+
+        :raises ValueError: If ``url`` is a secret that may not be written out, as one of a token.
+        """
+        options = self._reranker.model_dump(mode="json")
+        if self._secret is not None:
+            options["url"] = self._secret.to_dict()
         return default_to_dict(
             self,
             top_k=self.top_k,
@@ -98,13 +106,19 @@ class RerankqRanker:
             title_key=self.title_key,
             meta_fields_to_embed=self.meta_fields_to_embed,
             embedding_separator=self.embedding_separator,
-            **self._reranker.model_dump(mode="json"),
+            **options,
         )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Make a ranker of what :meth:`to_dict` answered."""
-        return default_from_dict(cls, data)
+        options = dict(data.get("init_parameters", {}))
+        if isinstance(options.get("url"), dict):
+            options["url"] = Secret.from_dict(options["url"])
+        return default_from_dict(cls, {**data, "init_parameters": options})
+
+    def warm_up(self) -> None:
+        """Do nothing: the model is loaded by a worker, and the client is made by the first run."""
 
     @component.output_types(documents=list[Document])
     def run(self, query: str, documents: list[Document], top_k: int | None = None) -> dict[str, list[Document]]:

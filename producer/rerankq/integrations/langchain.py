@@ -87,7 +87,7 @@ def _scored(document: Document, score: float | None) -> Document:
 class RerankqCrossEncoder(Adapter, BaseCrossEncoder):
     """Score pairs of texts by the model alone, for whatever takes a LangChain cross encoder.
 
-    The pairs of one query are one job.
+    The pairs of one query are one job. Blank texts are not among them: they score 0, or as little as any other pair.
     """
 
     raw_scores: bool = Field(False, description="Answer the model's raw logits instead of probabilities.")
@@ -112,7 +112,7 @@ class RerankqCrossEncoder(Adapter, BaseCrossEncoder):
             for query, places in parts
         )
         outcomes = dict(client.as_completed(job_ids, self.timeout))
-        scores = [0.0] * len(text_pairs)
+        scores: dict[int, float] = {}
         for job_id, (_, places) in zip(job_ids, parts, strict=True):
             ranking = outcomes[job_id]
             if isinstance(ranking, RerankqError):
@@ -120,20 +120,23 @@ class RerankqCrossEncoder(Adapter, BaseCrossEncoder):
             for chunk in ranking.chunks:
                 logit = chunk.model_logit
                 scores[places[chunk.index]] = logit if self.raw_scores and logit is not None else chunk.score
-        return scores
+        least = min([0.0, *scores.values()])
+        return [scores.get(at, least) for at in range(len(text_pairs))]
 
     def _own_fields(self) -> dict[str, Any]:
         return super()._own_fields() | {"fusion": "model"}
 
 
 def _by_query(pairs: Sequence[tuple[str, str]], limit: int) -> Iterator[tuple[str, list[int]]]:
-    """Group the positions of pairs by their query, at most *limit* together.
+    """Group the positions of pairs by their query, at most *limit* together; those of blank texts are left out.
 
-    >>> list(_by_query([("a", "1"), ("b", "2"), ("a", "3"), ("a", "4")], 2))
-    [('a', [0, 2]), ('a', [3]), ('b', [1])]
+    >>> list(_by_query([("a", "1"), ("b", "2"), ("a", "3"), ("a", " "), ("a", "4")], 2))
+    [('a', [0, 2]), ('a', [4]), ('b', [1])]
     """
     places: dict[str, list[int]] = {}
-    for at, (query, _) in enumerate(pairs):
+    for at, (query, text) in enumerate(pairs):
+        if not text.strip():
+            continue
         places.setdefault(query, []).append(at)
     for query, of_query in places.items():
         for start in range(0, len(of_query), limit):

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from .. import contract
 from ..client import AsyncClient, Client
@@ -75,10 +76,11 @@ class Adapter(BaseModel):
         default_factory=dict, description="Any other field of a job, such as `deadline_s`, `cache` or `query_tags`."
     )
 
-    client: Client | None = Field(
+    # Neither is data, so that neither is in the JSON schema.
+    client: SkipJsonSchema[Client] | None = Field(
         None, description="A client to use instead of one of its own; it is not closed here.", exclude=True, repr=False
     )
-    async_client: AsyncClient | None = Field(
+    async_client: SkipJsonSchema[AsyncClient] | None = Field(
         None, description="The same for asyncio; one of both is enough.", exclude=True, repr=False
     )
 
