@@ -44,6 +44,10 @@ DialectName = Literal[
 ]
 
 
+#: Dialects whose requests have a field for an instruction.
+INSTRUCTED: tuple[DialectName, ...] = ("dashscope", "siliconflow", "vllm")
+
+
 def _bare_url(url: str) -> str:
     parts = urlsplit(url)
     # Reading the port raises ValueError where it is no number.
@@ -84,6 +88,7 @@ class RemoteCard(BaseModel):
     timeout_s: float = Field(60, gt=0, le=600)
     retry_for_s: float = Field(300, ge=0, le=86_400)
     parameters: dict[str, JsonValue] = {}
+    takes_instruction: bool = False
     choose_when: str = ""
     aliases: list[str] = []
 
@@ -91,6 +96,9 @@ class RemoteCard(BaseModel):
     def _names_a_model(self) -> Self:
         if not self.model and self.dialect != "tei":
             msg = f"model: the dialect {self.dialect} needs the model's name on that server"
+            raise ValueError(msg)
+        if self.takes_instruction and self.dialect not in INSTRUCTED:
+            msg = f"takes_instruction: only {', '.join(INSTRUCTED)} have a field for one, not {self.dialect}"
             raise ValueError(msg)
         return self
 

@@ -428,6 +428,13 @@ class RerankJob(Written):
         "``window`` does not exist yet and is refused.",
         default="truncate",
     )
+    instruction: Annotated[Text, AfterValidator(str.strip)] = _field(
+        "model",
+        "What to judge by, for models whose chat template has a place for it, such as Qwen3-Reranker; in place of the "
+        "template's own. With other models the job fails. Empty: the template's own.",
+        default="",
+        max_length=8_192,
+    )
     cache: Literal["use", "refresh", "bypass"] = _field(
         "client, worker",
         "``use``: read and store scores. ``refresh``: compute all pairs again and store them. ``bypass``: neither read "

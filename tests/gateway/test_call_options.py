@@ -1,13 +1,14 @@
 """What a call means beside its dialect: its headers, its model's name, and what it gets where there is no ranking."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from rerankq.contract import Chunk, Ranking
 from rerankq.errors import BrokerUnavailable, JobRejected, JobTimedOut, JobUnknown, NoWorker, QueueFull
 from rerankq.gateway.call_options import options_of, split_model
-from rerankq.gateway.hosted_models import resolve
+from rerankq.gateway.hosted_models import NO_INSTRUCTION, resolve
 from rerankq.gateway.ranker import Ranker
 from rerankq.gateway.rerank_call import CallOptions, RerankCall, job_of_call, reply_of
 from rerankq.ledger.registry import WorkerInfo
@@ -31,6 +32,15 @@ def test_a_malformed_header_is_named_with_what_was_expected(header, value):
     with pytest.raises(JobRejected, match=f"^X-Rerankq-{header}: expected ") as refused:
         options_of({f"X-Rerankq-{header}": value})
     assert refused.value.field == f"X-Rerankq-{header}"
+
+
+def test_an_instruction_is_left_out_with_a_warning_unless_every_worker_of_the_model_takes_one():
+    asked, takes = replace(CALL, instruction="find causes"), WORKER._replace(takes_instruction=True)
+    for workers, warnings in [([takes, takes], ()), ([takes, WORKER], (NO_INSTRUCTION,)), ([], (NO_INSTRUCTION,))]:
+        call, options = resolve(asked, CallOptions(), workers, SETTINGS)
+        assert call.warnings == warnings
+        job = job_of_call(call, options, job_id="j", timeout_s=60)
+        assert job.instruction == ("" if warnings else "find causes")
 
 
 def test_blanks_round_a_models_name_are_none_of_it():

@@ -162,9 +162,10 @@ def test_limits_in_tokens_and_priorities_reach_the_call():
         ),
     ],
 )
-def test_an_instruction_is_ignored_with_a_warning(path, body):
+def test_an_instruction_is_read_out_of_every_dialect_that_has_one(path, body):
     _, _, call = read(path, body)
-    assert call.warnings == ("the model takes no instruction: it was ignored",)
+    for one in getattr(call, "calls", (call,)):
+        assert (one.instruction, one.warnings) == ("prefer recent ones", ())
 
 
 def test_warnings_are_told_in_the_meta_of_a_response():

@@ -136,6 +136,11 @@ def test_catalogue_without_other_servers_has_none(tmp_path: Path):
         ('dialect = "jina"', 'dialect = "klingon"', "remote.mine.dialect: Input should be"),
         ('dialect = "jina"', "", "remote.mine.dialect: Field required"),
         ('model = "m"', "", "the dialect jina needs the model's name"),
+        (
+            'model = "m"',
+            'model = "m"\ntakes_instruction = true',
+            "only dashscope, siliconflow, vllm have a field for one",
+        ),
         ('score = "probability"', "", "remote.mine.score: Field required"),
         ('score = "probability"', 'score = "percent"', "remote.mine.score: Input should be"),
         ("max_documents = 10", "max_documents = 0", "remote.mine.max_documents: Input should be greater"),

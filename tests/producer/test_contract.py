@@ -455,6 +455,7 @@ OTHER: dict[str, Any] = {
     "max_length": 256,
     "query_max_tokens": 64,
     "long_chunks": "window",
+    "instruction": "judge by it",
     "skip_at_or_below": 3,
     "tenant": "t",
     "return_text": True,

@@ -234,9 +234,11 @@ def test_everything_that_changes_a_logit_changes_the_fingerprint():
     base = {"engine": "weights", "max_length": 512, "query_max_tokens": 128, "long_chunks": "truncate", "rule": "1"}
     others = [
         {"engine": "other"}, {"max_length": 256}, {"query_max_tokens": 64}, {"long_chunks": "window"}, {"rule": "2"},
+        {"instruction": "judge by it"}, {"instruction": "judge by it not"},
     ]  # fmt: skip
     prints = [score_fingerprint(changed.pop("engine"), **changed) for changed in [base | one for one in ({}, *others)]]
     assert len(set(prints)) == len(prints)
+    assert score_fingerprint(base.pop("engine"), **base, instruction="") == prints[0]
 
 
 def test_similar_texts_have_different_hashes():

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from rerankq_worker import engine
-from rerankq_worker.engine import ModelUnusable
+from rerankq_worker.engine import ModelUnusable, PairFailed
 from rerankq_worker.engine.tokenising.chat_pairs import ChatPairs
-from rerankq_worker.engine.tokenising.pair_format import pair_tokeniser_for
+from rerankq_worker.engine.tokenising.pair_format import KEPT_INSTRUCTIONS, InstructedTokenisers, pair_tokeniser_for
 from rerankq_worker.engine.tokenising.pair_tokeniser import PairTokeniser
 from rerankq_worker.engine.tokenising.rendering import qwen3
 from rerankq_worker.engine.tokenising.whole_pairs import WholePairs
@@ -177,6 +177,35 @@ def test_a_decoder_with_a_chat_template_for_chatbots_uses_the_format_of_qwen3(tm
     whole = [peer.tokenizer.encode(qwen3("Find it")(QUERY, text), add_special_tokens=False) for text in TEXTS]
     assert [pair.ids.tolist() for pair in ours.pairs(QUERY, TEXTS)] == whole
     assert ours.caches_chunks
+
+
+def test_an_instruction_takes_the_place_of_the_checkpoints_own_and_few_tokenisers_are_kept(reranker):
+    told = InstructedTokenisers(reranker, max_length=256)
+    assert told.takes_instruction
+    for instruction in ("Find what supports it", "Find what refutes it"):
+        expected = pair_tokeniser_for(reranker, max_length=256, instruction=instruction).pairs(QUERY, TEXTS)
+        found = told.of(instruction).pairs(QUERY, TEXTS)
+        assert [pair.ids.tolist() for pair in found] == [pair.ids.tolist() for pair in expected]
+    kept = told.of("Find what supports it")
+    for number in range(KEPT_INSTRUCTIONS - 1):
+        told.of(str(number))
+    assert told.of("Find what supports it") is kept
+    for number in range(KEPT_INSTRUCTIONS):
+        told.of(str(number))
+    assert told.of("Find what supports it") is not kept
+
+
+def test_a_model_without_a_place_for_an_instruction_takes_none(tmp_path):
+    silent = (
+        "{% for message in messages %}{% if message.role != 'system' %}{{ message.content }}\n{% endif %}{% endfor %}"
+    )
+    chatbot = InstructedTokenisers(loaded(decoder(tmp_path / "chatbot", CHATBOT_CHAT)), max_length=256)
+    assert chatbot.takes_instruction, "Qwen3's format has a place"
+    for peer in (loaded(encoder(tmp_path / "pairs")), loaded(decoder(tmp_path / "silent", silent))):
+        told = InstructedTokenisers(peer, max_length=64)
+        assert not told.takes_instruction
+        with pytest.raises(PairFailed, match="takes no instruction"):
+            told.of("Find it")
 
 
 def test_a_decoder_without_a_known_format_is_rejected_unless_one_is_given(tmp_path):

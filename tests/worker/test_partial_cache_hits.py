@@ -23,7 +23,10 @@ class ReadingEngine(StubEngine):
 
     def __init__(self) -> None:
         super().__init__(seconds_per_token=0, max_length=64)
-        self.tokenise = PairTokeniser(reading("word pieces").tokenizer, max_length=64).pairs
+        self._tokeniser = PairTokeniser(reading("word pieces").tokenizer, max_length=64)
+
+    def tokenise(self, query, chunks, *, instruction="", **options):
+        return self._tokeniser.pairs(query, chunks, **options)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rerank_server import SHAPES
 
-from rerankq.catalogue import DialectName
+from rerankq.catalogue import INSTRUCTED, DialectName
 from rerankq_worker.fusion.normalise import normalise_sigmoid
 from rerankq_worker.remote.call_queue import BULK_EVERY, CallQueue
 from rerankq_worker.remote.dialects import DIALECTS, ReplyMalformed, RerankRequest, body_of, read_reply
@@ -92,6 +92,19 @@ def test_every_dialect_of_the_catalogue_is_spoken_and_tested():
 def test_a_request_has_exactly_the_fields_of_its_dialect(dialect: DialectName, raw: bool):
     request = RerankRequest("m", "q", ("one", "two"), raw, 512)
     assert json.loads(body_of(DIALECTS[dialect], request, {})) == BODIES[dialect, raw]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_instruction_is_sent_where_the_dialect_has_a_field_for_it(dialect: DialectName):
+    plain, told = (
+        json.loads(body_of(DIALECTS[dialect], RerankRequest("m", "q", ("one",), False, 512, instruction=said), {}))
+        for said in ("", "find causes")
+    )
+    if dialect == "dashscope":
+        assert told.pop("parameters") == {**plain.pop("parameters"), "instruct": "find causes"}
+    elif dialect in INSTRUCTED:
+        assert told.pop("instruction") == "find causes"
+    assert told == plain
 
 
 def test_parameters_of_the_catalogue_are_merged_into_the_request():

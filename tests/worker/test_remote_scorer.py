@@ -196,6 +196,15 @@ def test_cached_scores_of_different_servers_never_mix(scoring: Scoring):
     np.testing.assert_allclose(normalise_sigmoid(found.logits), [1 - score_of(text) for text in TEXTS], rtol=1e-5)
 
 
+def test_an_instruction_is_sent_and_has_scores_of_its_own(scoring: Scoring):
+    server = scoring.server("vllm")
+    scorer = scoring.scorer(server, takes_instruction=True)
+    assert scorer.takes_instruction
+    for instruction in ("", "find causes", "find effects", "find causes"):
+        score(scorer, options=ScoreOptions(instruction=instruction))
+    assert [asked.body.get("instruction") for asked in server.asked] == [None, "find causes", "find effects"]
+
+
 def test_a_jobs_maximum_length_counts_where_the_server_can_be_told(scoring: Scoring):
     vllm, jina = scoring.server("vllm"), scoring.server("jina")
     for options in (ScoreOptions(), ScoreOptions(max_length=64), ScoreOptions(max_length=10_000)):

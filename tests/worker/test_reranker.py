@@ -487,6 +487,23 @@ def test_jobs_that_ask_for_windows_or_name_a_profile_fail_with_a_message(world: 
         world.rank(RerankJob(query="q", chunks=["x"], fusion="default"))
 
 
+def test_an_instruction_changes_the_scores_and_has_scores_of_its_own_in_the_cache(world: World):
+    plain, told, other = (world.rank(job(instruction=one)) for one in ("", "find causes", "find effects"))
+    logits = [[chunk.model_logit for chunk in one.chunks] for one in (plain, told, other)]
+    assert logits[0] != logits[1] != logits[2]
+    assert [one.usage.cached_pairs for one in (plain, told, other)] == [0, 0, 0]
+    again = world.rank(job(instruction=" find causes\n", explain=True))
+    assert [chunk.model_logit for chunk in again.chunks] == logits[1]
+    assert again.usage.cached_pairs == len(TEXTS)
+
+
+def test_an_instruction_fails_a_job_of_a_model_that_takes_none_and_of_no_other_fusion(world: World):
+    world.engine.takes_instruction = False
+    with pytest.raises(JobFailed, match="instruction: the model 'stub model' takes none"):
+        world.rank(job(instruction="find causes"))
+    assert world.rank(job(instruction="find causes", fusion=Fusion(weights={"token": 1}))).chunks
+
+
 def test_a_pair_that_cannot_be_scored_fails_its_job_and_no_other(world: World):
     wanted = [job([f"chunk {number}", "fine"]) for number in range(6)]
     with ThreadPoolExecutor(7) as threads:

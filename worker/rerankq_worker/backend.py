@@ -92,6 +92,7 @@ class LocalBackend:
             "pairs_per_s": round(stats.pairs / max(1.0, stats.busy_s), 1) if stats.busy_s else 0,
             "last_progress_s": _since_progress(stats),
             "max_length": self.engine.max_length,
+            "takes_instruction": self.engine.takes_instruction,
         }
 
     def figures(self) -> dict[str, Any]:

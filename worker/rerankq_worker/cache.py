@@ -50,12 +50,16 @@ class CachedScores(NamedTuple):
         return cls(np.full(chunks, np.nan, np.float32), flags, flags.copy())
 
 
-def score_fingerprint(engine: str, *, max_length: int, query_max_tokens: int, long_chunks: str, rule: str) -> str:
+def score_fingerprint(
+    engine: str, *, max_length: int, query_max_tokens: int, long_chunks: str, rule: str, instruction: str = ""
+) -> str:
     """Name everything beside the texts that changes a logit.
 
     *engine* is the fingerprint of weights, precision and template, *rule* names the rule of truncation.
     """
-    parts = f"{engine}|{max_length}|{query_max_tokens}|{long_chunks}|{rule}"
+    # Without one as before there were any.
+    told = f"|{instruction}" if instruction else ""
+    parts = f"{engine}|{max_length}|{query_max_tokens}|{long_chunks}|{rule}{told}"
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
 

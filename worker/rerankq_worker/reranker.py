@@ -55,6 +55,8 @@ class Reranker:
         needed = signals_needed(fusion)
         scored = Scored.nothing(len(job.chunks))
         if "model" in needed:
+            if job.instruction and not self._scorer.takes_instruction:
+                raise JobFailed(f"instruction: the model {self._name!r} takes none")
             texts = [chunk.model_text for chunk in job.chunks]
             scored = self._scorer.score(job.query, texts, ScoreOptions.of(job, priority), work)
         signals = self._signals(job, fusion, scored, needed)

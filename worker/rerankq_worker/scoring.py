@@ -33,6 +33,7 @@ class ScoreOptions:
     priority: Priority = "interactive"
     tenant: str = ""
     explain: bool = False
+    instruction: str = ""
 
     @classmethod
     def of(cls, job: RerankJob, priority: Priority) -> ScoreOptions:
@@ -45,6 +46,7 @@ class ScoreOptions:
             priority=priority,
             tenant=job.tenant,
             explain=job.explain,
+            instruction=job.instruction,
         )
 
 
@@ -77,13 +79,15 @@ class Scorer(Protocol):
 
     How it comes by a logit is its own affair: an engine, somebody else's server, the best of several windows.
     ``fingerprint`` names what changes a logit beside texts and options; ``max_length`` is in tokens, the most that the
-    model reads of a pair.
+    model reads of a pair; ``takes_instruction`` says whether it takes a job's instruction.
     """
 
     @property
     def fingerprint(self) -> str: ...  # noqa: D102
     @property
     def max_length(self) -> int: ...  # noqa: D102
+    @property
+    def takes_instruction(self) -> bool: ...  # noqa: D102
 
     def score(self, query: str, texts: Sequence[str], options: ScoreOptions, work: Work) -> Scored:
         """Score each text, in order; tells *work* how far it is, and stops with it.
@@ -113,11 +117,17 @@ class LocalScorer:
         """Tokens that the engine reads of a pair."""
         return self._engine.max_length
 
+    @property
+    def takes_instruction(self) -> bool:
+        """Tell whether the engine's pairs have a place for an instruction."""
+        return self._engine.takes_instruction
+
     def score(self, query: str, texts: Sequence[str], options: ScoreOptions, work: Work) -> Scored:
         """Score each text; see :class:`Scorer`."""
         names = self._named(query, texts, options)
         scored = self._score(query, texts, options, work, names)
-        if not options.explain or not scored.truncated.any():
+        # Formats that take an instruction do not know how far they read.
+        if not options.explain or options.instruction or not scored.truncated.any():
             return scored
         read = {
             at: self._read(query, texts[at], options, names, at) for at in np.flatnonzero(scored.truncated).tolist()
@@ -153,6 +163,7 @@ class LocalScorer:
             max_length=names.max_length,
             query_max_tokens=options.query_max_tokens,
             hashes=rest.texts,
+            instruction=options.instruction,
         )
         tokenise_s = time.perf_counter() - began
         truncated = known.truncated.copy()
@@ -194,6 +205,7 @@ class LocalScorer:
             query_max_tokens=options.query_max_tokens,
             long_chunks=options.long_chunks,
             rule=PairLimits.RULE,
+            instruction=options.instruction,
         )
         return _Named(fingerprint, text_hash(query), [text_hash(text) for text in texts], max_length)
 

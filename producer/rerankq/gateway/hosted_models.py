@@ -48,6 +48,8 @@ _PATTERNS = (
 )
 # Before the name of a model: providers' own marks of where it runs.
 _PROVIDER_PREFIXES = ("fireworks/", "Pro/")
+#: Told where an instruction has no effect.
+NO_INSTRUCTION = "the model takes no instruction: it was ignored"
 #: Behind the name of a model in listings where its own name does not say what it is.
 RERANKER = "-reranker"
 
@@ -126,6 +128,8 @@ def resolve(
 ) -> tuple[RerankCall, CallOptions]:
     """Split the model's name, map names of hosted models, and clamp lengths to what the model reads.
 
+    An instruction is left out, with a warning, unless all workers of the model have a place for it.
+
     Raises:
         JobRejected: if there is no such fusion profile, by header or behind the name of a model that is known.
     """
@@ -138,7 +142,10 @@ def resolve(
     if profile is not None and options.fusion is None:
         options = replace(options, fusion=profile)
     model = model_for(model, workers, listed=settings.models, conf_dir=settings.conf_dir)
-    longest = min((one.max_length for one in serving(model, workers) if one.max_length), default=None)
+    found = serving(model, workers)
+    if call.instruction and not (found and all(one.takes_instruction for one in found)):
+        call = replace(call, instruction="", warnings=(*call.warnings, NO_INSTRUCTION))
+    longest = min((one.max_length for one in found if one.max_length), default=None)
     if call.max_length is not None and longest is not None:
         call = replace(call, max_length=max(8, min(call.max_length, longest)))
     return replace(call, model=model), options

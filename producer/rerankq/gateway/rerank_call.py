@@ -23,8 +23,8 @@ MAX_JOBS_NAMED = 50
 class RerankCall:
     """What a caller asks, in any dialect.
 
-    ``top_n`` None: all documents. ``max_length``: tokens of a pair. ``warnings``: what of it cannot be done, for the
-    caller to read.
+    ``top_n`` None: all documents. ``max_length``: tokens of a pair. ``instruction``: what to judge by; empty: the
+    model's own. ``warnings``: what of it cannot be done, for the caller to read.
     """
 
     query: str
@@ -35,6 +35,7 @@ class RerankCall:
     priority: Priority | None = None
     max_length: int | None = None
     query_max_tokens: int | None = None
+    instruction: str = ""
     warnings: tuple[str, ...] = ()
 
 
@@ -112,6 +113,8 @@ def job_of_call(call: RerankCall, options: CallOptions, *, job_id: str, timeout_
         more["max_length"] = call.max_length
     if call.query_max_tokens is not None:
         more["query_max_tokens"] = call.query_max_tokens
+    if call.instruction:
+        more["instruction"] = call.instruction
     job = RerankJob(
         id=job_id,
         query=call.query,

@@ -31,6 +31,7 @@ class WorkerInfo(NamedTuple):
     jobs: int = 0
     pairs: int = 0
     cached_pairs: int = 0
+    takes_instruction: bool = False  # whether its model has a place for one
     last_progress_s: float | None = None  # since its last batch ended, or it started; None = it does not say
 
     @property
@@ -69,5 +70,6 @@ def _worker(name: str, entry: str, now: float) -> WorkerInfo:
         jobs=int(info.get("jobs", 0)),
         pairs=int(info.get("pairs", 0)),
         cached_pairs=int(info.get("cached_pairs", 0)),
+        takes_instruction=bool(info.get("takes_instruction", False)),
         last_progress_s=float(info["last_progress_s"]) if "last_progress_s" in info else None,
     )

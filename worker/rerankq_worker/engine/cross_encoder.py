@@ -23,7 +23,7 @@ from .models.probing import probe_of
 from .models.runtimes import Choice, Environment, choose, openvino_installed, precision_of
 from .protocol import QUERY_MAX_TOKENS, Logits, LogitsFuture, TokenisedPair, finished
 from .scheduling.unqueued import score_in_batches
-from .tokenising.pair_format import pair_tokeniser_for
+from .tokenising.pair_format import InstructedTokenisers, pair_tokeniser_for
 from .tokenising.pair_tokeniser import PairTokeniser, Tokeniser
 
 #: Default tokens per batch. On a CPU tokens per second hardly change from 512 to 4096 (measured, 22 M parameters), and
@@ -74,11 +74,13 @@ class CrossEncoderEngine:
         longest = readable_length(model, max_length)
         with refusing(name, "cannot be used"):
             self._tokeniser = pair_tokeniser_for(model, max_length=longest)
+            self._instructed = InstructedTokenisers(model, max_length=longest)
             loaded = _probed(model, name, self._tokeniser, chosen, self.dtype)
             self._forward_pass = self._select_pass(loaded, padded=padded)
         self.name = name
         self.vocabulary = vocabulary_size(model)
         self.max_length = self._tokeniser.max_length
+        self.takes_instruction = self._instructed.takes_instruction
         self.max_batch_tokens = max_batch_tokens or _BATCH_TOKENS.get(chosen.type, _BATCH_TOKENS_ACCELERATOR)
         self.device = str(chosen)
         self.padded = self._forward_pass.padded
@@ -106,11 +108,11 @@ class CrossEncoderEngine:
         max_length: int | None = None,
         query_max_tokens: int = QUERY_MAX_TOKENS,
         hashes: Sequence[bytes] | None = None,
+        instruction: str = "",
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, cut to ``max_length`` tokens; from any thread."""
-        return self._tokeniser.pairs(
-            query, chunks, max_length=max_length, query_max_tokens=query_max_tokens, hashes=hashes
-        )
+        tokeniser = self._instructed.of(instruction) if instruction else self._tokeniser
+        return tokeniser.pairs(query, chunks, max_length=max_length, query_max_tokens=query_max_tokens, hashes=hashes)
 
     def characters_read(
         self, query: str, chunk: str, *, max_length: int | None = None, query_max_tokens: int = QUERY_MAX_TOKENS

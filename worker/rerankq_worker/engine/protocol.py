@@ -69,7 +69,8 @@ class Engine(Protocol):
     ``fingerprint`` names everything of the model that changes a logit: weights, precision ("fp32", "reduced" or
     "int8"), tokeniser and pair template, no activation. ``max_length`` is in tokens. A batch costs *longest × count*
     tokens where ``padded``, else the sum of its lengths; ``max_batch_tokens`` is the most that one should cost. Token
-    ids are below ``vocabulary``; None where an engine takes any.
+    ids are below ``vocabulary``; None where an engine takes any. ``takes_instruction`` says whether pairs have a place
+    for an instruction.
 
     ``launch`` and ``forward`` belong to one thread at a time; ``tokenise`` may be called from any number at once.
     """
@@ -82,6 +83,7 @@ class Engine(Protocol):
     padded: bool
     dtype: str
     device: str
+    takes_instruction: bool
 
     def tokenise(
         self,
@@ -91,11 +93,13 @@ class Engine(Protocol):
         max_length: int | None = None,
         query_max_tokens: int = QUERY_MAX_TOKENS,
         hashes: Sequence[bytes] | None = None,
+        instruction: str = "",
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order, cut to ``max_length`` tokens.
 
         ``hashes``, one per chunk, are those of the chunks' texts where the caller knows them: equal where the texts
-        are equal, and only there.
+        are equal, and only there. ``instruction`` takes the place of the model's own; raises PairFailed where the model
+        takes none.
         """
 
     def characters_read(

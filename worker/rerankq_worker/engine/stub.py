@@ -47,6 +47,8 @@ class StubEngine:
 
     dtype = "float32"
     device = "none"
+    #: Its words stand before those of the query.
+    takes_instruction = True
     vocabulary: int | None = None
 
     def __init__(
@@ -75,15 +77,17 @@ class StubEngine:
         max_length: int | None = None,
         query_max_tokens: int = QUERY_MAX_TOKENS,
         hashes: Sequence[bytes] | None = None,  # noqa: ARG002 - nothing is remembered
+        instruction: str = "",
     ) -> list[TokenisedPair]:
         """Pair the query with each chunk, in order; words are tokens."""
-        limits = self._limits(max_length, query_max_tokens)
+        told = _words(instruction, self.max_length)
+        limits = self._limits(max_length, query_max_tokens, beside=len(told))
         asked = _words(query, limits.total + 1)
         pairs = []
         for chunk in chunks:
             read = _words(chunk, limits.total + 1)
             kept = limits.kept(len(asked), len(read))
-            head = [_OPEN, *asked[: kept[0]], _BETWEEN]
+            head = [_OPEN, *told, *asked[: kept[0]], _BETWEEN]
             ids = np.array([*head, *read[: kept[1]], _CLOSE], dtype=np.uint32).view(np.int32)
             pairs.append(TokenisedPair(ids, len(head), kept != (len(asked), len(read))))
         return pairs
@@ -97,9 +101,9 @@ class StubEngine:
         ends = [word.end() for word in islice(re.finditer(r"\S+", chunk), kept + 1)]
         return len(chunk) if len(ends) <= kept else ends[kept - 1]
 
-    def _limits(self, max_length: int | None, query_max_tokens: int) -> PairLimits:
+    def _limits(self, max_length: int | None, query_max_tokens: int, *, beside: int = 0) -> PairLimits:
         length = checked_length(max_length, self.max_length)
-        return PairLimits.within(length, special_tokens=_SPECIAL_TOKENS, query_max_tokens=query_max_tokens)
+        return PairLimits.within(length, special_tokens=_SPECIAL_TOKENS + beside, query_max_tokens=query_max_tokens)
 
     def launch(self, batch: Sequence[TokenisedPair]) -> LogitsFuture:
         """Run the batch; it is finished when this returns."""

@@ -18,6 +18,7 @@ class RerankRequest(NamedTuple):
     """One query and texts, to be scored by one request.
 
     ``raw`` asks for logits where the dialect can; ``max_length`` is in tokens, of query and text together.
+    ``instruction`` is left out where it is empty, or where the dialect has no field for it.
     """
 
     model: str
@@ -25,6 +26,7 @@ class RerankRequest(NamedTuple):
     texts: Sequence[str]
     raw: bool
     max_length: int
+    instruction: str = ""
 
 
 class Reply(NamedTuple):
@@ -66,11 +68,20 @@ def _without_documents(request: RerankRequest) -> Json:
 
 
 def _dashscope(request: RerankRequest) -> Json:
+    told = {"instruct": request.instruction} if request.instruction else {}
     return {
         "model": request.model,
         "input": {"query": request.query, "documents": list(request.texts)},
-        "parameters": {"top_n": len(request.texts), "return_documents": False},
+        "parameters": {"top_n": len(request.texts), "return_documents": False, **told},
     }
+
+
+def _siliconflow(request: RerankRequest) -> Json:
+    return {**_without_documents(request), **_told(request)}
+
+
+def _told(request: RerankRequest) -> Json:
+    return {"instruction": request.instruction} if request.instruction else {}
 
 
 def _infinity(request: RerankRequest) -> Json:
@@ -91,7 +102,7 @@ def _tei(request: RerankRequest) -> Json:
 def _vllm(request: RerankRequest) -> Json:
     # Without a limit a text that is too long is an error of the whole request.
     activation = {"use_activation": False} if request.raw else {}
-    return {**_cohere(request), "truncate_prompt_tokens": request.max_length, **activation}
+    return {**_cohere(request), "truncate_prompt_tokens": request.max_length, **activation, **_told(request)}
 
 
 def _voyage(request: RerankRequest) -> Json:
@@ -110,7 +121,7 @@ DIALECTS: Mapping[DialectName, Dialect] = MappingProxyType(
         "infinity": Dialect(_infinity),
         "jina": Dialect(_without_documents),
         "localai": Dialect(_cohere),
-        "siliconflow": Dialect(_without_documents),
+        "siliconflow": Dialect(_siliconflow),
         "tei": Dialect(_tei, results=(), score="score"),
         "vllm": Dialect(_vllm, reads_max_length=True),
         "voyage": Dialect(_voyage, results=("data",)),

@@ -45,6 +45,7 @@ class RemoteBackend:
             "pairs_per_s": round(stats.pairs / max(1.0, stats.busy_s), 1) if stats.busy_s else 0,
             "last_progress_s": _since_progress(stats),
             "max_length": self._card.max_length,
+            "takes_instruction": self.scorer.takes_instruction,
             "trouble": stats.trouble,
         }
 

@@ -74,6 +74,7 @@ class RemoteScorer:
         self._in_flight = PairsInFlight()
         self.fingerprint = fingerprint_of(card)
         self.max_length = card.max_length
+        self.takes_instruction = card.takes_instruction
 
     def score(self, query: str, texts: Sequence[str], options: ScoreOptions, work: Work) -> Scored:
         """Score each text; see :class:`~rerankq_worker.scoring.Scorer`.
@@ -160,6 +161,7 @@ class RemoteScorer:
                 query_max_tokens=0,
                 long_chunks=options.long_chunks,
                 rule=RULE,
+                instruction=options.instruction,
             ),
             max_length=max_length,
             options=options,
@@ -214,7 +216,9 @@ class RemoteScorer:
     def _call(self, job: _Job, positions: Sequence[int]) -> Call:
         texts = [job.texts[at] for at in positions]
         raw = self._card.score == "logit"
-        request = RerankRequest(self._card.model, job.query, texts, raw, job.max_length)
+        request = RerankRequest(
+            self._card.model, job.query, texts, raw, job.max_length, instruction=job.options.instruction
+        )
         return Call(
             body_of(self._dialect, request, self._card.parameters),
             list(positions),

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ..rerank_call import RerankCall, RerankReply
 from .dialect import Dialect
-from .fields import Documents, Flag, Query, Reply, Request, TopN, chunks_of, text_of, unsupported
+from .fields import Documents, Flag, Query, Reply, Request, TopN, chunks_of, text_of
 from .results import ResultsResult
 
 
@@ -25,7 +25,7 @@ class DashScopeParameters(Request):
 
     top_n: TopN | None = None
     return_documents: Flag = False
-    instruct: str | None = Field(None, description="Ignored.")
+    instruct: str | None = Field(None, description="What to judge by, where the model has a place for it.")
 
 
 class DashScopeRequest(Request):
@@ -64,7 +64,7 @@ def call_of(request: DashScopeRequest) -> RerankCall:
         documents=chunks_of(request.input.documents, name="input.documents"),
         model=request.model,
         top_n=request.parameters.top_n or None,
-        warnings=unsupported(request.parameters.instruct),
+        instruction=request.parameters.instruct or "",
     )
 
 

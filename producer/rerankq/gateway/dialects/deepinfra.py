@@ -9,7 +9,7 @@ from pydantic import Field
 from ...errors import JobRejected
 from ..rerank_call import RerankCall, RerankReply, ScoreCall, by_query
 from .dialect import Dialect, scores_in_order
-from .fields import Documents, Query, Reply, Request, chunks_of, priority_of, unsupported
+from .fields import Documents, Query, Reply, Request, chunks_of, priority_of
 
 
 class DeepInfraRequest(Request):
@@ -18,7 +18,7 @@ class DeepInfraRequest(Request):
     queries: list[Query] = Field(min_length=1)
     documents: Documents
     model: str | None = None
-    instruction: str | None = Field(None, description="Ignored.")
+    instruction: str | None = Field(None, description="What to judge by, where the model has a place for it.")
     priority: int | None = Field(None, description="0: interactive, above: bulk.")
 
 
@@ -55,7 +55,7 @@ def call_of(request: DeepInfraRequest) -> RerankCall | ScoreCall:
         documents=chunks_of(request.documents),
         model=request.model,
         priority=priority_of(request.priority),
-        warnings=unsupported(request.instruction),
+        instruction=request.instruction or "",
     )
     return by_query(call, queries * count if len(queries) == 1 else queries)
 

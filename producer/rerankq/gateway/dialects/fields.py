@@ -225,11 +225,6 @@ def priority_of(number: int | None) -> Priority | None:
     return "bulk" if number > 0 else "interactive"
 
 
-def unsupported(instruction: str | None) -> tuple[str, ...]:
-    """Say that an instruction has no effect."""
-    return ("the model takes no instruction: it was ignored",) if instruction else ()
-
-
 def parsed(model: type[Model], body: Mapping[str, Any]) -> Model:
     """Read a body as a model.
 

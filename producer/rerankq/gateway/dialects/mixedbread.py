@@ -8,7 +8,7 @@ from pydantic import AliasChoices, Field
 
 from ..rerank_call import RerankCall, RerankReply
 from .dialect import Dialect
-from .fields import Document, Documents, Flag, Query, Reply, Request, TopN, chunks_of, unsupported
+from .fields import Document, Documents, Flag, Query, Reply, Request, TopN, chunks_of
 from .results import TokenUsage, usage_of
 
 
@@ -21,7 +21,7 @@ class MixedbreadRequest(Request):
     rank_fields: tuple[str, ...] = Field((), description="Fields of documents that are objects: read as lines.")
     top_k: TopN | None = Field(None, validation_alias=AliasChoices("top_k", "top_n"))
     return_input: Flag = False
-    instruction: str | None = Field(None, description="Ignored.")
+    instruction: str | None = Field(None, description="What to judge by, where the model has a place for it.")
 
 
 class MixedbreadResult(Reply):
@@ -57,7 +57,7 @@ def call_of(request: MixedbreadRequest) -> RerankCall:
         documents=chunks_of(request.input, rank_fields=request.rank_fields, name="input"),
         model=request.model,
         top_n=request.top_k or None,
-        warnings=unsupported(request.instruction),
+        instruction=request.instruction or "",
     )
 
 

@@ -25,7 +25,6 @@ from .fields import (
     priority_of,
     query_tokens,
     text_of,
-    unsupported,
 )
 
 
@@ -48,7 +47,9 @@ class ResultsRequest(Request):
     raw_scores: Flag = Field(False, description="Answer the model's logits instead of probabilities.")
     priority: int | None = Field(None, description="0: interactive, above: bulk.")
     instruction: str | None = Field(
-        None, validation_alias=AliasChoices("instruction", "instruct"), description="Ignored, with a warning."
+        None,
+        validation_alias=AliasChoices("instruction", "instruct"),
+        description="What to judge by, where the model has a place for it.",
     )
 
 
@@ -108,7 +109,7 @@ def call_of(request: ResultsRequest) -> RerankCall:
             pair=request.truncate_prompt_tokens,
         ),
         query_max_tokens=query_tokens(request.max_tokens_per_query),
-        warnings=unsupported(request.instruction),
+        instruction=request.instruction or "",
     )
 
 

@@ -20,7 +20,6 @@ from .fields import (
     priority_of,
     query_tokens,
     text_of,
-    unsupported,
 )
 from .results import ResultsReply, ResultsRequest, TokenUsage, call_of, response_of, usage_of
 
@@ -46,7 +45,7 @@ class VllmScoreRequest(Request):
         True, validation_alias=AliasChoices("use_activation", "activation"), description="False: answer logits."
     )
     priority: int | None = Field(None, description="0: interactive, above: bulk.")
-    instruction: str | None = Field(None, description="Ignored.")
+    instruction: str | None = Field(None, description="What to judge by, where the model has a place for it.")
 
 
 class VllmScore(Reply):
@@ -93,7 +92,7 @@ def score_call_of(request: VllmScoreRequest) -> RerankCall | ScoreCall:
                 pair=request.truncate_prompt_tokens,
             ),
             query_max_tokens=query_tokens(request.max_tokens_per_query),
-            warnings=unsupported(request.instruction),
+            instruction=request.instruction or "",
         ),
         queries,
     )

@@ -122,7 +122,7 @@ async function loadSample(at) {
 
 /** The fields of the text that are not controls go with the job: query_tags and the like. */
 function otherFields() {
-  const kept = ['query_tokens', 'query_tags', 'max_length', 'query_max_tokens', 'long_chunks'];
+  const kept = ['query_tokens', 'query_tags', 'max_length', 'query_max_tokens', 'long_chunks', 'instruction'];
   return Object.fromEntries(Object.entries(state.input.job ?? {}).filter(([name]) => kept.includes(name)));
 }
 

@@ -202,8 +202,11 @@ def prepare(tokenizer: Tokenizer) -> Tokenizer:
     """Switch off the truncation and padding that a tokeniser may have been saved with, and let it use threads."""
     # Unset, tokenisers switch their threads off after a fork and report it on standard error each time.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    # Only where it is on: a tokeniser that other threads use cannot be changed meanwhile.
+    if tokenizer.truncation is not None:
+        tokenizer.no_truncation()
+    if tokenizer.padding is not None:
+        tokenizer.no_padding()
     return tokenizer
 
 
