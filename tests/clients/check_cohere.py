@@ -3,7 +3,7 @@
 import asyncio
 
 import cohere
-from checking import DOCUMENTS, KEY, LOCKED_URL, ORDER, QUERY, UNSERVED, URL, check, raises, ranked
+from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, check_keys, raises, ranked
 
 NAME = f"cohere {cohere.__version__}" if hasattr(cohere, "__version__") else "cohere"
 V2 = cohere.ClientV2(KEY, base_url=URL)
@@ -81,9 +81,9 @@ def blank():
     return raises("UnprocessableEntityError", V2.rerank, model="rerank-v3.5", query=" ", documents=DOCUMENTS)
 
 
-if LOCKED_URL:
+for name, make in {"ClientV2": cohere.ClientV2, "Client": cohere.Client}.items():
 
-    @check(NAME, "a wrong key is an UnauthorizedError")
-    def locked():
-        client = cohere.ClientV2("wrong", base_url=LOCKED_URL)
-        return raises("UnauthorizedError", client.rerank, model="rerank-v3.5", query=QUERY, documents=DOCUMENTS)
+    def with_key(url, key, make=make):
+        return make(key, base_url=url).rerank(model="rerank-v3.5", query=QUERY, documents=DOCUMENTS)
+
+    check_keys(f"{NAME} {name}", "UnauthorizedError", with_key)

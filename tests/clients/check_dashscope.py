@@ -1,7 +1,7 @@
 """DashScope's SDK, and LangChain's compressor over it, against the gateway."""
 
 import dashscope
-from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, ranked, ranked_texts
+from checking import DOCUMENTS, KEY, LOCKED_URL, ORDER, QUERY, UNSERVED, URL, check, ranked, ranked_texts
 from langchain_community.document_compressors.dashscope_rerank import DashScopeRerank
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
@@ -45,3 +45,14 @@ def postprocess():
     nodes = [NodeWithScore(node=TextNode(text=text, id_=str(at)), score=0.5) for at, text in enumerate(DOCUMENTS)]
     found = LlamaIndexDashScopeRerank(top_n=3, api_key=KEY).postprocess_nodes(nodes, query_str=QUERY)
     ranked([(one.node.node_id, one.score) for one in found], top_n=3)
+
+
+@check("dashscope TextReRank", "a wrong key: 401 with its message")
+def wrong_key():
+    dashscope.base_http_api_url = f"{LOCKED_URL}/api/v1"
+    named = {"model": "gte-rerank-v2", "query": QUERY, "documents": DOCUMENTS}
+    assert dashscope.TextReRank.call(api_key=KEY, **named).status_code == 200
+    found = dashscope.TextReRank.call(api_key="wrong", **named)
+    assert found.status_code == 401, found
+    assert "key" in found.message, found
+    return f"{found.code}: {found.message}"

@@ -1,7 +1,7 @@
 """Infinity's client, and the compressors of langchain-community, against the gateway."""
 
 import langchain_community.document_compressors.jina_rerank as jina
-from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, ranked, ranked_texts
+from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, check_keys, ranked, ranked_texts
 from infinity_client import Client
 from infinity_client.api.default import models
 from infinity_client.api.default import rerank as rerank_api
@@ -54,3 +54,31 @@ def jina_rerank():
     jina.JINA_API_URL = f"{URL}/v1/rerank"
     compressor = jina.JinaRerank(jina_api_key=KEY, top_n=3)
     ranked_texts([one.page_content for one in compressor.compress_documents(CHUNKS, QUERY)], top_n=3)
+
+
+def with_key(url, key):
+    body = RerankInput(query=QUERY, documents=DOCUMENTS, model="default")
+    return rerank_api.sync(client=client_with_key(url, key), body=body)
+
+
+def client_with_key(url, key):
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    return Client(base_url=url, headers=headers, raise_on_unexpected_status=True)
+
+
+check_keys("infinity_client", "UnexpectedStatus", with_key, wrong=["wrong", None])
+
+
+def compressed_with_key(url, key):
+    return InfinityRerank(client=client_with_key(url, key), model="default").compress_documents(CHUNKS, QUERY)
+
+
+check_keys("langchain-community InfinityRerank", "UnexpectedStatus", compressed_with_key, wrong=["wrong", None])
+
+
+def jina_with_key(url, key):
+    jina.JINA_API_URL = f"{url}/v1/rerank"
+    return jina.JinaRerank(jina_api_key=key).compress_documents(CHUNKS, QUERY)
+
+
+check_keys("langchain-community JinaRerank", "RuntimeError", jina_with_key)

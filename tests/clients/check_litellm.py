@@ -3,7 +3,7 @@
 import asyncio
 
 import litellm
-from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, raises, ranked
+from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, check_keys, raises, ranked
 
 litellm.suppress_debug_info = True
 litellm.num_retries = 0
@@ -71,3 +71,14 @@ def many():
 def unknown():
     named = {"query": QUERY, "documents": DOCUMENTS, "api_base": URL, "api_key": KEY, "max_retries": 0}
     return raises("NotFoundError", litellm.rerank, model=f"cohere/{UNSERVED}", **named)
+
+
+for model, base, _ in PROVIDERS:
+
+    def with_key(url, key, model=model, base=base):
+        named = {"model": model, "query": QUERY, "documents": DOCUMENTS, "max_retries": 0}
+        return litellm.rerank(**named, api_base=base.replace(URL, url), api_key=key)
+
+    provider = model.partition("/")[0]
+    wrong = ["wrong", None] if provider in ("hosted_vllm", "huggingface") else ["wrong"]
+    check_keys(f"litellm {provider}/", "AuthenticationError", with_key, wrong=wrong)

@@ -1,6 +1,6 @@
 """Mixedbread's SDK against the gateway."""
 
-from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, raises, ranked
+from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, check_keys, raises, ranked
 from mixedbread import Mixedbread
 
 for base in ("", "/mixedbread"):
@@ -18,3 +18,10 @@ for base in ("", "/mixedbread"):
 @check("mixedbread", "an unserved model is a NotFoundError")
 def unknown():
     return raises("NotFoundError", CLIENT.rerank, query=QUERY, input=DOCUMENTS, model=UNSERVED)
+
+
+def with_key(url, key):
+    return Mixedbread(api_key=key, base_url=url, max_retries=0).rerank(query=QUERY, input=DOCUMENTS)
+
+
+check_keys("mixedbread", "AuthenticationError", with_key)

@@ -6,7 +6,7 @@ import sys
 import types
 from pathlib import Path
 
-from checking import DOCUMENTS, KEY, QUERY, SCORES, URL, check
+from checking import DOCUMENTS, KEY, LOCKED_URL, QUERY, SCORES, URL, check
 
 SOURCE = Path(os.environ["OPEN_WEBUI_SOURCE"]) / "backend/open_webui/retrieval/models/external.py"
 
@@ -36,3 +36,13 @@ def predict():
     found = reranker.predict([(QUERY, text) for text in DOCUMENTS])
     assert len(found) == len(DOCUMENTS)
     assert all(abs(score - expected) < 1e-4 for score, expected in zip(found, SCORES, strict=True))
+
+
+@check("Open WebUI ExternalReranker", "a wrong key gives no ranking, the right one does")
+def wrong_key():
+    found = [
+        reranker_class()(api_key=key, url=f"{LOCKED_URL}/v1/rerank").predict([(QUERY, text) for text in DOCUMENTS])
+        for key in (KEY, "wrong")
+    ]
+    assert found[0] is not None
+    assert found[1] is None

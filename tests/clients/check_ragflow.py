@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dashscope
 import voyageai
-from checking import DOCUMENTS, KEY, QUERY, SCORES, URL, check
+from checking import DOCUMENTS, KEY, QUERY, SCORES, URL, check, check_keys
 
 SOURCE = Path(os.environ["RAGFLOW_SOURCE"])
 
@@ -141,3 +141,16 @@ for class_name, bases in DISCOVERY:
                 return f"{len(found)} models, of no type: add the model by hand"
             assert any(model["model_types"] == ["rerank"] for model in found), found
             return ", ".join(f"{model['name']} {model['model_types']}" for model in found)
+
+
+for class_name, bases in PASTED:
+    # It sends no key.
+    if class_name != "HuggingfaceRerank" and hasattr(CLASSES, class_name):
+
+        def with_key(url, key, class_name=class_name, pasted=bases[-1]):
+            return getattr(CLASSES, class_name)(key, "default", base_url=url + pasted).similarity(QUERY, DOCUMENTS)
+
+        refused = {"CoHereRerank": "UnauthorizedError", "NewAPIRerank": "KeyError", "GPUStackRerank": "ValueError"}.get(
+            class_name, "HTTPError"
+        )
+        check_keys(f"RAGFlow {class_name}", refused, with_key)

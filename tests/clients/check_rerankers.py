@@ -1,6 +1,6 @@
 """The API ranker of the library rerankers against the gateway."""
 
-from checking import DOCUMENTS, KEY, ORDER, QUERY, URL, check, ranked
+from checking import DOCUMENTS, KEY, ORDER, QUERY, URL, check, check_keys, ranked
 from rerankers.models.api_rankers import APIRanker
 
 PROVIDERS = {
@@ -21,3 +21,11 @@ for provider, path in PROVIDERS.items():
         found = ranker.rank(QUERY, DOCUMENTS)
         ranked([(one.document.doc_id, one.score) for one in found.results])
         assert found.top_k(1)[0].document.text == DOCUMENTS[ORDER[0]]
+
+    def with_key(url, key, provider=provider, path=path):
+        ranker = APIRanker(model="default", api_key=key, api_provider=provider, url=url + path, verbose=0)
+        return ranker.rank(QUERY, DOCUMENTS)
+
+    # It looks at no status, and misses the results.
+    refused = "TypeError" if provider == "text-embeddings-inference" else "KeyError"
+    check_keys(f"rerankers {provider}", refused, with_key)

@@ -1,7 +1,7 @@
 """Voyage's SDK against the gateway."""
 
 import voyageai
-from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, raises, ranked
+from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, check_keys, raises, ranked
 
 for base in ("/v1", "/voyage", "/voyage/v1"):
 
@@ -19,3 +19,12 @@ for base in ("/v1", "/voyage", "/voyage/v1"):
 def unknown():
     client = voyageai.Client(api_key=KEY, base_url=f"{URL}/v1", max_retries=0)
     return raises("VoyageError", client.rerank, QUERY, DOCUMENTS, model=UNSERVED)
+
+
+def with_key(url, key):
+    return voyageai.Client(api_key=key, base_url=f"{url}/v1", max_retries=0).rerank(
+        QUERY, DOCUMENTS, model="rerank-2.5"
+    )
+
+
+check_keys("voyageai", "AuthenticationError", with_key)

@@ -1,6 +1,6 @@
 """Xinference's client against the gateway."""
 
-from checking import DOCUMENTS, ORDER, QUERY, UNSERVED, URL, check, raises, ranked
+from checking import DOCUMENTS, ORDER, QUERY, UNSERVED, URL, check, check_keys, raises, ranked
 from xinference_client import RESTfulClient
 
 
@@ -19,3 +19,11 @@ def rerank():
 @check("xinference-client", "an unserved model is an error with its detail")
 def unknown():
     return raises("RuntimeError", RESTfulClient(URL).get_model, UNSERVED)
+
+
+def with_key(url, key):
+    client = RESTfulClient(url, api_key=key)
+    return client.get_model(next(name for name in client.list_models() if "rerank" in name)).rerank(DOCUMENTS, QUERY)
+
+
+check_keys("xinference-client", "RuntimeError", with_key, wrong=["wrong", None])

@@ -11,9 +11,8 @@ import traceback
 
 URL = os.environ["GATEWAY_URL"]
 SCORES = json.loads(os.environ["GATEWAY_SCORES"])
-KEY = os.environ.get("GATEWAY_KEY", "no-key-needed")
-# A second gateway, which refuses callers without a key; empty where there is none.
-LOCKED_URL = os.environ.get("GATEWAY_LOCKED_URL", "")
+# A second gateway, which refuses callers without this key.
+LOCKED_URL, KEY = os.environ["GATEWAY_LOCKED_URL"], os.environ["GATEWAY_KEY"]
 UNSERVED = "BAAI/bge-reranker-v2-m3"
 
 QUERY = "why do tides rise and fall?"
@@ -40,6 +39,23 @@ def check(client, what):
         return function
 
     return run
+
+
+def check_keys(client, expected, call, *, wrong=("wrong",)):
+    """Check that a call with the right key is let in, and that others fail by the client's own error; what it says.
+
+    Args:
+        client: its name.
+        expected: the error's type, or the name of it or of a type that it is made of.
+        call: takes the gateway's URL and a key.
+        wrong: the keys to be refused; None: none at all, of clients that can do without.
+    """
+
+    @check(client, f"a wrong key is {expected}, the right one is let in")
+    def keys():
+        assert call(LOCKED_URL, KEY) is not None
+        said = [raises(expected, call, LOCKED_URL, key) for key in wrong]
+        return said[0]
 
 
 def ranked(results, *, top_n=None):

@@ -13,16 +13,19 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from rerankq import Client
+from rerankq.gateway.keys import hash_of, new_key
 from rerankq.local.embedded import free_port
-from rerankq.local.stack import Stack
+from rerankq.local.stack import Stack, gateway_command
 from rerankq.settings import Settings
 
 HERE = Path(__file__).resolve().parent
@@ -46,9 +49,10 @@ def main() -> int:
     with Stack(settings, embedded=True, gateway=True) as stack, Client(stack.settings) as client:
         stack.wait_until_ready(client)
         url = f"http://127.0.0.1:{settings.port}"
-        about = environment_of(url)
-        for name, one in chosen.items():
-            results += list(checks(name, one, programs[name], about))
+        with locked_gateway(stack.settings) as locked:
+            about = {**environment_of(url), **locked}
+            for name, one in chosen.items():
+                results += list(checks(name, one, programs[name], about))
     print(table(results))
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
@@ -85,10 +89,31 @@ def environment(folder: Path, packages: list[str]) -> Path:
     return python
 
 
+@contextmanager
+def locked_gateway(settings: Settings) -> Iterator[dict[str, str]]:
+    """Run a second gateway of the deployment, which wants a key; answer what the checks need of it."""
+    key, port = new_key(), free_port(0)
+    named = {"BROKER_URL": settings.broker, "MODEL": settings.model, "API_KEYS": f"clients:{hash_of(key)}"}
+    command = gateway_command(settings.model_copy(update={"port": port}))
+    gateway = subprocess.Popen(command, env={**os.environ, **{f"RERANKQ_{one}": named[one] for one in named}})
+    try:
+        url = f"http://127.0.0.1:{port}"
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
+            with suppress(httpx.TransportError):
+                httpx.get(f"{url}/health/live")
+                break
+            time.sleep(0.1)
+        yield {"GATEWAY_LOCKED_URL": url, "GATEWAY_KEY": key}
+    finally:
+        gateway.terminate()
+        gateway.wait(30)
+
+
 def environment_of(url: str) -> dict[str, str]:
     """Tell the checks where the gateway is, and which scores are right: those of a plain request."""
     sys.path.insert(0, str(HERE))
-    os.environ.update(GATEWAY_URL=url, GATEWAY_SCORES="[0,0,0,0]")
+    os.environ.update(GATEWAY_URL=url, GATEWAY_SCORES="[0,0,0,0]", GATEWAY_LOCKED_URL="", GATEWAY_KEY="")
     from checking import DOCUMENTS, QUERY  # noqa: PLC0415 - reads the environment
 
     answer = httpx.post(f"{url}/rerank", json={"query": QUERY, "docs": DOCUMENTS}, timeout=60)

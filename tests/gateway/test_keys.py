@@ -199,6 +199,9 @@ def test_who_has_no_key_is_refused_in_every_dialects_form_before_its_body_is_rea
         assert httpx.get(guarded.url + path).status_code == 401
     for path in ("/health/live", "/openapi.json"):
         assert httpx.get(guarded.url + path).status_code == 200
+    # Xinference's client sends its key only if it is told that one is needed.
+    for path in ("/v1/cluster/auth", "/xinference/v1/cluster/auth"):
+        assert httpx.get(guarded.url + path).json() == {"auth": True}
 
 
 def test_a_ceiling_and_a_tenant_are_laid_on_every_call(guarded):

@@ -15,10 +15,10 @@ from .callers import Caller, caller_with, presented_key
 from .keys import KnownKeys
 from .rates import Rates
 
-# What anybody may read: pages without data, and whether the gateway is well.
+# What anybody may read: pages without data, whether the gateway is well, and whether it wants a key.
 HEALTH = re.compile(r"(/[a-z0-9]+)?/(health(/(live|ready))?|healthz|readyz|ping)")
 PAGES = re.compile(
-    r"/|/deployment|/docs(/oauth2-redirect)?|/redoc|/openapi\.json|/favicon\.ico|/playground(/[\w./-]*)?"
+    r"/|/v1/cluster/auth|/deployment|/docs(/oauth2-redirect)?|/redoc|/openapi\.json|/favicon\.ico|/playground(/[\w./-]*)?"
 )
 METRICS = "/metrics"
 # Seconds between looks whether the file of keys has changed.

@@ -139,6 +139,12 @@ def info_of(name: str, workers: Sequence[WorkerInfo], *, max_chunks: int) -> dic
     }
 
 
+@routes.get("/v1/cluster/auth", responses={})
+async def cluster_auth(request: Request) -> Response:
+    """Say whether a key is needed, as Xinference does: its client asks before it sends one."""
+    return JSONResponse({"auth": bool(request.app.state.keys)})
+
+
 @routes.get("/api/tags")
 async def tags(request: Request, caller: Sender) -> Response:  # noqa: ARG001
     """List the models, as Ollama and LocalAI do."""

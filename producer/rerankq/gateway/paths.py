@@ -12,7 +12,10 @@ if TYPE_CHECKING:  # the command line, which reads paths too, does without
 
 #: Where models are listed; below the prefixes of dialects, too.
 DISCOVERY = frozenset(
-    {"/models", "/v1/models", "/info", "/v1/info", "/api/tags", "/api/show", "/health", "/infinity/models"}
+    {
+        *("/models", "/v1/models", "/info", "/v1/info", "/api/tags", "/api/show", "/health", "/infinity/models"),
+        "/v1/cluster/auth",
+    }
 )
 _ONE_MODEL = re.compile(r"(/v1)?/models/.+|(/deepinfra)?(/v1)?/inference/.+")
 _FIXED = frozenset(path for path in PATHS if "{" not in path) | DISCOVERY
