@@ -1,6 +1,8 @@
-"""Mixedbread's SDK against the gateway."""
+"""Mixedbread's SDK, and LlamaIndex's postprocessor over it, against the gateway."""
 
 from checking import DOCUMENTS, KEY, ORDER, QUERY, UNSERVED, URL, check, check_keys, raises, ranked
+from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.postprocessor.mixedbreadai_rerank import MixedbreadAIRerank
 from mixedbread import Mixedbread
 
 for base in ("", "/mixedbread"):
@@ -25,3 +27,13 @@ def with_key(url, key):
 
 
 check_keys("mixedbread", "AuthenticationError", with_key)
+
+
+@check("llama-index mixedbread", "postprocess_nodes")
+def postprocess():
+    postprocessor = MixedbreadAIRerank(api_key=KEY, top_n=3)
+    # It takes no base URL.
+    postprocessor._client = CLIENT
+    nodes = [NodeWithScore(node=TextNode(text=text, id_=str(at))) for at, text in enumerate(DOCUMENTS)]
+    found = postprocessor.postprocess_nodes(nodes, query_str=QUERY)
+    ranked([(one.node.node_id, one.score) for one in found], top_n=3)

@@ -227,6 +227,28 @@ RECORDED = [
         OBJECT,
     ),
     Recorded(
+        "pinecone",
+        "/rerank",
+        {
+            "model": "pinecone-rerank-v0",
+            "query": QUERY,
+            "documents": OBJECTS,
+            "rank_fields": ["text"],
+            "return_documents": True,
+        },
+        "pinecone",
+        ("data", "score"),
+        OBJECT,
+    ),
+    Recorded("zeroentropy", "/v1/models/rerank", {"model": "zerank-1", **ASKED, "top_n": 3}, "cohere", RESULTS),
+    Recorded(
+        "isaacus",
+        "/v1/rerankings",
+        {"model": "kanon-universal-classifier", **TEXTS, "is_iql": False, "scoring_method": "auto"},
+        "tei-results",
+        ("results", "score"),
+    ),
+    Recorded(
         "Open WebUI",
         "/v1/rerank",
         {"model": "default", **ASKED, "top_n": 3},

@@ -15,7 +15,7 @@ from rerankq.gateway.dialects import MOUNTS, PATHS, choose
 from rerankq.gateway.dialects.dialect import with_explanation
 from rerankq.gateway.dialects.fields import parsed
 from rerankq.gateway.paths import canonical_path
-from rerankq.gateway.rerank_call import RankedDocument, RerankReply, ScoreCall, joined
+from rerankq.gateway.rerank_call import CallOptions, RankedDocument, RerankReply, ScoreCall, job_of_call, joined
 
 ROWS = [pytest.param(row, id=f"{row.client} {row.path}") for row in RECORDED]
 
@@ -130,6 +130,15 @@ def test_a_pasted_path_is_read_as_it_is_meant_and_others_stay(pasted, meant):
 @pytest.mark.parametrize("path", [path for path in PATHS if "{" not in path])
 def test_a_path_of_ours_stays(path):
     assert canonical_path(path) == path
+
+
+def test_limits_in_tokens_beyond_every_model_are_those_that_a_job_can_have():
+    for limit, query in ((10**9, 1_000_000), (1, 1)):
+        asked = {**ASKED, "max_tokens_per_doc": limit, "max_tokens_per_query": limit}
+        _, _, call = read("/v1/rerank", asked)
+        assert job_of_call(call, CallOptions(), job_id="j", timeout_s=1).query_max_tokens == query
+    _, _, call = read("/v1/rerank", {**ASKED, "truncate_prompt_tokens": 1})
+    assert job_of_call(call, CallOptions(), job_id="j", timeout_s=1).max_length == 8
 
 
 def test_limits_in_tokens_and_priorities_reach_the_call():

@@ -29,6 +29,7 @@ _PATTERNS = (
     "voyage-rerank-*",
     "voyage/rerank-*",
     "mxbai-rerank-*",
+    "mixedbread-ai/mxbai-rerank-*",  # as Mixedbread's own API names them
     "nv-rerank*",
     "nvidia/nv-rerank*",
     "nvidia/rerank-*",
@@ -42,6 +43,8 @@ _PATTERNS = (
     "amazon.rerank-*",
     "ctxl-rerank-*",
     "green-rerank",
+    "kanon-*",  # Isaacus
+    "zerank-*",  # ZeroEntropy
     "text-rerank",
     "text-rerank-*",
     "default",

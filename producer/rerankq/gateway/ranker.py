@@ -163,8 +163,6 @@ class Ranker:
         try:
             # Whatever it waits for: a ledger that hangs, room in the queue, its ranking.
             async with asyncio.timeout(timeout_s + LAST_LOOK_S):
-                # What is wrong with it is said whether there is a worker or not.
-                job_of_call(call, options, job_id=job_id, timeout_s=timeout_s)
                 call, options, model = await self._resolved(call, options)
                 job = job_of_call(call, options, job_id=job_id, timeout_s=timeout_s + DEADLINE_MARGIN_S)
                 if job is None:
@@ -283,6 +281,8 @@ class Ranker:
             JobRejected: if there is no such fusion profile.
         """
         found = resolve(call, options, await self.client.recent_workers(), self.client.settings)
+        # What is wrong with it is said whether there is a worker or not.
+        job_of_call(*found, job_id="-", timeout_s=1.0)
         try:
             return *found, await self._require_worker(found[0].model)
         except (NoWorker, ModelUnknown):

@@ -54,6 +54,7 @@ _SIGNS: tuple[tuple[AnyDialect, Callable[[Body], bool]], ...] = (
     (PLAIN, _holds("docs", without=("documents",))),
     (DEEPINFRA, _holds("queries", "documents", without=("query",))),
     (PINECONE, _holds("parameters", "documents")),
+    (PINECONE, lambda body: str(body.get("model")).startswith("pinecone-rerank-")),
     (VOYAGE, _holds("top_k", "documents", without=("top_n",))),
     (VOYAGE, _holds("truncation", "documents", without=("top_n",))),
     (VOYAGE, lambda body: bool(_VOYAGE_MODEL.match(str(body.get("model")))) and _holds(without=("top_n",))(body)),
@@ -109,6 +110,9 @@ PATHS: dict[str, tuple[AnyDialect, ...]] = {
     # Fireworks; before DeepInfra's paths, which have room for any model.
     "/inference/v1/rerank": (JINA, *_BY_SIGN),
     **_at("/reranks /v1/reranks /compatible-api/v1/reranks", JINA),
+    # ZeroEntropy, Isaacus.
+    **_at("/models/rerank /v1/models/rerank", COHERE_V1),
+    **_at("/rerankings /v1/rerankings", TEI_RESULTS),
     **_at("/score /v1/score", *_SCORE),
     "/predict": (TEI_PREDICT,),
     **_at("/ranking /v1/ranking /reranking /v1/reranking", *_RANKING),

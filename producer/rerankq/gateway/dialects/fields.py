@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from ...contract import Chunk, Priority, is_blank
+from ...contract import MAX_COUNT, Chunk, Priority, is_blank
 from ...errors import JobRejected
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -32,6 +32,8 @@ IMAGE = "is an image, a video or a sound; this model reads texts"
 
 # Room for the query beside a document whose tokens are limited.
 QUERY_TOKENS = 128
+# What a pair takes at least.
+LEAST_PAIR_TOKENS = 8
 
 
 class Request(BaseModel):
@@ -190,7 +192,7 @@ def text_of(document: str | Mapping[str, Any]) -> str:
 
 
 def pair_tokens(*, document: int | None = None, query: int | None = None, pair: int | None = None) -> int | None:
-    """Make one limit of a pair from limits of its parts; None, 0 and -1 are no limit.
+    """Make one limit of a pair from limits of its parts, one that a job can have; None, 0 and -1 are no limit.
 
     >>> pair_tokens(document=500), pair_tokens(document=500, query=20), pair_tokens(document=500, pair=256)
     (628, 520, 256)
@@ -202,7 +204,7 @@ def pair_tokens(*, document: int | None = None, query: int | None = None, pair: 
         limits.append(document + (query if query and query > 0 else QUERY_TOKENS))
     if pair and pair > 0:
         limits.append(pair)
-    return min(limits, default=None)
+    return min(MAX_COUNT, max(LEAST_PAIR_TOKENS, min(limits))) if limits else None
 
 
 def query_tokens(limit: int | None) -> int | None:
@@ -211,7 +213,7 @@ def query_tokens(limit: int | None) -> int | None:
     >>> query_tokens(64), query_tokens(-1)
     (64, None)
     """
-    return limit if limit and limit > 0 else None
+    return min(MAX_COUNT, limit) if limit and limit > 0 else None
 
 
 def priority_of(number: int | None) -> Priority | None:
