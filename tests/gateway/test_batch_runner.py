@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rerankq.batches.journal import Journal
 from rerankq.gateway import batch_runner
-from rerankq.gateway.batch_runner import AT_ONCE_EACH, BatchRunner
+from rerankq.gateway.batch_runner import AT_ONCE_EACH, BatchRunner, BatchWork
 from rerankq.gateway.batch_store import BatchObject, BatchStore, StoredBatch
 from rerankq.gateway.file_store import FileStore, new_id
 from rerankq.settings import Settings
@@ -84,6 +85,29 @@ def test_a_batch_that_was_never_written_whole_is_not_run(runner):
     (runner.store.folder(name) / "batch.json").unlink()
     runner._look()
     assert (runner.begun, runner.store.open()) == ([], [])
+
+
+def test_lines_that_were_answered_before_others_wait_are_counted(runner, monkeypatch):
+    name = runner.add("one")
+    stored = runner.store.stored(name)
+    with Journal.open(runner.store.folder(name) / "journal", name.encode()) as journal:
+        work = BatchWork(
+            runner._settings, runner.store, runner._files, stored, journal, threading.Event(), runner._admit
+        )
+
+        def answer(number):
+            journal.append(number, "output", b"{}")
+            work._advance(1)
+            return runner.store.read(name, "one").request_counts.completed
+
+        assert [answer(number) for number in (1, 2, 3)] == [1, 1, 1]  # once a second
+        monkeypatch.setattr(batch_runner, "COUNT_EVERY_S", 0)
+        work._supervise()
+        assert runner.store.read(name, "one").request_counts.completed == 3
+        work._finish()
+    done = runner.store.read(name, "one")
+    assert (done.status, done.request_counts.completed) == ("completed", 3)
+    assert runner._files.read(done.output_file_id, "one").expires_at is None
 
 
 def test_an_unexpected_error_does_not_end_the_looking_for_batches(runner, monkeypatch):

@@ -97,13 +97,16 @@ def test_each_line_is_answered_in_its_dialect_and_in_order(api):
         line("d", body={"query": QUERY, "documents": [" ", ""]}),
         {"custom_id": "e", "body": {"query": QUERY, "documents": DOCUMENTS, "top_n": 1}},
     ]
-    batch = api.create(as_lines(*requests), metadata={"run": "5"})
+    life = {"anchor": "created_at", "seconds": 7200}
+    batch = api.create(as_lines(*requests), metadata={"run": "5"}, output_expires_after=life)
     assert (batch["object"], batch["status"], batch["metadata"]) == ("batch", "validating", {"run": "5"})
     ended = api.ended(batch["id"])
     assert ended["status"] == "completed"
     assert ended["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
     assert ended["error_file_id"] is None
     assert ended["completed_at"] >= ended["in_progress_at"] >= ended["created_at"]
+    output = api.http.get(f"/v1/files/{ended['output_file_id']}").json()
+    assert 0 <= output["expires_at"] - output["created_at"] - 7200 <= 1
     answers = api.content(ended["output_file_id"])
     assert [one["custom_id"] for one in answers] == ["a", "b", "c", "d", "e"]
     assert all(one["response"]["status_code"] == 200 and one["error"] is None for one in answers)
@@ -263,6 +266,7 @@ def test_a_batch_expires_and_says_which_lines_were_not_ranked(idle, monkeypatch)
         ({"completion_window": "1000d"}, "completion_window"),
         ({"completion_window": "１h"}, "completion_window"),
         ({"metadata": {"a": 5}}, "metadata.a"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 5}}, "output_expires_after.seconds"),
         ({"metadata": {str(at): "" for at in range(17)}}, "metadata"),
         ({"input_file_id": None}, "input_file_id"),
     ],

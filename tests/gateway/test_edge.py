@@ -255,7 +255,7 @@ def test_a_page_of_another_origin_cannot_send_anything_where_no_key_is_asked_for
 
 
 def test_only_named_origins_may_call_from_a_browser(start_gateway):
-    gateway = start_gateway(cors_origins="https://app.example.com")
+    gateway = start_gateway(cors_origins="https://app.example.com", max_job_bytes=1_000)
     for origin, allowed in (("https://app.example.com", "https://app.example.com"), ("https://evil.example", None)):
         asked = {
             "Origin": origin,
@@ -269,3 +269,7 @@ def test_only_named_origins_may_call_from_a_browser(start_gateway):
         assert sent.status_code == (503 if allowed else 403)
         if allowed:
             assert "Retry-After" in sent.headers["access-control-expose-headers"]
+            # A page may read what is wrong, also if nobody read its body.
+            refused = httpx.post(f"{gateway.url}/v2/rerank", content=b"x" * 4_000, headers={"Origin": origin})
+            assert_told(refused, 413)
+            assert refused.headers["access-control-allow-origin"] == allowed

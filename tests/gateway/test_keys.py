@@ -393,11 +393,25 @@ def test_the_lines_of_a_batch_leave_a_share_of_the_rate_to_calls_and_wait(redis_
     with_rates(redis_url, use)
 
 
-def test_a_place_that_is_given_back_is_not_renewed(redis_url):
+def test_a_place_that_is_given_back_while_places_are_renewed_is_free(redis_url):
+    key = ApiKey(name="one", hash=HASH, concurrent=1)
+
     async def use(rates):
-        places = f"{KEY_PREFIX}:places:one"
-        assert await rates._renew(keys=[places], args=[15, "given back"])
-        assert await rates._redis.zcard(places) == 0
+        leaving = asyncio.Event()
+        renew = rates._renew
+
+        async def renewed_late(**given):
+            leaving.set()
+            await asyncio.sleep(0.1)
+            return await renew(**given)
+
+        rates._renew = renewed_late
+        async with rates.place(key, within_s=5):
+            renewing = asyncio.create_task(rates._renew_all())
+            await leaving.wait()
+        await renewing
+        await asyncio.gather(*rates._tasks)
+        assert await rates._redis.zcard(f"{KEY_PREFIX}:places:one") == 0
 
     with_rates(redis_url, use)
 

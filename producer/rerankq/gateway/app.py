@@ -44,7 +44,7 @@ from .webhooks.delivering import Webhooks
 
 # Headers of answers that a page of another origin may read, where it may call at all.
 EXPOSED = [
-    *(f"X-Rerankq-{name}" for name in ("Job", "Status", "Cached-Pairs", "Truncated")),
+    *(f"X-Rerankq-{name}" for name in ("Job", "Status", "Cached-Pairs", "Truncated", "Warning")),
     "Server-Timing",
     "Retry-After",
     "Location",
@@ -59,8 +59,18 @@ class Gateway(FastAPI):
         settings: Settings = self.state.settings
         open_to_all = not self.state.keys
         guarded = settings.allowed_hosts or (open_to_all and is_loopback(settings.host))
+        served = super().build_middleware_stack()
+        if settings.cors_origins:
+            # Around everything: a page may read what is wrong with its request, whoever says so.
+            served = CORSMiddleware(
+                served,
+                allow_origins=settings.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=EXPOSED,
+            )
         return Edge(
-            super().build_middleware_stack(),
+            served,
             allowed_hosts=settings.allowed_hosts if guarded else None,
             same_origin=open_to_all,
             cors_origins=settings.cors_origins,
@@ -140,14 +150,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Admission, keys=keys, open_metrics=given.open_metrics, timeout_s=given.request_timeout_s)
     app.add_middleware(CountRequests, metrics=app.state.metrics, dialect_of=dialect_routes.dialect_of)
     app.add_middleware(PastedPaths)
-    if given.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=given.cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=EXPOSED,
-        )
     for routes in (
         dialect_routes.router(),
         discovery.routes,

@@ -47,6 +47,13 @@ Sender = Annotated[Caller, Depends(caller_of)]
 Limit = Annotated[int, Query(ge=1, le=10_000)]
 
 
+class OutputLife(BaseModel):
+    """How long the files with a batch's answers are kept, in OpenAI's form."""
+
+    anchor: Literal["created_at"] = "created_at"
+    seconds: int = Field(ge=MIN_FILE_LIFE_S, le=MAX_FILE_LIFE_S)
+
+
 class BatchRequest(BaseModel):
     """Body of a request for a batch."""
 
@@ -56,6 +63,7 @@ class BatchRequest(BaseModel):
     endpoint: str = DEFAULT_ENDPOINT
     completion_window: str = "24h"
     metadata: dict[str, str] | None = None
+    output_expires_after: OutputLife | None = None
     request_params: dict[str, JsonValue] | None = Field(
         None, description="Fields for the bodies of all lines that do not name them, as Voyage takes them."
     )
@@ -275,6 +283,7 @@ async def create_batch(request: Request, caller: Sender) -> Response:
         batch=batch,
         owner=owner_of(caller),
         tenant=options.tenant,
+        output_life_s=asked.output_expires_after.seconds if asked.output_expires_after is not None else None,
         key=caller.key.limits if caller.key is not None else None,
         headers={PREFIX + name: value for name, value in headers.items()},
     )

@@ -261,6 +261,8 @@ class BatchWork:
     def _supervise(self) -> None:
         if self._stops.is_set():
             raise GatewayStops
+        # Lines that were answered just before others have to wait are counted, too.
+        self._advance(0)
         ending = self._ending()
         if ending is None:
             return
@@ -281,7 +283,9 @@ class BatchWork:
         return EXPIRED if time.time() >= batch.expires_at else None
 
     def _advance(self, _: int) -> None:
-        if time.monotonic() - self._counted_at >= COUNT_EVERY_S:
+        counts = self._stored.batch.request_counts
+        told = len(self._journal) == counts.completed + counts.failed
+        if not told and time.monotonic() - self._counted_at >= COUNT_EVERY_S:
             self._count()
 
     def _count(self, **changes: Any) -> None:
@@ -307,6 +311,7 @@ class BatchWork:
                     filename=f"{stored.batch.id}_{kind}.jsonl",
                     purpose="batch_output",
                     owner=stored.owner,
+                    expires_at=stored.output_life_s and int(time.time()) + stored.output_life_s,
                 )
                 changes[field] = name
         now = int(time.time())

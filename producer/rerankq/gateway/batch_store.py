@@ -88,13 +88,15 @@ class StoredBatch(BaseModel):
     """A batch with what only gateways know of it.
 
     ``headers`` are the options of its caller; ``ending`` says what ends it before all its lines had their turn; ``key``
-    says how much its caller's key may, as it was when the batch was made.
+    says how much its caller's key may, as it was when the batch was made; ``output_life_s`` for how many seconds its
+    answers are kept, None = as other files.
     """
 
     batch: BatchObject
     owner: str | None = None
     tenant: str = ""
     key: KeyLimits | None = None
+    output_life_s: int | None = None
     headers: dict[str, str] = Field(default_factory=dict)
     known_models: list[str] | None = None
     ending: str = ""

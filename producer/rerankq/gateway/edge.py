@@ -42,6 +42,8 @@ BODY_GRACE_S = 15.0
 BODY_BYTES_PER_S = 10_000
 # Seconds for which what comes of a body that was refused is read.
 DISCARD_S = 5.0
+# Headers by which a page of another origin may read an answer.
+CORS = ("Access-Control-Allow-Origin", "Access-Control-Expose-Headers", "Vary")
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -235,7 +237,11 @@ class _Answer:
             headers = MutableHeaders(scope=message)
             if message["status"] == 413 and headers.get("content-type", "").startswith("text/plain"):
                 # The framework's own refusal of a body that is too large.
-                await self._replace(failures.failure(413, "the body is too large", kind="BodyTooLarge", field="body"))
+                allowed = {name: headers[name] for name in CORS if name in headers}
+                told = failures.failure(
+                    413, "the body is too large", kind="BodyTooLarge", field="body", headers=allowed
+                )
+                await self._replace(told)
                 return
             for name, value in SECURITY_HEADERS.items():
                 headers.setdefault(name, value)

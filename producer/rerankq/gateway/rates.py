@@ -51,8 +51,7 @@ return 1
 _RENEW = """
 local time = redis.call('TIME')
 local until_s = tonumber(time[1]) + tonumber(time[2]) / 1000000 + tonumber(ARGV[1])
--- XX: a place that is given back meanwhile stays free.
-for at = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', until_s, ARGV[at]) end
+for at = 2, #ARGV do redis.call('ZADD', KEYS[1], until_s, ARGV[at]) end
 redis.call('PEXPIRE', KEYS[1], math.ceil(tonumber(ARGV[1]) * 1000))
 return #ARGV - 1
 """
@@ -143,6 +142,9 @@ class Rates:
         self._freed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._held: defaultdict[str, set[str]] = defaultdict(set)
         self._tasks: set[asyncio.Task[None]] = set()
+        # Set while no renewal is under way: it would take a place again that is given back meanwhile.
+        self._renewed = asyncio.Event()
+        self._renewed.set()
         self._renewing = asyncio.create_task(self._renew_repeatedly())
 
     async def spend_request(self, key: KeyLimits | None) -> None:
@@ -251,6 +253,7 @@ class Rates:
 
     async def _free(self, name: str, place: str) -> None:
         try:
+            await self._renewed.wait()
             await self._ask(self._redis.zrem(_places(name), place))
         except RerankqError as error:
             logger.info("a place of key %s is free in %g s only: %s", name, PLACE_HELD_S, error)
@@ -264,12 +267,19 @@ class Rates:
     async def _renew_repeatedly(self) -> None:
         while True:
             await asyncio.sleep(PLACE_HELD_S / 3)
+            await self._renew_all()
+
+    async def _renew_all(self) -> None:
+        self._renewed.clear()
+        try:
             for name, held in list(self._held.items()):
                 if held:
                     try:
                         await self._ask(self._renew(keys=[_places(name)], args=[PLACE_HELD_S, *held]))
                     except RerankqError as error:
                         logger.info("the places of key %s are not renewed: %s", name, error)
+        finally:
+            self._renewed.set()
 
     async def aclose(self) -> None:
         """Give back what is held, and close the connections."""

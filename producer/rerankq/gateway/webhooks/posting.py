@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 import ssl
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
 
@@ -159,5 +162,16 @@ class Poster:
         await self._pool.aclose()
 
 
-def _seconds(text: str | None) -> float | None:
-    return float(text) if text is not None and text.isdecimal() and len(text) < 10 else None
+def _seconds(text: str | None, *, now: float | None = None) -> float | None:
+    """Read a Retry-After header: seconds, or a date.
+
+    >>> _seconds("120"), _seconds("Thu, 01 Jan 1970 00:02:00 GMT", now=60.0), _seconds("soon")
+    (120.0, 60.0, None)
+    """
+    if text is None:
+        return None
+    if re.fullmatch("[0-9]{1,9}", text):
+        return float(text)
+    with suppress(ValueError, TypeError, OverflowError):
+        return max(0.0, parsedate_to_datetime(text).timestamp() - (time.time() if now is None else now))
+    return None
