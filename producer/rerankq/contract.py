@@ -431,7 +431,7 @@ class RerankJob(Written):
     instruction: Annotated[Text, AfterValidator(str.strip)] = _field(
         "model",
         "What to judge by, for models whose chat template has a place for it, such as Qwen3-Reranker; in place of the "
-        "template's own. With other models the job fails. Empty: the template's own.",
+        "template's own. Other models refuse the job. Empty: the template's own.",
         default="",
         max_length=8_192,
     )

@@ -63,6 +63,15 @@ def test_escaped_json_is_measured_by_its_decoded_size():
         refuse_too_large(escaped + " " * limits.max_job_bytes, limits)
 
 
+def test_an_instruction_is_refused_where_living_workers_take_none():
+    told = job(instruction="find causes")
+    served = PLACE._replace(weights=("w",))
+    with pytest.raises(JobRejected, match=rf"^instruction: the model {served.model!r} takes none"):
+        prepare(told, served, settings())
+    for place in (served._replace(takes_instruction=True), served._replace(weights=())):
+        assert b'"instruction":"find causes"' in prepare(told, place, settings()).payload
+
+
 def test_windows_are_refused_while_no_worker_supports_them():
     with pytest.raises(JobRejected, match="not available yet"):
         prepare(job(long_chunks="window"), PLACE, settings())

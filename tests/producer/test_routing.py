@@ -27,6 +27,14 @@ def test_a_job_without_a_model_goes_to_the_default_queues_and_knows_the_weights_
     assert place(None, worker("m", "w"), worker("other", suffix=".other")) == Route("m", ("w",), "")
 
 
+def test_a_route_takes_an_instruction_if_a_living_worker_does():
+    takes, other = (worker("m", "w", age_s=age_s) for age_s in (2, 1))
+    takes = takes._replace(takes_instruction=True)
+    for model in (None, "m"):
+        assert place(model, takes, other).takes_instruction
+        assert not place(model, other, takes._replace(age_s=1_000)).takes_instruction
+
+
 def test_without_any_worker_a_job_waits_for_the_default_model():
     assert place(None) == Route("the default", (), "")
     assert place(None, worker("other", suffix=".other")) == Route("the default", (), "")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rerankq import Chunk, Fusion, JobCancelled, JobFailed, RankedChunk, Ranking, RerankJob
+from rerankq import Chunk, Fusion, JobCancelled, JobFailed, JobRejected, RankedChunk, Ranking, RerankJob
 from rerankq.catalogue import profiles
 from rerankq_worker.cache import ScoreCache, connect
 from rerankq_worker.engine import Batcher, EngineClosed, PairFailed, StubEngine, text_hash
@@ -497,9 +497,15 @@ def test_an_instruction_changes_the_scores_and_has_scores_of_its_own_in_the_cach
     assert again.usage.cached_pairs == len(TEXTS)
 
 
-def test_an_instruction_fails_a_job_of_a_model_that_takes_none_and_of_no_other_fusion(world: World):
+def test_an_instruction_that_leaves_no_token_for_the_texts_is_refused_by_name(world: World):
+    with pytest.raises(JobRejected, match="instruction: max_length 512 leaves no token for query and chunk") as refused:
+        world.rank(job(instruction="word " * 600))
+    assert refused.value.field == "instruction"
+
+
+def test_an_instruction_is_refused_by_a_model_that_takes_none_where_its_scores_are_needed(world: World):
     world.engine.takes_instruction = False
-    with pytest.raises(JobFailed, match="instruction: the model 'stub model' takes none"):
+    with pytest.raises(JobRejected, match="instruction: the model 'stub model' takes none"):
         world.rank(job(instruction="find causes"))
     assert world.rank(job(instruction="find causes", fusion=Fusion(weights={"token": 1}))).chunks
 

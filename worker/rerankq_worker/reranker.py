@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rerankq.contract import Fusion, ModelName, Priority, Ranking, RerankJob, Timings, Usage
-from rerankq.errors import JobFailed
+from rerankq.errors import JobFailed, JobRejected
 
 from .fusion import Analyser, FusionSpec, blend, contributions, rank_feature_scores, signals_needed, token_signal
 from .ranking import ranked_chunks, ranking_of, unscored_chunks
@@ -31,7 +31,7 @@ class Reranker:
 
         Raises:
             JobCancelled: if *work* was cancelled.
-            JobFailed: if the job asks for what this worker cannot do.
+            JobFailed, JobRejected: if the job asks for what this worker cannot do.
             EngineError: if the device could not score its pairs.
         """
         began = time.perf_counter()
@@ -56,7 +56,7 @@ class Reranker:
         scored = Scored.nothing(len(job.chunks))
         if "model" in needed:
             if job.instruction and not self._scorer.takes_instruction:
-                raise JobFailed(f"instruction: the model {self._name!r} takes none")
+                raise JobRejected(f"the model {self._name!r} takes none", field="instruction")
             texts = [chunk.model_text for chunk in job.chunks]
             scored = self._scorer.score(job.query, texts, ScoreOptions.of(job, priority), work)
         signals = self._signals(job, fusion, scored, needed)

@@ -12,10 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rerankq.contract import Priority, RerankJob
-from rerankq.errors import JobCancelled
+from rerankq.errors import JobCancelled, JobRejected
 
 from .cache import CachedScores, ScoreCache, score_fingerprint
-from .engine import QUERY_MAX_TOKENS, Batcher, Engine, PairLimits, TicketCancelled, TokenisedPair, text_hash
+from .engine import (
+    QUERY_MAX_TOKENS,
+    Batcher,
+    Engine,
+    LimitTooSmall,
+    PairLimits,
+    TicketCancelled,
+    TokenisedPair,
+    text_hash,
+)
 from .work import Work
 
 # Truncated pairs of which it is remembered how far they were read, at 200 bytes each.
@@ -94,6 +103,7 @@ class Scorer(Protocol):
 
         Raises:
             JobCancelled: if *work* was cancelled.
+            JobRejected: if what the options ask to be read leaves no token for query and text.
             EngineError: if the device could not score a pair.
         """
 
@@ -157,14 +167,17 @@ class LocalScorer:
 
         began = time.perf_counter()
         rest = names.only(unknown)
-        pairs = self._engine.tokenise(
-            query,
-            [texts[at] for at in unknown],
-            max_length=names.max_length,
-            query_max_tokens=options.query_max_tokens,
-            hashes=rest.texts,
-            instruction=options.instruction,
-        )
+        try:
+            pairs = self._engine.tokenise(
+                query,
+                [texts[at] for at in unknown],
+                max_length=names.max_length,
+                query_max_tokens=options.query_max_tokens,
+                hashes=rest.texts,
+                instruction=options.instruction,
+            )
+        except LimitTooSmall as error:
+            raise JobRejected(str(error), field="instruction" if options.instruction else "max_length") from None
         tokenise_s = time.perf_counter() - began
         truncated = known.truncated.copy()
         truncated[unknown] = [pair.truncated for pair in pairs]

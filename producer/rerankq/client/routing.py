@@ -13,11 +13,15 @@ from ..ledger.registry import WorkerInfo
 
 
 class Route(NamedTuple):
-    """A job's model, the weights (fingerprints) of the living workers that serve it, and the suffix of its queues."""
+    """A job's model, the weights (fingerprints) of the living workers that serve it, and the suffix of its queues.
+
+    ``takes_instruction`` says whether one of these workers takes an instruction.
+    """
 
     model: str
     weights: tuple[str, ...]
     suffix: str
+    takes_instruction: bool = False
 
 
 def queue_name(priority: Priority, suffix: str) -> str:
@@ -89,19 +93,24 @@ def resolve_route(
     if model is None:
         # The entry of a worker that is gone still says which model will rank the job.
         serving = [worker for worker in known if not worker.suffix and worker.queues]
-        weights = _weights([worker for worker in live if not worker.suffix and worker.queues])
-        return Route(serving[0].model if serving else default, weights, "")
+        alive = [worker for worker in live if not worker.suffix and worker.queues]
+        return Route(serving[0].model if serving else default, _weights(alive), "", _takes_instruction(alive))
     serving = [worker for worker in live if worker.model == model] or [w for w in live if model in w.aliases]
     if serving:
         named = sorted({worker.model for worker in serving})
         if len(named) > 1 and len(_weights(serving)) > 1:
             raise ModelUnknown(f"model: {model!r} may be any of {', '.join(named)}: name one of them")
         first = serving[0]
-        return Route(first.model, _weights([one for one in serving if one.model == first.model]), first.suffix)
+        same = [one for one in serving if one.model == first.model]
+        return Route(first.model, _weights(same), first.suffix, _takes_instruction(same))
     if model in listed:
         return Route(model, (), suffix_of(model, default))
     served = sorted({worker.model for worker in live} | set(listed))
     raise ModelUnknown(f"model: no worker serves {model!r}; served here: {', '.join(served) or 'none'}")
+
+
+def _takes_instruction(workers: Iterable[WorkerInfo]) -> bool:
+    return any(worker.takes_instruction for worker in workers)
 
 
 def _weights(workers: Iterable[WorkerInfo]) -> tuple[str, ...]:

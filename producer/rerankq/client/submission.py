@@ -53,11 +53,14 @@ def prepare(job: RerankJob, route: Route, settings: Settings) -> NewJob:
 
     Raises:
         JobTooLarge: over ``MAX_CHUNKS`` or ``MAX_JOB_BYTES``.
-        JobRejected: if it names an unknown fusion profile, or asks for something that no worker can do yet.
+        JobRejected: if it names an unknown fusion profile, or asks for something that no worker can do.
     """
     refuse_too_large(job, settings)
     if job.long_chunks == "window":
         raise JobRejected("'window' is not available yet; use 'truncate'", field="long_chunks")
+    # Where no worker lives yet, the one that takes the job finds out.
+    if job.instruction and route.weights and not route.takes_instruction:
+        raise JobRejected(f"the model {route.model!r} takes none", field="instruction")
     # The numbers travel, not a profile's name: a profile edited later must not change an accepted job.
     # And the model's full name, whatever alias was used; a job that names none is for whatever is the default then.
     named = {} if job.model is None else {"model": route.model}

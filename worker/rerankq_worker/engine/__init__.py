@@ -8,7 +8,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .errors import EngineClosed, EngineDied, EngineError, ModelUnusable, PairFailed, TicketCancelled, Unconvertible
+from .errors import (
+    EngineClosed,
+    EngineDied,
+    EngineError,
+    LimitTooSmall,
+    ModelUnusable,
+    PairFailed,
+    TicketCancelled,
+    Unconvertible,
+)
 from .models.calibration import BUDGETS, PATIENCE_S, levelling_point, measure, seconds_per_token
 from .models.checkpoint import find_checkpoint
 from .models.cores import allocator_environment, available_cores
@@ -28,6 +37,7 @@ __all__ = [
     "EngineClosed",
     "EngineDied",
     "EngineError",
+    "LimitTooSmall",
     "Logits",
     "LogitsFuture",
     "ModelUnusable",

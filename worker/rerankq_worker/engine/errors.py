@@ -4,6 +4,7 @@ EngineError
 ├── ModelUnusable     the model cannot be loaded, or is not a cross-encoder with one label
 ├── Unconvertible     a runtime cannot run this model, or gives other logits than torch
 ├── PairFailed        this pair fails even alone; the others are fine
+│   └── LimitTooSmall its maximum length leaves no token for query and chunk
 ├── EngineDied        the device or its thread is gone; the same pairs may succeed elsewhere
 ├── EngineClosed      the batcher was closed
 └── TicketCancelled   the submitter cancelled these pairs
@@ -26,6 +27,10 @@ class Unconvertible(EngineError):
 
 class PairFailed(EngineError):
     """Raised when a pair cannot be scored although it was tried alone and the device works."""
+
+
+class LimitTooSmall(PairFailed, ValueError):
+    """Raised when what is read beside query and chunk leaves no token for them within the maximum length."""
 
 
 class EngineDied(EngineError):

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import PairFailed
+from .errors import LimitTooSmall, PairFailed
 
 Logits = NDArray[np.float32]
 
@@ -156,11 +156,11 @@ class PairLimits:
         >>> PairLimits.within(64, special_tokens=3, query_max_tokens=128)
         PairLimits(query=30, total=61)
 
-        Raises ValueError if not one token of each fits.
+        Raises LimitTooSmall if not one token of each fits, and ValueError for a query of none.
         """
         total = max_length - special_tokens
         if total < 2:
-            raise ValueError(
+            raise LimitTooSmall(
                 f"max_length {max_length} leaves no token for query and chunk beside {special_tokens} others"
             )
         if query_max_tokens < 1:
