@@ -157,6 +157,12 @@ def test_limits_in_tokens_and_priorities_reach_the_call():
     assert (call.max_length, call.query_max_tokens) == (120, 20)
 
 
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/vllm/rerank", "/jina/v1/rerank"])
+def test_logits_are_asked_for_as_vllm_does_and_by_no_null(path):
+    assert read(path, {**ASKED, "use_activation": False})[2].raw_scores
+    assert not any(read(path, {**ASKED, "use_activation": value})[2].raw_scores for value in (True, None))
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

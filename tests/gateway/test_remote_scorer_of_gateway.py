@@ -37,7 +37,9 @@ def score(url: str) -> Iterator[Callable[..., Scored]]:
 @pytest.mark.parametrize(
     ("path", "dialect", "kind"),
     [("/rerank", "tei", "logit"), ("/rerank", "tei", "probability"), ("/v2/rerank", "cohere", "probability"),
-     ("/v1/rerank", "jina", "probability")],
+     ("/v1/rerank", "jina", "probability"), ("/v1/rerank", "vllm", "logit"), ("/infinity/rerank", "infinity", "logit"),
+     ("/voyage/rerank", "voyage", "probability"),
+     ("/api/v1/services/rerank/text-rerank/text-rerank", "dashscope", "probability")],
 )  # fmt: skip
 def test_a_gateway_gives_a_remote_scorer_the_logits_of_its_worker(deployment, score, path, dialect, kind):
     with Client(deployment.settings) as client:

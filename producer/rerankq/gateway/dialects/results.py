@@ -45,6 +45,9 @@ class ResultsRequest(Request):
     )
     truncate_prompt_tokens: Tokens | None = None
     raw_scores: Flag = Field(False, description="Answer the model's logits instead of probabilities.")
+    activation: Flag = Field(
+        True, validation_alias=AliasChoices("use_activation", "activation"), description="False: answer logits."
+    )
     priority: int | None = Field(None, description="0: interactive, above: bulk.")
     instruction: str | None = Field(
         None,
@@ -101,7 +104,7 @@ def call_of(request: ResultsRequest) -> RerankCall:
         documents=chunks_of(request.documents, rank_fields=request.rank_fields),
         model=request.model,
         top_n=request.top_n or None,
-        raw_scores=request.raw_scores,
+        raw_scores=request.raw_scores or not request.activation,
         priority=priority_of(request.priority),
         max_length=pair_tokens(
             document=request.max_tokens_per_doc,
