@@ -16,7 +16,7 @@ COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY conf conf
 COPY producer producer
 COPY worker worker
-RUN pip install --constraint constraints.txt '.[worker,openvino,cli]'
+RUN pip install --constraint constraints.txt '.[worker,remote,openvino,cli]'
 
 FROM python:${PYTHON}-slim
 RUN useradd --create-home --uid 10001 rerankq \

@@ -21,6 +21,7 @@ import pytest
 import redis
 import yaml
 
+from rerankq import catalogue
 from rerankq.settings import Settings, read_by
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -129,6 +130,12 @@ def test_every_setting_that_workers_read_is_passed_on_to_them():
     environment = SERVICES["worker"]["environment"]
     passed_on = {name.removeprefix("RERANKQ_").lower() for name in environment}
     assert {name for name in Settings.model_fields if read_by(name) in {"worker", "both"}} - passed_on == set()
+
+
+def test_a_worker_in_a_container_may_ask_every_server_of_the_catalogue():
+    keys = {card.api_key_env for card in catalogue.remotes().values()} - {""}
+    assert keys <= set(SERVICES["worker"]["environment"])
+    assert "[worker,remote," in (REPOSITORY / "docker/worker.Dockerfile").read_text()
 
 
 def test_every_setting_that_the_gateway_reads_is_passed_on_to_it():
