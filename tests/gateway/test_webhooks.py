@@ -321,32 +321,61 @@ def test_names_that_are_resolved_slowly_hold_up_nothing_else_of_the_gateway(monk
     asyncio.run(use())
 
 
-def test_receivers_that_have_failed_before_leave_room_for_others(redis_url, monkeypatch):
-    reports, posted = [], []
+@pytest.fixture
+def hooks(redis_url, monkeypatch):
+    """Webhooks whose posts hang until they are released, and whose reports are written down."""
+    found = delivering.Webhooks(Settings(broker_url=redis_url, **ALLOWED, _env_file=None))
+    found.reports, found.posted, found.release = [], [], asyncio.Event()
 
+    async def report(taken, record, *, wait_s, keep_s):
+        found.reports.append((taken.job_id, wait_s))
+
+    async def post(url, headers, body):
+        found.posted.append(url)
+        await found.release.wait()
+
+    def deliver(name: str, attempts: int = 0) -> asyncio.Task:
+        record = message.Record(url="http://127.0.0.1:8000/", added_at=0, attempts=attempts, body=body)
+        return asyncio.create_task(found._deliver(webhooks.Taken(name, "n", "token", record.model_dump_json())))
+
+    body = message.body_of("j", "failed", ended_at=None).decode()
+    monkeypatch.setattr(found, "_report", report)
+    monkeypatch.setattr(found._poster, "post", post)
+    found.deliver = deliver
+    return found
+
+
+def test_deliveries_that_have_failed_before_leave_room_for_others(hooks, monkeypatch):
     async def use():
-        hooks = delivering.Webhooks(Settings(broker_url=redis_url, **ALLOWED, _env_file=None))
-
-        async def report(taken, record, *, wait_s, keep_s):
-            reports.append((taken.job_id, wait_s))
-
-        async def post(url, headers, body):
-            posted.append(url)
-
-        monkeypatch.setattr(hooks, "_report", report)
-        monkeypatch.setattr(hooks._poster, "post", post)
         monkeypatch.setattr(hooks, "_again", delivering.AT_ONCE_AGAIN)
-        body = message.body_of("j", "failed", ended_at=None).decode()
-        for name, attempts in (("failed before", 1), ("first", 0)):
-            record = message.Record(
-                url=f"http://127.0.0.1:{8000 + attempts}/", added_at=0, attempts=attempts, body=body
-            )
-            await hooks._deliver(webhooks.Taken(name, "n", "token", record.model_dump_json()))
+        hooks.release.set()
+        await asyncio.gather(hooks.deliver("failed before", attempts=1), hooks.deliver("first"))
         await hooks.aclose()
 
     asyncio.run(use())
-    assert reports == [("failed before", delivering.CROWD_WAIT_S), ("first", None)]
-    assert posted == ["http://127.0.0.1:8000/"]
+    assert hooks.reports == [("failed before", delivering.CROWD_WAIT_S), ("first", None)]
+
+
+def test_a_receiver_that_never_answered_gets_few_deliveries_at_once_and_a_crowd_waits_longer(hooks):
+    async def use():
+        tasks = [hooks.deliver(str(at)) for at in range(12)]
+        await asyncio.sleep(0)
+        assert len(hooks.posted) == delivering.AT_ONCE_UNPROVEN == 2
+        waits = [wait_s for _, wait_s in hooks.reports]
+        assert waits == sorted(waits)
+        assert (waits[0], waits[-1]) == (1.0, 5.5)
+        hooks.release.set()
+        await asyncio.gather(*tasks)
+        hooks.release.clear()
+        # It has answered.
+        tasks = [hooks.deliver(str(at)) for at in range(20)]
+        await asyncio.sleep(0)
+        assert len(hooks.posted) == 2 + delivering.AT_ONCE_EACH
+        hooks.release.set()
+        await asyncio.gather(*tasks)
+        await hooks.aclose()
+
+    asyncio.run(use())
 
 
 def test_a_gateway_that_stops_hands_back_what_it_has_not_delivered(submit, start_gateway, receiver, wait_until):

@@ -30,11 +30,14 @@ logger = logging.getLogger("rerankq.gateway")
 LOOK_EVERY_S, LOOK_AT_JOB_S = 0.5, 60.0
 # Seconds for which a delivery is ours: longer than it may take.
 LEASE_S = 2 * posting.DELIVERY_S
-# Deliveries at once: in all, to one receiver, and of those that have failed before: receivers that hang do not hold up
-# the others.
-AT_ONCE, AT_ONCE_EACH, AT_ONCE_AGAIN = 128, 16, 64
-# Seconds after which a delivery is looked at again that found too many others on their way to its receiver.
-CROWD_WAIT_S = 1.0
+# Deliveries at once, so that receivers that hang do not hold up others: in all, of those that have failed before, to
+# one receiver whose last delivery succeeded, and to any other.
+AT_ONCE, AT_ONCE_AGAIN, AT_ONCE_EACH, AT_ONCE_UNPROVEN = 256, 128, 16, 2
+# Receivers whose last delivery succeeded that are remembered.
+MAX_PROVEN = 10_000
+# Seconds after which a delivery is looked at again that found too many others on their way to its receiver: at first,
+# and at the latest.
+CROWD_WAIT_S, MAX_CROWD_WAIT_S = 1.0, 30.0
 # Seconds in which a gateway that stops hands back what it has not delivered.
 HAND_BACK_WITHIN_S = 2.0
 # Seconds for which the records of deliveries are kept: of those that were given up, and of those that were not.
@@ -71,6 +74,9 @@ class Webhooks:
         self._clock = clock
         self._busy: Counter[str] = Counter()
         self._again = 0
+        self._turned_away: Counter[str] = Counter()
+        # By receiver, the latest last.
+        self._proven: dict[str, None] = {}
         self._delivering: set[asyncio.Task[None]] = set()
         self._outage = Outage()
 
@@ -158,8 +164,12 @@ class Webhooks:
                 await self._report(taken, taken.record, wait_s=None, keep_s=KEEP_S)
                 return
             receiver, again = _receiver(record.url), int(record.attempts > 0)
-            if self._busy[receiver] >= AT_ONCE_EACH or (again and self._again >= AT_ONCE_AGAIN):
-                await self._report(taken, taken.record, wait_s=CROWD_WAIT_S, keep_s=KEEP_S)
+            most = AT_ONCE_EACH if receiver in self._proven else AT_ONCE_UNPROVEN
+            if self._busy[receiver] >= most or (again and self._again >= AT_ONCE_AGAIN):
+                # The longer a receiver takes, the more are turned away, and the less often they are looked at.
+                wait_s = min(MAX_CROWD_WAIT_S, CROWD_WAIT_S * (1 + self._turned_away[receiver] / most))
+                self._turned_away[receiver] += 1
+                await self._report(taken, taken.record, wait_s=wait_s, keep_s=KEEP_S)
                 return
             self._busy[receiver] += 1
             self._again += again
@@ -167,6 +177,7 @@ class Webhooks:
                 await self._try(taken, record)
             finally:
                 self._again -= again
+                self._turned_away.pop(receiver, None)
                 self._busy[receiver] -= 1
                 if not self._busy[receiver]:
                     del self._busy[receiver]
@@ -192,6 +203,7 @@ class Webhooks:
         try:
             await self._poster.post(record.url, self._headers(taken.job_id, record, body), body)
         except DeliveryFailed as failure:
+            self._proven.pop(_receiver(record.url), None)
             late = self._clock() - ended_at >= self._settings.webhook_give_up_s
             if failure.final or late:
                 logger.warning(
@@ -204,8 +216,15 @@ class Webhooks:
             wait_s = message.wait_after(record.attempts + 1, asked_s=failure.retry_after_s)
             await self._report(taken, told.model_dump_json(), wait_s=wait_s, keep_s=KEEP_S)
         else:
+            self._prove(_receiver(record.url))
             told = record.model_copy(update={**tried, "state": "delivered", "error": None, "body": None})
             await self._report(taken, told.model_dump_json(), wait_s=None, keep_s=KEEP_S)
+
+    def _prove(self, receiver: str) -> None:
+        self._proven.pop(receiver, None)
+        self._proven[receiver] = None
+        if len(self._proven) > MAX_PROVEN:
+            del self._proven[next(iter(self._proven))]
 
     def _headers(self, job_id: str, record: Record, body: bytes) -> dict[str, str]:
         headers = {
