@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rerankq.contract import Chunk, Ranking
+from rerankq.contract import Chunk, RankedChunk, Ranking
 from rerankq.errors import BrokerUnavailable, JobRejected, JobTimedOut, JobUnknown, NoWorker, QueueFull
 from rerankq.gateway.call_options import options_of, split_model
 from rerankq.gateway.hosted_models import NO_INSTRUCTION, resolve
@@ -78,6 +78,15 @@ def test_documents_that_show_nothing_rank_last_and_the_reply_to_them_alone_has_a
     reply = reply_of(call, CallOptions(), Ranking(job_id="", model={"name": "m", "fingerprint": ""}, chunks=[]))
     assert [(document.index, document.score) for document in reply.documents] == [(0, 0.0), (1, 0.0), (2, 0.0)]
     assert reply.id
+
+
+def test_of_an_endless_document_no_more_is_sent_than_any_model_reads():
+    call = RerankCall("q", (Chunk(text="a" * 3_000_000, title="t"), Chunk(text="b")))
+    first, second = job_of_call(call, CallOptions(), job_id="j", timeout_s=1).chunks
+    assert (len(first.text), first.title, second.text) == (1_000_000, "t", "b")
+    ranked = [RankedChunk(id=str(at), index=at, rank=at + 1, score=0.5) for at in range(2)]
+    reply = reply_of(call, CallOptions(), Ranking(job_id="j", model={"name": "m", "fingerprint": ""}, chunks=ranked))
+    assert reply.truncated_pairs == 1
 
 
 class Ledger:

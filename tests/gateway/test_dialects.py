@@ -132,6 +132,11 @@ def test_a_path_of_ours_stays(path):
     assert canonical_path(path) == path
 
 
+def test_nvidias_truncation_is_read_in_either_case():
+    _, asked, _ = read("/v1/ranking", {"query": QUERY, "passages": DOCUMENTS, "truncate": "end"})
+    assert asked.truncate == "END"
+
+
 def test_limits_in_tokens_beyond_every_model_are_those_that_a_job_can_have():
     for limit, query in ((10**9, 1_000_000), (1, 1)):
         asked = {**ASKED, "max_tokens_per_doc": limit, "max_tokens_per_query": limit}

@@ -10,7 +10,8 @@ import pytest
 from tides import DOCUMENTS, QUERY
 
 from rerankq.gateway.edge import SECURITY_HEADERS
-from rerankq.gateway.server import BoundedHeaders
+from rerankq.gateway.server import BoundedHeaders, config_of
+from rerankq.settings import Settings
 
 BODY = {"query": QUERY, "documents": DOCUMENTS}
 JSON = {"Content-Type": "application/json"}
@@ -198,6 +199,10 @@ def test_a_connection_serves_several_requests_however_slowly_they_follow(gateway
                 connection.sendall(request[at : at + 10])
                 time.sleep(0.01)
             assert connection.recv(65_536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_connections_are_kept_for_longer_than_clients_and_proxies_keep_theirs():
+    assert config_of(Settings(_env_file=None)).timeout_keep_alive == BoundedHeaders.keep_alive_s > 60
 
 
 # Hosts and origins --------------------------------------------------------------------------------------------------

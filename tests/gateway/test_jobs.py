@@ -77,6 +77,8 @@ def test_many_jobs_are_submitted_in_one_call(http):
     ids = [job["job_id"] for job in answer.json()["jobs"]]
     assert len(set(ids)) == 5
     assert all(http.get(f"/v1/jobs/{one}", params={"wait": 30}).json()["state"] == "done" for one in ids)
+    again = http.post("/v1/jobs/batch", json={"jobs": [{**JOB, "query": f"{QUERY} 0"}]})
+    assert again.json()["jobs"][0]["state"] == "done"
 
 
 def test_a_malformed_job_among_many_is_named_and_none_is_accepted(http):

@@ -78,7 +78,8 @@ def no_key(*, presented: bool) -> Response:
 async def on_error(_: Request, error: Exception) -> Response:
     """Answer an error of ours."""
     assert isinstance(error, RerankqError)  # noqa: S101 - registered for this type
-    if error.http_status >= 500:
+    # Outages, lateness and ends are told elsewhere, and once; here they would come with every call.
+    if error.http_status >= 500 and error.http_status not in {503, 504}:
         logger.warning("%s: %s", type(error).__name__, error)
     return of_error(error)
 

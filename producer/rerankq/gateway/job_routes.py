@@ -176,8 +176,15 @@ async def submit_batch(request: Request, caller: Sender, idempotency_key: Idempo
     for one, webhook in zip(ids, told, strict=True):
         if webhook is not None:
             await webhooks.add(one, webhook)
+    # Some may have ended long ago: equal jobs are one.
+    found = await asyncio.gather(*(client_of(request).status(one) for one in ids))
     return JSONResponse(
-        {"jobs": [Accepted(job_id=one, state="queued", links=links_of(one)).model_dump() for one in ids]}, 202
+        {
+            "jobs": [
+                Accepted(job_id=one.job_id, state=one.state, links=links_of(one.job_id)).model_dump() for one in found
+            ]
+        },
+        202,
     )
 
 

@@ -13,6 +13,9 @@ from ..errors import JobTooLarge
 # Scores of a document that is empty or blank: it ranks last. As a probability, and as a logit.
 # The logit is near those of models: clients that stretch scores between the lowest and the highest divide by it.
 BLANK_SCORE, BLANK_LOGIT = 0.0, -12.0
+# Characters of a document that are sent to a worker: more than any model reads. One document that is larger than a job
+# may be does not fail the others.
+MOST_CHARACTERS = 1_000_000
 # Queries of one call with pairs of its own: a job for each.
 MAX_QUERIES = 1_000
 # Jobs that a header names.
@@ -106,7 +109,7 @@ def job_of_call(call: RerankCall, options: CallOptions, *, job_id: str, timeout_
     Raises:
         JobRejected: naming the field, if no job can be made of it.
     """
-    chunks = [chunk for chunk in call.documents if not is_blank(chunk.model_text)]
+    chunks = [_cut(chunk) for chunk in call.documents if not is_blank(chunk.model_text)]
     # Made even if nothing is to be ranked: a call that is wrong is wrong with blank documents, too.
     more: dict[str, object] = {}
     if call.max_length is not None:
@@ -130,6 +133,12 @@ def job_of_call(call: RerankCall, options: CallOptions, *, job_id: str, timeout_
     return job if chunks else None
 
 
+def _cut(chunk: Chunk) -> Chunk:
+    if len(chunk.text) <= MOST_CHARACTERS:
+        return chunk
+    return chunk.model_copy(update={"text": chunk.text[:MOST_CHARACTERS]})
+
+
 def reply_of(call: RerankCall, options: CallOptions, ranking: Ranking) -> RerankReply:
     """Order a call's documents by a ranking of those that are not blank; these come last.
 
@@ -140,6 +149,11 @@ def reply_of(call: RerankCall, options: CallOptions, ranking: Ranking) -> Rerank
     documents = [RankedDocument(sent[chunk.index], _score(chunk, raw=raw), chunk) for chunk in ranking.chunks]
     lowest = min((document.score for document in documents), default=0.0)
     documents += blank_documents(call, below=lowest, raw=raw)
+    # What was cut here may have fitted there: a megabyte can be one word.
+    cut = sum(
+        len(call.documents[sent[one.index]].text) > MOST_CHARACTERS and not one.truncated for one in ranking.chunks
+    )
+    truncated = ranking.usage.truncated_pairs + cut
     return RerankReply(
         job_id=ranking.job_id,
         model=ranking.model.name,
@@ -147,9 +161,9 @@ def reply_of(call: RerankCall, options: CallOptions, ranking: Ranking) -> Rerank
         tokens=ranking.usage.tokens,
         pairs=ranking.usage.pairs,
         cached_pairs=ranking.usage.cached_pairs,
-        truncated_pairs=ranking.usage.truncated_pairs,
+        truncated_pairs=truncated,
         timings_ms=ranking.timings_ms,
-        warnings=(*call.warnings, *_truncation(ranking.usage.truncated_pairs)),
+        warnings=(*call.warnings, *_truncation(truncated)),
     )
 
 

@@ -26,6 +26,9 @@ BACKLOG = 4096
 # Seconds in which the headers of a request have to come, the first and each further one of a connection; and their
 # bytes at most. uvicorn has no limit for either.
 HEADERS_WITHIN_S = 20.0
+# Seconds for which a connection is kept for a next request: longer than clients and proxies keep theirs (httpx 5,
+# nginx 60), as one that is closed at the moment at which it is used again costs a call.
+KEEP_ALIVE_S = 75
 MOST_HEADER_BYTES = 65_536
 
 
@@ -48,13 +51,14 @@ class BoundedHeaders(HttpToolsProtocol):
     """Closes connections whose headers do not come, or do not end."""
 
     headers_within_s = HEADERS_WITHIN_S
+    keep_alive_s = KEEP_ALIVE_S
     _deadline: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
-        self._expect_headers()
+        self._expect_headers(self.headers_within_s)
 
     def data_received(self, data: bytes) -> None:
         """Read what came."""
@@ -63,7 +67,7 @@ class BoundedHeaders(HttpToolsProtocol):
         if reading_headers and self._deadline is not None:
             if not self._header_bytes:
                 # The first of a further request: its time begins.
-                self._expect_headers()
+                self._expect_headers(self.headers_within_s)
             self._header_bytes += len(data)
             if self._header_bytes > MOST_HEADER_BYTES and not self.transport.is_closing():
                 self.transport.write(STATUS_LINE[431] + b"content-length: 0\r\nconnection: close\r\n\r\n")
@@ -85,16 +89,16 @@ class BoundedHeaders(HttpToolsProtocol):
         """Wait for the next request, if there is none yet."""
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():
-            self._expect_headers()
+            self._expect_headers(self.keep_alive_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._stop_waiting()
         super().connection_lost(exc)
 
-    def _expect_headers(self) -> None:
+    def _expect_headers(self, seconds: float) -> None:
         self._stop_waiting()
-        self._deadline = self.loop.call_later(self.headers_within_s, self._give_up)
+        self._deadline = self.loop.call_later(seconds, self._give_up)
 
     def _stop_waiting(self) -> None:
         self._header_bytes = 0
@@ -123,6 +127,7 @@ def config_of(settings: Settings) -> uvicorn.Config:
         log_level="warning",
         backlog=BACKLOG,
         timeout_graceful_shutdown=STOP_WITHIN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
         # Requests are counted, not logged: their bodies and paths are their callers' own.
         access_log=False,
         server_header=False,

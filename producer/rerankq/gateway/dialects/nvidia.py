@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, BeforeValidator, Field
 
 from ..rerank_call import RerankCall, RerankReply
 from .dialect import Dialect
 from .fields import Documents, Query, Reply, Request, TopN, chunks_of
 from .results import TokenUsage, usage_of
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
 
 
 class NvidiaRequest(Request):
@@ -18,7 +22,7 @@ class NvidiaRequest(Request):
     query: Query
     passages: Documents
     model: str | None = None
-    truncate: Literal["NONE", "END", "START"] | None = Field(
+    truncate: Annotated[Literal["NONE", "END", "START"], BeforeValidator(_upper)] | None = Field(
         None, description="No effect: what does not fit is always cut at its end, and the response says so by header."
     )
     top_n: TopN | None = Field(None, validation_alias=AliasChoices("top_n", "top_k"))
