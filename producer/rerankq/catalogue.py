@@ -51,7 +51,8 @@ INSTRUCTED: tuple[DialectName, ...] = ("dashscope", "siliconflow", "vllm")
 def _bare_url(url: str) -> str:
     parts = urlsplit(url)
     # Reading the port raises ValueError where it is no number.
-    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
+    written = url.isprintable() and " " not in url
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0 or not written:
         msg = "expected http://HOST/PATH or https://HOST/PATH, the full address that requests are posted to"
         raise ValueError(msg)
     if parts.username or parts.password or parts.query or parts.fragment:

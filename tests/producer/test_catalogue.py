@@ -151,6 +151,8 @@ def test_catalogue_without_other_servers_has_none(tmp_path: Path):
         ("max_documents = 10", 'max_documents = 10\napi_key_env = "sk-1"', "remote.mine.api_key_env: String should"),
         ("https://h.example/v1/rerank", "ftp://h/x", "remote.mine.url: .*expected http://HOST/PATH"),
         ("https://h.example/v1/rerank", "h.example/v1", "remote.mine.url: .*expected http://HOST/PATH"),
+        ("https://h.example/v1/rerank", "https://h example/v1", "remote.mine.url: .*expected http://HOST/PATH"),
+        ("https://h.example/v1/rerank", r"https://h.example/v1\n", "remote.mine.url: .*expected http://HOST/PATH"),
         ("https://h.example/v1/rerank", "https:///v1", "remote.mine.url: .*expected http://HOST/PATH"),
         ("https://h.example/v1/rerank", "https://h:port/v1", "remote.mine.url"),
         ("https://h.example/v1/rerank", "https://u:sk-1@h/v1", "remote.mine.url: .*a key belongs into api_key_env"),
