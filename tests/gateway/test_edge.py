@@ -221,6 +221,7 @@ def test_what_is_not_http_is_told_so_in_the_same_form(gateway):
         head, _, told = read_all(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert json.loads(told)["message"] == "Invalid HTTP request received."
+    assert all(name.lower().encode() in head.lower() for name in SECURITY_HEADERS)
 
 
 def test_a_caller_that_hangs_up_before_its_body_has_come_is_no_fault_of_the_gateway(gateway, wait_until):

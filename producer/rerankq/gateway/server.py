@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from ..settings import Settings
 from . import failures
 from .app import create_app
+from .edge import SECURITY_HEADERS
 
 # Seconds for which a gateway that is told to stop lets callers wait, and after which connections are cut.
 ANSWER_WITHIN_S = 5
@@ -70,14 +71,17 @@ class BoundedHeaders(HttpToolsProtocol):
                 self._expect_headers(self.headers_within_s)
             self._header_bytes += len(data)
             if self._header_bytes > MOST_HEADER_BYTES and not self.transport.is_closing():
-                self.transport.write(STATUS_LINE[431] + b"content-length: 0\r\nconnection: close\r\n\r\n")
-                self.transport.close()
+                self._refuse(431, f"more than {MOST_HEADER_BYTES} bytes of headers")
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, in the form of all errors."""
-        told = bytes(failures.failure(400, msg, kind="RequestInvalid").body)
-        headers = f"content-type: application/json\r\ncontent-length: {len(told)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(STATUS_LINE[400] + headers.encode() + told)
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, said: str) -> None:
+        told = failures.failure(status, said, kind="RequestInvalid")
+        headers = {**told.headers, **SECURITY_HEADERS, "Connection": "close"}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self.transport.write(STATUS_LINE[status] + lines.encode() + b"\r\n" + bytes(told.body))
         self.transport.close()
 
     def on_headers_complete(self) -> None:
