@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
@@ -22,11 +23,14 @@ from rerankq.settings import Settings
 
 
 @pytest.fixture(scope="session")
-def deployment() -> Iterator[Stack]:
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Redis, a worker with the bundled model and a gateway, each a process of its own, for all tests of a process."""
     settings = Settings(model="bundled", port=free_port(0), _env_file=None)
-    with Stack(settings, embedded=True, gateway=True) as stack, Client(stack.settings) as client:
-        stack.wait_until_ready(client)
+    with ExitStack() as running:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("RERANKQ_FILES_DIR", str(tmp_path_factory.mktemp("files")))
+            stack = running.enter_context(Stack(settings, embedded=True, gateway=True))
+        stack.wait_until_ready(running.enter_context(Client(stack.settings)))
         wait_for_gateway(url_of(settings))
         yield stack
 
@@ -79,12 +83,14 @@ class RunningGateway:
 
 
 @pytest.fixture
-def start_gateway(redis_url: str) -> Iterator[Callable[..., RunningGateway]]:
+def start_gateway(redis_url: str, tmp_path: Path) -> Iterator[Callable[..., RunningGateway]]:
     """Start gateways on an empty Redis, without a worker unless the test starts one; settings by keyword."""
+    # Not the user's folder: batches of other tests are there.
+    usual = {"broker_url": redis_url, "model": "stub", "files_dir": tmp_path / "files", "_env_file": None}
     with ExitStack() as running:
 
         def start(**given) -> RunningGateway:
-            settings = Settings(**{"broker_url": redis_url, "model": "stub", "_env_file": None, **given})
+            settings = Settings(**{**usual, **given})
             gateway = RunningGateway(settings)
             running.callback(gateway.stop)
             return gateway
@@ -121,12 +127,12 @@ class GatewayProcess:
 
 
 @pytest.fixture
-def start_gateway_process() -> Iterator[Callable[..., GatewayProcess]]:
+def start_gateway_process(tmp_path: Path) -> Iterator[Callable[..., GatewayProcess]]:
     """Start gateways that can be killed; settings by keyword, as their variables are written."""
     with ExitStack() as running:
 
         def start(**variables: str) -> GatewayProcess:
-            gateway = GatewayProcess(free_port(0), **variables)
+            gateway = GatewayProcess(free_port(0), **{"files_dir": str(tmp_path / "files"), **variables})
             running.callback(gateway.kill)
             return gateway
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -36,6 +37,9 @@ ANSWER_WITHIN_S = 3.0
 PLACE_HELD_S = 15.0
 # Seconds between tries for a place that other gateways hold.
 TRY_EVERY_S = 0.2
+# Seconds after a question that was not answered for which no other call waits for an answer of its own.
+BELIEVED_AWAY_S = 1.0
+_NO_ANSWER = "the rates of keys were not answered in time"
 # Bytes of UTF-8 to a token, about, in Chinese as in English.
 BYTES_PER_TOKEN = 4
 
@@ -142,6 +146,8 @@ class Rates:
         self._freed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._held: defaultdict[str, set[str]] = defaultdict(set)
         self._tasks: set[asyncio.Task[None]] = set()
+        # When Redis last answered, and when it last did not.
+        self._answered_at = self._away_at = float("-inf")
         # Set while no renewal is under way: it would take a place again that is given back meanwhile.
         self._renewed = asyncio.Event()
         self._renewed.set()
@@ -210,15 +216,18 @@ class Rates:
 
         Raises:
             RateLimited: if there was none in that time.
+            BrokerUnavailable: if Redis said nothing in that time.
         """
         if key is None or key.concurrent is None:
             yield
             return
-        place = secrets.token_hex(8)
+        place, began = secrets.token_hex(8), time.monotonic()
         try:
             async with asyncio.timeout(within_s):
                 await self._wait_for_place(key.name, key.concurrent, place)
         except TimeoutError:
+            if self._answered_at < began:
+                raise BrokerUnavailable(_NO_ANSWER) from None
             said = f"this key may have {key.concurrent} calls at a time; none of them ended within {within_s:g} s"
             raise RateLimited(said, retry_after_s=within_s) from None
         try:
@@ -228,6 +237,9 @@ class Rates:
 
     async def _wait_for_place(self, name: str, limit: int, place: str) -> None:
         async with self._lines[name]:
+            if time.monotonic() - self._away_at < BELIEVED_AWAY_S:
+                # Not each in turn: the last of a long line would wait for all that the others waited.
+                raise BrokerUnavailable(_NO_ANSWER)
             freed = self._freed[name]
             while True:
                 freed.clear()
@@ -260,9 +272,15 @@ class Rates:
         self._freed[name].set()
 
     async def _ask(self, answer: Any) -> Any:
-        with _within_limits():
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                return await answer
+        try:
+            with _within_limits():
+                async with asyncio.timeout(ANSWER_WITHIN_S):
+                    answered = await answer
+        except BrokerUnavailable:
+            self._away_at = time.monotonic()
+            raise
+        self._answered_at = time.monotonic()
+        return answered
 
     async def _renew_repeatedly(self) -> None:
         while True:
@@ -305,4 +323,4 @@ def _within_limits() -> Iterator[None]:
         with reraise_cancelled(), translated():
             yield
     except TimeoutError:
-        raise BrokerUnavailable(f"the rates of keys were not answered within {ANSWER_WITHIN_S:g} s") from None
+        raise BrokerUnavailable(_NO_ANSWER) from None
