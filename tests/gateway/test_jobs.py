@@ -109,6 +109,7 @@ def test_an_unknown_job_is_not_found(http):
     assert http.get("/v1/jobs/unheard").status_code == 404
     assert http.delete("/v1/jobs/unheard").status_code == 404
     assert http.get("/v1/jobs/unheard/events").status_code == 404
+    assert http.get("/v1/jobs/unheard/webhooks").status_code == 404
 
 
 @pytest.mark.parametrize("wait", ["-1", "soon", "1e9"])

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 import rerankq
-from rerankq import Chunk, Client, JobRejected, RerankJob
+from rerankq import AsyncClient, Chunk, Client, JobRejected, RerankJob
 from rerankq.client import loop_thread
 from rerankq.client.completions import CompletionListener
 from rerankq.client.loop_thread import SHARED
@@ -258,6 +258,21 @@ def test_the_registry_is_read_once_for_jobs_that_come_soon_after_each_other(
     client.submit(job(1))
     client.submit(job(2))
     assert len(read) == 1
+
+
+def test_a_worker_that_registered_just_now_is_found_before_its_model_is_refused(
+    redis_url: str, worker, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("rerankq.client.asynchronous.REGISTRY_TTL_S", 1e6)
+
+    async def look() -> list[list[str]]:
+        async with AsyncClient(Settings(broker_url=redis_url, model="m")) as client:
+            _, before = await client.serving()
+            worker.register("m")
+            _, after = await client.serving()
+        return [[one.model for one in found] for found in (before, after)]
+
+    assert asyncio.run(look()) == [[], ["m"]]
 
 
 def test_an_outage_midway_carries_what_was_accepted(client: Client, monkeypatch: pytest.MonkeyPatch):
