@@ -1,15 +1,17 @@
 """What holds for every request: hosts, origins, bodies that are wrong, too large or slow; headers of every answer."""
 
+import asyncio
 import contextlib
 import json
 import socket
 import time
 
+import anyio
 import httpx
 import pytest
 from tides import DOCUMENTS, QUERY
 
-from rerankq.gateway.edge import SECURITY_HEADERS
+from rerankq.gateway.edge import SECURITY_HEADERS, Edge
 from rerankq.gateway.server import BoundedHeaders, config_of
 from rerankq.settings import Settings
 
@@ -228,6 +230,21 @@ def test_a_caller_that_hangs_up_before_its_body_has_come_is_no_fault_of_the_gate
     with connected(gateway) as connection:
         connection.sendall(b'POST /v2/rerank HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"query": ')
     wait_until(lambda: 'outcome="caller-gone"' in httpx.get(f"{gateway.url}/metrics").text)
+
+
+@pytest.mark.parametrize(("fault", "raised"), [(anyio.BrokenResourceError(), False), (ValueError(), True)])
+def test_a_caller_that_goes_away_while_events_are_sent_is_no_error_in_the_log(fault, raised):
+    async def stream(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ExceptionGroup("unhandled errors in a TaskGroup", [fault])
+
+    async def send(message):
+        pass
+
+    edge = Edge(stream, allowed_hosts=None, same_origin=False, cors_origins=())
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    with pytest.raises(ExceptionGroup) if raised else contextlib.nullcontext():
+        asyncio.run(edge(scope, None, send))
 
 
 def test_a_program_that_names_no_host_is_served(gateway):

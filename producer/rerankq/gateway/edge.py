@@ -13,6 +13,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from urllib.parse import urlsplit
 
+import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -112,6 +113,16 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def is_unread(error: Exception) -> bool:
+    """Whether an error says no more than that a caller went away while events were sent to it, as FastAPI raises it.
+
+    >>> gone = ExceptionGroup("", [anyio.BrokenResourceError()])
+    >>> is_unread(gone), is_unread(ExceptionGroup("", [gone, ValueError()])), is_unread(ValueError())
+    (True, False, False)
+    """
+    return isinstance(error, ExceptionGroup) and error.split(anyio.BrokenResourceError)[1] is None
+
+
 class Edge:
     """Wraps the whole application.
 
@@ -143,11 +154,11 @@ class Edge:
             return
         try:
             await self._app(scope, body.receive, answer.send)
-        except Exception:
+        except Exception as error:
             if not answer.begun:
                 logger.exception("unexpected error")
                 await failures.failure(500, "internal error", kind="InternalError")(scope, receive, answer.send)
-            elif not answer.ended:
+            elif not answer.ended and not is_unread(error):
                 raise
 
     def _refusal(self, scope: Scope) -> Response | None:
