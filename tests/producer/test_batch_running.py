@@ -1,11 +1,15 @@
 """A run over a batch, with a client that answers at once: whose turn it is, what ends it, what goes wrong."""
 
+import io
 import json
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 from batch_client import FakeClient
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rerankq import JobTooLarge
 from rerankq.batches import running
@@ -38,6 +42,14 @@ def run(tmp_path) -> Callable:
         return SimpleNamespace(**answers)
 
     return do
+
+
+@given(st.lists(st.integers(0, 40)))
+def test_ids_that_several_lines_have_are_found_wherever_they_are(ids):
+    content = b"".join(b'{"custom_id": "%d", "body": {}}\n' % one for one in ids)
+    found = survey(io.BytesIO(content), max_bytes=100, at_most=1_000)
+    repeated = {running._hash(str(one)) for one, count in Counter(ids).items() if count > 1}
+    assert (found.lines, found.repeated) == (len(ids), repeated)
 
 
 def names(answers: list[dict]) -> list[str]:
