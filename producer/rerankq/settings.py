@@ -234,8 +234,9 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[list[str], NoDecode] = _setting(
         [],
         "gateway",
-        "Host names, separated by commas, under which the gateway is reached, beside addresses and names without a "
-        "dot; `*.` before a name allows its subdomains. Default: all with API keys, else `localhost`.",
+        "Host names, separated by commas, under which the gateway is reached, beside addresses, names without a dot "
+        "and names that end in `.internal`; `*.` before a name allows its subdomains. Default: all with API keys, else "
+        "`localhost`.",
     )
     cors_origins: Annotated[list[str], NoDecode] = _setting(
         [],

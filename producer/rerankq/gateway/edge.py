@@ -70,14 +70,17 @@ def hostname(header: str) -> str:
 def is_local_name(name: str) -> bool:
     """Whether no page from elsewhere can have this name: an address, ``localhost``, or a name without a dot.
 
+    Or one below ``internal``, which nobody can register: ``host.docker.internal`` is what containers call this machine.
     A page can point a name of its own at the loopback (DNS rebinding), and call what listens there as its own host.
 
     >>> [is_local_name(name) for name in ("127.0.0.1", "::1", "app.localhost", "gateway", "example.com", "")]
     [True, True, True, True, False, False]
+    >>> is_local_name("host.docker.internal"), is_local_name("host.docker.internal.example.com")
+    (True, False)
     """
     if not name:
         return False
-    if "." not in name.removesuffix(".localhost"):
+    if "." not in name.removesuffix(".localhost") or name.endswith(".internal"):
         return True
     try:
         ipaddress.ip_address(name)
