@@ -105,6 +105,15 @@ def test_an_instruction_is_sent_where_the_dialect_has_a_field_for_it(dialect: Di
     elif dialect in INSTRUCTED:
         assert told.pop("instruction") == "find causes"
     assert told == plain
+    assert bool(DIALECTS[dialect].instruction) == (dialect in INSTRUCTED)
+
+
+def test_a_jobs_instruction_goes_before_that_of_the_catalogue():
+    for dialect, parameters in [("vllm", {"instruction": "own"}), ("dashscope", {"parameters": {"instruct": "own"}})]:
+        for said, found in [("", "own"), ("find causes", "find causes")]:
+            request = RerankRequest("m", "q", ("one",), False, 512, instruction=said)
+            body = json.loads(body_of(DIALECTS[dialect], request, parameters))
+            assert body.get("instruction", body.get("parameters", {}).get("instruct")) == found
 
 
 def test_parameters_of_the_catalogue_are_merged_into_the_request():

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -45,13 +46,15 @@ class Dialect:
     """How one kind of server is asked.
 
     ``results`` leads through the reply to the list of results, ``score`` names the score of each. ``reads_max_length``:
-    whether it can be told how many tokens of a pair to read, so that scores depend on it.
+    whether it can be told how many tokens of a pair to read, so that scores depend on it. ``instruction`` leads through
+    the request to the field for one; empty: there is none.
     """
 
     body: Callable[[RerankRequest], Json]
     results: tuple[str, ...] = ("results",)
     score: str = "relevance_score"
     reads_max_length: bool = False
+    instruction: tuple[str, ...] = ()
 
 
 def _documents(request: RerankRequest) -> Json:
@@ -68,20 +71,11 @@ def _without_documents(request: RerankRequest) -> Json:
 
 
 def _dashscope(request: RerankRequest) -> Json:
-    told = {"instruct": request.instruction} if request.instruction else {}
     return {
         "model": request.model,
         "input": {"query": request.query, "documents": list(request.texts)},
-        "parameters": {"top_n": len(request.texts), "return_documents": False, **told},
+        "parameters": {"top_n": len(request.texts), "return_documents": False},
     }
-
-
-def _siliconflow(request: RerankRequest) -> Json:
-    return {**_without_documents(request), **_told(request)}
-
-
-def _told(request: RerankRequest) -> Json:
-    return {"instruction": request.instruction} if request.instruction else {}
 
 
 def _infinity(request: RerankRequest) -> Json:
@@ -102,7 +96,7 @@ def _tei(request: RerankRequest) -> Json:
 def _vllm(request: RerankRequest) -> Json:
     # Without a limit a text that is too long is an error of the whole request.
     activation = {"use_activation": False} if request.raw else {}
-    return {**_cohere(request), "truncate_prompt_tokens": request.max_length, **activation, **_told(request)}
+    return {**_cohere(request), "truncate_prompt_tokens": request.max_length, **activation}
 
 
 def _voyage(request: RerankRequest) -> Json:
@@ -117,13 +111,13 @@ def _xinference(request: RerankRequest) -> Json:
 DIALECTS: Mapping[DialectName, Dialect] = MappingProxyType(
     {
         "cohere": Dialect(_cohere),
-        "dashscope": Dialect(_dashscope, results=("output", "results")),
+        "dashscope": Dialect(_dashscope, results=("output", "results"), instruction=("parameters", "instruct")),
         "infinity": Dialect(_infinity),
         "jina": Dialect(_without_documents),
         "localai": Dialect(_cohere),
-        "siliconflow": Dialect(_siliconflow),
+        "siliconflow": Dialect(_without_documents, instruction=("instruction",)),
         "tei": Dialect(_tei, results=(), score="score"),
-        "vllm": Dialect(_vllm, reads_max_length=True),
+        "vllm": Dialect(_vllm, reads_max_length=True, instruction=("instruction",)),
         "voyage": Dialect(_voyage, results=("data",)),
         "xinference": Dialect(_xinference),
     }
@@ -133,11 +127,16 @@ DIALECTS: Mapping[DialectName, Dialect] = MappingProxyType(
 def body_of(dialect: Dialect, request: RerankRequest, parameters: Mapping[str, Any]) -> bytes:
     """Write a request as JSON; *parameters* of the catalogue are added, or take the place of what is there.
 
+    A job's instruction goes before one of theirs.
+
     >>> request = RerankRequest("m", "q", ["a"], raw=False, max_length=512)
     >>> body_of(DIALECTS["cohere"], request, {"max_tokens_per_doc": 64})
     b'{"model":"m","query":"q","documents":["a"],"top_n":1,"max_tokens_per_doc":64}'
     """
     body = _merged(dialect.body(request), parameters)
+    if request.instruction and dialect.instruction:
+        *way, name = dialect.instruction
+        body = _merged(body, reduce(lambda inner, outer: {outer: inner}, reversed(way), {name: request.instruction}))
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
