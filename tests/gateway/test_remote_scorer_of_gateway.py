@@ -42,7 +42,7 @@ def score(url: str) -> Iterator[Callable[..., Scored]]:
      ("/api/v1/services/rerank/text-rerank/text-rerank", "dashscope", "probability")],
 )  # fmt: skip
 def test_a_gateway_gives_a_remote_scorer_the_logits_of_its_worker(deployment, score, path, dialect, kind):
-    with Client(deployment.settings) as client:
+    with Client(deployment) as client:
         ranking = client.rerank(QUERY, DOCUMENTS, fusion="model", timeout=60)
     expected = {chunk.index: chunk.model_logit for chunk in ranking.chunks}
     found = score(path, dialect=dialect, score=kind)

@@ -16,7 +16,6 @@ import pytest
 import redis
 
 from rerankq import Client
-from rerankq.local.embedded import EmbeddedRedis
 from rerankq.settings import Settings
 
 HERE = Path(__file__).parent
@@ -130,12 +129,9 @@ def worker_process() -> Callable[..., RunningWorker]:
 
 
 @pytest.fixture(scope="session")
-def bundled_url(worker_process: Callable[..., RunningWorker]) -> Iterator[str]:
+def bundled_url(deployment: Settings) -> str:
     """Give the URL of a Redis with a worker behind it that ranks with the bundled model."""
-    with EmbeddedRedis() as server:
-        worker = worker_process(server.url, RERANKQ_MODEL="bundled")
-        yield server.url
-        worker.stop()
+    return deployment.broker_url
 
 
 def wait_for_workers(url: str, worker: RunningWorker, seconds: float = 90) -> None:

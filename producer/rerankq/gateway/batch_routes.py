@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
@@ -329,8 +330,9 @@ async def cancel_batch(request: Request, batch_id: str, caller: Sender) -> Respo
     return _batch(await asyncio.to_thread(batches_of(request).cancel, batch_id, owner_of(caller)))
 
 
+@cache
 def router(max_file_bytes: int) -> APIRouter:
-    """Build the paths of files and batches; an upload may be larger than other bodies."""
+    """Build the paths of files and batches, once for a size; an upload may be larger than other bodies."""
     uploads = APIRouter(tags=["batches"], max_body_size=max_file_bytes + MULTIPART_BYTES)
     uploads.add_api_route(
         "/v1/files", upload, methods=["POST"], response_model=FileObject, openapi_extra={"requestBody": _UPLOAD}

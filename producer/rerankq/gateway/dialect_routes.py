@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
@@ -95,8 +96,9 @@ def headers_of(reply: RerankReply) -> dict[str, str]:
     }
 
 
+@cache
 def router() -> APIRouter:
-    """Build the paths of all dialects."""
+    """Build the paths of all dialects, once for all applications of a process: none differs by its settings."""
     found = APIRouter(tags=["dialects"])
     for path, dialects in PATHS.items():
         names = dict.fromkeys(dialect.name for dialect in dialects)
