@@ -1,7 +1,6 @@
 """A gateway with a real worker behind it, and gateways of a test's own."""
 
 import asyncio
-import itertools
 import os
 import subprocess
 import sys
@@ -13,12 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from worker_processes import RunningWorker, wait_for_workers
 
-from rerankq import Client
 from rerankq.gateway.server import Server, config_of
 from rerankq.local import worker_command
 from rerankq.local.embedded import free_port
-from rerankq.local.stack import Stack
 from rerankq.settings import Settings
 
 
@@ -87,16 +85,20 @@ def start_gateway(redis_url: str, tmp_path: Path) -> Iterator[Callable[..., Runn
 
 
 @pytest.fixture
-def start_worker() -> Iterator[Callable[[Settings], None]]:
-    """Start a worker of the settings' model."""
-    with ExitStack() as running:
+def start_worker() -> Iterator[Callable[[Settings], RunningWorker]]:
+    """Start workers of the settings' model; they can be killed."""
+    running: list[RunningWorker] = []
 
-        def start(settings: Settings) -> None:
-            stack = running.enter_context(Stack(settings))
-            with Client(settings) as client:
-                stack.wait_until_ready(client)
+    def start(settings: Settings) -> RunningWorker:
+        environment = {**worker_command.environment(settings), "RERANKQ_LEASE_S": str(settings.lease_s)}
+        worker = RunningWorker(settings.broker, "rerankq_worker.tasks", **environment)
+        running.append(worker)
+        wait_for_workers(settings.broker, worker)
+        return worker
 
-        yield start
+    yield start
+    for worker in running:
+        worker.stop()
 
 
 class GatewayProcess:
@@ -123,38 +125,5 @@ def start_gateway_process(tmp_path: Path) -> Iterator[Callable[..., GatewayProce
             gateway = GatewayProcess(free_port(0), **{"files_dir": str(tmp_path / "files"), **variables})
             running.callback(gateway.kill)
             return gateway
-
-        yield start
-
-
-class WorkerProcess:
-    """A worker in a process of its own, which can be killed."""
-
-    def __init__(self, settings: Settings, name: str) -> None:
-        environment = {
-            **worker_command.tuned(os.environ),
-            **worker_command.environment(settings),
-            "RERANKQ_LEASE_S": str(settings.lease_s),
-        }
-        self._process = subprocess.Popen(worker_command.command(name=name), env=environment)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@pytest.fixture
-def start_worker_process(wait_until: Callable[..., None]) -> Iterator[Callable[[Settings], WorkerProcess]]:
-    """Start workers that can be killed."""
-    with ExitStack() as running:
-        names = (f"worker-{number}" for number in itertools.count())
-
-        def start(settings: Settings) -> WorkerProcess:
-            with Client(settings) as client:
-                before = {one.id for one in client.workers()}
-                worker = WorkerProcess(settings, next(names))
-                running.callback(worker.kill)
-                wait_until(lambda: any(one.queues and one.id not in before for one in client.workers()), 60)
-            return worker
 
         yield start

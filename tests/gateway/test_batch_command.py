@@ -26,9 +26,9 @@ def lines_of(*names: str) -> bytes:
 
 
 @pytest.fixture
-def command(redis_url, start_worker_process):
+def command(redis_url, start_worker):
     """Start the command against a worker; answers the process."""
-    start_worker_process(Settings(broker_url=redis_url, model="stub:0.002", _env_file=None))
+    start_worker(Settings(broker_url=redis_url, model="stub:0.002", _env_file=None))
     environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url, "RERANKQ_MODEL": "stub:0.002"}
 
     def start(*arguments: object) -> subprocess.Popen:

@@ -356,18 +356,18 @@ def started(process: Callable, redis_url: str, folder) -> Api:
 
 
 def test_a_gateway_and_a_worker_killed_in_the_middle_leave_no_line_out_and_none_twice(
-    redis_url, start_gateway_process, start_worker_process, tmp_path, wait_until
+    redis_url, start_gateway_process, start_worker, tmp_path, wait_until
 ):
     settings = Settings(broker_url=redis_url, model="stub:0.004", lease_s=1, _env_file=None)
     first = started(start_gateway_process, redis_url, tmp_path)
-    worker = start_worker_process(settings)
-    count = 600
+    worker = start_worker(settings)
+    count = 200
     content = as_lines(*(line(f"n{at}") for at in range(count))) + b"malformed\n"
     batch = first.create(content)["id"]
     wait_until(lambda: first.read(batch)["request_counts"]["completed"] > 20, 60)
     first.process.kill()
     worker.kill()
-    start_worker_process(settings)
+    start_worker(settings)
     second = started(start_gateway_process, redis_url, tmp_path)
     before = second.read(batch)
     assert before["status"] == "in_progress"
@@ -394,18 +394,18 @@ def test_of_two_gateways_one_runs_a_batch_and_both_tell_of_it(start_gateway, sta
 
 
 def test_a_batch_outlives_an_outage_of_redis(
-    restartable_redis, start_gateway_process, start_worker_process, tmp_path, wait_until
+    restartable_redis, start_gateway_process, start_worker, tmp_path, wait_until
 ):
     settings = Settings(broker_url=restartable_redis.url, model="stub:0.004", _env_file=None)
     api = started(start_gateway_process, restartable_redis.url, tmp_path / "files")
-    start_worker_process(settings)
-    batch = api.create(as_lines(*(line(f"n{at}") for at in range(300))))["id"]
+    start_worker(settings)
+    batch = api.create(as_lines(*(line(f"n{at}") for at in range(120))))["id"]
     wait_until(lambda: api.read(batch)["request_counts"]["completed"] > 5, 60)
     restartable_redis.kill()
     restartable_redis.start()
     ended = api.ended(batch, 150)
-    assert ended["request_counts"] == {"total": 300, "completed": 300, "failed": 0}
-    assert [one["custom_id"] for one in api.content(ended["output_file_id"])] == [f"n{at}" for at in range(300)]
+    assert ended["request_counts"] == {"total": 120, "completed": 120, "failed": 0}
+    assert [one["custom_id"] for one in api.content(ended["output_file_id"])] == [f"n{at}" for at in range(120)]
 
 
 def test_files_and_batches_of_another_tenant_are_unknown(start_gateway, tmp_path):
