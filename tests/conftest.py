@@ -45,8 +45,6 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTE
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
 
-# A program, not a module: the search for doctests would run it.
-collect_ignore = ["forked_worker.py"]
 REPOSITORY = Path(__file__).resolve().parents[1]
 REDIS_VERSIONS = {"6.2": (6, 2), "7": (7, 0)}
 

@@ -1,61 +1,20 @@
-"""Workers in processes of their own, forked from one that has imported their libraries."""
+"""Workers in processes of their own."""
 
-import multiprocessing
 import os
-import runpy
 import signal
 import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
+from forked_processes import ForkedProcess
 
 from rerankq.settings import Settings
 
-HERE = Path(__file__).parent
 # Where the programs are that stand in for `rerankq_worker.tasks`.
-PROGRAMS = HERE / "integration"
-
-# A worker's libraries take more than a second to import, as much as the rest of most tests: it is forked from a process
-# that has imported them. None of these reads the settings when it is imported, as `rerankq_worker.tasks` does.
-LIBRARIES = [
-    "celery.bin.celery", "celery.worker.consumer", "celery.apps.worker", "celery.concurrency.thread",
-    "kombu.transport.redis", "rerankq.client", "rerankq.broker", "rerankq_worker.engine", "rerankq_worker.fusion",
-]  # fmt: skip
-_forking = multiprocessing.get_context("forkserver")
-_forking.set_forkserver_preload(LIBRARIES)
-
-
-class ForkedProcess:
-    """Runs a program in a forked process, and is asked of it as a ``subprocess.Popen`` is."""
-
-    def __init__(self, program: Path, given: dict[str, Any]) -> None:
-        run = {"init_globals": given, "run_name": "__main__"}
-        self._process = _forking.Process(target=runpy.run_path, args=(str(program),), kwargs=run, daemon=True)
-        self._process.start()
-        self.pid: int = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    poll = returncode.fget
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired("forked process", timeout)
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.returncode is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+PROGRAMS = Path(__file__).parent / "integration"
 
 
 class RunningWorker:
@@ -72,8 +31,8 @@ class RunningWorker:
         self.start()
 
     def start(self) -> None:
-        given = {"ARGUMENTS": self.arguments, "ENVIRONMENT": self.environment, "LOG": str(self.log)}
-        self.process = ForkedProcess(HERE / "forked_worker.py", given)
+        with self.log.open("ab") as log:
+            self.process = ForkedProcess("celery", self.arguments, self.environment, stdout=log, stderr=log)
 
     def send(self, number: int) -> None:
         os.killpg(self.process.pid, number)

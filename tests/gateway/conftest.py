@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from forked_processes import ForkedProcess
 from worker_processes import RunningWorker, wait_for_workers
 
 from rerankq.gateway.server import Server, config_of
@@ -107,8 +106,7 @@ class GatewayProcess:
     def __init__(self, port: int, **variables: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
         environment = {**os.environ, **{f"RERANKQ_{name.upper()}": value for name, value in variables.items()}}
-        command = [sys.executable, "-m", "rerankq.cli", "gateway", "--port", str(port)]
-        self._process = subprocess.Popen(command, env=environment)
+        self._process = ForkedProcess("rerankq.cli", ["gateway", "--port", str(port)], environment)
         wait_for_gateway(self.url)
 
     def kill(self) -> None:

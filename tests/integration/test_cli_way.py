@@ -17,6 +17,7 @@ import urllib.request
 import psutil
 import pytest
 import redis
+from forked_processes import run_forked
 
 pytestmark = pytest.mark.slow
 
@@ -31,10 +32,9 @@ def start(tmp_path):
     running = []
 
     def start(*arguments, through=(), **environment):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RERANKQ_")}
         process = subprocess.Popen(
             [*through, *COMMAND, *arguments],
-            env={**clean, "RERANKQ_MODEL": "stub", **environment},
+            env=clean(environment),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -50,9 +50,19 @@ def start(tmp_path):
         process.communicate()
 
 
+def clean(more):
+    """The environment without settings but these."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RERANKQ_")}
+    return {**ours, "RERANKQ_MODEL": "stub", **more}
+
+
 @pytest.fixture
-def run(start):
+def run(start, tmp_path):
+    """Run the command line to its end: forked, unless another command is to start it."""
+
     def run(*arguments, given=None, through=(), **environment):
+        if not through:
+            return run_forked(arguments, clean(environment), tmp_path, given=given, timeout=120)
         process = start(*arguments, through=through, **environment)
         out, err = process.communicate(given, timeout=120)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
