@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import redis
+from forked_processes import run_forked
 
 from rerankq import BrokerUnavailable
 from rerankq.doctor import collect as collecting
@@ -316,10 +315,7 @@ def test_workers_of_different_models_may_have_different_weights():
 def doctor(monkeypatch, tmp_path) -> Callable[..., tuple[int, list[dict]]]:
     def run(**environment: str) -> tuple[int, list[dict]]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RERANKQ_")}
-        command = [sys.executable, "-m", "rerankq.cli", "doctor", "--json"]
-        done = subprocess.run(
-            command, env=clean | environment, cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        done = run_forked(["doctor", "--json"], clean | environment, tmp_path, given=None, timeout=120)
         assert done.stderr == ""
         assert "secret" not in done.stdout
         return done.returncode, json.loads(done.stdout)
@@ -333,13 +329,17 @@ def a_live_worker(settings: Settings, **info: object) -> Iterator[None]:
     shown = {"model": "m", "fingerprint": "f", "queues": ["rerankq.interactive", "rerankq.bulk"], "device": "cpu"}
     ended = threading.Event()
 
+    def beat(ledger: Ledger) -> None:
+        ledger.ask(calls.beat("host:1:x", json.dumps(shown | info), forget_after_s=60))
+        ledger.redis.set("rerankq:sweeper", "host:1:x", px=60_000)
+
     def live(ledger: Ledger) -> None:
         while not ended.wait(0.5):
-            ledger.ask(calls.beat("host:1:x", json.dumps(shown | info), forget_after_s=60))
-            ledger.redis.set("rerankq:sweeper", "host:1:x", px=60_000)
+            beat(ledger)
 
     with connect(settings.ledger) as connection:
-        (living := threading.Thread(target=live, args=(Ledger(connection),))).start()
+        beat(ledger := Ledger(connection))
+        (living := threading.Thread(target=live, args=(ledger,))).start()
         try:
             yield
         finally:

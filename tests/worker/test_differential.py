@@ -44,7 +44,7 @@ def hold_some(peer, ours, dice, way):
 
 # No shrinking: of a pair that differs each trial costs a forward pass of either side.
 bounded = settings(
-    max_examples=4,
+    max_examples=2,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
@@ -62,7 +62,7 @@ def test_scores_equal_those_of_predict_one_pair_at_a_time(peer_of, engine_of, fa
 @pytest.mark.parametrize("family", SEVERAL_WAYS)
 @pytest.mark.parametrize("way", WAYS[1:], ids="-".join)
 @given(dice=st.randoms())
-@settings(bounded, max_examples=3)
+@bounded
 def test_scores_of_every_runtime_and_precision_stay_near_those_of_predict(peer_of, engine_of, family, way, dice):
     if way[0] == "openvino":
         pytest.importorskip("openvino")
