@@ -84,12 +84,12 @@ def start_gateway(redis_url: str, tmp_path: Path) -> Iterator[Callable[..., Runn
 
 
 @pytest.fixture
-def start_worker() -> Iterator[Callable[[Settings], RunningWorker]]:
+def start_worker() -> Iterator[Callable[..., RunningWorker]]:
     """Start workers of the settings' model; they can be killed."""
     running: list[RunningWorker] = []
 
-    def start(settings: Settings) -> RunningWorker:
-        environment = {**worker_command.environment(settings), "RERANKQ_LEASE_S": str(settings.lease_s)}
+    def start(settings: Settings, **more: str) -> RunningWorker:
+        environment = {**worker_command.environment(settings), "RERANKQ_LEASE_S": str(settings.lease_s), **more}
         worker = RunningWorker(settings.broker, "rerankq_worker.tasks", **environment)
         running.append(worker)
         wait_for_workers(settings.broker, worker)

@@ -156,11 +156,10 @@ def test_a_follower_is_not_cut_off_by_an_outage_of_redis(restartable_redis, star
 
 
 @pytest.fixture
-def slow(start_gateway, start_worker, monkeypatch):
+def slow(start_gateway, start_worker):
     """Talks to a gateway whose worker takes a quarter of a second for a pair, ten pairs at a time."""
-    monkeypatch.setenv("RERANKQ_MAX_BATCH_TOKENS", "64")
     gateway = start_gateway(model="stub:0.05")
-    start_worker(gateway.settings)
+    start_worker(gateway.settings, RERANKQ_MAX_BATCH_TOKENS="64")
     with httpx.Client(base_url=gateway.url, timeout=60) as http:
         yield http
 

@@ -19,7 +19,7 @@ import rerankq
 from rerankq import AsyncClient, Chunk, Client, JobRejected, RerankJob
 from rerankq.client import loop_thread
 from rerankq.client.completions import CompletionListener
-from rerankq.client.loop_thread import SHARED
+from rerankq.client.loop_thread import SHARED, LoopThread
 from rerankq.client.submission import SUBMIT_AT_ONCE
 from rerankq.ledger.runner import AsyncLedger
 from rerankq.settings import Settings
@@ -820,6 +820,34 @@ def test_a_timeout_of_the_work_itself_ends_the_wait_for_it(client: Client):
     client.status("a")
     with pytest.raises(TimeoutError, match="of its own"):
         SHARED.current.wait(SHARED.current.soon(late()), 20)
+
+
+def test_the_event_loop_is_made_where_no_signal_can_interrupt_it(monkeypatch):
+    makers, make = [], asyncio.SelectorEventLoop
+
+    def made(selector):
+        makers.append(threading.current_thread())
+        return make(selector)
+
+    monkeypatch.setattr(asyncio, "SelectorEventLoop", made)
+    thread = LoopThread()
+    thread.stop()  # nothing to stop yet
+    thread.start()
+    thread.stop()
+    assert not thread.serves
+    assert [maker.name for maker in makers] == ["rerankq-client"]
+
+
+def test_an_event_loop_that_cannot_be_made_makes_the_client_unusable(monkeypatch):
+    def fails(selector):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(asyncio, "SelectorEventLoop", fails)
+    thread = LoopThread()
+    with pytest.raises(rerankq.ClientUnusable, match="cannot run here: .*Too many open files"):
+        thread.start()
+    thread.stop()
+    assert not thread.serves
 
 
 @pytest.mark.usefixtures("quick_looks")

@@ -35,11 +35,12 @@ BLOCKED_CHECKS = 30
 class LoopThread:
     """An event loop that runs in a daemon thread until :meth:`stop`."""
 
+    #: Made in the thread, where no signal's handler can interrupt it half made; there once :meth:`start` returned.
+    loop: asyncio.AbstractEventLoop
+
     def __init__(self) -> None:
-        self.loop = asyncio.SelectorEventLoop(_selector())
         # Host names are resolved there. Not waited for at the end: a name server that hangs takes its time.
         self._resolvers = ThreadPoolExecutor(thread_name_prefix="rerankq-resolvers")
-        self.loop.set_default_executor(self._resolvers)
         self._made_with = _thread.start_new_thread
         self._process = os.getpid()
         self._begun = False
@@ -121,9 +122,9 @@ class LoopThread:
 
     def stop(self) -> None:
         """End, within ``STOP_S``; what is still under way is cancelled."""
-        if self._process != os.getpid():
+        if self._process != os.getpid() or not self._begun or not self._running.wait(STOP_S):
             return
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, AttributeError):  # it has ended, or could not be made
             self.loop.call_soon_threadsafe(self.loop.stop)
         if self.is_current:
             return
@@ -140,6 +141,13 @@ class LoopThread:
 
     def _serve(self) -> None:
         try:
+            self.loop = asyncio.SelectorEventLoop(_selector())
+        except BaseException as error:  # noqa: BLE001  # told to whoever waits
+            self._fault = error
+            self._running.set()
+            return
+        try:
+            self.loop.set_default_executor(self._resolvers)
             self.loop.call_soon(self._running.set)
             self.loop.run_forever()
         except BaseException as error:  # noqa: BLE001  # told to whoever waits
