@@ -125,7 +125,7 @@ def test_no_two_models_share_a_queue(names: list[str]):
 @settings(deadline=None)
 @given(st.text(min_size=1))
 def test_every_model_name_gives_a_valid_queue_name(name: str):
-    assert re.fullmatch(r"rerankq\.bulk\.[A-Za-z0-9_-]{17,57}", queue_name("bulk", suffix_of(name, "\0")))
+    assert re.fullmatch(r"rerankq\.bulk\.[A-Za-z0-9_-]{17,57}", queue_name("bulk", suffix_of(name, "")))
 
 
 def test_the_default_keeps_the_plain_names_and_a_folder_shows_its_last_part():
