@@ -844,7 +844,7 @@ def test_an_event_loop_that_cannot_be_made_makes_the_client_unusable(monkeypatch
 
     monkeypatch.setattr(asyncio, "SelectorEventLoop", fails)
     thread = LoopThread()
-    with pytest.raises(rerankq.ClientUnusable, match="cannot run here: .*Too many open files"):
+    with pytest.raises(rerankq.ClientUnusable, match=r"cannot run here: .*Too many open files"):
         thread.start()
     thread.stop()
     assert not thread.serves

@@ -190,8 +190,8 @@ class Worker:
 
     def start(self) -> None:
         """Begin to hold leases, sweep and listen. It registers first: jobs may name this model from now on."""
-        # What was loaded, half a million objects, lives as long as this process: a garbage collection that looks through
-        # them takes 0.3 s, in which no thread runs.
+        # What was loaded, half a million objects, lives as long as this process: a garbage collection that looks
+        # through them takes 0.3 s, in which no thread runs.
         gc.collect()
         gc.freeze()
         self.sweeper.beat()
