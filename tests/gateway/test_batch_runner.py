@@ -5,10 +5,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rerankq.batches.journal import Journal
+from rerankq.batches.running import Survey
+from rerankq.errors import NoWorker
 from rerankq.gateway import batch_runner
 from rerankq.gateway.batch_runner import AT_ONCE_EACH, BatchRunner, BatchWork
 from rerankq.gateway.batch_store import BatchObject, BatchStore, StoredBatch
@@ -85,6 +88,25 @@ def test_a_batch_that_was_never_written_whole_is_not_run(runner):
     (runner.store.folder(name) / "batch.json").unlink()
     runner._look()
     assert (runner.begun, runner.store.open()) == ([], [])
+
+
+def test_a_batch_that_names_a_model_does_not_begin_while_no_worker_lives(runner):
+    def begin(name: str, *models: str) -> str:
+        stored = runner.store.stored(name)
+        with Journal.open(runner.store.folder(name) / "journal", name.encode()) as journal:
+            stops = threading.Event()
+            work = BatchWork(runner._settings, runner.store, runner._files, stored, journal, stops, runner._admit)
+            work._begin(SimpleNamespace(workers=list), Survey(1, frozenset(), frozenset(models)))
+        return runner.store.read(name, "one").status
+
+    name = runner.add("one")
+    with pytest.raises(NoWorker):
+        begin(name, "some/model")
+    assert runner.store.read(name, "one").status == "validating"
+    runner.store.cancel(name, "one")
+    assert begin(name, "some/model") == "cancelling"  # that needs no worker
+    # A hosted model's name stands for the default, which is waited for.
+    assert begin(runner.add("one"), "rerank-v3.5") == "in_progress"
 
 
 def test_lines_that_were_answered_before_others_wait_are_counted(runner, monkeypatch):

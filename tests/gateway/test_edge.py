@@ -291,7 +291,9 @@ def test_only_named_origins_may_call_from_a_browser(start_gateway):
         assert sent.headers.get("access-control-allow-origin") == allowed
         assert sent.status_code == (503 if allowed else 403)
         if allowed:
-            assert "Retry-After" in sent.headers["access-control-expose-headers"]
+            exposed = sent.headers["access-control-expose-headers"]
+            assert "Retry-After" in exposed
+            assert "X-Rerankq-Warning" in exposed
             # A page may read what is wrong, also if nobody read its body.
             refused = httpx.post(f"{gateway.url}/v2/rerank", content=b"x" * 4_000, headers={"Origin": origin})
             assert_told(refused, 413)

@@ -345,6 +345,30 @@ def hooks(redis_url, monkeypatch):
     return found
 
 
+def test_an_unexpected_error_does_not_end_the_deliveries(hooks, monkeypatch):
+    monkeypatch.setattr(delivering, "LOOK_EVERY_S", 0)
+    looks = []
+
+    async def use():
+        looked = asyncio.Event()
+
+        async def take():
+            looks.append(1)
+            if len(looks) < 3:
+                raise ValueError("a bug")
+            looked.set()
+
+        monkeypatch.setattr(hooks, "_take", take)
+        running = asyncio.create_task(hooks.run())
+        async with asyncio.timeout(10):
+            await looked.wait()
+        running.cancel()
+        await asyncio.wait({running})
+        await hooks.aclose()
+
+    asyncio.run(use())
+
+
 def test_deliveries_that_have_failed_before_leave_room_for_others(hooks, monkeypatch):
     async def use():
         monkeypatch.setattr(hooks, "_again", delivering.AT_ONCE_AGAIN)

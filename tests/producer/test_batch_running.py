@@ -111,6 +111,13 @@ def test_a_batch_that_has_ended_asks_no_worker_and_no_broker(run):
     assert [one["error"]["code"] for one in done.error] == ["batch_expired", "batch_expired"]
 
 
+def test_a_batch_whose_lines_are_all_answered_is_not_ended_any_more(run):
+    content, asked = line("a") + b"malformed\n", []
+    run(content)
+    done = run(content, supervise=lambda: asked.append(1))
+    assert (names(done.output), len(done.error), asked) == (["a"], 1, [])
+
+
 @pytest.mark.parametrize("broken", ["request_of", "job_of_call", "reply_of", "answer"])
 def test_an_unexpected_error_is_the_fault_of_its_line_alone(run, monkeypatch, broken):
     real = getattr(running, broken)
