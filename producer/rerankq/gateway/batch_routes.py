@@ -35,6 +35,7 @@ from .file_store import (
     new_id,
     not_lines,
 )
+from .openapi import schema_of
 
 # Seconds of a batch's window, and of a file's life.
 MIN_WINDOW_S, MAX_WINDOW_S = 60, 30 * 86_400
@@ -343,7 +344,7 @@ def router(max_file_bytes: int) -> APIRouter:
     found.add_api_route("/v1/files/{file_id}", read_file, methods=["GET"], response_model=FileObject)
     found.add_api_route("/v1/files/{file_id}/content", read_content, methods=["GET"], response_class=Response)
     found.add_api_route("/v1/files/{file_id}", delete_file, methods=["DELETE"], response_model=FileDeleted)
-    body = {"required": True, "content": {"application/json": {"schema": BatchRequest.model_json_schema()}}}
+    body = {"required": True, "content": {"application/json": {"schema": schema_of(BatchRequest)}}}
     found.add_api_route(
         "/v1/batches", create_batch, methods=["POST"], response_model=BatchObject, openapi_extra={"requestBody": body}
     )

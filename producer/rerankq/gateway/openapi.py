@@ -93,6 +93,21 @@ def operation(path: str, dialects: tuple[Dialect[Any], ...]) -> dict[str, Any]:
     }
 
 
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Write the schema of a body that FastAPI does not see, with what it refers to in its place."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict):
+            name = str(value.get("$ref", "")).removeprefix("#/$defs/")
+            return whole(parts[name]) if name in parts else {key: whole(one) for key, one in value.items()}
+        return [whole(one) for one in value] if isinstance(value, list) else value
+
+    found: dict[str, Any] = whole(schema)
+    return found
+
+
 def _any_of(schemas: list[dict[str, Any]]) -> dict[str, Any]:
     different = [schema for at, schema in enumerate(schemas) if schema not in schemas[:at]]
     return different[0] if len(different) == 1 else {"anyOf": different}
