@@ -307,7 +307,7 @@ def test_jobs_survive_a_master_that_dies_under_work_and_is_replaced_by_sentinel(
         got = dict(next(ended) for _ in range(10))
         pair[0].kill()
         for job in wanted[120:]:
-            wait_until(lambda job=job: _is_accepted(client, job))
+            wait_until(lambda job=job: _is_accepted(client, job), 90)
         got |= dict(ended) | dict(client.as_completed([job.id for job in wanted[120:]], timeout=100))
         # A replica follows a moment behind: what was not there yet is unknown, and submitted again.
         lost = [job for job in wanted if isinstance(got[job.id], JobUnknown)]

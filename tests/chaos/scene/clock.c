@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -20,6 +21,12 @@ __attribute__((constructor)) static void map_the_offset(void) {
 }
 
 static int64_t seconds(void) { return offset ? *offset : 0; }
+
+/* The C library has two of that name, and plain dlsym may give the older one. */
+static void *condition_wait(void) {
+    void *found = dlvsym(RTLD_NEXT, "pthread_cond_timedwait", "GLIBC_2.3.2");
+    return found ? found : dlsym(RTLD_NEXT, "pthread_cond_timedwait");
+}
 
 int gettimeofday(struct timeval *restrict now, void *restrict zone) {
     static int (*real)(struct timeval *, void *);
@@ -42,4 +49,15 @@ time_t time(time_t *told) {
     clock_gettime(CLOCK_REALTIME, &now);
     if (told) *told = now.tv_sec;
     return now.tv_sec;
+}
+
+/* The allocator's thread waits until a time of this clock, which the kernel compares with its own: where ours is behind,
+   that time would always be over, and the thread would never sleep. */
+int pthread_cond_timedwait(pthread_cond_t *restrict met, pthread_mutex_t *restrict held,
+                           const struct timespec *restrict until) {
+    static int (*real)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
+    if (!real) real = (int (*)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *))condition_wait();
+    struct timespec there = *until;
+    there.tv_sec -= seconds();
+    return real(met, held, &there);
 }
