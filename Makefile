@@ -16,7 +16,7 @@ STAMP := $(VENV)/rerankq-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest lint format docs bench chaos differential stateful clients soak mutate audit clean
+.PHONY: help install demo test tests test-lowest lint format docs bench chaos differential stateful clients soak mutate audit clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +26,10 @@ install: $(STAMP)  ## Make .venv with everything in it; nothing to do while pypr
 demo: $(STAMP)  ## Rank a few queries with the bundled model, and show what moved and why.
 	$(BIN)/rerankq demo
 
-test: lint  ## Lint, check types, run every test, four files at a time (PROCESSES=4): most of it is waiting.
+test: $(STAMP)  ## Lint, check types, run every test, four files at a time (PROCESSES=4): most of it is waiting.
+	@$(MAKE) --no-print-directory --jobs 2 lint tests
+
+tests: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Old libraries warn of what their successors dropped: here a warning is no error.
@@ -56,7 +59,7 @@ chaos: $(STAMP)  ## Kill, hang and cut what runs 2000 jobs (SEED=1 JOBS=2000), a
 differential: $(STAMP)  ## Hold scores against sentence-transformers' predict, every family and runtime (MINUTES=30 SEED=1).
 	$(BIN)/python tests/worker/differential.py --minutes $(MINUTES) --seed $(SEED)
 
-stateful: $(STAMP)  ## Compare the ledger with its plain model over EXAMPLES=5000 sequences of calls; make test tries 100.
+stateful: $(STAMP)  ## Compare the ledger with its plain model over EXAMPLES=5000 sequences of calls; make test tries 60.
 	STATEFUL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/producer/test_ledger_twin.py
 
 clients: $(STAMP)  ## Run the clients that people have (Cohere's, LiteLLM, LangChain …) against a live gateway; needs a network once.

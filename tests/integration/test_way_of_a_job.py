@@ -39,7 +39,7 @@ WORDS = "moon tide sea bread yeast oven gravity light river stone paper engine q
 def deployment(worker_process: Callable) -> Iterator[tuple[Settings, Any]]:
     """A Redis and a worker with the bundled model, for all tests of this file."""
     with EmbeddedRedis() as server:
-        worker = worker_process(server.url, RERANKQ_MODEL="bundled", RERANKQ_DTYPE="float32")
+        worker = worker_process(server.url, RERANKQ_MODEL="bundled", RERANKQ_DTYPE="float32", RERANKQ_RUNTIME="torch")
         try:
             yield Settings(broker_url=server.url), worker
         finally:
@@ -55,7 +55,7 @@ def client(deployment: tuple[Settings, Any]) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def model() -> Any:
     """The same model, alone: the oracle."""
-    return load("bundled", dtype="float32")
+    return load("bundled", dtype="float32", runtime="torch")
 
 
 def text(chooser: random.Random, most: int) -> str:

@@ -36,7 +36,7 @@ IDS = tuple(f"j{number}" for number in range(6))
 # Seconds that no example lives to see; how they pass is told, not waited for.
 FAR, FARTHER = 1_000.0, 2_000.0
 #: Sequences of up to 50 steps; `make stateful` goes on for longer.
-EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "60"))
 
 
 @dataclasses.dataclass

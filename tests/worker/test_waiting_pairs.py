@@ -231,7 +231,8 @@ def test_job_queues_keep_their_order_and_every_pair_when_the_arrays_are_compacte
         if kind == 0 and queues:
             queue, pairs = queues.pop()
             device.waiting.close(queue)
-            wanted = [pair for pair in wanted if pair.index != NOT_WAITING or pair not in pairs]
+            closed = set(pairs)
+            wanted = [pair for pair in wanted if pair.index != NOT_WAITING or pair not in closed]
         elif kind == 1 and len(device.waiting):
             device.step()
         elif kind == 2 and shared and queues:
