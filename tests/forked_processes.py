@@ -4,6 +4,7 @@ An interpreter with a worker's, a gateway's or a command's libraries takes a cor
 rest of most tests; a fork takes a tenth of that. This module is imported in each of them: it needs nothing itself.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -20,7 +21,7 @@ from typing import IO, Any
 # None of these reads the settings when it is imported, as `rerankq_worker.tasks` does.
 LIBRARIES = [
     "celery.bin.celery", "celery.worker.consumer", "celery.apps.worker", "celery.concurrency.thread",
-    "kombu.transport.redis", "rerankq.client", "rerankq.broker", "rerankq_worker.engine", "rerankq_worker.fusion",
+    "kombu.transport.redis", "rerankq.client", "rerankq.broker", "rerankq_worker.worker", "rerankq_worker.celery_consumer",
     "rerankq.cli.app", "rerankq.gateway.server", "forked_processes",
 ]  # fmt: skip
 _forking = multiprocessing.get_context("forkserver")
@@ -49,6 +50,7 @@ def become(
     streams: Sequence[Stream | None],
 ) -> None:
     """Run a module as the program of this process, in a session of its own."""
+    gc.freeze()  # what was imported before the fork stays shared: a garbage collection writes to all it looks through
     os.setsid()
     os.chdir(folder)
     for number, stream in enumerate(streams):

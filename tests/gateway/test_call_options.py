@@ -1,6 +1,7 @@
 """What a call means beside its dialect: its headers, its model's name, and what it gets where there is no ranking."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,18 @@ def answer_of(ledger, **options):
             await ranker.aclose()
 
     return asyncio.run(rank())
+
+
+def test_a_callers_time_runs_from_its_request_whatever_it_waited_for_before_its_ranking():
+    async def rank():
+        ranker = Ranker(Ledger(), timeout_s=600)
+        try:
+            await ranker.rank(CALL, CallOptions(), began=time.monotonic() - 600)
+        finally:
+            await ranker.aclose()
+
+    with pytest.raises(JobTimedOut, match="no ranking within 600 s"):
+        asyncio.run(rank())
 
 
 async def never(*_):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Annotated
@@ -62,7 +63,8 @@ async def rerank(request: Request, caller: Annotated[Caller, Depends(caller_of)]
     """Rank documents for a query, in the dialect of the path and body."""
     options = caller.allowed(options_of(request.headers))
     ranker, record = ranker_of(request), record_of(request)
-    await ranker.refuse_if_full(options, within_s=ranker.time_of(options))
+    left_s = record.began + ranker.time_of(options) - time.monotonic()
+    await ranker.refuse_if_full(options, within_s=max(0.0, left_s))
     # Where the path names the model.
     body = {**await json_object(request), **request.path_params}
     dialect = choose(request.scope["route"].path, body)
@@ -72,7 +74,8 @@ async def rerank(request: Request, caller: Annotated[Caller, Depends(caller_of)]
     calls = [call] if isinstance(call, RerankCall) else call.calls
     await spend(request, caller, [(one.query, one.documents) for one in calls])
     try:
-        reply = record.reply = await unless_gone(request, ranker.rank(call, options), closing=ranker.closing)
+        ranking = ranker.rank(call, options, began=record.began)
+        reply = record.reply = await unless_gone(request, ranking, closing=ranker.closing)
     except CallerGone:
         return Response(status_code=failures.CALLER_GONE)
     answer = dialect.response_of(asked, reply)

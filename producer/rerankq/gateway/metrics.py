@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -47,6 +47,8 @@ class CallRecord:
     model: str = ""
     tenant: str = ""
     reply: RerankReply | None = None
+    #: By the monotonic clock: the caller's time runs from here, whatever it waits for.
+    began: float = field(default_factory=time.monotonic)
 
 
 def record_of(request: Request) -> CallRecord:
@@ -231,7 +233,7 @@ class CountRequests:
             return
         state = scope.setdefault("state", {})
         record = state["record"] = CallRecord(dialect=self._dialect_of(scope["path"]))
-        began, status = time.perf_counter(), 500
+        status = 500
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -244,4 +246,4 @@ class CountRequests:
         finally:
             caller = state.get("caller")
             tenant = record.tenant or (caller.tenant if caller is not None else "") or ""
-            self._metrics.observe(record, tenant=tenant, status=status, seconds=time.perf_counter() - began)
+            self._metrics.observe(record, tenant=tenant, status=status, seconds=time.monotonic() - record.began)

@@ -133,8 +133,12 @@ class Ranker:
         #: Set when the gateway ends: who still waits is told to ask again.
         self.closing = asyncio.Event()
 
-    async def rank(self, call: RerankCall | ScoreCall, options: CallOptions) -> RerankReply:
+    async def rank(
+        self, call: RerankCall | ScoreCall, options: CallOptions, *, began: float | None = None
+    ) -> RerankReply:
         """Rank a call's documents; with several queries, by a job for each.
+
+        *began* is when the caller's time began, by the monotonic clock; now, unless it waited for something before.
 
         Raises:
             JobTimedOut: after the caller's time, with ``job_id``; the job was cancelled unless somebody waits for it.
@@ -144,9 +148,10 @@ class Ranker:
                 first stage instead.
             RerankqError: as ``AsyncClient.submit`` and ``result`` do.
         """
+        ends_at = (time.monotonic() if began is None else began) + self.time_of(options)
         if isinstance(call, RerankCall):
-            return await self._rank_one(call, options)
-        ranking = [asyncio.create_task(self._rank_one(one, options)) for one in call.calls]
+            return await self._rank_one(call, options, ends_at)
+        ranking = [asyncio.create_task(self._rank_one(one, options, ends_at)) for one in call.calls]
         try:
             return joined(call, await asyncio.gather(*ranking))
         finally:
@@ -157,14 +162,14 @@ class Ranker:
         """Seconds that a call has."""
         return self._timeout_s if options.timeout_s is None else options.timeout_s
 
-    async def _rank_one(self, call: RerankCall, options: CallOptions) -> RerankReply:
-        timeout_s, job_id = self.time_of(options), f"call-{secrets.token_hex(16)}"
-        ends_at, job, model = time.monotonic() + timeout_s, None, ""
+    async def _rank_one(self, call: RerankCall, options: CallOptions, ends_at: float) -> RerankReply:
+        left_s, job_id = max(0.0, ends_at - time.monotonic()), f"call-{secrets.token_hex(16)}"
+        job, model = None, ""
         try:
             # Whatever it waits for: a ledger that hangs, room in the queue, its ranking.
-            async with asyncio.timeout(timeout_s + LAST_LOOK_S):
+            async with asyncio.timeout(left_s + LAST_LOOK_S):
                 call, options, model = await self._resolved(call, options)
-                job = job_of_call(call, options, job_id=job_id, timeout_s=timeout_s + DEADLINE_MARGIN_S)
+                job = job_of_call(call, options, job_id=job_id, timeout_s=left_s + DEADLINE_MARGIN_S)
                 if job is None:
                     nothing = Ranking(job_id="", model={"name": model, "fingerprint": ""}, chunks=[])
                     return replace(reply_of(call, options, nothing), call_id=job_id)
@@ -173,7 +178,7 @@ class Ranker:
             self._cancel(job_id)
             if options.on_timeout == "first-stage":
                 return first_stage_reply(call, job_id=job_id, model=model or call.model or "")
-            message = f"job {job_id}: no ranking within {timeout_s:g} s; it was cancelled"
+            message = f"job {job_id}: no ranking within {self.time_of(options):g} s; it was cancelled"
             raise JobTimedOut(message, job_id=job_id, retry_after_s=await self._time_for(job)) from None
         except (QueueFull, NoWorker, BrokerUnavailable) as error:
             # It may have been accepted, where the answer was lost.
