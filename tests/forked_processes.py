@@ -20,9 +20,10 @@ from typing import IO, Any
 
 # None of these reads the settings when it is imported, as `rerankq_worker.tasks` does.
 LIBRARIES = [
-    "celery.bin.celery", "celery.worker.consumer", "celery.apps.worker", "celery.concurrency.thread",
-    "kombu.transport.redis", "rerankq.client", "rerankq.broker", "rerankq_worker.worker", "rerankq_worker.celery_consumer",
-    "rerankq.cli.app", "rerankq.gateway.server", "forked_processes",
+    "celery.bin.celery", "celery.app.amqp", "celery.app.control", "celery.apps.worker", "celery.concurrency.thread",
+    "celery.worker.components", "celery.worker.consumer", "kombu.transport.redis", "rerankq.client", "rerankq.broker",
+    "rerankq_worker.worker", "rerankq_worker.celery_consumer", "rerankq.cli.app", "rerankq.gateway.server",
+    "forked_processes",
 ]  # fmt: skip
 _forking = multiprocessing.get_context("forkserver")
 _forking.set_forkserver_preload(LIBRARIES)

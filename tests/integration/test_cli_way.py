@@ -370,7 +370,7 @@ def test_queued_job_can_be_cancelled(run, redis_url):
     assert "one" in done.stderr
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_up_runs_until_it_is_stopped_and_leaves_no_process(start, run, wait_until, number, status):
     process = start("up", "--json")
     stack = json.loads(process.stdout.readline())
@@ -421,9 +421,12 @@ def test_up_restarts_a_worker_that_died(start, run, wait_until):
     wait_until(lambda: workers() not in ([], [first]))
     done = run("submit", "-", "--wait", given='{"query": "a", "chunks": ["b"]}', RERANKQ_BROKER_URL=url)
     assert done.returncode == 0
+    processes = family(process)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert "worker ended (signal 9); restarting in 1 s" in said
+    assert process.returncode == 143
+    wait_until(lambda: gone(processes))
 
 
 # How a shell starts a program: with signals ignored or not, with standard streams closed.
