@@ -45,8 +45,6 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTE
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
 
-# While modules are imported nothing becomes garbage; looking for some takes a tenth of that time.
-gc.disable()
 REPOSITORY = Path(__file__).resolve().parents[1]
 REDIS_VERSIONS = {"6.2": (6, 2), "7": (7, 0)}
 
@@ -57,11 +55,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-def pytest_collection_finish() -> None:
-    """Take the imported modules, millions of objects, out of what every garbage collection looks through."""
-    gc.enable()
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep imported modules, millions of objects, out of what garbage collections look through.
+
+    While they are imported nothing becomes garbage: looking for some takes a tenth of that time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def missing(what: str) -> None:

@@ -143,6 +143,21 @@ def test_a_callers_time_runs_from_its_request_whatever_it_waited_for_before_its_
         asyncio.run(rank())
 
 
+def test_a_full_queue_refuses_a_call_by_what_is_left_of_its_time():
+    async def backlog():
+        return {"*": SETTINGS.max_queued_pairs + 100}
+
+    async def serving(model=None):
+        return "bundled", [WORKER._replace(pairs_per_s=10.0)]
+
+    async def look(**left):
+        await Ranker(Ledger(backlog=backlog, serving=serving), timeout_s=60).refuse_if_full(CallOptions(), **left)
+
+    asyncio.run(look())
+    with pytest.raises(QueueFull):
+        asyncio.run(look(within_s=5))
+
+
 async def never(*_):
     await asyncio.Event().wait()
 

@@ -104,7 +104,7 @@ class Admission:
             self._keys.refresh()
 
     def _patience_s(self, scope: Scope) -> float:
-        """How long a call may wait for its place: as long as for its ranking."""
+        """How long a call may wait for its place; what is left of that it has for its ranking."""
         try:
             return options_of(Headers(scope=scope)).timeout_s or self._timeout_s
         except JobRejected:

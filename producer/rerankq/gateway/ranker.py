@@ -230,6 +230,8 @@ class Ranker:
     async def refuse_if_full(self, options: CallOptions, *, within_s: float | None = None) -> None:
         """Refuse a call before its body is read, if the queue is full for longer than the call has time.
 
+        *within_s* is what is left of the caller's time; all of it, unless it is given.
+
         Raises:
             QueueFull: says when to come back.
             JobTimedOut: if the ledger does not answer *within_s* seconds.
@@ -238,9 +240,9 @@ class Ranker:
             return
         try:
             async with asyncio.timeout(within_s):
-                await self._refuse_if_full(self.time_of(options))
+                await self._refuse_if_full(self.time_of(options) if within_s is None else within_s)
         except TimeoutError:
-            message = f"the queue did not answer within {within_s:g} s"
+            message = f"the queue did not answer within {self.time_of(options):g} s"
             raise JobTimedOut(message, retry_after_s=retry_after_s(None)) from None
 
     async def _refuse_if_full(self, timeout_s: float) -> None:
