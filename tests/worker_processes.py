@@ -27,12 +27,22 @@ class RunningWorker:
         path = os.pathsep.join([str(PROGRAMS), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment |= {"RERANKQ_BROKER_URL": url, "RERANKQ_MODEL": "stub", "PYTHONPATH": path, **env}
         self.environment = environment
-        self.arguments = ["-A", app, "worker", "-n", f"{id(self)}@%h", "-l", "DEBUG" if debug else "WARNING"]
+        self.arguments = [
+            "-m",
+            "celery",
+            "-A",
+            app,
+            "worker",
+            "-n",
+            f"{id(self)}@%h",
+            "-l",
+            "DEBUG" if debug else "WARNING",
+        ]
         self.start()
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            self.process = ForkedProcess("celery", self.arguments, self.environment, stdout=log, stderr=log)
+            self.process = ForkedProcess(self.arguments, self.environment, cwd="/", stdout=log, stderr=log)
 
     def send(self, number: int) -> None:
         os.killpg(self.process.pid, number)

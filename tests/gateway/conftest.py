@@ -106,7 +106,7 @@ class GatewayProcess:
     def __init__(self, port: int, **variables: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
         environment = {**os.environ, **{f"RERANKQ_{name.upper()}": value for name, value in variables.items()}}
-        self._process = ForkedProcess("rerankq.cli", ["gateway", "--port", str(port)], environment)
+        self._process = ForkedProcess(["-m", "rerankq.cli", "gateway", "--port", str(port)], environment)
         wait_for_gateway(self.url)
 
     def kill(self) -> None:

@@ -17,7 +17,7 @@ import urllib.request
 import psutil
 import pytest
 import redis
-from forked_processes import run_forked
+from forked_processes import ForkedProcess, run_forked
 
 pytestmark = pytest.mark.slow
 
@@ -32,15 +32,12 @@ def start(tmp_path):
     running = []
 
     def start(*arguments, through=(), **environment):
-        process = subprocess.Popen(
-            [*through, *COMMAND, *arguments],
-            env=clean(environment),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        options = {"env": clean(environment), "cwd": tmp_path, "text": True, **pipes}
+        if through:
+            process = subprocess.Popen([*through, *COMMAND, *arguments], **options)
+        else:
+            process = ForkedProcess([*COMMAND[1:], *arguments], **options)
         running.append(process)
         return process
 

@@ -126,7 +126,7 @@ def test_a_worker_whose_ledger_hangs_at_the_start_ends_at_once(
 def test_a_log_that_nobody_reads_does_not_keep_a_worker_alive(start_worker: Callable, wait_until: Callable):
     reader, writer = os.pipe()
     other = start_worker(**ENV)
-    command = [sys.executable, "-m", "celery", *other.arguments[:-1], "INFO"]
+    command = [sys.executable, *other.arguments[:-1], "INFO"]
     worker = subprocess.Popen(command, env=other.environment, stdout=writer, stderr=writer, cwd="/tmp")
     filling = threading.Thread(target=_fill, args=(writer,))
     try:
