@@ -123,7 +123,10 @@ def become(arguments: Sequence[str], environment: Mapping[str, str], folder: str
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    # Opened anew: a stream remembers whether its file is a terminal, and whether it can seek.
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # as the new environment says
@@ -136,7 +139,7 @@ def become(arguments: Sequence[str], environment: Mapping[str, str], folder: str
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         sys.modules["__main__"] = main = types.ModuleType("__main__")
-        exec(program, main.__dict__)  # noqa: S102
+        exec(program, main.__dict__)
 
 
 def end(program: Callable[[], None]) -> NoReturn:
@@ -151,7 +154,7 @@ def end(program: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         status = -signal.SIGINT
         traceback.print_exc()
-    except BaseException:  # noqa: BLE001 - it ends with it
+    except BaseException:
         status = 1
         traceback.print_exc()
     with suppress(BaseException):

@@ -53,7 +53,7 @@ class RunningWorker:
 
     def stop(self) -> int:
         if self.process.poll() is None:
-            self.send(signal.SIGCONT)
+            self.process.send_signal(signal.SIGCONT)
             self.process.send_signal(signal.SIGTERM)
             try:
                 self.process.wait(30)
