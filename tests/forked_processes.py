@@ -21,6 +21,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 # Where the sockets of the server are, and a program `python` that stands in for the interpreter.
 FOLDER = "FORK_SERVER"
 PYTHON = """#!/bin/sh
@@ -29,7 +30,7 @@ exec "{python}" "$@"
 """
 
 
-def start_fork_server(*, heavy: bool) -> Path:
+def start_fork_server(*, heavy: bool) -> None:
     """Start the server that this process and all that it starts ask, and that ends with this one."""
     opened = ExitStack()
     atexit.register(opened.close)
@@ -46,7 +47,13 @@ def start_fork_server(*, heavy: bool) -> Path:
         command = [sys.executable, Path(__file__).with_name("fork_server.py"), *map(str, numbers)]
         opened.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=numbers))
     os.environ[FOLDER] = str(folder)
-    return folder
+
+
+def interpreter() -> str:
+    """Return the program that stands in for the interpreter: what it runs by ``-m`` is forked."""
+    if FOLDER not in os.environ:
+        start_fork_server(heavy=False)
+    return f"{os.environ[FOLDER]}/python"
 
 
 class ForkedProcess(subprocess.Popen):
@@ -60,21 +67,22 @@ class ForkedProcess(subprocess.Popen):
     """
 
     def __init__(self, arguments: Sequence[str], env: Mapping[str, str], **options: Any) -> None:
-        if FOLDER not in os.environ:
-            start_fork_server(heavy=False)
+        self._servers = Path(interpreter()).parent
         super().__init__(arguments, env=env, **options)
 
     # What subprocess.Popen keeps for its platforms to do.
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others) -> None:
         *_, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = others[:9]
         files = (p2cread, c2pwrite, errwrite)
-        servers = Path(os.environ[FOLDER])
-        wanted = "heavy" if env.get("RERANKQ_MODEL", "bundled") == "bundled" else "light"
+        heavy = self._servers / "heavy"
+        wanted = env.get("RERANKQ_MODEL", "bundled") == "bundled"
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(str(servers / (wanted if (servers / wanted).exists() else "light")))
+        self._connection.connect(str(heavy if wanted and heavy.exists() else self._servers / "light"))
         given = [number if file == -1 else file for number, file in enumerate(files)]
         socket.send_fds(self._connection, [b"\n"], given)
-        request = {"arguments": list(args), "environment": dict(env), "folder": str(cwd or Path.cwd())}
+        # What a new program inherits.
+        ignored = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
+        request = {"arguments": args, "environment": dict(env), "folder": str(cwd or Path.cwd()), "ignored": ignored}
         self._connection.sendall(json.dumps(request).encode() + b"\n")
         self.pid = self._answer(None)
         self._child_created = True
@@ -122,9 +130,8 @@ def run_forked(
 def stand_in() -> int:
     """Be the interpreter: a signal that comes to this process, and one that ends the forked one, reach the other."""
     process = ForkedProcess(sys.argv[1:], os.environ)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, _: process.send_signal(number))
+    for number in PASSED_ON:
+        signal.signal(number, lambda number, _: process.send_signal(number))
     status = process.wait()
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)

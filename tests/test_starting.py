@@ -1,5 +1,6 @@
 """The tests do not depend on how they are started."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
 def test_what_a_test_starts_can_be_interrupted_also_where_the_tests_run_in_the_background():
     conftest = Path(__file__).with_name("conftest.py")
     command = [sys.executable, "-c", CHECK, str(conftest)]
-    done = subprocess.run(
-        ["sh", "-c", "trap '' INT TERM; exec \"$@\"", "sh", *command], capture_output=True, text=True, check=False
-    )
+    through = ["sh", "-c", "trap '' INT TERM; exec \"$@\"", "sh"]
+    environment = {**os.environ, "PYTHONPATH": str(conftest.parent)}
+    done = subprocess.run([*through, *command], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -17,11 +17,16 @@ import urllib.request
 import psutil
 import pytest
 import redis
-from forked_processes import ForkedProcess, run_forked
+from forked_processes import ForkedProcess, interpreter, run_forked
 
 pytestmark = pytest.mark.slow
 
-COMMAND = [sys.executable, "-m", "rerankq.cli"]
+# What the command starts of Python is forked.
+COMMAND = """
+import runpy, sys
+sys.executable = sys.argv.pop(1)
+runpy.run_module("rerankq.cli", run_name="__main__", alter_sys=True)
+"""
 QUERIES = 40
 DEPTH = 5
 
@@ -35,9 +40,10 @@ def start(tmp_path):
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         options = {"env": clean(environment), "cwd": tmp_path, "text": True, **pipes}
         if through:
-            process = subprocess.Popen([*through, *COMMAND, *arguments], **options)
+            command = [sys.executable, "-c", COMMAND, interpreter()]
+            process = subprocess.Popen([*through, *command, *arguments], **options)
         else:
-            process = ForkedProcess([*COMMAND[1:], *arguments], **options)
+            process = ForkedProcess(["-m", "rerankq.cli", *arguments], **options)
         running.append(process)
         return process
 
