@@ -28,7 +28,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, known):
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     if known:
-        assert load(str(folder), "cpu", "float32").score([("why tides?", "the moon")]).shape == (1,)
+        assert load(str(folder), "cpu", "float32", runtime="torch").score([("why tides?", "the moon")]).shape == (1,)
     else:
         with pytest.raises(EngineError):
             load(str(folder), "cpu", "float32")

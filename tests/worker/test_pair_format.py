@@ -285,6 +285,6 @@ def test_a_decoder_scores_as_sentence_transformers_scores_it(tmp_path, kind):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ours = engine.load(str(folder), dtype="float32", threads=1)
+        ours = engine.load(str(folder), dtype="float32", threads=1, runtime="torch")
     assert np.ptp(expected) > 1e-3
     np.testing.assert_allclose(ours.score([(QUERY, text) for text in chunks]), expected, atol=1e-5)

@@ -238,22 +238,22 @@ class Recipe:
 
 
 _ENCODER = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
     "max_position_embeddings": 96,
 }  # fmt: skip
 _DECODER = _ENCODER | {"num_key_value_heads": 2, "max_position_embeddings": 512}
 _ROBERTA = _ENCODER | {"max_position_embeddings": 98, "type_vocab_size": 1}
 _MODERN = _ENCODER | {
-    "max_position_embeddings": 256, "local_attention": 12, "global_attn_every_n_layers": 2, "num_hidden_layers": 4,
+    "max_position_embeddings": 256, "local_attention": 12, "global_attn_every_n_layers": 2, "num_hidden_layers": 3,
 }  # fmt: skip
-_DISTIL = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 96}
+_DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 96}
 _DEBERTA = _ENCODER | {
     "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16, "position_biased_input": False,
     "norm_rel_ebd": "layer_norm", "share_att_key": True, "type_vocab_size": 0, "pooler_hidden_size": 32,
 }  # fmt: skip
-_GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _T5 = {
-    "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 1,
+    "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 1,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
 _HEAD_8 = {"head_dim": 8}
