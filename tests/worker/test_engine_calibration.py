@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny_checkpoints
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -159,8 +160,9 @@ def test_the_measurement_raises_where_the_smallest_batch_does_not_fit():
         device.measured()
 
 
-def test_an_automatic_budget_is_one_of_those_measured_and_a_stub_has_none_to_measure():
-    found = engine.load("bundled", "cpu", "float32", runtime="torch", max_batch_tokens="auto")
+def test_an_automatic_budget_is_one_of_those_measured_and_a_stub_has_none_to_measure(tmp_path):
+    tiny = str(tiny_checkpoints.write("bert", tmp_path))
+    found = engine.load(tiny, "cpu", "float32", runtime="torch", max_batch_tokens="auto")
     assert found.max_batch_tokens in CPU
     assert np.isfinite(found.score([("q", "c")])).all()
     assert engine.load("stub", max_batch_tokens="auto").max_batch_tokens == engine.load("stub").max_batch_tokens

@@ -267,8 +267,10 @@ def test_logits_in_reduced_precision_stay_near_and_apart(bundled, dtype, toleran
     assert not any(reduced.tokenise(query, [text])[0].truncated for query, text in pairs)
     logits = reduced.score(pairs)
     np.testing.assert_allclose(logits, bundled.score(pairs), atol=tolerance)
-    # A last layer in sixteen bits would make many of them equal.
+    # A last layer in sixteen bits would make many of them equal, and none of more bits.
     assert len(set(logits.tolist())) == len(pairs)
+    in_sixteen_bits = torch.from_numpy(logits).to(getattr(torch, dtype)).float().numpy()
+    assert (logits != in_sixteen_bits).mean() > 0.5
     assert reduced.dtype == dtype
 
 
