@@ -100,7 +100,7 @@ fills = st.integers(0, 3000)
 
 
 @given(waiting_pairs(), st.integers(1, 3000), fills, age_limits)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_the_plan_is_the_best_run_that_the_slow_twin_finds(waiting, budget, fill_tokens, age_limit):
     lengths, priorities, ages, starts = waiting
     options = {"starts": starts, "fill_tokens": fill_tokens, "age_limit": age_limit}
@@ -137,7 +137,7 @@ def test_a_batch_too_small_to_use_the_device_well_may_be_padded_more():
 
 
 @given(waiting_pairs(), st.integers(1, 3000), fills, age_limits)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_an_unpadded_plan_is_the_one_of_the_slow_twin(waiting, budget, fill_tokens, age_limit):
     lengths, priorities, ages, starts = waiting
     options = {"starts": starts, "fill_tokens": fill_tokens, "age_limit": age_limit}
@@ -150,7 +150,7 @@ def test_an_unpadded_plan_is_the_one_of_the_slow_twin(waiting, budget, fill_toke
 
 
 @given(lengths_of_pairs, st.integers(1, 2000), st.integers(1, 40), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_planning_until_nothing_waits_plans_every_pair_exactly_once(lengths, budget, window, padded):
     batches = list(plan_all(lengths, budget, padded=padded, window=window))
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
@@ -166,7 +166,7 @@ def test_unpadded_batches_are_full_whatever_the_lengths():
 
 
 @given(waiting_pairs(), st.integers(1, 2000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_interactive_pairs_go_first_until_bulk_is_overdue(waiting, budget):
     lengths, priorities, ages, starts = waiting
     chosen = plan(lengths, priorities, ages, budget, starts=starts)
@@ -212,7 +212,7 @@ def virtual_starts_slowly(lengths, jobs, job_starts, tenants, tenant_starts):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_virtual_starts_are_those_of_pairs_served_one_by_one(data):
     count, tenants = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
     jobs = data.draw(st.lists(st.integers(0, count - 1), max_size=30))
@@ -225,7 +225,7 @@ def test_virtual_starts_are_those_of_pairs_served_one_by_one(data):
 
 
 @given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_an_even_share_is_the_largest_that_fits(counts, size):
     share = even_share(counts, size)
     assert share == 1 or sum(min(count, share) for count in counts) <= size

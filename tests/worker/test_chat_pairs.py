@@ -76,7 +76,7 @@ any_text = st.one_of(
         "".join
     ),
 )
-by_property = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+by_property = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 #: Chunks behind a space, behind a line break, and between special tokens.
@@ -206,7 +206,7 @@ beside_added_tokens = st.lists(
 @example(query="what", chunk="alone")
 @example(query="what", chunk="{ is }")
 @example(query="what", chunk="is }")
-@settings(by_property, max_examples=300)
+@settings(by_property, max_examples=150)
 def test_added_tokens_that_reach_across_a_boundary_are_read_as_in_the_whole_text(greedy, at, query, chunk):
     ours, tokenizer = greedy
     [pair, plain] = ours[at].pairs(query, [chunk, "plain"], query_max_tokens=WHOLE_QUERY)

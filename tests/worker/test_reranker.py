@@ -198,7 +198,7 @@ def test_parts_of_scores_are_told_to_a_job_that_asks_and_add_up(world: World):
 
 
 @given(JOBS)
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_ranking_is_what_plain_scoring_and_plain_fusion_say(world: World, job: RerankJob):
     first = world.rank(job)
     assert_plain(first, job)

@@ -111,7 +111,7 @@ def words(most):
     query_max_tokens=st.integers(1, 60),
 )
 @example(query="fever " * 200, chunks=["pain", "", "pain " * 200], max_length=MAX_LENGTH, query_max_tokens=1)
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_tokeniser_truncates_by_pair_limits(ways, name, query, chunks, max_length, query_max_tokens):
     pairs, ids, framed = ways[name]
     frame = len(framed([], []))

@@ -252,7 +252,7 @@ job_like = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(payload=st.binary(max_size=60) | job_like.map(lambda job: json.dumps(job).encode()), suspect=st.booleans())
 def test_a_job_with_any_payload_is_ranked_or_fails_and_says_why(worker: Any, payload: bytes, suspect: bool):
     worker.ledger.redis.flushall()
