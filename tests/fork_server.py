@@ -26,6 +26,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 # None of these reads the settings when it is imported, as `rerankq_worker.tasks` does.
@@ -73,6 +74,7 @@ class ForkServer:
                     return request
 
     def _fork(self, listener: socket.socket) -> dict[str, Any] | None:
+        address = listener.getsockname()
         connection, _ = listener.accept()
         _, files, _, _ = socket.recv_fds(connection, 1, 3)
         with connection.makefile("rb") as sent:
@@ -87,7 +89,7 @@ class ForkServer:
                     key.fileobj.close()  # type: ignore[union-attr]
             self._selector.close()
             self._wake.close()
-            return {**request, "files": files}
+            return {**request, "files": files, "python": f"{Path(address).parent}/python"}
         for number in files:
             os.close(number)
         self._running[pid] = connection
@@ -122,6 +124,7 @@ def become(
     folder: str,
     ignored: Sequence[int],
     files: Sequence[int],
+    python: str,
 ) -> None:
     """Run what stands after ``python`` as the program of this process, in a session of its own."""
     for number in ignored:
@@ -143,7 +146,7 @@ def become(
     sys.argv = [flag, *rest]
     if flag == "-m":
         # What a command starts is forked, too.
-        sys.executable = f"{environment['FORK_SERVER']}/python"
+        sys.executable = python
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         sys.modules["__main__"] = main = types.ModuleType("__main__")
