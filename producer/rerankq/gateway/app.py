@@ -129,6 +129,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=__version__,
         summary="Rerank jobs over HTTP, in its own API and in the dialects of other servers.",
         lifespan=lifespan,
+        # Not included as the others are, which would build each of them once more, for half of the time of a start.
+        routes=dialect_routes.router().routes,
         redirect_slashes=False,
         max_body_size=3 * given.max_job_bytes,
         exception_handlers={
@@ -151,7 +153,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(CountRequests, metrics=app.state.metrics, dialect_of=dialect_routes.dialect_of)
     app.add_middleware(PastedPaths)
     for routes in (
-        dialect_routes.router(),
         discovery.routes,
         job_routes.routes,
         batch_routes.router(given.max_file_bytes),

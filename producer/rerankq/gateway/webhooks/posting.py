@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import httpcore
@@ -105,13 +105,19 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
 
+@cache
+def _trusting() -> ssl.SSLContext:
+    # Once for all gateways of a process: to read the certificates of all authorities takes 50 ms.
+    return ssl.create_default_context()
+
+
 class Poster:
     """Posts webhooks. A connection for each: receivers are many, and seldom the same one twice in a second."""
 
     def __init__(self, allowed: Sequence[Network], *, timeout_s: float = DELIVERY_S) -> None:
         self._timeout_s = timeout_s
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl.create_default_context(),
+            ssl_context=_trusting(),
             network_backend=CheckedNetwork(allowed),
             max_connections=None,
             max_keepalive_connections=0,
