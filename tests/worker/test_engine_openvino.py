@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny_checkpoints
+from forked_processes import ForkedProcess
 
 from rerankq_worker import engine
 from rerankq_worker.engine import ModelUnusable
@@ -205,6 +206,10 @@ from pathlib import Path
 from rerankq_worker import engine
 from rerankq_worker.engine.errors import is_out_of_memory
 
+# A forked process comes with OpenVINO: all of it that is Python is imported anew.
+for name, module in list(sys.modules.items()):
+    if name.startswith("openvino") and not str(getattr(module, "__file__", "")).endswith(".so"):
+        del sys.modules[name]
 loaded = engine.load("bundled", "cpu", "float32", runtime="openvino", threads=1)
 reports = [name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module]
 found = {"modules that report": reports}
@@ -225,8 +230,11 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def alone():
-    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120, check=True)
-    return json.loads(done.stdout)
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    with ForkedProcess(["-c", ALONE], os.environ, text=True, **pipes) as process:
+        said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return json.loads(said)
 
 
 def test_openvino_sends_no_usage_statistics(alone):
