@@ -1,6 +1,6 @@
 """Is every accepted job answered, and rightly, while workers, Redis and the network are killed, hung and cut?
 
-    python tests/chaos/chaos.py [--seed 1] [--jobs 2000] [--kills 12] [--sentinel] [--fsync everysec] [--json]
+    python tests/chaos/chaos.py [--seed 1] [--jobs 2000] [--kills 12] [--sentinel] [--fsync everysec] [--json] …
 
 Workers are killed and hung; Redis is killed and hung, and its clock is set; the network is cut, or swallows what is
 sent. With ``--sentinel`` Redis is a master with a replica, and each of its deaths and hangs a failover.
@@ -31,6 +31,7 @@ from scene import verdict  # first: it puts gear on the path
 
 from gear.report import keep, machine  # isort: skip
 from gear.workers import forget_settings  # isort: skip
+from forked_processes import interpreter
 from scene.actors import Clock, Producers, RedisServer, WatchedRedis, Worker, leftovers
 from scene.alone import rank_alone
 from scene.proxy import Proxy
@@ -68,6 +69,7 @@ class Run:
         self.lost: list[Orphans] = []
         self.redis_deaths: list[float] = []
         self.split_brains: list[float] = []
+        self._failing_over = False
         self.cuts: list[tuple[float, float]] = []
         self.holes: list[tuple[float, float]] = []
         self.freezes: list[tuple[float, float]] = []
@@ -88,6 +90,10 @@ class Run:
         while self._due and self._due[0][0] <= self.now():
             heapq.heappop(self._due)[2]()
         self.worker_deaths += sum(worker.supervise() for worker in self._workers)
+        if self._failing_over and self._server.replaced():
+            # One that was back before its replicas left it goes on accepting, until it misses them.
+            self._failing_over = False
+            self._note_split_brain()
         self.watch.look_after(self.lost)
         time.sleep(LOOK_EVERY_S)
 
@@ -135,6 +141,7 @@ class Run:
 
     def _kill_redis(self, blow: Blow) -> None:
         died = self._server.kill()
+        self._failing_over = True
         self.redis_deaths.append(died)
         tell(self.now(), f"killed redis for {blow.length_s:.1f} s")
 
@@ -147,6 +154,7 @@ class Run:
 
     def _freeze_redis(self, blow: Blow) -> None:
         at = self._server.freeze()
+        self._failing_over = True
         if isinstance(self._server, WatchedRedis):
             # What had not reached the replica by then is lost with the failover.
             self.redis_deaths.append(at)
@@ -233,7 +241,7 @@ def carry_out(args: argparse.Namespace, shape: Shape, folder: Path) -> dict[str,
             urls_of_workers = [f"redis://127.0.0.1:{proxy.port}/0" for proxy in proxies]
         workers = []
         for number, url in enumerate(urls_of_workers):
-            workers.append(Worker(f"w{number}", url, environment))
+            workers.append(Worker(f"w{number}", url, environment, forked=args.forked))
             open_.callback(workers[-1].close)
         open_.callback(lambda: [worker.wait() for worker in workers])
         open_.callback(lambda: [worker.ask_to_stop() for worker in workers])
@@ -242,7 +250,8 @@ def carry_out(args: argparse.Namespace, shape: Shape, folder: Path) -> dict[str,
         _until(lambda: all(watch.is_registered(worker.token) for worker in workers), 120, workers)
         urls = environment | {"RERANKQ_BROKER_URL": server.url}
         patience_s = shape.span_s + PATIENCE_S + 10 * args.lease
-        producers = Producers(folder, urls, starts_at=time.time() + 1, patience_s=patience_s)
+        starts_at = time.time() + 1
+        producers = Producers(folder, urls, starts_at=starts_at, patience_s=patience_s, forked=args.forked)
         open_.callback(producers.close)
         run = Run(server, clock, workers, proxies, blows(args.seed, shape))
         open_.callback(run.watch.close)
@@ -348,6 +357,9 @@ def main() -> int:
     parser.add_argument("--busy", type=float, default=0.75, help="share of the run that workers would need undisturbed")
     parser.add_argument("--fsync", choices=["always", "everysec"], default="everysec")
     parser.add_argument("--set", action="append", default=[], metavar="RERANKQ_X=VALUE", help="any other setting")
+    parser.add_argument(
+        "--forked", action="store_true", help="fork workers and producers from a process with their libraries"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON and keep no file")
     args = parser.parse_args()
     forget_settings()
@@ -373,6 +385,8 @@ def main() -> int:
     )
     if args.model == "stub":
         args.model = f"stub:{seconds_per_token(shape, args.busy):.2g}"
+    if args.forked:
+        interpreter()  # whose server lives as long as we do
     here, before = machine(), {one.pid for one in psutil.Process().children(recursive=True)}
     folder = Path(tempfile.mkdtemp(prefix="rerankq-chaos-"))
     answer: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """A bounded chaos run; `make chaos` is the long one. And the parts of it that could deceive: proxy and judge."""
 
 import json
+import os
 import random
 import shutil
 import socket
@@ -10,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from forked_processes import ForkedProcess
 from scene.flatness import course
 from scene.proxy import Proxy
 from scene.schedule import Shape, blows, orders
@@ -33,14 +35,17 @@ COMPILER = shutil.which("cc") or shutil.which("gcc")
     ids=["one server", "sentinel"],
 )
 def test_every_accepted_job_is_answered_rightly_while_workers_redis_and_network_fail(options, done):
-    command = [sys.executable, str(HERE / "chaos.py"), "--json", "--seed", "5", "--fsync", "always", *options]
+    command = ["-m", "chaos", "--forked", "--json", "--seed", "5", "--fsync", "always", *options]
     # Two attempts: with one, a blow that happens to strike while an innocent suspect is alone would be its end.
     shape = {"jobs": 90, "span": 12, "workers": 2, "producers": 2, "lease": 1, "attempts": 2, "chunks": 8}
     shape |= {"kills": 2, "hangs": 2, "redis-kills": 1, "freezes": 1}
     command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    report = json.loads(run.stdout)
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    with ForkedProcess(command, {**os.environ, "PYTHONPATH": path, "RERANKQ_MODEL": "stub"}, text=True, **pipes) as run:
+        out, error = run.communicate(timeout=170)
+    assert run.returncode == 0, out + error
+    report = json.loads(out)
     assert report["wrong"] == {}
     assert report["accepted"] == report["answered"] == report["orders"] == 90
     assert report["endings"]["JobDead"] == 1

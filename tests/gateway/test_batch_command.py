@@ -4,12 +4,12 @@ import gzip
 import json
 import os
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
 import pytest
 from batch_client import FakeClient
+from forked_processes import ForkedProcess, run_forked
 from tides import DOCUMENTS, QUERY
 from typer.testing import CliRunner
 
@@ -26,21 +26,20 @@ def lines_of(*names: str) -> bytes:
 
 
 @pytest.fixture
-def command(redis_url, start_worker):
-    """Start the command against a worker; answers the process."""
+def environment(redis_url, start_worker):
+    """The environment of a command that finds a worker."""
     start_worker(Settings(broker_url=redis_url, model="stub:0.002", _env_file=None))
-    environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url, "RERANKQ_MODEL": "stub:0.002"}
+    return {**os.environ, "RERANKQ_BROKER_URL": redis_url, "RERANKQ_MODEL": "stub:0.002"}
 
-    def start(*arguments: object) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-m", "rerankq.cli", "batch", *map(str, arguments)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
 
-    return start
+@pytest.fixture
+def command(environment, tmp_path):
+    """Run the command to its end, in a process of its own."""
+
+    def run(*arguments: object, given: str = "") -> subprocess.CompletedProcess[str]:
+        return run_forked(["batch", *map(str, arguments)], environment, tmp_path, given=given, timeout=90)
+
+    return run
 
 
 def test_lines_are_answered_in_order_from_files_pipes_and_compressed_ones(command, tmp_path):
@@ -49,11 +48,10 @@ def test_lines_are_answered_in_order_from_files_pipes_and_compressed_ones(comman
     source.write_bytes(content)
     packed.write_bytes(gzip.compress(content))
     told = []
-    for argument, given in ((source, b""), (packed, b""), ("-", content)):
-        running = command(argument, "--output", answers, "--force", "--json")
-        out, error = running.communicate(given, timeout=90)
-        assert running.returncode == 0, error
-        assert json.loads(out)["ranked"] == 3
+    for argument, given in ((source, ""), (packed, ""), ("-", content.decode())):
+        done = command(argument, "--output", answers, "--force", "--json", given=given)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["ranked"] == 3
         told.append([json.loads(one) for one in answers.read_text().splitlines()])
         assert not answers.with_name("out.jsonl.part").exists()
     assert [one["custom_id"] for one in told[0]] == ["a", "b", "c"]
@@ -61,29 +59,28 @@ def test_lines_are_answered_in_order_from_files_pipes_and_compressed_ones(comman
     scores = [[one["response"]["body"]["results"] for one in each] for each in told]
     assert scores[0] == scores[1] == scores[2]
     again = command(source, "--output", answers)
-    _, error = again.communicate(timeout=60)
-    assert (again.returncode, b"--force" in error) == (2, True)
+    assert (again.returncode, "--force" in again.stderr) == (2, True)
 
 
 def test_a_malformed_line_is_named_answered_and_changes_the_status(command, tmp_path):
     source, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(lines_of("a") + b'{"custom_id": "b", "body": {"query": "q"}}\nnot json\n' + lines_of("c"))
-    running = command(source, "--output", answers)
-    _, error = running.communicate(timeout=90)
-    assert running.returncode == 2
-    assert f"{source}:2: body.documents".encode() in error
-    assert f"{source}:3: line".encode() in error
+    done = command(source, "--output", answers)
+    assert done.returncode == 2
+    assert f"{source}:2: body.documents" in done.stderr
+    assert f"{source}:3: line" in done.stderr
     told = [json.loads(one) for one in answers.read_text().splitlines()]
     assert [one["custom_id"] for one in told] == ["a", "b", None, "c"]
     assert [one["response"]["status_code"] for one in told] == [200, 422, 422, 200]
 
 
-def test_after_a_kill_the_same_command_answers_the_rest(command, tmp_path):
+def test_after_a_kill_the_same_command_answers_the_rest(environment, command, tmp_path):
     source, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    names = [f"n{at}" for at in range(600)]
+    names = [f"n{at}" for at in range(200)]
     source.write_bytes(lines_of(*names))
     part = answers.with_name("out.jsonl.part")
-    first = command(source, "--output", answers)
+    arguments = ["-m", "rerankq.cli", "batch", str(source), "--output", str(answers)]
+    first = ForkedProcess(arguments, environment, stderr=subprocess.PIPE)
     ends = time.monotonic() + 60
     while not part.exists() or part.read_bytes().count(b"\n") < 50:
         assert first.poll() is None, first.stderr.read()
@@ -92,10 +89,9 @@ def test_after_a_kill_the_same_command_answers_the_rest(command, tmp_path):
     first.kill()
     first.communicate()
     before = part.read_bytes().count(b"\n") - 1
-    assert 0 < before < 600
+    assert 0 < before < 200
     second = command(source, "--output", answers)
-    _, error = second.communicate(timeout=120)
-    assert second.returncode == 0, error
+    assert second.returncode == 0, second.stderr
     assert [json.loads(one)["custom_id"] for one in answers.read_text().splitlines()] == names
 
 
@@ -139,7 +135,7 @@ def test_an_input_that_cannot_be_read_is_named_with_status_2(tmp_path):
 def test_wrong_options_are_named(tmp_path, arguments, said):
     source = tmp_path / "in.jsonl"
     source.write_bytes(lines_of("a"))
-    command = [sys.executable, "-m", "rerankq.cli", "batch", source, "--output", tmp_path / "out.jsonl", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["batch", str(source), "--output", str(tmp_path / "out.jsonl"), *arguments]
+    done = run_forked(command, os.environ, tmp_path, given="", timeout=90)
     assert done.returncode == 2
     assert said in done.stderr

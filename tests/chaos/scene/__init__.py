@@ -8,6 +8,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
-# Workers, reports and checks are those of the benchmarks.
-if str(REPOSITORY / "benchmarks") not in sys.path:
-    sys.path.append(str(REPOSITORY / "benchmarks"))
+# Workers, reports and checks are those of the benchmarks, forked processes those of the tests.
+for place in ("benchmarks", "tests"):
+    if str(REPOSITORY / place) not in sys.path:
+        sys.path.append(str(REPOSITORY / place))

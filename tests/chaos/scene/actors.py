@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import redis
+from forked_processes import ForkedProcess
 from gear.workers import POISONABLE, TASKS, python_path
 
 from rerankq.local import worker_command
@@ -23,8 +24,33 @@ from rerankq.settings import Settings
 
 # A supervisor that waits a second, as systemd and Docker do, and does not wait longer each time.
 RESTART_S = 1.0
-PRODUCER = (sys.executable, str(Path(__file__).with_name("producing.py")))
+PRODUCER = (sys.executable, "-m", "scene.producing")
 BY_SIGKILL = 128 + signal.SIGKILL
+# The sessions of programs that are no children of ours.
+SESSIONS: set[int] = set()
+
+
+class ForkedPart(SupervisedProcess):
+    """A program that is forked from one that has imported what it needs, and has no guard: the server is that."""
+
+    def start(self, now: float) -> None:
+        self._started_at, self._start_at = now, None
+        environment = {**os.environ, **self._environment}
+        nothing, log = subprocess.DEVNULL, self._log
+        self._process = ForkedProcess(self._command[1:], environment, stdin=nothing, stdout=log, stderr=log)
+        SESSIONS.add(self._process.pid)
+
+    def ask_to_stop(self) -> None:
+        self._start_at = None
+        if self._process:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        self._start_at = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
 
 
 class Clock:
@@ -90,6 +116,10 @@ class RedisServer:
         """SIGSTOP; answers when, in seconds since the epoch."""
         self.process().suspend()
         return time.time()
+
+    def replaced(self) -> bool:
+        """Whether another server has taken the place of one that was struck: there is none."""
+        return False
 
     def thaw(self) -> None:
         # Killed while it hung, and not started again yet: then there is nothing to continue.
@@ -161,6 +191,10 @@ class WatchedRedis:
         assert self._struck is not None
         self._struck.thaw()
 
+    def replaced(self) -> bool:
+        """Whether another server has taken the place of the one that was struck last."""
+        return self._master() is not self._struck
+
     def close(self) -> None:
         self._sentinel.kill()
         self._sentinel.close()
@@ -186,7 +220,7 @@ class WatchedRedis:
 class Worker:
     """A worker process that is started again a second after its death."""
 
-    def __init__(self, name: str, url: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, name: str, url: str, environment: Mapping[str, str], *, forked: bool = False) -> None:
         # Killed by the chunk that reads "poison"; otherwise the worker that everybody runs.
         command = ["poisonable" if word == TASKS else word for word in worker_command.command(name=name)]
         # With the run's model: an environment that names another as the default would send its jobs to other queues.
@@ -200,7 +234,7 @@ class Worker:
         self.name = name
         self.hung = False
         self.died_by_itself: list[str] = []
-        self._part = SupervisedProcess(name, command, variables, quiet=True)
+        self._part = (ForkedPart if forked else SupervisedProcess)(name, command, variables, quiet=True)
         self._part.start(time.monotonic())
         self._again_at: float | None = None
 
@@ -234,10 +268,15 @@ class Worker:
     def kill(self) -> float | None:
         """SIGKILL; answers when, or None if it was dead already: the poison may have come first."""
         try:
-            self.process().kill()
+            process = self.process()
+            process.kill()
         except (psutil.Error, RuntimeError):
             return None
-        return time.time()
+        at = time.time()
+        # One that is ending is no worker that could be hit.
+        with suppress(psutil.TimeoutExpired):
+            process.wait(5)
+        return at
 
     def pause(self) -> float | None:
         """SIGSTOP, as :meth:`kill`."""
@@ -270,11 +309,13 @@ class Worker:
 
 
 def program_of(part: SupervisedProcess) -> psutil.Process:
-    """Find a part's program: the child of its guard.
+    """Find a part's program: the child of its guard, if it has one.
 
     Raises:
         RuntimeError: while it is down.
     """
+    if isinstance(part, ForkedPart) and part.pid:
+        return psutil.Process(part.pid)
     children = psutil.Process(part.pid).children() if part.pid else []
     if not children:
         raise RuntimeError(f"{part.name} is down")
@@ -284,13 +325,21 @@ def program_of(part: SupervisedProcess) -> psutil.Process:
 class Producers:
     """Programs that submit orders and keep journals, gone at the latest when the block ends."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], *, starts_at: float, patience_s: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        starts_at: float,
+        patience_s: float,
+        forked: bool = False,
+    ) -> None:
         self._folder = folder
         self._parts = [
-            SupervisedProcess(
+            (ForkedPart if forked else SupervisedProcess)(
                 path.stem,
                 [*PRODUCER, str(path), str(path.with_suffix(".journal")), str(starts_at), str(patience_s)],
-                environment,
+                {**environment, "PYTHONPATH": python_path(Path(__file__).parents[1])},
                 quiet=True,
             )
             for path in sorted(folder.glob("producer-*.orders"))
@@ -329,6 +378,10 @@ class Producers:
 
 
 def leftovers(before: set[int]) -> list[str]:
-    """Name the processes that this one has left running, its children's children too."""
+    """Name the processes that this one has left running, its children's children and what was forked for it too."""
     alive = [one for one in psutil.Process().children(recursive=True) if one.pid not in before]
+    for one in psutil.process_iter():
+        with suppress(ProcessLookupError):
+            if os.getsid(one.pid) in SESSIONS:
+                alive.append(one)
     return [" ".join(one.cmdline())[:120] for one in alive if one.status() != psutil.STATUS_ZOMBIE]
