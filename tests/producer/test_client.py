@@ -1024,9 +1024,7 @@ print("good")
 
 @pytest.mark.parametrize("made", ["after", "before", "used before"])
 @pytest.mark.parametrize("library", ["gevent", "eventlet"])
-def test_greenlets_work_and_their_timeouts_are_kept_in_clients_of_their_own_and_in_a_shared_one(
-    redis_url: str, library: str, made: str
-):
+def test_greenlets_work_and_their_timeouts_are_kept(redis_url: str, library: str, made: str):
     pytest.importorskip(library)
     patches = {"gevent": "gevent.monkey import patch_all as patch", "eventlet": "eventlet import monkey_patch as patch"}
     code = GREENLETS.format(library_patches=patches[library], made=made)
