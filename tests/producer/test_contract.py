@@ -606,7 +606,7 @@ jobs = st.builds(
 )
 
 
-@runs(deadline=None, max_examples=200)
+@runs(deadline=None)
 @given(jobs)
 def test_any_job_survives_its_payload_and_any_way_of_writing_it(job: RerankJob):
     travelled = job_of(payload_of(job))
@@ -617,7 +617,7 @@ def test_any_job_survives_its_payload_and_any_way_of_writing_it(job: RerankJob):
     assert parse_job(json.dumps(job.model_dump(mode="json"))) == job
 
 
-@runs(deadline=None)
+@runs(deadline=None, max_examples=30)
 @given(jobs)
 def test_a_label_is_short_and_holds_nothing_of_the_chunks(job: RerankJob):
     secret = "secret-" * 3

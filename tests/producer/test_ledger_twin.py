@@ -364,7 +364,7 @@ class Held:
         for queue in QUEUES:
             pipe.smembers(f"rerankq:tenants:{queue}")
         pipe.smembers("rerankq:queues")
-        answers = iter(map(_words, pipe.execute()))
+        answers = iter(_words(pipe.execute()))
         return cls(
             now=next(answers)[0],
             names={key.removeprefix("rerankq:job:") for key in next(answers)},
@@ -383,12 +383,13 @@ class Held:
 
 def _words(answer: Any) -> Any:
     """Bytes as text, wherever they are in an answer."""
-    if isinstance(answer, bytes):
+    kind = type(answer)
+    if kind is bytes:
         return answer.decode()
-    if isinstance(answer, dict):
+    if kind is dict:
         return {_words(key): _words(value) for key, value in answer.items()}
-    if isinstance(answer, list | set | tuple):
-        return type(answer)(map(_words, answer))
+    if kind in {list, set, tuple}:
+        return kind(map(_words, answer))
     return answer
 
 
