@@ -20,6 +20,7 @@ import jsonschema
 import pytest
 import redis
 import yaml
+from forked_processes import ForkedProcess
 
 from rerankq import catalogue
 from rerankq.settings import Settings, read_by
@@ -278,7 +279,7 @@ def flower(redis_url):
         port = probe.getsockname()[1]
     where = [f"--port={port}", "--address=127.0.0.1"]
     environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url, "FLOWER_BASIC_AUTH": "me:secret"}
-    with subprocess.Popen([sys.executable, "-m", celery, *options, *where], env=environment) as server:
+    with ForkedProcess(["-m", celery, *options, *where], environment | {"RERANKQ_MODEL": "stub"}) as server:
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
