@@ -1033,6 +1033,32 @@ def test_greenlets_work_and_their_timeouts_are_kept(redis_url: str, library: str
     assert ended.stdout == "good\n", ended.stdout + ended.stderr
 
 
+def test_a_client_of_greenlets_begins_while_the_last_one_before_it_is_closed(redis_url: str):
+    pytest.importorskip("gevent")
+    code = """
+    from gevent.monkey import patch_all
+    patch_all()
+    import threading, time
+    from rerankq import Client
+    from rerankq.client.loop_thread import SHARED
+    for _ in range(5):
+        first, second = Client(), Client()
+        first.status("a")
+        closing = threading.Thread(target=first.close)
+        closing.start()
+        while SHARED.current is not None:
+            time.sleep(0)
+        assert second.status("a").state == "unknown"
+        closing.join()
+        second.close()
+    print("good")
+    """
+    environment = {**os.environ, "RERANKQ_BROKER_URL": redis_url}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout == "good\n", ended.stdout + ended.stderr
+
+
 def test_a_client_beside_another_event_loop_of_greenlets_raises_at_once(redis_url: str):
     pytest.importorskip("gevent")
     code = """

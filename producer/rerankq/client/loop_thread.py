@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from types import BuiltinFunctionType
 from typing import TypeVar
 
 from ..errors import ClientUnusable
@@ -33,12 +34,17 @@ BLOCKED_CHECKS = 30
 
 
 class LoopThread:
-    """An event loop that runs in a daemon thread until :meth:`stop`."""
+    """An event loop that runs in a daemon thread until :meth:`stop`.
+
+    Args:
+        after: the one before it, which may still be ending.
+    """
 
     #: Made in the thread, where no signal's handler can interrupt it half made; there once :meth:`start` returned.
     loop: asyncio.AbstractEventLoop
 
-    def __init__(self) -> None:
+    def __init__(self, after: LoopThread | None = None) -> None:
+        self._after = after
         # Host names are resolved there. Not waited for at the end: a name server that hangs takes its time.
         self._resolvers = ThreadPoolExecutor(thread_name_prefix="rerankq-resolvers")
         self._made_with = _thread.start_new_thread
@@ -140,6 +146,10 @@ class LoopThread:
         self._asked = False
 
     def _serve(self) -> None:
+        after, self._after = self._after, None
+        if after is not None and not isinstance(self._made_with, BuiltinFunctionType):
+            # Greenlets are one thread to asyncio, and two loops do not run in one.
+            after._thread.join(STOP_S)
         try:
             self.loop = asyncio.SelectorEventLoop(_selector())
         except BaseException as error:  # noqa: BLE001  # told to whoever waits
@@ -201,6 +211,7 @@ class Shared:
 
     def __init__(self) -> None:
         self._current: LoopThread | None = None
+        self._ending: LoopThread | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -228,7 +239,8 @@ class Shared:
                 raise ClientUnusable("a blocking client cannot be used by code that runs in its own thread")
             if thread is None or not thread.serves:
                 # Before it runs: a signal's handler or a greenlet that comes here meanwhile must find this one.
-                thread = self._current = LoopThread()
+                thread = self._current = LoopThread(after=self._ending)
+                self._ending = None
             thread.start()
             self._users.add(user)
             return thread
@@ -240,12 +252,14 @@ class Shared:
             thread = self._current
             if thread is None or self._users:
                 return
-            self._current = None
+            self._current, self._ending = None, thread
         thread.stop()
+        if self._ending is thread:
+            self._ending = None
 
     def begin_anew(self) -> None:
         """Forget the thread: it runs in the parent of this forked process."""
-        self._current = None
+        self._current = self._ending = None
         self._forget()
 
 
