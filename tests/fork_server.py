@@ -142,15 +142,20 @@ def become(
     os.environ.update(environment)
     tempfile.tempdir = None  # as the new environment says
     sys.path[:] = [*filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]
-    flag, program, *rest = (argument for argument in arguments if argument != "-u")
-    sys.argv = [flag, *rest]
+    flag, *rest = (argument for argument in arguments if argument != "-u")
     if flag == "-m":
         # What a command starts is forked, too.
         sys.executable = python
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-    else:
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif flag == "-c":
+        sys.argv = ["-c", *rest[1:]]
         sys.modules["__main__"] = main = types.ModuleType("__main__")
-        exec(program, main.__dict__)
+        exec(rest[0], main.__dict__)
+    else:
+        sys.argv = [flag, *rest]
+        sys.path.insert(0, str(Path(flag).parent))
+        runpy.run_path(flag, run_name="__main__")
 
 
 def end(program: Callable[[], None]) -> NoReturn:

@@ -60,7 +60,7 @@ class ForkedProcess(subprocess.Popen):
     """A ``subprocess.Popen`` whose process is forked, in a session of its own; it does not outlive this object.
 
     Args:
-        arguments: as after ``python``: ``-m`` and a module, or ``-c`` and a program, and what it is given.
+        arguments: as after ``python``: ``-m`` and a module, ``-c`` and a program or a file, and what it is given.
         env: its environment. Where that names the bundled model, or no model, the process comes with the models'
             and the frameworks' libraries, if the server has them.
         options: ``cwd``, ``stdin``, ``stdout``, ``stderr``, ``text``.
@@ -92,7 +92,10 @@ class ForkedProcess(subprocess.Popen):
         self._connection.settimeout(timeout)
         answer = b""
         while not answer.endswith(b"\n"):
-            answer += self._connection.recv(1) or b"%d\n" % -signal.SIGKILL  # by the server's end
+            received = self._connection.recv(1)
+            if not received:
+                raise ConnectionError("the fork server has ended")
+            answer += received
         return int(answer)
 
     def _wait(self, timeout: float | None) -> int:
@@ -118,8 +121,20 @@ def run_forked(
     arguments: Sequence[str], environment: Mapping[str, str], folder: Path, *, given: str | None, timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line in a forked process to its end."""
+    return run_program(["-m", "rerankq.cli", *arguments], environment, folder, given=given, timeout=timeout)
+
+
+def run_program(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    *,
+    given: str | None = None,
+    timeout: float = 120,
+) -> subprocess.CompletedProcess[str]:
+    """Run what stands after ``python`` in a forked process to its end."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with ForkedProcess(["-m", "rerankq.cli", *arguments], environment, cwd=folder, text=True, **pipes) as process:
+    with ForkedProcess(arguments, environment, cwd=folder, text=True, **pipes) as process:
         try:
             out, err = process.communicate(given, timeout)
         finally:
@@ -131,10 +146,11 @@ def stand_in() -> int:
     """Be the interpreter: a signal that comes to this process, and one that ends the forked one, reach the other."""
     process = ForkedProcess(sys.argv[1:], os.environ)
     for number in PASSED_ON:
-        signal.signal(number, lambda number, _: process.send_signal(number))
+        signal.signal(number, lambda number, _: os.kill(process.pid, number))
     status = process.wait()
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if -status in PASSED_ON:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -33,21 +32,14 @@ def broker_url(worker_process):
 def run(broker_url, tmp_path):
     """Run a program in a process of its own; answer the lines that it printed."""
 
-    def run_program(program: Path, *arguments: str, **more: str) -> list[str]:
+    def run_example(program: Path, *arguments: str, **more: str) -> list[str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RERANKQ_")}
-        done = subprocess.run(
-            [sys.executable, program, *arguments],
-            env=environment | {"RERANKQ_BROKER_URL": broker_url} | more,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        environment |= {"RERANKQ_BROKER_URL": broker_url, **more}
+        done = run_program([str(program), *arguments], environment, tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
-    return run_program
+    return run_example
 
 
 def test_every_example_is_run_here():

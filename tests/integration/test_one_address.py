@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import redis
+from forked_processes import run_program
 
 from rerankq import BrokerUnavailable, Client, SettingsInvalid
 from rerankq.broker.celery_app import make_app
@@ -134,17 +134,12 @@ def test_another_programs_celery_in_the_environment_steers_neither_client_nor_wo
     assert ("thread" in stats["pool"]["implementation"], stats["pool"]["max-concurrency"]) == (True, 5)
 
 
-def test_celerys_own_options_in_the_environment_do_not_reach_a_worker_of_the_command_line(redis_url: str):
+def test_celerys_own_options_in_the_environment_do_not_reach_a_worker_of_the_command_line(
+    tmp_path: Path, redis_url: str
+):
     environment = {**os.environ, **OTHERS, "RERANKQ_BROKER_URL": redis_url, "RERANKQ_MODEL": "no/such/folder"}
     environment |= {"CELERY_WORKDIR": "/nowhere", "CELERY_APP": "no_such_module", "CELERY_CONFIG": "no_such_module"}
-    worker = subprocess.run(
-        [sys.executable, "-m", "rerankq.cli", "worker"],
-        env={**environment, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    worker = run_program(["-m", "rerankq.cli", "worker"], {**environment, "HF_HUB_OFFLINE": "1"}, tmp_path)
     assert "the worker cannot start: model 'no/such/folder'" in worker.stderr, "it came as far as its model"
     assert "Traceback" not in worker.stderr
 

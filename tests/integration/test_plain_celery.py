@@ -1,7 +1,5 @@
 """`celery -A rerankq_worker.tasks worker`, typed by hand: what it takes from the settings, and how it refuses."""
 
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 import redis
+from forked_processes import run_program
 
 from rerankq import Client, ModelUnknown, Ranking
 from rerankq.broker.celery_app import INTERACTIVE, TASK, make_app, queue
@@ -44,9 +43,9 @@ def test_pool_slots_and_queues_come_from_the_settings(start_worker: Callable, ce
 
 
 def refusal(tmp_path: Path, **env: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "celery", "-A", "rerankq_worker.tasks", "worker", "-l", "WARNING"]
+    command = ["-m", "celery", "-A", "rerankq_worker.tasks", "worker", "-l", "WARNING"]
     here = {"PATH": "/usr/bin:/bin", "C_FORCE_ROOT": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
-    done = subprocess.run(command, env=here, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = run_program(command, here, tmp_path)
     return done.returncode, done.stdout + done.stderr
 
 

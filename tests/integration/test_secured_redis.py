@@ -5,13 +5,13 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
+from forked_processes import run_program
 
 from rerankq import BrokerUnavailable, Client, JobUnknown, Ranking, RerankJob, __version__
 from rerankq.broker.celery_app import make_app
@@ -236,9 +236,9 @@ client.close()
 """
 
 
-def test_a_forked_child_and_its_parent_each_have_encrypted_connections_of_their_own(tls: str, start_worker: Callable):
+def test_a_forked_child_and_its_parent_each_have_encrypted_connections_of_their_own(
+    tls: str, start_worker: Callable, tmp_path: Path
+):
     start_worker(url=tls)
-    ended = subprocess.run(
-        [sys.executable, "-c", FORKING, tls], capture_output=True, text=True, timeout=150, check=False
-    )
+    ended = run_program(["-c", FORKING, tls], os.environ, tmp_path, timeout=150)
     assert (ended.returncode, ended.stderr) == (0, "")
