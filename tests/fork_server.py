@@ -10,6 +10,7 @@ are, a line each, its pid, and its exit status when it has ended. Who hangs up b
 """
 
 import atexit
+import ctypes
 import gc
 import importlib
 import json
@@ -28,6 +29,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+PR_SET_PDEATHSIG = 1
 
 # None of these reads the settings when it is imported, as `rerankq_worker.tasks` does.
 LIGHT = [
@@ -127,6 +130,8 @@ def become(
     python: str,
 ) -> None:
     """Run what stands after ``python`` as the program of this process, in a session of its own."""
+    with suppress(AttributeError):  # on Linux alone: if the server is killed it can end nobody
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     os.setsid()

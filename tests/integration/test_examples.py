@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from forked_processes import run_program
 
 from rerankq.local.embedded import EmbeddedRedis, free_port
 

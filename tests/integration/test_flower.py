@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -12,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from forked_processes import ForkedProcess
 
 from rerankq import Client, RerankJob
 from rerankq.settings import Settings
@@ -31,10 +31,10 @@ def start_flower() -> Iterator[Callable[..., str]]:
     def start(url: str, **environment: str) -> str:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
-        words = ["-m", "celery", *command.split(), f"--port={port}", "--address=127.0.0.1"]
+        words = [sys.executable, "-m", "celery", *command.split(), f"--port={port}", "--address=127.0.0.1"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("RERANKQ_", "FLOWER_"))}
         clean |= {"RERANKQ_BROKER_URL": url, **environment}
-        running.append(ForkedProcess(words, clean, cwd=REPOSITORY, stderr=subprocess.DEVNULL))
+        running.append(subprocess.Popen(words, env=clean, cwd=REPOSITORY, stderr=subprocess.DEVNULL))
         address = f"http://127.0.0.1:{port}"
         for _ in range(600):
             if ask(f"{address}/healthcheck")[0] == 200:
