@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -846,6 +847,56 @@ def test_the_event_loop_is_made_where_no_signal_can_interrupt_it(monkeypatch):
     thread.stop()
     assert not thread.serves
     assert [maker.name for maker in makers] == ["rerankq-client"]
+
+
+async def idle() -> None:
+    """Work whose coroutine says at its end if nobody ever awaited it."""
+
+
+@pytest.mark.parametrize(("interrupted", "seen"), [(KeyboardInterrupt, KeyboardInterrupt), (RuntimeError, "ended")])
+def test_work_that_could_not_be_given_to_the_event_loop_ends_without_a_warning(monkeypatch, interrupted, seen):
+    def interrupt(coroutine, loop):
+        raise interrupted
+
+    thread = LoopThread()
+    thread.start()
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupt)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(rerankq.ClientUnusable if seen == "ended" else seen):
+            thread.soon(idle())
+        gc.collect()
+    thread.stop()
+    assert [str(one.message) for one in warned] == []
+
+
+@pytest.mark.parametrize("at", ["while it winds up", "after it has"])
+def test_work_that_comes_when_the_event_loop_ends_ends_without_a_warning(monkeypatch, caplog, at):
+    thread, given = LoopThread(), []
+    wind_up, close = loop_thread._wind_up, asyncio.SelectorEventLoop.close
+
+    async def winding_up() -> None:
+        await wind_up()
+        if at == "while it winds up" and not given:
+            given.append(thread.soon(idle()))
+
+    def closing(loop):
+        given.append(thread.soon(idle()))
+        close(loop)
+
+    monkeypatch.setattr(loop_thread, "_wind_up", winding_up)
+    if at == "after it has":
+        monkeypatch.setattr(asyncio.SelectorEventLoop, "close", closing)
+    thread.start()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        thread.stop()
+        gc.collect()
+    assert given
+    assert [str(one.message) for one in warned] == []
+    assert caplog.messages == []
+    with pytest.raises(rerankq.ClientUnusable, match="has ended"):
+        thread.soon(idle())
 
 
 def test_an_event_loop_that_cannot_be_made_makes_the_client_unusable(monkeypatch):

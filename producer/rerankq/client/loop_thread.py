@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from types import BuiltinFunctionType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import ClientUnusable
 
@@ -53,6 +54,8 @@ class LoopThread:
         self._running = threading.Event()
         self._fault: BaseException | None = None
         self._iterations, self._asked = 0, False
+        # What was given to the loop, and closed where it never got to it: Python would print a warning.
+        self._not_begun: dict[object, tuple[Coroutine[Any, Any, Any], Awaitable[Any]]] = {}
         self._thread = threading.Thread(target=self._serve, name="rerankq-client", daemon=True)
 
     def start(self) -> None:
@@ -91,12 +94,16 @@ class LoopThread:
         Raises:
             ClientUnusable: if it has ended.
         """
-        coroutine = _as_coroutine(work)
+        key = object()
+        coroutine = _as_coroutine(work, partial(self._not_begun.pop, key, None))
+        self._not_begun[key] = coroutine, work
         try:
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        except RuntimeError:
-            coroutine.close()
-            raise _ended() from None
+        except BaseException as error:  # Ctrl-C, too
+            self._drop(key)
+            if isinstance(error, RuntimeError):
+                raise _ended() from None
+            raise
 
     def wait(self, future: Future[T], timeout_s: float | None) -> T:
         """Wait for work that was begun; also notices if the thread no longer does it.
@@ -141,6 +148,12 @@ class LoopThread:
             ending.start()
             ending.join(STOP_S)
 
+    def _drop(self, key: object) -> None:
+        with suppress(KeyError, ValueError):  # it has begun
+            for work in self._not_begun.pop(key):
+                if isinstance(work, Coroutine):
+                    work.close()
+
     def _count_iteration(self) -> None:
         self._iterations += 1
         self._asked = False
@@ -163,14 +176,20 @@ class LoopThread:
         except BaseException as error:  # noqa: BLE001  # told to whoever waits
             self._fault = error
         finally:
-            last = _wind_up()
-            try:
-                self.loop.run_until_complete(last)
-            except RuntimeError:  # it could not run at all
-                last.close()
+            self._wind_up()
             self._fault = self._fault or _ended()
+            self._wind_up()  # of what came while it was wound up
             self._running.set()
             self.loop.close()
+            for key in list(self._not_begun):
+                self._drop(key)
+
+    def _wind_up(self) -> None:
+        last = _wind_up()
+        try:
+            self.loop.run_until_complete(last)
+        except RuntimeError:  # it could not run at all
+            last.close()
 
 
 class NotServed(Exception):
@@ -190,8 +209,9 @@ def _ended() -> ClientUnusable:
     return ClientUnusable("the thread that serves this client has ended")
 
 
-async def _as_coroutine(work: Awaitable[T]) -> T:
+async def _as_coroutine(work: Awaitable[T], begins: Callable[[], object]) -> T:
     # run_coroutine_threadsafe takes coroutines alone, and anext() of a generator is only an awaitable.
+    begins()
     return await work
 
 
