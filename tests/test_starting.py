@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+from fork_server import HEAVY, LIGHT
 
 CHECK = """
 import importlib.util, signal, subprocess, sys
@@ -23,3 +26,7 @@ def test_what_a_test_starts_can_be_interrupted_also_where_the_tests_run_in_the_b
     environment = {**os.environ, "PYTHONPATH": str(conftest.parent)}
     done = subprocess.run([*through, *command], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_imported_before_processes_are_forked_is_there():
+    assert [name for name in LIGHT + HEAVY if find_spec(name) is None] == []
