@@ -830,7 +830,7 @@ def test_a_timeout_of_the_work_itself_ends_the_wait_for_it(client: Client):
 
     client.status("a")
     with pytest.raises(TimeoutError, match="of its own"):
-        SHARED.current.wait(SHARED.current.soon(late()), 20)
+        SHARED.current.wait(SHARED.current.soon(late), 20)
 
 
 def test_the_event_loop_is_made_where_no_signal_can_interrupt_it(monkeypatch):
@@ -864,7 +864,7 @@ def test_work_that_could_not_be_given_to_the_event_loop_ends_without_a_warning(m
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         with pytest.raises(rerankq.ClientUnusable if seen == "ended" else seen):
-            thread.soon(idle())
+            thread.soon(idle)
         gc.collect()
     thread.stop()
     assert [str(one.message) for one in warned] == []
@@ -878,10 +878,10 @@ def test_work_that_comes_when_the_event_loop_ends_ends_without_a_warning(monkeyp
     async def winding_up() -> None:
         await wind_up()
         if at == "while it winds up" and not given:
-            given.append(thread.soon(idle()))
+            given.append(thread.soon(idle))
 
     def closing(loop):
-        given.append(thread.soon(idle()))
+        given.append(thread.soon(idle))
         close(loop)
 
     monkeypatch.setattr(loop_thread, "_wind_up", winding_up)
@@ -896,7 +896,7 @@ def test_work_that_comes_when_the_event_loop_ends_ends_without_a_warning(monkeyp
     assert [str(one.message) for one in warned] == []
     assert caplog.messages == []
     with pytest.raises(rerankq.ClientUnusable, match="has ended"):
-        thread.soon(idle())
+        thread.soon(idle)
 
 
 def test_an_event_loop_that_cannot_be_made_makes_the_client_unusable(monkeypatch):

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from itertools import islice
@@ -62,7 +62,7 @@ class Client:
         Raises:
             JobRejected, JobTooLarge, QueueFull, ModelUnknown: and nothing was accepted.
         """
-        return self._run(self._inner.submit(job))
+        return self._run(lambda: self._inner.submit(job))
 
     def submit_many(self, jobs: Iterable[Job]) -> list[str]:
         """Enqueue many jobs, a few hundred a round trip; answer their ids in order.
@@ -77,8 +77,8 @@ class Client:
         try:
             # Iterated here: a slow source must not hold up the thread that serves everyone.
             while some := list(islice(source, SUBMIT_AT_ONCE)):
-                self._run(submission.add(some))
-            return self._run(submission.end())
+                self._run(lambda: submission.add(some))
+            return self._run(submission.end)
         except (ClientClosed, ClientUnusable) as error:
             error.accepted = error.accepted or submission.accepted
             raise
@@ -91,7 +91,7 @@ class Client:
         """
         limit_s = seconds_of(timeout)
         try:
-            return self._run(self._inner.result(job_id, limit_s), _longest(limit_s))
+            return self._run(lambda: self._inner.result(job_id, limit_s), _longest(limit_s))
         except NotServed:
             raise JobTimedOut(f"job {job_id}: no ranking within {limit_s:g} s; the client's thread hangs") from None
 
@@ -115,7 +115,7 @@ class Client:
             while True:
                 left_s = None if limit_s is None else max(0.0, ends_at - time.monotonic())
                 try:
-                    yield self._run(anext(endings), _longest(left_s))
+                    yield self._run(lambda: anext(endings), _longest(left_s))
                 except StopAsyncIteration:
                     return
                 except NotServed:
@@ -124,11 +124,11 @@ class Client:
             # Not waited for: the garbage collector may run this on the very thread that would have to do it.
             if not self._closed:
                 with suppress(RerankqError):
-                    SHARED.serving(self).soon(endings.aclose())
+                    SHARED.serving(self).soon(endings.aclose)
 
     def status(self, job_id: str) -> JobStatus:
         """Read the state of a job; a job that is not there has the state ``unknown``."""
-        return self._run(self._inner.status(job_id))
+        return self._run(lambda: self._inner.status(job_id))
 
     def cancel(self, job_id: str) -> State:
         """Cancel a job for everyone who submitted the same content; answer its state now.
@@ -136,15 +136,15 @@ class Client:
         Raises:
             JobUnknown: if there is no such job.
         """
-        return self._run(self._inner.cancel(job_id))
+        return self._run(lambda: self._inner.cancel(job_id))
 
     def forget(self, *job_ids: str) -> None:
         """Drop what is stored of ended jobs; those that have not ended, and dead ones, stay."""
-        self._run(self._inner.forget(*job_ids))
+        self._run(lambda: self._inner.forget(*job_ids))
 
     def dead(self) -> list[DeadJob]:
         """List the jobs that killed their workers and were set aside, the longest dead first, without payloads."""
-        return self._run(self._inner.dead())
+        return self._run(self._inner.dead)
 
     def dead_job(self, job_id: str, *, payload: bool = False) -> DeadJob:
         """Show why a job is dead, with its history; with its texts, if *payload*.
@@ -152,18 +152,18 @@ class Client:
         Raises:
             JobUnknown: if it is not a dead job.
         """
-        return self._run(self._inner.dead_job(job_id, payload=payload))
+        return self._run(lambda: self._inner.dead_job(job_id, payload=payload))
 
     def retry_dead(self, job_id: str) -> State:
         """Queue a dead job again, without attempts, to be taken alone; answer its state now.
 
         A job that is not dead stays as it is: submit it again.
         """
-        return self._run(self._inner.retry_dead(job_id))
+        return self._run(lambda: self._inner.retry_dead(job_id))
 
     def drop_dead(self, job_id: str) -> State:
         """Forget a dead job: its id is free again. Answer the state that it was in; a job that is not dead stays."""
-        return self._run(self._inner.drop_dead(job_id))
+        return self._run(lambda: self._inner.drop_dead(job_id))
 
     def rerank(
         self,
@@ -175,13 +175,13 @@ class Client:
         """Submit and wait; chunks may be plain strings. Raises what :meth:`submit` and :meth:`result` raise."""
         limit_s = seconds_of(timeout)
         try:
-            return self._run(self._inner.rerank(query, chunks, limit_s, **job_fields), _longest(limit_s))
+            return self._run(lambda: self._inner.rerank(query, chunks, limit_s, **job_fields), _longest(limit_s))
         except NotServed:
             raise JobTimedOut(f"no ranking within {limit_s:g} s; the client's thread hangs") from None
 
     def workers(self) -> list[WorkerInfo]:
         """List the workers that are alive."""
-        return self._run(self._inner.workers())
+        return self._run(self._inner.workers)
 
     def close(self) -> None:
         """Send the doorbells that are left and close the connections; whoever still waits gets a ClientClosed."""
@@ -198,7 +198,7 @@ class Client:
         if thread is None or not self._inner._by_loop:
             self._inner._closed = True
             return
-        closing = thread.soon(self._inner._disconnect())
+        closing = thread.soon(self._inner._disconnect)
         if not thread.is_current:
             thread.wait(closing, CLOSED_WITHIN_S)
         for future in list(self._under_way):
@@ -224,15 +224,10 @@ class Client:
         if self._closed:
             raise ClientClosed("the client is closed; make a new one")
 
-    def _run(self, work: Awaitable[T], timeout_s: float | None = None) -> T:
-        try:
-            self._require_open()
-            thread = SHARED.serving(self)
-        except RerankqError:
-            if isinstance(work, Coroutine):
-                work.close()
-            raise
-        future = thread.soon(work)
+    def _run(self, call: Callable[[], Awaitable[T]], timeout_s: float | None = None) -> T:
+        self._require_open()
+        thread = SHARED.serving(self)
+        future = thread.soon(call)
         self._under_way.add(future)
         try:
             return thread.wait(future, timeout_s)

@@ -14,10 +14,9 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from types import BuiltinFunctionType
 from typing import Any, TypeVar
 
@@ -54,8 +53,6 @@ class LoopThread:
         self._running = threading.Event()
         self._fault: BaseException | None = None
         self._iterations, self._asked = 0, False
-        # What was given to the loop, and closed where it never got to it: Python would print a warning.
-        self._not_begun: dict[object, tuple[Coroutine[Any, Any, Any], Awaitable[Any]]] = {}
         self._thread = threading.Thread(target=self._serve, name="rerankq-client", daemon=True)
 
     def start(self) -> None:
@@ -88,22 +85,16 @@ class LoopThread:
         """Whether the caller runs in it."""
         return threading.current_thread() is self._thread
 
-    def soon(self, work: Awaitable[T]) -> Future[T]:
-        """Begin some work in it.
+    def soon(self, call: Callable[[], Awaitable[T]]) -> Future[T]:
+        """Begin some work in it: what *call* returns is made there, and awaited.
 
         Raises:
             ClientUnusable: if it has ended.
         """
-        key = object()
-        coroutine = _as_coroutine(work, partial(self._not_begun.pop, key, None))
-        self._not_begun[key] = coroutine, work
         try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        except BaseException as error:  # Ctrl-C, too
-            self._drop(key)
-            if isinstance(error, RuntimeError):
-                raise _ended() from None
-            raise
+            return asyncio.run_coroutine_threadsafe(_MadeThere(call), self.loop)
+        except RuntimeError:
+            raise _ended() from None
 
     def wait(self, future: Future[T], timeout_s: float | None) -> T:
         """Wait for work that was begun; also notices if the thread no longer does it.
@@ -148,12 +139,6 @@ class LoopThread:
             ending.start()
             ending.join(STOP_S)
 
-    def _drop(self, key: object) -> None:
-        with suppress(KeyError, ValueError):  # it has begun
-            for work in self._not_begun.pop(key):
-                if isinstance(work, Coroutine):
-                    work.close()
-
     def _count_iteration(self) -> None:
         self._iterations += 1
         self._asked = False
@@ -181,8 +166,6 @@ class LoopThread:
             self._wind_up()  # of what came while it was wound up
             self._running.set()
             self.loop.close()
-            for key in list(self._not_begun):
-                self._drop(key)
 
     def _wind_up(self) -> None:
         last = _wind_up()
@@ -209,10 +192,39 @@ def _ended() -> ClientUnusable:
     return ClientUnusable("the thread that serves this client has ended")
 
 
-async def _as_coroutine(work: Awaitable[T], begins: Callable[[], object]) -> T:
-    # run_coroutine_threadsafe takes coroutines alone, and anext() of a generator is only an awaitable.
-    begins()
-    return await work
+class _MadeThere(Coroutine[Any, Any, T]):
+    """A coroutine that is made when it begins.
+
+    Python prints a warning for each that was made and never awaited, as happens where Ctrl-C comes between the two. In
+    the event loop's thread no signal's handler can.
+    """
+
+    def __init__(self, call: Callable[[], Awaitable[T]]) -> None:
+        self._call = call
+        self._coroutine: Coroutine[Any, Any, T] | None = None
+
+    def _made(self) -> Coroutine[Any, Any, T]:
+        if self._coroutine is None:
+            self._coroutine = _awaited(self._call)
+        return self._coroutine
+
+    def send(self, value: Any, /) -> Any:
+        return self._made().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._made().throw(*error)
+
+    def close(self) -> None:
+        if self._coroutine is not None:
+            self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._made().__await__()
+
+
+async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
+    # A task takes coroutines alone, and anext() of a generator is only an awaitable.
+    return await call()
 
 
 async def _wind_up() -> None:
