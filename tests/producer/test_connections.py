@@ -286,7 +286,7 @@ def test_a_late_answer_is_not_read_as_the_answer_to_the_next_command_by_asyncio(
                 with pytest.raises(RedisError):
                     await client.get("a")
                 # Whoever stops waiting by himself leaves no answer behind either.
-                with pytest.raises(TimeoutError):
+                with pytest.raises((TimeoutError, RedisError)):  # connecting anew may be given up first
                     async with asyncio.timeout(ANSWER_S / 10):
                         await client.get("a")
                 deployment.stalling.release()
