@@ -64,7 +64,8 @@ class RunningWorker:
 
 
 def wait_for_workers(url: str, worker: RunningWorker, seconds: float = 90) -> None:
-    ledger = redis.Redis.from_url(Settings(broker_url=url).ledger)
+    # Longer than redis-py waits by itself: a server that writes to a busy disk takes its time.
+    ledger = redis.Redis.from_url(Settings(broker_url=url).ledger, socket_timeout=seconds)
     ends = time.monotonic() + seconds
     while not any(f":{worker.process.pid}:".encode() in name for name in ledger.hkeys("rerankq:workers")):
         if worker.process.poll() is not None or time.monotonic() > ends:
