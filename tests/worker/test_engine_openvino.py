@@ -208,7 +208,9 @@ from rerankq_worker.engine.errors import is_out_of_memory
 
 # A forked process comes with OpenVINO: all of it that is Python is imported anew.
 for name, module in list(sys.modules.items()):
-    if name.startswith("openvino") and not str(getattr(module, "__file__", "")).endswith(".so"):
+    # Without looking a module up that is loaded on its first use.
+    file = object.__getattribute__(module, "__dict__").get("__file__") if module else ""
+    if name.startswith("openvino") and "_pyopenvino" not in name and not str(file).endswith(".so"):
         del sys.modules[name]
 loaded = engine.load("bundled", "cpu", "float32", runtime="openvino", threads=1)
 reports = [name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module]
