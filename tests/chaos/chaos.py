@@ -153,7 +153,11 @@ class Run:
         self._at(self.now() + blow.length_s, again)
 
     def _freeze_redis(self, blow: Blow) -> None:
-        at = self._server.freeze()
+        try:
+            at = self._server.freeze()
+        except RuntimeError:  # killed a moment ago, where the schedule is late: as soon as it is back
+            self._at(self.now() + LOOK_EVERY_S, lambda: self._freeze_redis(blow))
+            return
         self._failing_over = True
         if isinstance(self._server, WatchedRedis):
             # What had not reached the replica by then is lost with the failover.
