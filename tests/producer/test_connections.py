@@ -286,14 +286,20 @@ def test_a_late_answer_is_not_read_as_the_answer_to_the_next_command_by_asyncio(
                 with pytest.raises(RedisError):
                     await client.get("a")
                 # Whoever stops waiting by himself leaves no answer behind either.
-                with pytest.raises((TimeoutError, RedisError)):  # connecting anew may be given up first
-                    async with asyncio.timeout(ANSWER_S / 10):
-                        await client.get("a")
+                await gives_up(client)
                 deployment.stalling.release()
                 for _ in ROUNDS:
                     assert await answered_in_time(lambda: client.get("b")) == b"of b"
                     pipe = client.pipeline(transaction=False).get("a").get("b")
                     assert await answered_in_time(pipe.execute) == [b"of a", b"of b"]
+
+    async def gives_up(client: Any) -> None:
+        while True:
+            with suppress(RedisError):  # on a busy machine connecting anew is given up first: once more
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(ANSWER_S / 10):
+                        await client.get("a")
+                return
 
     async def answered_in_time(ask_again: Callable[[], Awaitable[Any]]) -> Any:
         # Connecting anew may take longer than an answer may, on a busy machine.
