@@ -36,9 +36,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Hundreds of processes import the same files: they are compiled once, also where the environment says otherwise.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# Every HTTP client reads the certificates of all authorities, 30 ms, and hundreds are made; nothing here leaves the
-# machine, and what speaks TLS is told whom to trust. A folder without certificates is read in no time.
-os.environ.pop("SSL_CERT_FILE", None)
+# Every HTTP client and every connection to a Redis with TLS reads the certificates of all authorities, 30 ms, and
+# hundreds are made; nothing here leaves the machine, and what speaks TLS is told whom to trust. No file, and a folder
+# without certificates, are read in no time.
+os.environ["SSL_CERT_FILE"] = ""
 os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
 # OpenVINO reports its use to its makers, out of forked processes, unless this package of theirs is absent.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -71,6 +72,8 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
         gc.collect()
         gc.freeze()
+        # What is left is small, and looked through after some thousands of objects more, not some hundreds.
+        gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,9 +11,11 @@ are, a line each, its pid, and its exit status when it has ended. Who hangs up b
 
 import atexit
 import ctypes
+import functools
 import gc
 import importlib
 import json
+import logging
 import os
 import runpy
 import selectors
@@ -26,9 +28,10 @@ import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+import redis.utils
 
 PR_SET_PDEATHSIG = 1
 
@@ -187,6 +190,16 @@ def end(program: Callable[[], None]) -> NoReturn:
     os._exit(status)
 
 
+def spare_repeated_work() -> None:
+    """Do once what libraries do again for each connection or each test."""
+    # redis-py reads its own version from a file for each connection.
+    redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
+    # pytest adds two handlers to each logger that does not propagate, three times for each test: torch has sixty.
+    for logger in logging.getLogger().manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
+
+
 def main(light: int, heavy: int | None = None) -> None:
     """Import the libraries, and serve."""
     # Ctrl-C goes to the terminal's whole group: who started us ends us.
@@ -203,11 +216,12 @@ def main(light: int, heavy: int | None = None) -> None:
         for name in HEAVY:
             with suppress(ModuleNotFoundError):  # its tests skip, too
                 importlib.import_module(name)
+    spare_repeated_work()
     gc.freeze()
     request = ForkServer(socket.socket(fileno=served)).serve()
     gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    end(partial(become, **request))
+    end(functools.partial(become, **request))
 
 
 if __name__ == "__main__":

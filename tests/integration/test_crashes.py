@@ -266,6 +266,8 @@ class Sentinel:
             f"sentinel monitor jobs 127.0.0.1 {pair[0].port} 1",
             "sentinel auth-pass jobs se;cret",
             "sentinel down-after-milliseconds jobs 1000",
+            # An attempt that fails is made again after twice this: the default is three minutes.
+            "sentinel failover-timeout jobs 4000",
         ]
         (folder / "sentinel.conf").write_text("\n".join(lines) + "\n")
         command = [binary, folder / "sentinel.conf", "--sentinel"]
