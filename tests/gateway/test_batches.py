@@ -13,6 +13,8 @@ from rerankq import Client
 from rerankq.gateway.keys import hash_of
 from rerankq.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 def line(name: object, **more) -> dict:
     body = {"query": QUERY, "documents": [*DOCUMENTS, f"a text of {name}"]}

@@ -20,6 +20,8 @@ from rerankq.gateway.keys import ApiKey, KnownKeys, entry_of, hash_of, new_key, 
 from rerankq.gateway.rates import KEY_PREFIX, Rates
 from rerankq.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 BODY = {"query": QUERY, "documents": DOCUMENTS}
 HASH = "a" * 64
 SECRETS = {name: f"rerankq-{name}-and-forty-characters-of-nothing" for name in ("one", "two", "all", "slow")}

@@ -10,6 +10,8 @@ import redis
 from rerankq import Client, RerankJob
 from rerankq.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 def job(name: str, *, chunks: int = 10, **fields: Any) -> RerankJob:
     return RerankJob(

@@ -26,6 +26,8 @@ from rerankq.client.submission import SUBMIT_AT_ONCE
 from rerankq.ledger.runner import AsyncLedger
 from rerankq.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Client]:

@@ -28,6 +28,8 @@ from rerankq.ledger import LedgerLimits, connect_async, subscription
 from rerankq.ledger.runner import AsyncLedger
 from rerankq.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 NEVER_S = 1e6
 T = TypeVar("T")
 

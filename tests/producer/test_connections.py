@@ -35,6 +35,8 @@ from rerankq.ledger.runner import Ledger
 from rerankq.local.embedded import free_port
 from rerankq.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 NOBODY = "sentinel://:secret@127.0.0.1:1,127.0.0.1:2/0?master=jobs"
 KINDS = ["redis", "rediss", "unix", "sentinel", "sentinels"]
 # What a test's server is given to answer in, in seconds: its answers are held until the client gave them up.

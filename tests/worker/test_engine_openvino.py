@@ -22,6 +22,8 @@ from rerankq_worker.engine.models import openvino_pass, pass_selection
 from rerankq_worker.engine.models.cores import multiplies_bfloat16
 from rerankq_worker.engine.models.openvino_pass import OpenVinoPass, quantise_weights
 
+pytestmark = pytest.mark.slow
+
 SCIFACT = Path(__file__).resolve().parents[3] / "shared" / "data" / "scifact"
 QUERY = "which drug reduces fever in adults?"
 TEXTS = [
