@@ -8,7 +8,7 @@ SEED ?= 1
 JOBS ?= 2000
 MINUTES ?= 30
 EXAMPLES ?= 5000
-PROCESSES ?= 8
+PROCESSES ?= 7
 MODULES ?=
 LOWEST := .venv-lowest
 BIN := $(VENV)/bin
@@ -26,7 +26,7 @@ install: $(STAMP)  ## Make .venv with everything in it; nothing to do while pypr
 demo: $(STAMP)  ## Rank a few queries with the bundled model, and show what moved and why.
 	$(BIN)/rerankq demo
 
-test: $(STAMP)  ## Lint, check types, run every test, eight files at a time (PROCESSES=8): much of it is waiting.
+test: $(STAMP)  ## Lint, check types, run every test, seven files at a time (PROCESSES=7): much of it is waiting.
 	@$(MAKE) --no-print-directory --jobs 2 lint tests
 
 tests: $(STAMP)

@@ -11,6 +11,8 @@ import redis
 from rerankq import Client, Ranking, RerankJob
 from rerankq.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 def jobs(prefix: str, count: int, *, chunks: int = 1, **fields: Any) -> list[RerankJob]:
     return [
