@@ -897,7 +897,16 @@ def test_the_listener_is_idle_while_nobody_waits(settings: Settings, worker, mon
 
 
 @pytest.mark.usefixtures("soon")
-def test_an_outage_is_logged_once_and_so_is_its_end(restartable_redis, make_worker, caplog: pytest.LogCaptureFixture):
+# In milliseconds after the first failure the connection has failed often enough to be logged, and no reader yet.
+@pytest.mark.parametrize("try_again_s", [waiting.TRY_AGAIN_S, 0.001], ids=["readers fail first", "readers fail last"])
+def test_an_outage_is_logged_once_and_so_is_its_end(
+    restartable_redis,
+    make_worker,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    try_again_s: float,
+):
+    monkeypatch.setattr(waiting, "TRY_AGAIN_S", try_again_s)
     settings = Settings(broker_url=restartable_redis.url)
 
     async def work(client: AsyncClient) -> None:

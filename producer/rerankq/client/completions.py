@@ -77,6 +77,8 @@ class CompletionListener:
         self._quiet_s = 0.0
         self._received = False
         self._reached = False
+        # Whether jobs were read since the connection failed for the first time.
+        self._read_since = False
         self._ledger_outage = Outage()
         self._subscription_outage = Outage()
         self._reading: asyncio.Task[None] | None = None
@@ -193,7 +195,7 @@ class CompletionListener:
                 pause_s = min(2 * pause_s, TRY_AGAIN_MAX_S)
             else:
                 pause_s = TRY_AGAIN_S
-                self._reached = True
+                self._reached = self._read_since = True
                 if (lasted_s := self._ledger_outage.works(clock())) is not None:
                     logger.warning("the ledger answers again, after %.0f s", lasted_s)
 
@@ -249,11 +251,13 @@ class CompletionListener:
                 await asyncio.sleep(max(0.0, opened_at + pause_s - clock()))
 
     def _connection_failed(self, tries: int, error: Exception) -> None:
+        self._read_since = self._read_since and tries > 1
         self._to_read |= self._waiters.keys()
         self._wake_reading.set()
-        # If the ledger does not answer at all, that is logged already.
+        # If the ledger does not answer at all, that is logged already, or will be: a reader may take longer to tell.
         if (
             tries >= TRIES
+            and self._read_since
             and not self._ledger_outage.lasts
             and self._subscription_outage.fails(asyncio.get_running_loop().time())
         ):
