@@ -672,6 +672,31 @@ def test_waiting_raises_at_once_if_the_ledger_was_never_reached():
     run(work, Settings(broker_url="redis://127.0.0.1:1/0"))
 
 
+def test_jobs_that_were_submitted_before_an_outage_are_waited_for_though_none_was_read_yet(
+    restartable_redis, make_worker, caplog: pytest.LogCaptureFixture
+):
+    settings = Settings(broker_url=restartable_redis.url)
+
+    async def work(client: AsyncClient) -> None:
+        worker = make_worker(settings)
+        one, *others = await client.submit_many(jobs(3))
+        await asyncio.to_thread(restartable_redis.kill)
+        result = asyncio.create_task(client.result(one))
+        completed = asyncio.create_task(dict_of(client.as_completed(others)))
+        await until(lambda: result.done() or "waiting for 3 jobs, trying again" in caplog.text)
+        await asyncio.to_thread(restartable_redis.start)
+        await asyncio.to_thread(worker.finish, one, *others)
+        assert (await result).job_id == one
+        assert {job_id: ranking.job_id for job_id, ranking in (await completed).items()} == {
+            job_id: job_id for job_id in others
+        }
+
+    async def dict_of(completed: Any) -> dict[str, Any]:
+        return {job_id: outcome async for job_id, outcome in completed}
+
+    run(work, settings)
+
+
 def test_the_listener_closes_while_the_server_is_away(settings: Settings):
     async def main() -> None:
         away = "redis://127.0.0.1:1/0"
@@ -896,9 +921,9 @@ def test_the_listener_is_idle_while_nobody_waits(settings: Settings, worker, mon
     run(work, settings)
 
 
+# With the shorter pause the connection has failed often enough to be logged before a reader has failed once.
+@pytest.mark.parametrize("try_again_s", [0.05, 0.001], ids=["readers fail first", "readers fail last"])
 @pytest.mark.usefixtures("soon")
-# In milliseconds after the first failure the connection has failed often enough to be logged, and no reader yet.
-@pytest.mark.parametrize("try_again_s", [waiting.TRY_AGAIN_S, 0.001], ids=["readers fail first", "readers fail last"])
 def test_an_outage_is_logged_once_and_so_is_its_end(
     restartable_redis,
     make_worker,

@@ -76,9 +76,9 @@ class CompletionListener:
         self._unanswered_s: float | None = None
         self._quiet_s = 0.0
         self._received = False
-        self._reached = False
-        # Whether jobs were read since the connection failed for the first time.
-        self._read_since = False
+        #: Whether the ledger has answered anything here, whoever asked.
+        self.reached = False
+        self._read_since_first_failure = False
         self._ledger_outage = Outage()
         self._subscription_outage = Outage()
         self._reading: asyncio.Task[None] | None = None
@@ -195,7 +195,7 @@ class CompletionListener:
                 pause_s = min(2 * pause_s, TRY_AGAIN_MAX_S)
             else:
                 pause_s = TRY_AGAIN_S
-                self._reached = self._read_since = True
+                self.reached = self._read_since_first_failure = True
                 if (lasted_s := self._ledger_outage.works(clock())) is not None:
                     logger.warning("the ledger answers again, after %.0f s", lasted_s)
 
@@ -217,7 +217,7 @@ class CompletionListener:
                     self._resolve(job_id, snapshot)
 
     def _reading_failed(self, error: Exception) -> None:
-        if not self._reached:
+        if not self.reached:
             # Never reached: more likely a wrong URL than an outage. Raise instead of waiting for ever.
             self._fail_all(BrokerUnavailable(f"the ledger does not answer: {error}"))
             return
@@ -251,13 +251,13 @@ class CompletionListener:
                 await asyncio.sleep(max(0.0, opened_at + pause_s - clock()))
 
     def _connection_failed(self, tries: int, error: Exception) -> None:
-        self._read_since = self._read_since and tries > 1
+        self._read_since_first_failure = self._read_since_first_failure and tries > 1
         self._to_read |= self._waiters.keys()
         self._wake_reading.set()
         # If the ledger does not answer at all, that is logged already, or will be: a reader may take longer to tell.
         if (
             tries >= TRIES
-            and self._read_since
+            and self._read_since_first_failure
             and not self._ledger_outage.lasts
             and self._subscription_outage.fails(asyncio.get_running_loop().time())
         ):
@@ -340,7 +340,7 @@ class CompletionListener:
             answer = await connection.read_response()
             self._unanswered_s, self._quiet_s = None, 0.0
             if not self._received:
-                self._received = self._reached = True
+                self._received = self.reached = True
                 self._subscription_outage.works(0.0)
             if not isinstance(answer, list):
                 continue

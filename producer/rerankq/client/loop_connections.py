@@ -65,7 +65,7 @@ class Connections:
             try:
                 async with limit:
                     yield
-                self._hangs = False
+                self._hangs, self.completions.reached = False, True
             except TimeoutError:
                 self._hangs = True
                 if self._closed:

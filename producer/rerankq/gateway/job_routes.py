@@ -269,8 +269,6 @@ async def follow(request: Request, job_id: str, status: Known) -> AsyncIterator[
             before: JobStatus | None = None
             ended = False
             while not (ended or stopping.done()):
-                if ending.done() and isinstance(ending.exception(), BrokerUnavailable):
-                    ending = asyncio.create_task(client.result(job_id))
                 ended = ending.done()
                 # An outage of the ledger only delays.
                 with suppress(BrokerUnavailable, QueueFull):
@@ -280,7 +278,7 @@ async def follow(request: Request, job_id: str, status: Known) -> AsyncIterator[
                     before = status
                 if not ended:
                     await asyncio.wait({ending, stopping}, timeout=LOOK_EVERY_S)
-            if ended:
+            if ended and not isinstance(ending.exception(), BrokerUnavailable):
                 yield last_event(ending)
         finally:
             ending.cancel()
