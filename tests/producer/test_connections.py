@@ -26,8 +26,10 @@ from rerankq import BrokerUnavailable, Client, urls
 from rerankq.broker.celery_app import make_app
 from rerankq.broker.doorbells import DoorbellSender
 from rerankq.connections import opening as connections
+from rerankq.connections import sentinel
 from rerankq.connections.sentinel import Master
 from rerankq.errors import RateLimited
+from rerankq.gateway import rates as rates_of_keys
 from rerankq.gateway.keys import ApiKey
 from rerankq.gateway.rates import Rates
 from rerankq.ledger import Doorbell, connect
@@ -77,6 +79,7 @@ class Unanswering:
             one.close()
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_sentinel_that_answered_last_is_asked_first(tmp_path: Path):
     binary, watching = shutil.which("redis-server"), free_port()
     if binary is None:
@@ -241,8 +244,15 @@ class Deployment:
         return f"{self._where}{place}{self._query}"
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentinels that are alive answer, however busy the machine is."""
+    for limit in ("socket_timeout", "socket_connect_timeout"):
+        monkeypatch.setitem(sentinel.LIMITS, limit, 30.0)
+
+
 @pytest.fixture(params=KINDS)
-def deployment(request: pytest.FixtureRequest, certificate: Path) -> Iterator[Deployment]:
+def deployment(request: pytest.FixtureRequest, certificate: Path, patient: None) -> Iterator[Deployment]:
     binary = shutil.which("redis-server")
     if binary is None:
         skip_on_a_laptop("no redis-server here")
@@ -257,7 +267,7 @@ ROUNDS = range(3)
 @pytest.mark.parametrize("role", ["ledger", "cache"])
 def test_a_late_answer_is_not_read_as_the_answer_to_the_next_command(deployment: Deployment, role: str):
     with getattr(connections, role)(deployment.url(1)) as client:
-        # On a busy machine even a sentinel may not answer in time.
+        # On a busy machine the first connection may take longer than an answer may.
         answered(lambda: client.mset({"a": "of a", "b": "of b"}))
         for after in (0, 3):  # no byte of the answer, and half of it
             deployment.stalling.hold(after)
@@ -422,18 +432,21 @@ def send(deployment: Deployment, queue: str, word: str) -> None:
 
 
 @pytest.mark.parametrize("deployment", ["rediss", "sentinel", "sentinels"], indirect=True)
-def test_rates_of_the_gateway_are_counted_over_tls_and_over_sentinel(deployment: Deployment):
+def test_rates_of_the_gateway_are_counted_over_tls_and_over_sentinel(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(rates_of_keys, "ANSWER_WITHIN_S", 30.0)
     key = ApiKey(name="one", hash="a" * 64, requests_per_minute=1, concurrent=1)
 
     async def use() -> None:
-        rates = Rates(deployment.url(1))
+        rates = Rates(deployment.url(1).replace(f"socket_timeout={ANSWER_S}", "socket_timeout=30"))
         try:
             await rates.spend_request(key)
             with pytest.raises(RateLimited):
                 await rates.spend_request(key)
             async with rates.place(key, within_s=5):
                 with pytest.raises(RateLimited, match="none of them ended"):
-                    async with rates.place(key, within_s=0.1):
+                    async with rates.place(key, within_s=2):
                         pass
         finally:
             await rates.aclose()
