@@ -923,7 +923,6 @@ def test_the_listener_is_idle_while_nobody_waits(settings: Settings, worker, mon
 
 # With the shorter pause the connection has failed often enough to be logged before a reader has failed once.
 @pytest.mark.parametrize("try_again_s", [0.05, 0.001], ids=["readers fail first", "readers fail last"])
-@pytest.mark.usefixtures("soon")
 def test_an_outage_is_logged_once_and_so_is_its_end(
     restartable_redis,
     make_worker,
