@@ -58,7 +58,7 @@ def test_a_mark_ends_with_the_time_at_which_its_process_started(child: subproces
     parent, later = (int(mark_of(pid).rpartition("/")[2]) for pid in (os.getpid(), child.pid))
     up_s = float(Path("/proc/uptime").read_text().split()[0])
     assert "/pid:[" in mark_of(child.pid), "numbers of another namespace are others"
-    assert 0 < parent < later <= up_s * os.sysconf("SC_CLK_TCK")
+    assert 0 < parent < later <= round(up_s * os.sysconf("SC_CLK_TCK"))
 
 
 @pytest.mark.parametrize("mark", ["", "/", "7/1", "x/pid:[1]/-1/2", "a/b/c/d", "\0/1/1"])
