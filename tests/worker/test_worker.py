@@ -563,14 +563,18 @@ def test_a_worker_that_stops_in_a_hurry_stops_its_jobs_and_hands_them_back(worke
 
 def test_jobs_unfinished_after_drain_are_requeued_unsuspected(worker: Any, monkeypatch: Any):
     worker.settings = worker.settings.model_copy(update={"drain_s": 0})
+    drained = threading.Event()
 
     def begin_to_stop_and_drain() -> None:
         worker.begin_to_stop(hurry=False)
         worker.drain()
+        drained.set()
 
     in_the_middle(worker, monkeypatch, begin_to_stop_and_drain)
     with pytest.raises(JobCancelled):
         worker.rerank(submit(worker))
+    # The job's thread ends first: it does not wait for the ledger.
+    assert drained.wait(WAIT_S)
     assert state(worker) == "queued"
     assert worker.ledger.redis.hget("rerankq:job:a", "suspect") == b"0"
 
