@@ -11,8 +11,8 @@ from rerankq import AsyncClient, Chunk, RerankqError
 async def best(client: AsyncClient, query: str, chunks: list[Chunk], *, limit: int = 3) -> list[str]:
     """Name the best chunks for a query."""
     try:
-        # Not started within 2 seconds: it expires, and no worker computes what nobody waits for.
-        ranking = await client.rerank(query, chunks, timeout=5, top_k=limit, deadline_s=2)
+        # Not started within 5 seconds: it expires, and no worker computes what nobody waits for.
+        ranking = await client.rerank(query, chunks, timeout=10, top_k=limit, deadline_s=5)
     except RerankqError as error:
         print(f"first-stage order for {query!r}: {error}")
         return [chunk.id for chunk in chunks[:limit]]

@@ -41,7 +41,9 @@ sys.dont_write_bytecode = False
 # without certificates, are read in no time.
 os.environ["SSL_CERT_FILE"] = ""
 os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
-# OpenVINO reports its use to its makers, out of forked processes, unless this package of theirs is absent.
+# Libraries that report their use to their makers: Haystack from its import on, unless it is told not to, and OpenVINO
+# out of forked processes, unless this package of theirs is absent.
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 # A script's background jobs ignore SIGINT, and what they start inherits that; so would what tests start and then stop.

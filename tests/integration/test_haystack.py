@@ -3,11 +3,9 @@
 import asyncio
 import copy
 import inspect
-import os
 
 import pytest
 
-os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # read when it is imported
 pytest.importorskip("haystack", reason="haystack-ai is not installed")
 
 from haystack import Document, Pipeline
