@@ -333,7 +333,7 @@ def test_a_call_that_finds_no_place_in_its_time_is_told_when_to_come_back(start_
 
 
 def test_held_places_are_renewed_for_as_long_as_the_gateway_lives(redis_url, monkeypatch):
-    monkeypatch.setattr("rerankq.gateway.rates.PLACE_HELD_S", 0.3)
+    monkeypatch.setattr("rerankq.gateway.rates.PLACE_HELD_S", 1.2)
     key = ApiKey(name="one", hash=HASH, concurrent=1)
 
     async def hold():
@@ -341,7 +341,7 @@ def test_held_places_are_renewed_for_as_long_as_the_gateway_lives(redis_url, mon
         try:
             async with rates.place(key, within_s=5):
                 with pytest.raises(Exception, match="none of them ended"):
-                    async with other.place(key, within_s=1.5):
+                    async with other.place(key, within_s=3):
                         pass
             async with other.place(key, within_s=5):
                 pass
