@@ -617,7 +617,7 @@ def test_a_key_is_asked_for_sent_and_kept_in_the_tab_only(visit):
     assert page.evaluate("localStorage.length + document.cookie.length") == 0
     page.click("#open-key")
     page.click("#forget-key")
-    assert page.evaluate("sessionStorage.length") == 0
+    until(page, "sessionStorage.length === 0")
 
 
 def test_with_a_key_that_is_no_operators_one_ranks_and_the_deployment_says_what_it_needs(

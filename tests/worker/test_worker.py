@@ -554,6 +554,8 @@ def test_a_worker_that_stops_in_a_hurry_stops_its_jobs_and_hands_them_back(worke
     in_the_middle(worker, monkeypatch, quit_now)
     with pytest.raises(JobCancelled):
         worker.rerank("a")
+    # The job's thread ends first: it does not wait for the ledger.
+    assert handed_back.wait(WAIT_S)
     assert state(worker) == "queued"
     # Another doorbell is sent at once, and may be received here too: it is for others.
     with pytest.raises(DoorbellIgnored, match="is stopping"):
