@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+import redis
 from worker_processes import RunningWorker, wait_for_workers
 
-from rerankq import Client
+from rerankq import Client, RerankJob
 from rerankq.settings import Settings
 
 # Programs, not tests: the search for doctests would import them, and importing one is starting a worker.
@@ -57,3 +58,17 @@ def settings(redis_url: str) -> Settings:
 def client(settings: Settings) -> Iterator[Client]:
     with ExitStack() as stack:
         yield stack.enter_context(Client(settings))
+
+
+@pytest.fixture
+def ask(client: Client, settings: Settings) -> Callable[[RerankJob], tuple[str, float]]:
+    """Submit a job; answers its id and, by the ledger's clock, from when on its doorbell is there for workers."""
+
+    def submit_and_ring(job: RerankJob) -> tuple[str, float]:
+        job_id = client.submit(job)
+        assert client._inner._doorbells.flush(30)
+        with redis.Redis.from_url(settings.ledger) as ledger:
+            seconds, microseconds = ledger.time()
+        return job_id, seconds + microseconds / 1e6
+
+    return submit_and_ring
