@@ -62,13 +62,13 @@ def client(settings: Settings) -> Iterator[Client]:
 
 @pytest.fixture
 def ask(client: Client, settings: Settings) -> Callable[[RerankJob], tuple[str, float]]:
-    """Submit a job; answers its id and, by the ledger's clock, from when on its doorbell is there for workers."""
+    """Submit a job; answers its id and, by the ledger's clock, when its doorbell had been sent."""
 
-    def submit_and_ring(job: RerankJob) -> tuple[str, float]:
+    def submit_and_send(job: RerankJob) -> tuple[str, float]:
         job_id = client.submit(job)
         assert client._inner._doorbells.flush(30)
         with redis.Redis.from_url(settings.ledger) as ledger:
             seconds, microseconds = ledger.time()
         return job_id, seconds + microseconds / 1e6
 
-    return submit_and_ring
+    return submit_and_send

@@ -44,9 +44,9 @@ def test_an_interactive_job_is_claimed_at_once_while_bulk_saturates_the_worker(
     assert max(sum(name.startswith(b"bulk") for name in running) for running in seen) == 2, "bulk keeps to its share"
     drain(client, bulk)
     ends = sorted(client.status(one).ended_at for one in bulk)
-    for one, rung_at in asked.items():
+    for one, sent_at in asked.items():
         status = client.status(one)
-        before_it = [end for end in ends if rung_at < end < status.started_at]
+        before_it = [end for end in ends if sent_at < end < status.started_at]
         assert len(before_it) <= 1, "it waited for no bulk job to end"
         assert len([end for end in ends if end < status.ended_at]) < len(bulk) / 2, "and was not done last"
 
@@ -61,12 +61,12 @@ def test_an_interactive_job_is_the_next_to_be_taken_with_few_slots(
     asked = {}
     for number in range(5):
         drain(client, [bulk[4 * number]])
-        one, rung_at = ask(job(f"asked-{number}", chunks=1))
-        asked[one] = rung_at
+        one, sent_at = ask(job(f"asked-{number}", chunks=1))
+        asked[one] = sent_at
         drain(client, list(asked))
     starts = [client.status(one).started_at for one in bulk]
-    for one, rung_at in asked.items():
-        between = [start for start in starts if start and rung_at < start < client.status(one).started_at]
+    for one, sent_at in asked.items():
+        between = [start for start in starts if start and sent_at < start < client.status(one).started_at]
         # One, or as many as end with the same batch.
         assert len(between) <= max(1, slots - 1)
     assert any(start is None for start in starts), "bulk jobs waited all the time"

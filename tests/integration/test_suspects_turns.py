@@ -57,14 +57,14 @@ def test_an_interactive_job_waits_for_one_of_many_suspects_at_most(
             with redis.Redis.from_url(settings.broker_url) as broker:
                 wait_until(lambda: not broker.llen("rerankq:rerankq.interactive"))
         if len(asked) < 8:
-            job_id, rung_at = ask(jobs(f"asked after {one}".replace(" ", "-"), 1, fusion="model")[0])
-            asked[job_id] = rung_at
+            job_id, sent_at = ask(jobs(f"asked after {one}".replace(" ", "-"), 1, fusion="model")[0])
+            asked[job_id] = sent_at
             assert isinstance(client.result(job_id, timeout=60), Ranking)
     times = alone_times(settings, client, *bulk, *urgent)
     for (_, end, _), (start, _, _) in pairwise(times):
         assert end <= start, "one at a time"
-    for one, rung_at in asked.items():
-        before = [name for start, _, name in times if rung_at < start < client.status(one).ended_at]
+    for one, sent_at in asked.items():
+        before = [name for start, _, name in times if sent_at < start < client.status(one).ended_at]
         assert len(before) <= 1, f"{one} waited for {before}"
 
 
